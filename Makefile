@@ -1,0 +1,36 @@
+# make demo   train a small NVAE on synthetic radiographs and report what it finds
+# make test   the test suite
+# Each does all the set-up: a .venv here, with uv and the dependencies. Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	PYTHON=$(RUN) bash scripts/recipes/demo.sh
+
+test: $(VENV)/.installed-dev
+	$(RUN) -m pytest -n 2 tests
+
+lint: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+
+# uv is several times faster than pip; where it fails, pip does the same.
+define install
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) else "error: " + sys.executable + " is Python " + v + "; 3.11 or newer is needed. Name one: make PYTHON=python3.12")'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) has no working venv module; install it (Debian: apt install python3-venv)"; exit 1; }
+	@$(RUN) -m uv --version >/dev/null 2>&1 || $(RUN) -m pip install --quiet uv || true
+	$(RUN) -m uv pip install --quiet --python $(RUN) -r $(1) || $(RUN) -m pip install --quiet -r $(1)
+	@touch $@
+endef
+
+$(VENV)/.installed: requirements.txt
+	$(call install,requirements.txt)
+
+$(VENV)/.installed-dev: requirements-dev.txt requirements.txt
+	$(call install,requirements-dev.txt)
+
+clean:
+	rm -rf $(VENV) runs data

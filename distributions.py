@@ -1,0 +1,232 @@
+"""Distributions that the model families share: the latent normal and the pixel likelihoods.
+
+B images, C channels, S the spatial axes (H, W), M mixture components, K = 2^bits grey levels.
+Images are in [0, 1]; a likelihood maps them to [-1, 1] itself. All log-probabilities are in nats.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_LOG_SCALE = -7.0     # of a logistic, on [-1, 1]: its width is then 1/8 of an 8-bit grey level
+SOFT_CLAMP = 5.0         # means and log standard deviations stay within (-5, 5)
+MIN_STD = 1e-2           # keeps the log-density of a latent bounded
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What the pixels of a data set are, as far as a likelihood must know.
+
+    likelihood  'bernoulli' for binary pixels, 'discretized' for grey levels and colours
+    bits        grey levels are the 2^bits values k / (2^bits - 1)
+    padding     width of the border that was added to the image and is left out of the likelihood
+    """
+    likelihood: str = 'discretized'
+    bits: int = 8
+    padding: int = 0
+
+
+def soft_clamp(x: Tensor) -> Tensor:
+    """Squeezes x smoothly into (-5, 5)."""
+    return SOFT_CLAMP * torch.tanh(x / SOFT_CLAMP)
+
+
+def per_image(x: Tensor) -> Tensor:
+    """Sums (B, ...) over all axes but the first: (B,)."""
+    return x.flatten(1).sum(1)
+
+
+def bits_per_dim(nats: float, num_dims: int) -> float:
+    """Nats per image to bits per dimension."""
+    return nats / (num_dims * math.log(2))
+
+
+def log_mean_exp(x: Tensor, dim: int = 0) -> Tensor:
+    """log of the mean of exp(x) along `dim`, without overflow."""
+    return torch.logsumexp(x, dim) - math.log(x.shape[dim])
+
+
+class Normal:
+    """Diagonal normal with tensors `mean` and `std` of one shape."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        self.mean, self.std = mean, std
+
+    @classmethod
+    def from_raw(cls, mean: Tensor, log_std: Tensor) -> 'Normal':
+        """The latent normal of NVAE: network outputs softly clamped, std at least 0.01. A raw log_std of 0 is std 1.01."""
+        return cls(soft_clamp(mean), torch.exp(soft_clamp(log_std)) + MIN_STD)
+
+    def sample(self, temperature: float = 1.0) -> Tensor:
+        """A reparameterised draw whose noise is scaled by `temperature`; 0 is the mean."""
+        if temperature == 0:
+            return self.mean
+        return self.mean + temperature * self.std * torch.randn_like(self.mean)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density, elementwise."""
+        return -0.5 * ((x - self.mean) / self.std) ** 2 - 0.5 * math.log(2 * math.pi) - torch.log(self.std)
+
+    def kl(self, p: 'Normal') -> Tensor:
+        """KL(self || p), elementwise."""
+        ratio = self.std / p.std
+        return 0.5 * (((self.mean - p.mean) / p.std) ** 2 + ratio ** 2 - 1) - torch.log(ratio)
+
+
+# ----------------------------------------------------------------------------------------------------- likelihoods
+# A likelihood turns the output of a decoder, `logits` (B, num_params, *S), into p(x|z). It has
+#   num_params                      channels that the decoder must put out
+#   log_prob(logits, x)             (B, 1, *S) summed over channels
+#   mean(logits)                    (B, C, *S) in [0, 1]
+#   sample(logits, temperature)     (B, C, *S) in [0, 1]
+
+class Bernoulli:
+    """Independent binary pixels."""
+
+    def __init__(self, channels: int):
+        self.num_params = channels
+
+    def log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(logits, x, reduction='none').sum(1, keepdim=True)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        return torch.sigmoid(logits)
+
+    def sample(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        # Temperature divides the log-odds: 0 is the more probable of the two values.
+        odds = logits / temperature if temperature > 0 else torch.where(logits > 0, torch.inf, -torch.inf)
+        return torch.bernoulli(torch.sigmoid(odds))
+
+
+class DiscretizedNormal:
+    """A normal on [-1, 1] whose mass is gathered into K grey levels, so that the levels sum to one; channels independent.
+
+    `official=True` is the published decoder instead: a density on [-1, 1], which knows no grey levels.
+    """
+
+    def __init__(self, channels: int, bits: int = 8, official: bool = False):
+        self.num_params, self.bits, self.official = 2 * channels, bits, official
+
+    def _normal(self, logits: Tensor) -> Normal:
+        return Normal.from_raw(*logits.chunk(2, dim=1))
+
+    def log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
+        normal, x = self._normal(logits), 2 * x - 1
+        if self.official:
+            return normal.log_prob(x).sum(1, keepdim=True)
+        # float64: the difference of two nearly equal probabilities loses half of its digits.
+        half = 1 / (2 ** self.bits - 1)
+        distance, std = (x - normal.mean).double(), normal.std.double()
+        lower = torch.where(x < -1 + half, -torch.inf, (distance - half) / std)      # the lowest level takes the tail
+        upper = torch.where(x > 1 - half, torch.inf, (distance + half) / std)
+        # log(Phi(b) - Phi(a)) = log(Phi(-a) - Phi(-b)); on the left side of the mean neither is close to 1.
+        flip = distance > 0
+        a, b = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+        log_a = torch.special.log_ndtr(a.clamp(min=-1e4))
+        log_b = torch.special.log_ndtr(b.clamp(-1e4, 1e4))
+        gap = torch.where(a.isinf(), torch.inf, log_b - log_a).clamp(min=1e-300)
+        return (log_b + torch.log(-torch.expm1(-gap))).to(logits.dtype).sum(1, keepdim=True)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        return (self._normal(logits).mean.clamp(-1, 1) + 1) / 2
+
+    def sample(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        x = self._normal(logits).sample(1.0 if self.official else temperature).clamp(-1, 1)
+        return to_levels((x + 1) / 2, None if self.official else self.bits)
+
+
+class DiscretizedLogisticMixture:
+    """Mixture of M logistics on [-1, 1], its mass gathered into K grey levels (PixelCNN++, Salimans et al. 2017).
+
+    One or three channels; in colour, green depends on red, and blue on both, linearly and within each component.
+    `official=True` restores three habits of the published NVAE: with 8 bits grey levels 254 and 255 both take the
+    right tail (the levels then sum to up to 1.4), an approximation where a level holds less than 1e-5, and samples
+    that get noisier when cold.
+    """
+
+    def __init__(self, channels: int, bits: int = 8, num_mixture: int = 10, official: bool = False):
+        if channels not in (1, 3):
+            raise ValueError(f"a logistic mixture for {channels} channels: 1 or 3 are supported. "
+                             f"Use --num_mixture_dec 1 (a normal decoder) or fewer channels.")
+        self.channels, self.bits, self.num_mixture, self.official = channels, bits, num_mixture, official
+        self.num_params = num_mixture * (1 + 2 * channels + channels * (channels - 1) // 2)
+
+    def _split(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """log weights (B, M, *S); means, log scales (B, C, M, *S); colour coefficients (B, 3, M, *S) or None."""
+        M, space = self.num_mixture, logits.shape[2:]
+        log_weights = F.log_softmax(logits[:, :M], dim=1)
+        rest = logits[:, M:].reshape(len(logits), self.channels, -1, *space)     # (B, C, 2M or 3M, *S)
+        means, log_scales = rest[:, :, :M], rest[:, :, M:2 * M].clamp(min=MIN_LOG_SCALE)
+        return log_weights, means, log_scales, torch.tanh(rest[:, :, 2 * M:]) if self.channels == 3 else None
+
+    def _condition(self, means: Tensor, colour: Tensor | None, x: Tensor) -> Tensor:
+        """Means (B, C, M, *S) given the other channels of x (B, C, M or 1, *S) that come before."""
+        if colour is None:
+            return means
+        red, green = x[:, 0], x[:, 1]
+        return torch.stack([means[:, 0], means[:, 1] + colour[:, 0] * red,
+                            means[:, 2] + colour[:, 1] * red + colour[:, 2] * green], dim=1)
+
+    def log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
+        log_weights, means, log_scales, colour = self._split(logits)
+        x = (2 * x - 1).unsqueeze(2)                                             # (B, C, 1, *S)
+        half = 1 / (2 ** self.bits - 1)                                          # half the width of a grey level
+        centred, inv_scale = x - self._condition(means, colour, x), torch.exp(-log_scales)
+        upper, lower = inv_scale * (centred + half), inv_scale * (centred - half)
+        log_below, log_above = F.logsigmoid(upper), F.logsigmoid(-lower)         # all mass below, above the level
+        if self.official:
+            inside = self._official_inside(centred, upper, lower, log_scales)
+            is_first, is_last = x < -0.999, x > 0.99
+        else:
+            # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a-b)): exact at any depth and in any tail.
+            inside = log_below + log_above + torch.log(-torch.expm1(-2 * half * inv_scale))
+            is_first, is_last = x < -1 + half, x > 1 - half
+        log_p = torch.where(is_first, log_below, torch.where(is_last, log_above, inside))
+        return torch.logsumexp(log_p.sum(1) + log_weights, dim=1, keepdim=True)  # (B, 1, *S)
+
+    def _official_inside(self, centred: Tensor, upper: Tensor, lower: Tensor, log_scales: Tensor) -> Tensor:
+        mass = torch.sigmoid(upper) - torch.sigmoid(lower)
+        middle = centred * torch.exp(-log_scales)
+        log_density = middle - log_scales - 2 * F.softplus(middle) - math.log((2 ** self.bits - 1) / 2)
+        return torch.where(mass > 1e-5, torch.log(mass.clamp(min=1e-10)), log_density)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        log_weights, means, _, colour = self._split(logits)
+        component = means
+        for _ in range(self.channels - 1):     # red is known at once, then green, then blue
+            component = self._condition(means, colour, component)
+        mean = (log_weights.exp().unsqueeze(1) * component.clamp(-1, 1)).sum(2)  # (B, C, *S)
+        return (mean + 1) / 2
+
+    def sample(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        log_weights, means, log_scales, colour = self._split(logits)
+        sharpness = 1 / temperature if temperature > 0 else 1e6
+        gumbel = -torch.log(-torch.log(torch.rand_like(log_weights).clamp(1e-5, 1 - 1e-5)))
+        component = (log_weights * sharpness + gumbel).argmax(1, keepdim=True).unsqueeze(1)      # (B, 1, 1, *S)
+        pick = lambda t: t.gather(2, component.expand(-1, t.shape[1], -1, *t.shape[3:]))         # (B, C, 1, *S)
+        means, log_scales = pick(means), pick(log_scales)
+        colour = pick(colour) if colour is not None else None
+        u = torch.rand_like(means).clamp(1e-5, 1 - 1e-5)
+        scale = torch.exp(log_scales) * (sharpness if self.official else temperature)
+        noise = scale * (torch.log(u) - torch.log1p(-u))
+        x = (means + noise).clamp(-1, 1)
+        for _ in range(self.channels - 1):
+            x = (self._condition(means, colour, x) + noise).clamp(-1, 1)
+        return to_levels((x.squeeze(2) + 1) / 2, None if self.official else self.bits)
+
+
+def to_levels(x: Tensor, bits: int | None) -> Tensor:
+    """Rounds x in [0, 1] to the nearest of the 2^bits grey levels; None leaves it."""
+    return x if bits is None else torch.round(x * (2 ** bits - 1)) / (2 ** bits - 1)
+
+
+def pixel_likelihood(pixels: Pixels, channels: int, num_mixture: int, official: bool = False):
+    """The likelihood that suits the pixels: Bernoulli, a mixture of `num_mixture` logistics, or for 1 a normal."""
+    if pixels.likelihood == 'bernoulli':
+        return Bernoulli(channels)
+    if num_mixture == 1:
+        return DiscretizedNormal(channels, pixels.bits, official)
+    return DiscretizedLogisticMixture(channels, pixels.bits, num_mixture, official)

@@ -1,0 +1,48 @@
+"""Likelihood of a part of a data set: the bound of the model, and the tighter importance-weighted one."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+import launch
+from anomaly.scores import elbo, iw_bound, log_weight
+from distributions import bits_per_dim
+from utils import seed_noise
+
+
+@torch.no_grad()
+def evaluate_likelihood(model: Any, batches: Iterable[tuple[int, Any]], *, num_iw_samples: int, seed: int,
+                        num_dims: int, device: torch.device) -> dict[str, float]:
+    """Mean NELBO and importance-weighted negative log-likelihood of all images of `batches`, over all ranks.
+
+    The NELBO is averaged over the same `num_iw_samples` draws. Returns nats and bits per dimension, standard errors
+    over images, and the number of images. Noise is a function of seed, batch number and draw, so the numbers do not
+    depend on how many processes share the batches.
+    """
+    model.eval()
+    rows = []
+    for index, batch in batches:
+        x, bounds, weights = batch.x.to(device, non_blocking=True), [], []
+        for draw in range(num_iw_samples):
+            seed_noise(seed, 'likelihood', index, draw)
+            terms = model(x)
+            bounds.append(elbo(terms).double())
+            weights.append(log_weight(terms).double())
+        nelbo, neg_log_p = -torch.stack(bounds).mean(0), -iw_bound(torch.stack(weights))
+        rows.append((index, nelbo.cpu().numpy(), neg_log_p.cpu().numpy()))
+    rows = sorted(launch.gather(rows), key=lambda row: row[0])
+    nelbo, neg_log_p = (np.concatenate([row[i] for row in rows]) for i in (1, 2))
+    error = lambda values: float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    return {'num_images': len(nelbo), 'num_iw_samples': num_iw_samples,
+            'nelbo_nats': float(nelbo.mean()), 'nelbo_nats_standard_error': error(nelbo),
+            'nelbo_bits_per_dim': bits_per_dim(float(nelbo.mean()), num_dims),
+            'neg_log_p_nats': float(neg_log_p.mean()), 'neg_log_p_nats_standard_error': error(neg_log_p),
+            'neg_log_p_bits_per_dim': bits_per_dim(float(neg_log_p.mean()), num_dims)}
+
+
+def count_dims(shape: tuple[int, ...], padding: int) -> int:
+    """Numbers in an image (C, *S) that the likelihood is over: without the border that was added."""
+    return shape[0] * math.prod(side - 2 * padding for side in shape[1:])

@@ -1,0 +1,74 @@
+"""The contract of a model family, the table of families, and how a model is built and loaded."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from checkpoint import read_checkpoint
+from distributions import Pixels
+from families.nvae import NVAE
+from families.nvae_official import is_official, read_official
+from utils import UserError, read_flags
+
+Terms = dict[str, Tensor]     # per image, never averaged: (B,) or (B, L)
+
+
+class Model(Protocol):
+    """Family(shape=(C, *S), config=Family.Config(...), pixels=Pixels(...)). Images are (B, C, *S) float32 in [0, 1].
+
+    A likelihood family's terms are recon (B,) = -log p(x|z), kl (B, L) from the top group down, log_q and log_p (B,),
+    in nats, and logits. `skip=k` draws the k groups nearest the image from the prior; `temperature` scales the noise,
+    0 takes means. Capabilities that a family may have besides: reconstruct(x) -> (B, C, *S), maps(x) -> dict of
+    (B, n, *S), sample(n, temperature) -> (n, C, *S), initialize(x) once before training.
+    """
+    Config: type              # frozen dataclass; its fields are the family's flags
+
+    def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms: ...
+
+    def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+MODELS: dict[str, type] = {'nvae': NVAE}
+
+
+def build_model(name: str, shape: tuple[int, ...], config: Any, pixels: Pixels) -> Model:
+    """A new model of the family `name`."""
+    return MODELS[name](shape=shape, config=config, pixels=pixels)
+
+
+def describe(name: str, model: Model) -> dict[str, Any]:
+    """What `restore` needs besides the weights to build the model again: plain data for a checkpoint."""
+    return dict(model=name, shape=list(model.shape), config=dataclasses.asdict(model.config),
+                pixels=dataclasses.asdict(model.pixels))
+
+
+def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[str, Any]]:
+    """The model of a checkpoint, ours or of the published NVAE, in eval mode on the CPU, and its training flags.
+
+    `ema` takes the averaged weights where the run kept them.
+    """
+    if is_official(checkpoint):
+        return read_official(checkpoint)
+    if 'weights' not in checkpoint or 'description' not in checkpoint:
+        raise UserError(f"not a checkpoint of this framework or of the published NVAE: its keys are "
+                        f"{sorted(checkpoint)[:6]}.")
+    description = checkpoint['description']
+    if description['model'] not in MODELS:
+        raise UserError(f"the checkpoint holds a model '{description['model']}'; known are {', '.join(MODELS)}.")
+    family = MODELS[description['model']]
+    model = family(shape=tuple(description['shape']), config=read_flags(family.Config, description['config']),
+                   pixels=read_flags(Pixels, description['pixels']))
+    averaged = checkpoint.get('ema') if ema else None
+    model.load_state_dict(averaged or checkpoint['weights'])
+    return model.eval(), dict(checkpoint['args'])
+
+
+def load_model(path: str | Path, device: str | torch.device = 'cpu', ema: bool = True) -> Model:
+    """The trained model of a run folder or checkpoint file, ready for `model(x, temperature=0.0)`.
+
+    Raises UserError if the file is missing, damaged or unknown.
+    """
+    return restore(read_checkpoint(path), ema)[0].to(device)

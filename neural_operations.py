@@ -1,0 +1,220 @@
+"""Layers that model families share: weight-normalized convolutions, squeeze-and-excitation, residual cells.
+
+B images, C channels, H x W pixels. A cell keeps the resolution ('normal'), halves it ('down', twice the channels) or
+doubles it ('up', half the channels). Cells and their constants are those of NVAE (Vahdat and Kautz 2020).
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WEIGHT_NORM_EPS = 1e-5
+RESIDUAL_SCALE = 0.1          # keeps a sum of 30 cells near unit variance at the start
+BATCH_NORM = dict(eps=1e-5, momentum=0.05)
+CHANNEL_FACTOR = {'normal': 1.0, 'down': 2.0, 'up': 0.5}
+STRIDE = {'normal': 1, 'down': 2, 'up': 1}
+
+
+class WeightNormConv2d(nn.Conv2d):
+    """Convolution whose filter o is exp(g_o) w_o / (|w_o| + 1e-5), zero-padded to keep H and W at stride 1.
+
+    `mask` (broadcastable to the weight) is applied before the norm is taken. With `data_init`, the gains and biases are
+    set from the first batch by `initialize_from_data` so that every channel has mean 0 and std 1/5 (Salimans and
+    Kingma 2016).
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, dilation: int = 1, groups: int = 1,
+                 bias: bool = True, mask: Tensor | None = None, data_init: bool = False):
+        super().__init__(c_in, c_out, kernel, stride, padding=dilation * (kernel - 1) // 2, dilation=dilation,
+                         groups=groups, bias=bias)
+        self.register_buffer('mask', mask, persistent=False)
+        self.data_init, self.initializing = data_init, False
+        self.log_weight_norm = nn.Parameter(torch.log(self._norm(self._masked().detach()) + 1e-2))
+
+    def _masked(self) -> Tensor:
+        return self.weight if self.mask is None else self.weight * self.mask
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)                  # (C_out, 1, 1, 1)
+
+    def effective_weight(self) -> Tensor:
+        """The normalized filters: (C_out, C_in / groups, k, k)."""
+        weight = self._masked()
+        return torch.exp(self.log_weight_norm) * weight / (self._norm(weight) + WEIGHT_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.initializing:
+            self._initialize(x)
+        return self._conv_forward(x, self.effective_weight(), self.bias)
+
+    @torch.no_grad()
+    def _initialize(self, x: Tensor) -> None:
+        self.log_weight_norm.zero_()
+        y = self._conv_forward(x, self.effective_weight(), None)                              # (B, C_out, H, W)
+        mean, std = y.mean((0, 2, 3)), 5 * y.std((0, 2, 3))
+        if dist.is_initialized():
+            for statistic in (mean, std):
+                dist.all_reduce(statistic)
+                statistic /= dist.get_world_size()
+        self.bias.copy_(-mean / (std + WEIGHT_NORM_EPS))
+        self.log_weight_norm.copy_(-torch.log(std + WEIGHT_NORM_EPS).view(-1, 1, 1, 1))
+
+
+def initialize_from_data(model: nn.Module, run) -> None:
+    """Sets the gains and biases of all `data_init` convolutions in one forward pass, `run()`, in the order they are met."""
+    convs = [m for m in model.modules() if isinstance(m, WeightNormConv2d) and m.data_init]
+    for conv in convs:
+        conv.initializing = True
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for conv in convs:
+            conv.initializing = False
+
+
+def effective_weight(conv: nn.Conv2d) -> Tensor:
+    """The filters a convolution applies, weight-normalized or plain."""
+    return conv.effective_weight() if isinstance(conv, WeightNormConv2d) else conv.weight
+
+
+class SqueezeExcite(nn.Sequential):
+    """Channel attention: x times a gate in (0, 1) a channel, from the channel means (Hu et al. 2018)."""
+
+    def __init__(self, channels: int):
+        hidden = max(channels // 16, 4)
+        super().__init__(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = super().forward(x.mean((2, 3)))                                                # (B, C)
+        return x * gate[:, :, None, None]
+
+
+class DownSkip(nn.Module):
+    """Halves the resolution: four strided 1 x 1 convolutions, each on its own phase of the 2 x 2 grid, side by side."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        quarter = c_out // 4
+        self.phases = nn.ModuleList(WeightNormConv2d(c_in, c, stride=2)
+                                    for c in (quarter, quarter, quarter, c_out - 3 * quarter))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(x)
+        views = (x, x[:, :, 1:, 1:], x[:, :, :, 1:], x[:, :, 1:, :])
+        return torch.cat([conv(view) for conv, view in zip(self.phases, views)], dim=1)
+
+
+class UpSkip(nn.Module):
+    """Doubles the resolution bilinearly, then mixes channels."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.conv = WeightNormConv2d(c_in, c_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=True))
+
+
+SKIPS = {'normal': lambda c_in, c_out: nn.Identity(), 'down': DownSkip, 'up': UpSkip}
+
+
+def batch_norm_swish(channels: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels, **BATCH_NORM), nn.SiLU()]
+
+
+def _residual_op(c_in: int, c_out: int, cell: str, before: list[nn.Module], dilation: int = 1,
+                 data_init: bool = False) -> nn.Sequential:
+    up = [nn.Upsample(scale_factor=2, mode='nearest')] if cell == 'up' else []
+    conv = WeightNormConv2d(c_in, c_out, 3, STRIDE[cell], dilation, data_init=data_init)
+    return nn.Sequential(*before, *up, conv)
+
+
+def _inverted_bottleneck(c_in: int, c_out: int, cell: str, expansion: int, kernel: int, groups: int) -> nn.Sequential:
+    """1 x 1 expansion, depthwise convolution, 1 x 1 projection (MobileNetV2); groups 0 is one group a channel."""
+    hidden = c_in * expansion
+    conv = lambda a, b, k=1, **options: nn.Conv2d(a, b, k, padding=k // 2, bias=False, **options)
+    return nn.Sequential(
+        *([nn.Upsample(scale_factor=2, mode='nearest')] if cell == 'up' else []),
+        nn.BatchNorm2d(c_in, **BATCH_NORM),
+        conv(c_in, hidden), *batch_norm_swish(hidden),
+        conv(hidden, hidden, kernel, stride=STRIDE[cell], groups=groups or hidden), *batch_norm_swish(hidden),
+        conv(hidden, c_out), nn.BatchNorm2d(c_out, **BATCH_NORM))
+
+
+RESIDUAL_OPS = {   # name: (layers before the convolution, dilation, data-dependent initialization)
+    'res_elu': (lambda c: [nn.ELU()], 1, True),
+    'res_bnelu': (lambda c: [nn.BatchNorm2d(c, **BATCH_NORM), nn.ELU()], 1, False),
+    'res_bnswish': (batch_norm_swish, 1, False),
+    'res_bnswish5': (batch_norm_swish, 2, False),      # a 5 x 5 field of view by dilation
+}
+
+
+def make_op(name: str, c_in: int, c_out: int, cell: str) -> nn.Sequential:
+    """One operation of a cell: a name of RESIDUAL_OPS, or mconv_e<expansion>k<kernel>g<groups>."""
+    if name in RESIDUAL_OPS:
+        before, dilation, data_init = RESIDUAL_OPS[name]
+        return _residual_op(c_in, c_out, cell, before(c_in), dilation, data_init)
+    expansion, kernel, groups = (int(n) for n in re.fullmatch(r'mconv_e(\d+)k(\d+)g(\d+)', name).groups())
+    return _inverted_bottleneck(c_in, c_out, cell, expansion, kernel, groups)
+
+
+class Cell(nn.Module):
+    """skip(x) + 0.1 * op_n(...op_1(x)): a residual cell; only the first operation changes the resolution."""
+
+    def __init__(self, channels: int, cell: str, ops: Sequence[str], use_se: bool):
+        super().__init__()
+        c_out = int(channels * CHANNEL_FACTOR[cell])
+        self.skip = SKIPS[cell](channels, c_out)
+        self.ops = nn.Sequential(*[make_op(name, channels if i == 0 else c_out, c_out, cell if i == 0 else 'normal')
+                                   for i, name in enumerate(ops)])
+        self.se = SqueezeExcite(c_out) if use_se else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + RESIDUAL_SCALE * self.se(self.ops(x))
+
+
+class SpectralRegularizer(nn.Module):
+    """Sum of the largest singular values of all convolutions (Yoshida and Miyato 2017), by power iteration in float32.
+
+    Matrices (C_out, fan_in) of one shape are handled as one batch. The singular vectors are buffers, so a resumed run
+    goes on with them; the first call takes more iterations.
+    """
+
+    FIRST_ITERATIONS, ITERATIONS, EPS = 100, 4, 1e-3
+
+    def __init__(self, convs: Sequence[nn.Conv2d]):
+        super().__init__()
+        groups: dict[tuple[int, int], list[nn.Conv2d]] = {}
+        for conv in convs:
+            groups.setdefault((conv.out_channels, conv.weight[0].numel()), []).append(conv)
+        self._groups = list(groups.values())               # a plain list: the convolutions belong to the model
+        for i, ((rows, columns), members) in enumerate(groups.items()):
+            self.register_buffer(f'u{i}', F.normalize(torch.randn(len(members), rows), dim=1, eps=self.EPS))
+            self.register_buffer(f'v{i}', F.normalize(torch.randn(len(members), columns), dim=1, eps=self.EPS))
+        self.register_buffer('warm', torch.tensor(False))
+
+    def forward(self) -> Tensor:
+        iterations = self.ITERATIONS if self.warm else self.FIRST_ITERATIONS
+        total = 0.0
+        with torch.autocast(self.warm.device.type, enabled=False):
+            for i, members in enumerate(self._groups):
+                weight = torch.stack([effective_weight(conv).float().flatten(1) for conv in members])    # (n, R, C)
+                u, v = self.get_buffer(f'u{i}'), self.get_buffer(f'v{i}')
+                with torch.no_grad():
+                    for _ in range(iterations):
+                        v.copy_(F.normalize(torch.einsum('nr,nrc->nc', u, weight), dim=1, eps=self.EPS))
+                        u.copy_(F.normalize(torch.einsum('nrc,nc->nr', weight, v), dim=1, eps=self.EPS))
+                total = total + torch.einsum('nr,nrc,nc->', u.clone(), weight, v.clone())
+        self.warm.fill_(True)
+        return total
+
+
+def batch_norm_regularizer(model: nn.Module) -> Tensor:
+    """Sum over batch-norm layers of the largest absolute scale; 0 without such layers."""
+    scales = [m.weight.abs().max() for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return torch.stack(scales).sum() if scales else torch.zeros(())

@@ -1,0 +1,49 @@
+"""Near-duplicates: the same picture twice, resized, recompressed or with other grey levels. N images of H x W."""
+
+import numpy as np
+
+SIZE = 16                 # signature: the image at 16 x 16
+CORRELATION = 0.995       # of two signatures, and then of the two images at full size
+BLOCK = 2048              # images compared at once: 2048 x N float32 are 170 MB at N = 21,000
+MOST_PAIRS = 100_000      # a folder of one image many times has N^2 / 2 pairs; nobody reads more than these
+
+
+def near_duplicates(pixels: np.ndarray) -> list[tuple[int, int, float]]:
+    """Pairs (i, j, correlation), i < j, of images (N, C, H, W) that look alike up to brightness and contrast.
+
+    Constant images are like nothing. At most MOST_PAIRS are returned.
+    """
+    n = len(pixels)
+    coarse = np.concatenate([_unit(_thumbnails(pixels[i:i + BLOCK])) for i in range(0, n, BLOCK)]) if n else pixels
+    pairs = []
+    for start in range(0, n, BLOCK):
+        block = coarse[start:start + BLOCK]                              # (b, 256)
+        likeness = block @ coarse[start:].T                              # (b, N - start)
+        rows, columns = np.nonzero(np.triu(likeness, 1) > CORRELATION)
+        for i, j in zip(rows[:MOST_PAIRS] + start, columns[:MOST_PAIRS] + start, strict=True):
+            fine = float(np.prod(_unit(pixels[[i, j]].reshape(2, -1)), axis=0).sum())
+            if fine > CORRELATION:
+                pairs.append((int(i), int(j), round(fine, 5)))
+            if len(pairs) == MOST_PAIRS:
+                return pairs
+    return pairs
+
+
+def _thumbnails(pixels: np.ndarray) -> np.ndarray:
+    """Means over a SIZE x SIZE raster of cells: (b, C, H, W) -> (b, SIZE^2); smaller images keep their pixels."""
+    grey = pixels.mean(axis=1, dtype=np.float32)                         # (b, H, W)
+    for axis in (1, 2):
+        length = grey.shape[axis]
+        if length > SIZE:
+            edges = np.arange(SIZE) * length // SIZE
+            widths = np.diff(edges, append=length).astype(np.float32)
+            grey = np.add.reduceat(grey, edges, axis=axis) / np.expand_dims(widths, tuple({0, 1, 2} - {axis}))
+    return grey.reshape(len(grey), -1)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Each row with mean 0 and length 1, so that a product of two is their correlation; constant rows become 0."""
+    vectors = vectors.astype(np.float32)
+    vectors -= vectors.mean(axis=1, keepdims=True)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(length > 1e-3, length, np.inf)

@@ -1,0 +1,196 @@
+"""Who goes to which part, and what may spoil a result: groups, patients, stored splits, duplicates.
+
+Images that belong together (one patient, one content) are one group, and a group is never in two parts.
+"""
+
+import csv
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from readers.source import Entry
+from utils import UserError, mix_seed
+
+PARTS = ('train', 'val', 'test')
+SHOWN = 5          # files named in one line
+
+
+# -------------------------------------------------------------------------------------------------------------- split
+
+def split_parts(entries: Sequence[Entry], val_fraction: float, test_fraction: float, seed: int) -> dict[str, str]:
+    """The part of each image: {id: 'train', 'val' or 'test'}.
+
+    Anomalous images are all in test. Images of one patient, and files of equal content, are never in two parts. A part
+    that the data set itself gives stays; the fractions are those of the normal images without a given test part.
+    """
+    parts = {e.id: 'test' for e in entries if e.part == 'test'}
+    free = [e for e in entries if e.part != 'test']
+    groups = sorted(_groups(free), key=lambda g: (mix_seed(seed, 'split', g[0].id), g[0].id))
+    groups.sort(key=lambda g: not any(e.label for e in g))              # stable: those that must be in test come first
+    normals = sum(e.label == 0 for e in free)
+    wanted = {'test': round(test_fraction * normals), 'val': round(val_fraction * normals)}
+    for group in groups:
+        part = next((p for p, n in wanted.items() if n > 0), 'train')
+        part = 'test' if any(e.label for e in group) else part
+        if part in wanted:
+            wanted[part] -= sum(e.label == 0 for e in group)
+        parts |= {e.id: part for e in group}
+    return parts
+
+
+def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Images that belong together, directly or over others: the same patient or the same content. Sorted by id."""
+    parent = {}
+
+    def root(node: tuple[str, str]) -> tuple[str, str]:
+        while parent.setdefault(node, node) != node:
+            parent[node] = node = parent[parent[node]]
+        return node
+
+    for e in entries:
+        parent[root(('id', e.id))] = root(('sha256', e.sha256))
+        if e.patient:
+            parent[root(('patient', e.patient))] = root(('sha256', e.sha256))
+    groups = defaultdict(list)
+    for e in sorted(entries, key=lambda e: e.id):
+        groups[root(('id', e.id))].append(e)
+    return list(groups.values())
+
+
+def stored_parts(entries: Sequence[Entry], split: dict[str, Any], report: list[str]) -> dict[str, str]:
+    """The parts of a stored split, for the classes that are in use."""
+    here = {e.id: e for e in entries}
+    classes = {e.class_name for e in entries} | set(split['normal_classes'])
+    known = {f['class'] for f in split['files']}
+    stored = [f for f in split['files'] if f['class'] in classes]
+    if lost := [f['id'] for f in stored if f['id'] not in here]:
+        raise UserError(f"{count(len(lost), 'file')} of the run's split.json cannot be found or read: {some(lost)}. "
+                        f"Restore them, check --data, or train anew.")
+    if changed := [f['id'] for f in stored if here[f['id']].sha256 != f['sha256']]:
+        raise UserError(f"{count(len(changed), 'file')} changed since the run's split.json: {some(changed)}. "
+                        f"Restore them, or train anew.")
+    parts = {f['id']: f['part'] for f in stored}
+    if wrong := [i for i, part in parts.items() if here[i].label and part != 'test']:
+        raise UserError(f"{some(wrong)} took part in training as normal: "
+                        f"choose other --anomalous_classes, or train anew.")
+    added = [e for e in entries if e.id not in parts]
+    fresh = [e for e in added if e.label and e.class_name not in known]
+    if len(added) > len(fresh):
+        report.append(f"left out: {count(len(added) - len(fresh), 'file')} that the run's split.json does not know")
+    return parts | {e.id: 'test' for e in fresh}
+
+
+def with_patients(entries: list[Entry], metadata: str, name_pattern: str, report: list[str]) -> list[Entry]:
+    """The entries with their patients, from a CSV file or from the file names."""
+    if metadata:
+        patient, flag_name = _patient_column(metadata), '--patient_metadata'
+    elif name_pattern:
+        try:
+            pattern = re.compile(name_pattern)
+        except re.error as error:
+            raise UserError(f"--patient_pattern {name_pattern!r} is no regular expression: {error}.") from None
+        if pattern.groups < 1:
+            raise UserError(f"--patient_pattern {name_pattern!r} has no group: put the patient in parentheses.")
+        flag_name = '--patient_pattern'
+
+        def patient(name: str) -> str:
+            match = pattern.search(name.rsplit('/', 1)[-1])
+            return (match[1] or '') if match else ''
+    else:
+        return entries
+    entries = [replace(e, patient=patient(e.id)) for e in entries]
+    unknown = [e.id for e in entries if not e.patient]
+    if len(unknown) == len(entries):
+        raise UserError(f"{flag_name} finds a patient for no file, for example not for {unknown[0]}: correct it.")
+    people = len({e.patient for e in entries} - {''})
+    report.append(f"{count(people, 'patient')} in {count(len(entries) - len(unknown), 'image')}"
+                  + (f"; {count(len(unknown), 'image')} without one, such as {unknown[0]}" if unknown else ''))
+    return entries
+
+
+def _patient_column(text: str) -> Callable[[str], str]:
+    """The patient of an id after a CSV file, given FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' where it is not listed."""
+    if text.count(':') < 2:
+        raise UserError(f"--patient_metadata {text!r}: expected FILE:FILE_NAME_COLUMN:PATIENT_COLUMN.")
+    path, name_column, patient_column = text.rsplit(':', 2)
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as f:
+            table = csv.DictReader(f)
+            for column in (name_column, patient_column):
+                if column not in (table.fieldnames or ()):
+                    raise UserError(f"--patient_metadata: {path} has no column {column!r}: found "
+                                    f"{', '.join(table.fieldnames or ()) or 'none'}.")
+            patients = {row[name_column]: row[patient_column] or '' for row in table}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--patient_metadata: {path} cannot be read ({error}).") from None
+
+    def patient(name: str) -> str:
+        file = name.rsplit('/', 1)[-1]
+        return next((patients[key] for key in (name, file, os.path.splitext(file)[0]) if key in patients), '')
+
+    return patient
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+def find_duplicates(entries: Sequence[Entry], twins: Sequence[tuple[str, str, float]],
+                    parts: dict[str, str]) -> list[dict[str, Any]]:
+    """Pairs of images in two different parts that are the same file ('exact') or look the same ('near')."""
+    pairs, same = [], defaultdict(list)
+    for e in entries:
+        same[e.sha256].append(e.id)
+    content = {e.id: e.sha256 for e in entries}
+    for ids in same.values():
+        pairs += [('exact', ids[0], other, 1.0) for other in ids[1:]]
+    pairs += [('near', a, b, c) for a, b, c in twins if a in content and b in content and content[a] != content[b]]
+    return [{'kind': kind, 'ids': [a, b], 'parts': [parts[a], parts[b]], 'correlation': c}
+            for kind, a, b, c in pairs if parts[a] != parts[b]]
+
+
+def part_counts(entries: Sequence[Entry], parts: Mapping[str, str]) -> list[str]:
+    """How many images of each class are in each part: a table, one line a class."""
+    counts = Counter((e.class_name, parts[e.id]) for e in entries)
+    labels = {e.class_name: e.label for e in entries}
+    lines = [f"{'class':24}{'':10}" + ''.join(f'{part:>8}' for part in PARTS)]
+    for name in sorted(labels, key=lambda n: (labels[n], n)):
+        kind = 'anomalous' if labels[name] else 'normal'
+        lines.append(f'{name:24}{kind:10}' + ''.join(f'{counts[name, part]:8d}' for part in PARTS))
+    return lines
+
+
+def warnings(entries: Sequence[Entry], parts: Mapping[str, str], duplicates: list[dict[str, Any]]) -> list[str]:
+    """What may spoil a result."""
+    lines = []
+    for kind, words in (('exact', 'the same file'), ('near', 'near-duplicates')):
+        pairs = [d for d in duplicates if d['kind'] == kind]
+        if pairs:
+            named = some([f"{d['ids'][0]} ({d['parts'][0]}) and {d['ids'][1]} ({d['parts'][1]})" for d in pairs])
+            lines.append(f"duplicates across parts: {count(len(pairs), 'pair')} of images are {words}: {named}")
+    labels = defaultdict(set)
+    for e in entries:
+        labels[e.sha256].add(e.label)
+    if conflicts := [e.id for e in entries if len(labels[e.sha256]) > 1]:
+        lines.append(f"{count(len(conflicts), 'file')} of the same content are called normal and anomalous: "
+                     f"{some(conflicts)}")
+    places = defaultdict(set)
+    for e in entries:
+        places[e.patient].add(parts[e.id])
+    if spread := sorted(p for p in places if p and len(places[p]) > 1):
+        lines.append(f"{count(len(spread), 'patient')} in more than one part of the stored split: {some(spread)}")
+    unmarked = [e.id for e in entries if not e.has_mask]
+    if unmarked and any(e.mask_row >= 0 for e in entries):
+        lines.append(f"{count(len(unmarked), 'anomalous image')} without a mask count in no pixel metric: "
+                     f"{some(unmarked)}")
+    return lines
+
+
+def count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return '; '.join(names[:SHOWN]) + (f'; and {len(names) - SHOWN:,} more' if len(names) > SHOWN else '')

@@ -1,0 +1,98 @@
+"""Metrics and thresholds with answers known on paper, and the fast bootstrap against scikit-learn."""
+
+import numpy as np
+import pytest
+
+from anomaly.metrics import (METRICS, Resamples, bootstrap, evaluate_score, make_finite, percentile, point_estimates,
+                             smallest_sample, threshold, wilson_interval)
+from utils import UserError
+
+
+def test_metrics_worked_by_hand():
+    # normal 1, 2, 3, 4; anomalous 2.5, 5: 5 beats four, 2.5 beats two: 6 of 8 pairs
+    found = point_estimates(np.array([0, 0, 0, 0, 1, 1]), np.array([1, 2, 3, 4, 2.5, 5]))
+    assert found['auroc'] == 6 / 8
+    assert found['auprc'] == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
+    assert found['fpr80'] == found['fpr95'] == 2 / 4
+
+
+def test_fpr_is_that_of_the_first_vertex_that_reaches_the_rate():
+    labels = np.r_[np.zeros(4), np.ones(5)]
+    scores = np.r_[1.5, 2.5, 4.5, 0, 1, 2, 3, 4, 5]                       # 4 of 5 anomalous are at 2 or above
+    assert point_estimates(labels, scores)['fpr80'] == 2 / 4
+    assert point_estimates(labels, scores)['fpr95'] == 3 / 4
+
+
+@pytest.mark.parametrize('levels', [4, 30, 10 ** 9])
+def test_bootstrap_kernel_equals_scikit_learn_with_and_without_ties(levels):
+    random = np.random.default_rng(levels)
+    normal, anomalous = random.integers(0, levels, 40) / levels, random.integers(levels // 3, levels + 1, 25) / levels
+    drawn = Resamples.draw(40, 25, 60, seed=1)
+    fast = bootstrap(normal, anomalous, drawn)
+    for i in range(60):
+        again = np.r_[np.repeat(normal, drawn.normal[i]), np.repeat(anomalous, drawn.anomalous[i])]
+        slow = point_estimates(np.r_[np.zeros(40), np.ones(25)], again)
+        for name in METRICS:
+            assert fast[name][i] == pytest.approx(slow[name], abs=1e-12), name
+
+
+def test_resamples_are_stratified_seeded_and_shared():
+    drawn = Resamples.draw(7, 5, 100, seed=3)
+    assert (drawn.normal.sum(1) == 7).all() and (drawn.anomalous.sum(1) == 5).all()
+    assert np.array_equal(drawn.normal, Resamples.draw(7, 5, 100, seed=3).normal)
+    assert not np.array_equal(drawn.normal, Resamples.draw(7, 5, 100, seed=4).normal)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    # N(0, 1) against N(1, 1): AUROC is Phi(1 / sqrt(2)) = 0.7602
+    random, covered = np.random.default_rng(0), 0
+    drawn = Resamples.draw(60, 40, 300, seed=0)
+    for _ in range(200):
+        found, _ = evaluate_score(random.normal(0, 1, 60), random.normal(1, 1, 40), drawn)
+        covered += found['auroc']['low'] <= 0.7602 <= found['auroc']['high']
+    assert 0.89 <= covered / 200 <= 0.985
+
+
+def test_separable_scores_have_a_perfect_interval():
+    found, samples = evaluate_score(np.arange(10.0), np.arange(10.0) + 100, Resamples.draw(10, 10, 50, 0))
+    assert found['auroc'] == {'value': 1, 'low': 1, 'high': 1} and found['fpr95']['high'] == 0
+    assert samples['auprc'].shape == (50,)
+
+
+def test_threshold_is_the_conformal_quantile():
+    validation = np.arange(1.0, 20)                                       # 19 scores: 5 % is just within reach
+    assert smallest_sample(0.05) == 19
+    assert threshold(validation, 0.05) == 19
+    assert threshold(np.arange(1.0, 100), 0.05) == 95                     # the ceil(100 * 0.95)-th
+    assert threshold(np.arange(1.0, 6), 0.05) == 5                        # too few: the largest
+    assert threshold(np.r_[np.nan, np.arange(1.0, 99)], 0.05) == 95       # a NaN counts as the largest
+    assert threshold(np.r_[np.full(50, np.nan), np.arange(1.0, 11)], 0.05) == np.inf
+    with pytest.raises(UserError, match='no normal validation images'):
+        threshold(np.array([]), 0.05)
+
+
+def test_threshold_keeps_its_promise_on_average():
+    random, rates = np.random.default_rng(0), []
+    for _ in range(2000):
+        scores = random.normal(size=39 + 100)
+        rates.append((scores[39:] > threshold(scores[:39], 0.1)).mean())
+    assert 0.09 < np.mean(rates) <= 0.103                                 # 4 / 40 exactly in expectation
+
+
+def test_percentile_worked_by_hand():
+    validation = np.array([1.0, 2, 2, 4])
+    assert percentile(np.array([0, 1, 2, 3, 9, np.nan]), validation).tolist() == [0, 12.5, 50, 75, 100, 100]
+
+
+def test_scores_that_are_not_finite_are_the_most_anomalous():
+    values, bad = make_finite(np.array([1.0, np.nan, -np.inf, 5, np.inf]))
+    assert bad.tolist() == [False, True, True, False, True]
+    assert values[0] == 1 and values[3] == 5 and (values[bad] > 5).all() and np.isfinite(values).all()
+    assert np.isfinite(make_finite(np.array([np.nan, np.nan]))[0]).all()
+
+
+def test_wilson_interval_of_a_known_case():
+    low, high = wilson_interval(5, 100)                                   # Newcombe 1998 style textbook values
+    assert (low, high) == pytest.approx((0.02154, 0.11175), abs=1e-4)
+    assert wilson_interval(0, 0) == (0, 1)
+    assert wilson_interval(0, 10)[0] == 0

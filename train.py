@@ -1,0 +1,408 @@
+"""Trains a model on normal images: flags -> data -> model -> loop -> checkpoint.
+
+    python train.py --dataset covid --data FOLDER --root runs --save chest ...
+    python train.py ... --cont_training        goes on where the run stopped; starts it where there is none
+
+Leaves in <root>/eval-<save>/: checkpoint.pt, args.json, split.json, log.txt, metrics.jsonl, TensorBoard events.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import launch
+from checkpoint import read_checkpoint, save_checkpoint
+from datasets import Batch, Data, DataConfig, eval_batches, load_data, steps_per_epoch, train_batches
+from generative.likelihood import count_dims, evaluate_likelihood
+from generative.pictures import image_grid
+from launch import LaunchConfig
+from model import MODELS, build_model, describe
+from utils import (
+    RunLog,
+    UserError,
+    add_flags,
+    flag,
+    read_flags,
+    read_json,
+    run_program,
+    seed_noise,
+    write_json,
+)
+
+GENERATED_TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
+NUM_SHOWN = 64                      # images in a TensorBoard grid
+MOST_SKIPPED_IN_A_ROW = 100         # then the run has diverged
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run"""
+    root: str = flag('runs', 'folder of all runs')
+    save: str = flag('exp', 'name of this run: it lives in <root>/eval-<save>')
+    cont_training: bool = flag(False, 'go on from the checkpoint of this run; a fresh start where there is none yet')
+    seed: int = flag(1, 'everything random follows from it')
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimization"""
+    batch_size: int = flag(200, 'images a batch, per process')
+    epochs: int = flag(200, 'passes over the training images')
+    max_steps: int = flag(0, 'end the run after so many steps, whatever the epochs; 0 = no limit')
+    warmup_epochs: int = flag(5, 'epochs over which the learning rate rises from 0')
+    learning_rate: float = flag(1e-2, 'highest learning rate')
+    learning_rate_min: float = flag(1e-4, 'learning rate at the end of the cosine')
+    weight_decay: float = flag(3e-4, 'L2 penalty inside Adamax, on all weights')
+    fast_adamax: bool = flag(False, 'update all weights in one fused operation; the numbers are the same')
+    grad_clip: float = flag(0.0, 'largest gradient norm; 0 = do not clip')
+    ema_decay: float = flag(0.0, 'average the weights with this decay and evaluate the average; 0 = do not')
+    amp: str = flag('auto', 'network in bfloat16, likelihoods in float32; auto = on CUDA only',
+                    choices=('auto', 'bf16', 'off'))
+    save_every: int = flag(0, 'steps between checkpoints; 0 = a hundredth of the run, at least an epoch')
+    log_every: int = flag(100, 'steps between lines of metrics')
+    image_every: int = flag(1000, 'steps between pictures in TensorBoard; 0 = none')
+    val_every: int = flag(0, 'epochs between validations; 0 = every epoch of a run up to 50 epochs, else every 20')
+    val_iw_samples: int = flag(10, 'importance samples of a validation')
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+def build_parser(model: str) -> argparse.ArgumentParser:
+    """Flags of a run that trains the family `model`."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default=model, choices=MODELS, help='model family')
+    for config in (RunConfig, DataConfig, TrainConfig, MODELS[model].Config, LaunchConfig):
+        add_flags(parser, config)
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument('--model', default='nvae', choices=MODELS)
+    return build_parser(first.parse_known_args(argv)[0].model).parse_args(argv)
+
+
+# ----------------------------------------------------------------------------------------------------------- schedule
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Linear warm-up per step, then a cosine per epoch from the highest to the lowest rate; `steps` in an epoch."""
+    warm_up = config.warmup_epochs * steps
+    if step < warm_up:
+        return config.learning_rate * step / warm_up
+    last = config.epochs - config.warmup_epochs - 1
+    done = min((step // steps - config.warmup_epochs) / last, 1.0) if last > 0 else 0.0
+    return config.learning_rate_min + (config.learning_rate - config.learning_rate_min) * (1 + math.cos(math.pi * done)) / 2
+
+
+def optimizer_step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, safe: 'SafeBuffers',
+                   grad_clip: float) -> tuple[bool, Tensor]:
+    """Backward pass and update. Returns whether it was applied, and the gradient norm before clipping.
+
+    A step whose loss or gradient is not finite changes nothing: neither weights nor running statistics. Gradients are
+    averaged over ranks, so all ranks come to the same verdict.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        optimizer.step()
+        safe.keep()
+    else:
+        safe.restore()
+    return finite, norm
+
+
+class SafeBuffers:
+    """A copy of the model's floating-point buffers as they were after the last good step."""
+
+    def __init__(self, model: nn.Module):
+        self.buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self.copies = [b.clone() for b in self.buffers]
+
+    def keep(self) -> None:
+        for copy, buffer in zip(self.copies, self.buffers):
+            copy.copy_(buffer)
+
+    def restore(self) -> None:
+        for copy, buffer in zip(self.copies, self.buffers):
+            buffer.copy_(copy)
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
+
+class Trainer:
+    """One training run in one process of it."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.run, self.config = read_flags(RunConfig, args), read_flags(TrainConfig, args)
+        self.folder = Path(self.run.root) / f'eval-{self.run.save}'
+        self.device, self.rank, self.world = launch.device(), launch.rank(), launch.world()
+        saved = self._saved()
+        self.log = RunLog(self.folder, active=launch.is_main(), step=saved['step'] if saved else 0)
+        self.data = self._load_data()
+        self.batch_size = min(self.config.batch_size, len(self.data.train) // self.world)
+        self.steps = steps_per_epoch(self.data.train, max(self.batch_size, 1), self.world)
+        self.total = self.steps * self.config.epochs
+        self.end = min(self.total, self.config.max_steps or self.total)
+
+        seed_noise(self.run.seed, 'initialization')             # the same weights on every rank
+        family_config = read_flags(MODELS[args.model].Config, args)
+        self.model = build_model(args.model, self.data.shape, family_config, self.data.pixels)
+        if self.device.type == 'cuda' and self.world > 1:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        # Channels last: up to 1.5 times faster on a CPU with depthwise convolutions, and on GPUs in bfloat16.
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adamax(self.model.parameters(), lr=self.config.learning_rate, eps=1e-3,
+                                            weight_decay=self.config.weight_decay, foreach=self.config.fast_adamax)
+        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay),
+                                 use_buffers=True) if self.config.ema_decay > 0 else None
+        self.step = self.skipped = 0
+        if saved:
+            self._restore(saved)
+        self.amp = self.config.amp == 'bf16' or (self.config.amp == 'auto' and self.device.type == 'cuda')
+        self.stop = False
+
+    # ------------------------------------------------------------------------------------------- starting and resuming
+
+    def _saved(self) -> dict[str, Any] | None:
+        path = self.folder / 'checkpoint.pt'
+        if not path.exists():
+            return None
+        if not self.run.cont_training:
+            raise UserError(f"{self.folder} already holds a trained model. Go on with it by --cont_training, take another "
+                            f"name with --save, or delete the folder.")
+        saved = read_checkpoint(path)
+        if 'description' not in saved:
+            raise UserError(f"{path} is not a checkpoint of this framework: it cannot be continued. "
+                            f"Choose another --save.")
+        self._compare(saved)
+        return saved
+
+    def _compare(self, saved: dict[str, Any]) -> None:
+        """Raises UserError if the flags build another model, or read other data, than the run had."""
+        fixed = [f.name for f in dataclasses.fields(MODELS[self.args.model].Config)] + ['model', 'seed']
+        fixed += [f.name for f in dataclasses.fields(DataConfig) if f.name not in ('data', 'cache_dir', 'num_workers')]
+        plain = lambda value: list(value) if isinstance(value, tuple) else value
+        differing = [f"--{name} {plain(saved['args'][name])} then, {plain(getattr(self.args, name))} now" for name in fixed
+                     if name in saved['args'] and plain(saved['args'][name]) != plain(getattr(self.args, name))]
+        if saved['args'].get('model') != self.args.model:
+            differing = [f"--model {saved['args'].get('model')} then, {self.args.model} now"]
+        if differing:
+            raise UserError(f"{self.folder} was started with other flags ({'; '.join(differing)}). Give the same ones, "
+                            f"or another --save.")
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved['weights'])
+        self.optimizer.load_state_dict(saved['optimizer'])
+        for group in self.optimizer.param_groups:               # how to compute is this command's choice
+            group['foreach'] = self.config.fast_adamax
+        self.step, self.skipped = saved['step'], saved['skipped']
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved['ema'] or saved['weights'])
+            self.ema.n_averaged.fill_(saved['ema_count'])
+        joint, before = self.batch_size * self.world, saved['joint_batch']
+        if joint != before:
+            self.log.say(f'joint batch {before} before, {joint} now: the run goes on at step {self.step}, but sees other '
+                         f'batches than it would have')
+
+    def _load_data(self) -> Data:
+        split = self.folder / 'split.json'
+        with launch.main_first():                               # reads and caches the files once
+            data = load_data(read_flags(DataConfig, self.args), read_json(split) if split.exists() else None)
+        if launch.is_main() and not split.exists():
+            write_json(split, data.split)
+        return data
+
+    def _announce(self) -> None:
+        say = self.log.say
+        say('command: python ' + shlex.join(sys.argv))
+        for line in self.data.report:
+            say(line)
+        number = sum(p.numel() for p in self.model.parameters())
+        say(f'{self.args.model}: {number / 1e6:.2f} M parameters, {self.model.num_groups} latent groups, '
+            f'images {" x ".join(map(str, self.data.shape))}, {self.data.pixels.likelihood} pixels')
+        say(f'{self.world} process(es) on {self.device.type}, {self.batch_size} images a batch each, {self.steps} steps an '
+            f'epoch, {self.total} steps in all')
+        if self.batch_size < self.config.batch_size:
+            say(f'the training part has {len(self.data.train)} images, less than a batch of {self.config.batch_size} for '
+                f'each of {self.world} process(es): batches of {self.batch_size} are used')
+        if self.step:
+            say(f'going on at step {self.step} of {self.total}')
+        if launch.is_main():
+            write_json(self.folder / 'args.json', vars(self.args))
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> int:
+        self._announce()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
+        ddp = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        safe = SafeBuffers(self.model)
+        save_every = self.config.save_every or self.steps * math.ceil(self.config.epochs / 100)
+        batches = train_batches(self.data.train, self.batch_size, seed=self.run.seed, rank=self.rank,
+                                world=self.world, first_step=self.step, workers=self.args.num_workers)
+        bar = tqdm(total=self.end, initial=self.step, unit='step', disable=None if launch.is_main() else True,
+                   dynamic_ncols=True)
+        skipped_in_a_row, shown, since = 0, {}, (time.perf_counter(), self.step)
+        epoch_nelbo = Mean()
+        while self.step < self.end:
+            batch = next(batches)
+            x = batch.x.to(self.device, non_blocking=True)                              # (B, C, *S)
+            if self.step == 0 and hasattr(self.model, 'initialize'):
+                seed_noise(self.run.seed, 'initialize', self.rank)
+                self.model.initialize(x)
+                safe.keep()
+            rate = learning_rate(self.step, self.steps, self.config)
+            for group in self.optimizer.param_groups:
+                group['lr'] = rate
+            seed_noise(self.run.seed, 'train', self.step, self.rank)
+            self.model.train()
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+                terms = ddp(x)
+                loss, logs = self.model.objective(terms, progress=self.step / self.total)
+            applied, norm = optimizer_step(loss, self.model, self.optimizer, safe, self.config.grad_clip)
+            if applied and self.ema is not None:
+                self.ema.update_parameters(self.model)
+            self.skipped += not applied
+            skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
+            if skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+                raise UserError(f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step "
+                                f"{self.step}: the run has diverged. Lower --learning_rate or set --grad_clip; the last "
+                                f"checkpoint is kept.")
+            self.step += 1
+            bar.update()
+            if applied:
+                epoch_nelbo.add(logs['train/nelbo_iter'])
+
+            if self.step % self.config.log_every == 0 or self.step == self.end:
+                now = time.perf_counter()
+                speed = (self.step - since[1]) * self.batch_size * self.world / (now - since[0])
+                since = (now, self.step)
+                logs |= {'train/lr': rate, 'train/grad_norm': norm, 'train/skipped': self.skipped,
+                         'train/nelbo_avg': epoch_nelbo.value(), 'train/images_per_second': speed}
+                shown = {name: float(value) for name, value in logs.items()}
+                self.log.metrics(self.step, shown)
+                bar.set_postfix_str(f"nelbo {shown['train/nelbo_avg']:.1f}, {speed:.0f} images/s")
+            if self.config.image_every and self.step % self.config.image_every == 0:
+                self._show_images(batch)
+            if self.step % self.steps == 0:
+                epoch = self.step // self.steps
+                self.log.metrics(self.step, {'train/nelbo': float(launch.mean_over_ranks(
+                    torch.tensor(epoch_nelbo.value(), device=self.device))), 'train/epoch': epoch})
+                epoch_nelbo = Mean()
+                every = self.config.val_every or (1 if self.config.epochs <= 50 else 20)
+                if epoch % every == 0 and self.step < self.end:
+                    self._validate(epoch)
+            self.stop = launch.any_rank(self.stop)
+            if self.step % save_every == 0 or self.step == self.end or self.stop:
+                self._save()
+            if self.stop:
+                break
+        bar.close()
+        if self.stop and self.step < self.end:
+            self.log.say(f'stopped by a signal at step {self.step}; checkpoint written. Go on with --cont_training.')
+            self.log.close()
+            return 143
+        self._validate(self.step // self.steps)
+        if self.config.image_every:
+            self._show_images(next(batches))
+        self.log.say(f'done: {self.step} steps, {self.skipped} skipped; {self.folder / "checkpoint.pt"}')
+        self.log.close()
+        return 0
+
+    def _ask_to_stop(self, number: int, _: Any) -> None:
+        """A first signal ends the run after this step, with a checkpoint; a second Ctrl-C ends it at once."""
+        if self.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop = True
+
+    # --------------------------------------------------------------------------------------- checkpoint, validation
+
+    def _save(self) -> None:
+        if launch.is_main():
+            save_checkpoint(self.folder / 'checkpoint.pt', {
+                'description': describe(self.args.model, self.model), 'args': _plain(vars(self.args)),
+                'weights': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'step': self.step,
+                'ema': self.ema.module.state_dict() if self.ema is not None else None,
+                'ema_count': int(self.ema.n_averaged) if self.ema is not None else 0,
+                'skipped': self.skipped, 'joint_batch': self.batch_size * self.world, 'torch': str(torch.__version__)})
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that count: the average where one is kept."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def _validate(self, epoch: int) -> None:
+        part = self.data.val if len(self.data.val) else self.data.test
+        result = evaluate_likelihood(
+            self.evaluated, eval_batches(part, self.batch_size, rank=self.rank, world=self.world),
+            num_iw_samples=self.config.val_iw_samples, seed=self.run.seed, device=self.device,
+            num_dims=count_dims(self.data.shape, self.data.pixels.padding))
+        values = {'val/nelbo': result['nelbo_nats'], 'val/neg_log_p': result['neg_log_p_nats'],
+                  'val/bpd_elbo': result['nelbo_bits_per_dim'], 'val/bpd_log_p': result['neg_log_p_bits_per_dim']}
+        self.log.metrics(self.step, values)
+        self.log.say(f"epoch {epoch}, step {self.step}: validation NELBO {result['nelbo_nats']:.2f} "
+                     f"+- {result['nelbo_nats_standard_error']:.2f}, -log p {result['neg_log_p_nats']:.2f} nats "
+                     f"({result['num_images']} images)")
+
+    @torch.no_grad()
+    def _show_images(self, batch: Batch) -> None:
+        """Reconstructions and samples for TensorBoard; draws noise that training does not see."""
+        if not launch.is_main():
+            return
+        model = self.evaluated.eval()
+        x = batch.x[:NUM_SHOWN // 2].to(self.device)
+        if hasattr(model, 'reconstruct'):
+            pairs = torch.stack([x, model.reconstruct(x)], dim=1).flatten(0, 1)         # input, output, input, ...
+            self.log.image(self.step, 'reconstruction', image_grid(pairs))
+        for temperature in GENERATED_TEMPERATURES if hasattr(model, 'sample') else ():
+            seed_noise(self.run.seed, 'show', self.step)
+            self.log.image(self.step, f'generated_{temperature}', image_grid(model.sample(NUM_SHOWN, temperature)))
+
+
+class Mean:
+    """A running mean that stays on the device."""
+
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def add(self, value: Tensor) -> None:
+        self.total, self.count = self.total + value, self.count + 1
+
+    def value(self) -> float:
+        return float(self.total / self.count) if self.count else math.nan
+
+
+def _plain(args: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(args))
+
+
+def work(args: argparse.Namespace) -> int:
+    return Trainer(args).train()
+
+
+def main() -> int:
+    args = parse_args(sys.argv[1:])
+    return launch.launch(work, args, read_flags(LaunchConfig, args))
+
+
+if __name__ == '__main__':
+    run_program(main)

@@ -1,0 +1,173 @@
+"""What every program shares: flags made from dataclasses, seeds, log files, user errors. Knows nothing of images."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar('T')
+
+
+class UserError(ValueError):
+    """A mistake that the user can put right: programs print its one line and exit with status 2, without a traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------- flags
+
+def flag(default: Any, help: str, **argparse_options: Any) -> Any:
+    """A dataclass field that is a command-line flag; `help` states its unit and any special value.
+
+    `argparse_options` go to `add_argument` as they are (choices, nargs, type, metavar).
+    """
+    metadata = {'help': help, **argparse_options}
+    if isinstance(default, list | dict | set):
+        raise TypeError(f"flag default {default!r} is mutable: use a tuple")
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool = False,
+              only: Iterable[str] | None = None) -> None:
+    """Adds one titled group with a flag for each field of the dataclass `config`.
+
+    A bool that is off by default becomes `--name`, one that is on `--name / --no-name`. With `optional`, flags that
+    the user does not give are absent from the parsed namespace, so a stored value stays in force.
+    """
+    group = parser.add_argument_group(config.__name__, (config.__doc__ or '').strip().split('\n')[0])
+    for field in dataclasses.fields(config):
+        if only is not None and field.name not in only:
+            continue
+        options = dict(field.metadata)
+        default = field.default
+        options['help'] = options['help'].replace('%', '%%')
+        if isinstance(default, bool):
+            options['action'] = argparse.BooleanOptionalAction if default else 'store_true'
+        elif isinstance(default, tuple):
+            options.setdefault('nargs', '*')
+            options.setdefault('type', str)
+        else:
+            options.setdefault('type', type(default))
+        if default not in ('', (), False, True):
+            options['help'] += f' (default: {default})'
+        group.add_argument(f'--{field.name}', default=argparse.SUPPRESS if optional else default, **options)
+
+
+def read_flags(config: type[T], values: argparse.Namespace | dict[str, Any]) -> T:
+    """The dataclass `config` from a parsed namespace or a dict; missing fields keep their default, others are ignored."""
+    values = values if isinstance(values, dict) else vars(values)
+    known = {f.name: f for f in dataclasses.fields(config)}
+    picked = {k: tuple(v) if isinstance(known[k].default, tuple) else v for k, v in values.items() if k in known}
+    return config(**picked)
+
+
+# ---------------------------------------------------------------------------------------------------------- seeds
+
+def mix_seed(*parts: int | str) -> int:
+    """One 63-bit seed from several numbers or words, so that (seed, step, rank) never meets (seed, rank, step)."""
+    digest = hashlib.sha256('/'.join(str(p) for p in parts).encode()).digest()
+    return int.from_bytes(digest[:8], 'big') >> 1
+
+
+def seed_noise(*parts: int | str) -> None:
+    """Seeds torch's noise on every device from `parts`.
+
+    Noise is a function of a counter (the run's seed, the step, the rank), never of a state carried along: a resumed
+    run draws what the uninterrupted run draws, and nothing has to be saved.
+    """
+    torch.manual_seed(mix_seed(*parts))
+
+
+# ------------------------------------------------------------------------------------------------------ run folder
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it: whole or not there, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        write(temporary)
+        with temporary.open('rb') as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + '\n'))
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file. Raises UserError naming the file if it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a JSON file ({error}). Delete it or restore it.") from None
+
+
+class RunLog:
+    """log.txt, metrics.jsonl and TensorBoard events of one run folder; silent where `active` is False (rank > 0)."""
+
+    def __init__(self, folder: str | Path, active: bool = True, tensorboard: bool = True, step: int = 0):
+        """`step` is the first step to be logged: TensorBoard drops what a killed run wrote beyond it."""
+        self.folder, self.active, self.writer = Path(folder), active, None
+        if not active:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(str(folder), purge_step=step if step else None)
+
+    def say(self, line: str) -> None:
+        """Prints a line, and keeps it in log.txt with the time."""
+        if not self.active:
+            return
+        from tqdm import tqdm
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        with (self.folder / 'log.txt').open('a') as f:
+            f.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {line}\n')
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Appends one JSON line to metrics.jsonl and a scalar per value to TensorBoard."""
+        if not self.active:
+            return
+        with (self.folder / 'metrics.jsonl').open('a') as f:
+            f.write(json.dumps({'step': step, 'time': round(time.time(), 3), **values}) + '\n')
+        if self.writer:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
+
+    def image(self, step: int, tag: str, grid: torch.Tensor) -> None:
+        """Shows an image (C, H, W) in [0, 1] in TensorBoard."""
+        if self.writer:
+            self.writer.add_image(tag, grid, step)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+# -------------------------------------------------------------------------------------------------------- programs
+
+def run_program(main: Callable[[], int | None]) -> None:
+    """Runs `main` as a command-line program: a UserError is one line on stderr and status 2, Ctrl-C status 130."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        status = 130
+    sys.exit(status or 0)
