@@ -1,7 +1,8 @@
 """Data sets: the table, the flags, the split into parts, and the batches.
 
-B images, C channels, *S = (H, W) pixels; label 0 normal, 1 anomalous. Models train on the normal images of the
-part `train`, choose thresholds on the normal images of `val`, and are judged on `test`, normal and anomalous.
+B images, C channels, *S = (H, W) pixels; label 0 normal, 1 anomalous. Models train on the normal images of
+the part `train`, choose thresholds on the normal images of `val`, and are judged on `test`, normal and
+anomalous.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from readers.split import (
 )
 from utils import UserError, flag, mix_seed
 
-# ------------------------------------------------------------------------------------------------------------- table
+# ------------------------------------------------------------------------------------------------------ table
 
 @dataclass(frozen=True)
 class DataSet:
@@ -53,8 +54,8 @@ class DataSet:
 def _read_folder(config: 'DataConfig', row: DataSet) -> Source:
     return read_folder(config.data, normal=row.normal, normal_wanted=config.normal_classes,
                        anomalous=config.anomalous_classes, size=config.image_size or row.size,
-                       channels=config.channels or row.channels, depth=_depth(config), fit=config.fit, masks=row.masks,
-                       cache_dir=config.cache_dir, where=row.where)
+                       channels=config.channels or row.channels, depth=_depth(config), fit=config.fit,
+                       masks=row.masks, cache_dir=config.cache_dir, where=row.where)
 
 
 def _read_phantom(config: 'DataConfig', row: DataSet) -> Source:
@@ -74,8 +75,9 @@ DATASETS = {
         where='Get it with torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.'),
     'covid': DataSet(
         _read_folder, size=64, normal=('Normal',),
-        where='Expected Normal/images/*.png and beside it COVID, Lung_Opacity or "Viral Pneumonia", as in the COVID-19 '
-              'Radiography Database (kaggle.com/datasets/tawsifurrahman/covid19-radiography-database).'),
+        where='Expected Normal/images/*.png and beside it COVID, Lung_Opacity or "Viral Pneumonia", as in '
+              'the COVID-19 Radiography Database '
+              '(kaggle.com/datasets/tawsifurrahman/covid19-radiography-database).'),
     'folder': DataSet(
         _read_folder, size=64, normal=('normal', 'good'), masks=True,
         where='Expected a folder "normal" (or "good") and beside it one folder for each kind of anomaly.'),
@@ -93,16 +95,16 @@ class DataConfig:
     image_size: int = flag(0, "height and width in pixels; 0 = the data set's own")
     channels: int = flag(0, "1 grey, 3 colour; 0 = the data set's own", choices=(0, 1, 3))
     num_x_bits: int = flag(8, 'bits per pixel, 1 to 16; above 8 keeps the depth of 16-bit files')
-    fit: str = flag('pad', 'an image that is not square gets black borders, loses its ends, or its proportions',
+    fit: str = flag('pad', 'an image that is not square gets black borders, loses its ends, or is squeezed',
                     choices=FITS)
     normal_classes: tuple = flag((), "class names to train on; none given = the data set's own")
     anomalous_classes: tuple = flag((), 'class names to detect; none given = all others (mnist: none)')
     val_fraction: float = flag(-1.0, "fraction of the normal images for validation; -1 = the data set's own")
     test_fraction: float = flag(-1.0, "fraction of the normal images for testing; -1 = the data set's own")
     split_seed: int = flag(0, 'which random split')
-    patient_pattern: str = flag('', "regular expression found in the file name, group 1 is the patient; '' = unknown")
-    patient_metadata: str = flag('', "patients from a CSV file, as FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' = unknown")
-    skip_corrupt: bool = flag(False, 'leave out files that cannot be read, and report them, instead of stopping')
+    patient_pattern: str = flag('', "regular expression on the file name, group 1 = patient; '' = unknown")
+    patient_metadata: str = flag('', "CSV file, as FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' = unknown")
+    skip_corrupt: bool = flag(False, 'leave out files that cannot be read, and report each; else stop')
     binarize: str = flag('dynamic', 'binary data: draw each pixel anew every epoch, or once for ever',
                          choices=('dynamic', 'static'))
     num_phantoms: int = flag(1200, 'phantom: normal images to make; a quarter as many abnormal ones')
@@ -119,8 +121,8 @@ def _padding(config: DataConfig, row: DataSet) -> int:
     """Border around the images at the wanted size; a row with padding keeps its images unscaled."""
     size, own = config.image_size or row.size, row.size - 2 * row.padding
     if row.padding and (size < own or (size - own) % 2):
-        raise UserError(f"--image_size {size}: {config.dataset} images are {own} x {own} with an equal border around: "
-                        f"give 0, {own} or a larger even number.")
+        raise UserError(f"--image_size {size}: {config.dataset} images are {own} x {own} with an equal "
+                        f"border around: give 0, {own} or a larger even number.")
     return (size - own) // 2 if row.padding else 0
 
 
@@ -129,9 +131,11 @@ def _check(config: DataConfig, row: DataSet) -> None:
     if not 1 <= config.num_x_bits <= row.bits:
         raise UserError(f"--num_x_bits {config.num_x_bits}: {config.dataset} has 1 to {row.bits}.")
     if config.image_size < 0:
-        raise UserError(f"--image_size {config.image_size}: expected pixels, or 0 for the data set's own {row.size}.")
+        raise UserError(f"--image_size {config.image_size}: expected pixels, or 0 for the data set's own "
+                        f"{row.size}.")
     if row.likelihood == 'bernoulli' and config.channels not in (0, row.channels):
-        raise UserError(f"--channels {config.channels}: the binary images of {config.dataset} have {row.channels}.")
+        raise UserError(f"--channels {config.channels}: the binary images of {config.dataset} have "
+                        f"{row.channels}.")
     val, test = _fractions(config, row)
     for name, value in {'val_fraction': val, 'test_fraction': test}.items():
         if not 0 <= value < 1:
@@ -148,13 +152,13 @@ def _fractions(config: DataConfig, row: DataSet) -> tuple[float, float]:
     return val, row.test_fraction if config.test_fraction == -1 else config.test_fraction
 
 
-# -------------------------------------------------------------------------------------------------------------- parts
+# ------------------------------------------------------------------------------------------------------ parts
 
 class Batch(NamedTuple):
-    """x (B, C, H, W) float32 in [0, 1]; y (B,) int64, 0 normal, 1 anomalous; mask (B, 1, H, W) bool, True = anomalous.
+    """x (B, C, H, W) float32 in [0, 1]; y (B,) int64, 0 normal, 1 anomalous; mask (B, 1, H, W) bool.
 
-    `mask` is None where no image of the part has a mask file. Where some have, an image without one has an empty mask;
-    `Part.entries[i].has_mask` tells an anomalous image whose mask is unknown from a normal one.
+    `mask` is None where no image of the part has a mask file. Where some have, an image without one has an
+    empty mask; `Part.entries[i].has_mask` tells an anomalous image whose mask is unknown from a normal one.
     """
     x: Tensor
     y: Tensor
@@ -163,9 +167,10 @@ class Batch(NamedTuple):
 
 
 class Part(Dataset):
-    """The images of one part, in the order of their ids; `part[i]` is (x, y, mask, id) as evaluation sees it."""
+    """The images of one part, in the order of their ids; `part[i]` is its (x, y, mask, id) for evaluation."""
 
-    def __init__(self, entries: Sequence[Entry], source: Source, pixels: Pixels, depth: int = 8, static: bool = True):
+    def __init__(self, entries: Sequence[Entry], source: Source, pixels: Pixels, depth: int = 8,
+                 static: bool = True):
         self.entries, self.pixels, self.depth, self.static = list(entries), pixels, depth, static
         self.images, self.masks = source.pixels, source.masks
         self.class_names = [e.class_name for e in self.entries]
@@ -185,10 +190,10 @@ class Part(Dataset):
         return self.items([index for _, index in keys], keys[0][0])
 
     def items(self, indices: Sequence[int], draw: int = 0) -> Batch:
-        """These images as a batch; chance in it depends on `draw` and their ids alone. Evaluation is draw 0."""
+        """These images as a batch; its randomness is that of `draw` and their ids. Evaluation is draw 0."""
         indices = np.asarray(indices, np.int64)
         ids = [self.entries[i].id for i in indices]
-        values = self.images[self.rows[indices]]                                     # (B, C, H, W) uint8 or uint16
+        values = self.images[self.rows[indices]]                                # (B, C, H, W) uint8 or uint16
         if self.pixels.likelihood == 'bernoulli':
             chance = grey_levels(values, self.depth, self.depth)
             x = (_uniform(chance.shape, 0 if self.static else draw, ids) < chance).float()
@@ -206,7 +211,7 @@ class Part(Dataset):
 
 
 def grey_levels(values: np.ndarray, depth: int, bits: int) -> Tensor:
-    """Integers of `depth` bits as the 2^bits grey levels k / (2^bits - 1), k = floor(value / 2^(depth - bits))."""
+    """Integers of `depth` bits as grey levels k / (2^bits - 1), where k = floor(value / 2^(depth - bits))."""
     return torch.from_numpy((values >> (depth - bits)).astype(np.float32) / np.float32(2 ** bits - 1))
 
 
@@ -219,7 +224,7 @@ def _uniform(shape: Sequence[int], draw: int, ids: list[str]) -> Tensor:
     return u
 
 
-# --------------------------------------------------------------------------------------------------------------- load
+# ------------------------------------------------------------------------------------------------------- load
 
 @dataclass(frozen=True)
 class Data:
@@ -239,8 +244,9 @@ class Data:
 def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     """Reads and splits the data set that `config` names.
 
-    Given the `split` that a run stored, the same files go to the same parts. Anomalous classes that it does not know
-    join `test`; other new files are left out. Raises UserError for files that are unreadable, missing or changed.
+    Given the `split` that a run stored, the same files go to the same parts. Anomalous classes that it does
+    not know join `test`; other new files are left out. Raises UserError for files that are unreadable,
+    missing or changed.
     """
     if config.dataset not in DATASETS:
         raise UserError(f"--dataset {config.dataset!r} is unknown: choose one of {', '.join(DATASETS)}.")
@@ -254,7 +260,8 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
         lines = [f'{name} {reason}' for name, reason in source.bad]
         if not config.skip_corrupt:
             total = len(lines) + len(source.entries)
-            raise UserError(f"{count(len(lines), 'file')} of {total} cannot be used: {some(lines)}. Replace or remove them, or pass --skip_corrupt to leave them out.")
+            raise UserError(f"{count(len(lines), 'file')} of {total} cannot be used: {some(lines)}. Replace "
+                            f"or remove them, or pass --skip_corrupt to leave them out.")
         report += [f'left out: {line}' for line in lines]
 
     entries = [replace(e, label=int(e.class_name in source.anomalous_classes)) for e in source.entries]
@@ -274,18 +281,20 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     made = {part: Part([e for e in entries if parts[e.id] == part], source, pixels, _depth(config),
                        static=config.binarize == 'static') for part in PARTS}
     report += part_counts(entries, parts) + warnings(entries, parts, duplicates)
-    stored = {'dataset': config.dataset, 'split_seed': config.split_seed, 'normal_classes': list(source.normal_classes),
+    stored = {'dataset': config.dataset, 'split_seed': config.split_seed,
+              'normal_classes': list(source.normal_classes),
               'anomalous_classes': list(source.anomalous_classes), 'duplicates': duplicates,
               'files': [{'id': e.id, 'class': e.class_name, 'part': parts[e.id], 'sha256': e.sha256}
                         | ({'patient': e.patient} if e.patient else {}) for e in entries]}
-    return Data(**made, shape=tuple(source.pixels.shape[1:]), pixels=pixels, normal_classes=source.normal_classes,
-                anomalous_classes=source.anomalous_classes, split=stored, report=report, config=config)
+    return Data(**made, shape=tuple(source.pixels.shape[1:]), pixels=pixels,
+                normal_classes=source.normal_classes, anomalous_classes=source.anomalous_classes,
+                split=stored, report=report, config=config)
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------------- batches
 
 def steps_per_epoch(part: Part, batch_size: int, world: int = 1) -> int:
-    """Joint batches of batch_size images on each of `world` ranks that an epoch has; the rest of the images is dropped.
+    """Joint batches, of batch_size images on each of `world` ranks, in an epoch; it drops what is left over.
 
     Raises UserError if there is not one.
     """
@@ -293,18 +302,18 @@ def steps_per_epoch(part: Part, batch_size: int, world: int = 1) -> int:
         raise UserError(f"--batch_size {batch_size}: expected 1 or more.")
     if len(part) < batch_size * world:
         fits = len(part) // world
-        todo = f'the largest --batch_size that fits is {fits}' if fits else f'use at most {len(part)} processes'
-        raise UserError(f"{count(len(part), 'training image')} are fewer than one batch of {batch_size} on each of "
-                        f"{count(world, 'process')[:-1] + 'es' if world > 1 else '1 process'}: {todo}.")
+        todo = f'--batch_size that fits is {fits}' if fits else f'number of processes is {len(part)}'
+        raise UserError(f"{count(len(part), 'image')} cannot fill a batch of {batch_size} on each of "
+                        f"{world} process{'es' if world > 1 else ''}: the largest {todo}.")
     return len(part) // (batch_size * world)
 
 
-def train_batches(part: Part, batch_size: int, *, seed: int, rank: int = 0, world: int = 1, first_step: int = 0,
-                  workers: int = 0) -> Iterator[Batch]:
+def train_batches(part: Part, batch_size: int, *, seed: int, rank: int = 0, world: int = 1,
+                  first_step: int = 0, workers: int = 0) -> Iterator[Batch]:
     """Shuffled batches for ever, from step `first_step` on.
 
-    A batch depends on (seed, step, rank, world) alone, so a run resumes at any step. The batches of all ranks, one
-    after the other, are the batch of one process with batch_size * world.
+    A batch depends on (seed, step, rank, world) alone, so a run resumes at any step. The batches of all
+    ranks, one after the other, are the batch of one process with batch_size * world.
     """
     joint = batch_size * world
     steps = steps_per_epoch(part, batch_size, world)
@@ -313,7 +322,8 @@ def train_batches(part: Part, batch_size: int, *, seed: int, rank: int = 0, worl
         epoch, first = divmod(first_step, steps)
         while True:
             generator = torch.Generator().manual_seed(mix_seed(seed, 'order', epoch))
-            order = torch.randperm(len(part), generator=generator)[:steps * joint].view(steps, world, batch_size)
+            order = torch.randperm(len(part), generator=generator)[:steps * joint]
+            order = order.view(steps, world, batch_size)
             draw = mix_seed(seed, 'draw', epoch)
             for indices in order[first:, rank].tolist():
                 yield [(draw, index) for index in indices]
@@ -324,7 +334,7 @@ def train_batches(part: Part, batch_size: int, *, seed: int, rank: int = 0, worl
 
 def eval_batches(part: Part, batch_size: int, *, rank: int = 0, world: int = 1,
                  workers: int = 0) -> Iterator[tuple[int, Batch]]:
-    """(number, batch): the images in order, batch i for rank i % world. Each image comes once; the last is short."""
+    """(number, batch): the images in order, batch i for rank i % world, each image once; the last short."""
     numbers = range(rank, -(-len(part) // batch_size), world)
 
     def keys() -> Iterator[list[tuple[int, int]]]:

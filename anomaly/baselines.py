@@ -1,7 +1,8 @@
 """Scores that need no model: what brightness, file size or a linear fit of the pixels tell of an image.
 
-They stand beside every model's scores, because medical data sets differ in scanner, exposure and file format between
-classes: a model that is no better than they are has learned that difference. N, B images, C channels, H x W pixels.
+They stand beside every model's scores, because medical data sets differ in scanner, exposure and file format
+between classes: a model that is no better than they are has learned that difference. N, B images, C channels,
+H x W pixels.
 """
 
 from collections.abc import Iterable
@@ -14,12 +15,12 @@ from torch import Tensor
 from anomaly.scores import Passes, Scores, as_passes, png_bytes
 from utils import UserError
 
-PCA_VARIANCE = 0.9       # share of the variance of normal images that the components keep; the rest is the residual
+PCA_VARIANCE = 0.9       # share of the variance of normal images that the components keep
 PCA_MOST = 200           # components at most
 
 
 class Baseline:
-    """A score of the image alone. `fit` sees training images as `normal`, of which nothing here is overfitted."""
+    """A score of the image alone, fitted on training images where there is something to learn."""
     needs = ''
 
     def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
@@ -81,13 +82,13 @@ class FileSize(Baseline):
 
     def image(self, passes: Passes) -> Tensor:
         if passes.file_bytes is None:
-            raise UserError("baseline file_size needs the sizes of the files, which these images do not have.")
+            raise UserError("baseline file_size needs file sizes, which these images do not have.")
         return passes.file_bytes.double().cpu()
 
 
 class PcaResidual(Baseline):
     """Euclidean distance to the linear subspace that keeps 90 % of the variance of normal training images."""
-    name, about = 'pca', "Euclidean distance to the principal components of normal training images (90 % of variance)"
+    name, about = 'pca', "Euclidean distance to principal components of normal training images"
 
     def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
         from sklearn.decomposition import PCA
@@ -103,5 +104,5 @@ class PcaResidual(Baseline):
         return torch.from_numpy(np.linalg.norm(x - x @ self.components.T @ self.components, axis=1))
 
 
-BASELINES: dict[str, type[Baseline]] = {b.name: b for b in (MeanIntensity, IntensityDeviation, MeanImageDistance,
-                                                           PngSize, FileSize, PcaResidual)}
+BASELINES: dict[str, type[Baseline]] = {b.name: b for b in (
+    MeanIntensity, IntensityDeviation, MeanImageDistance, PngSize, FileSize, PcaResidual)}

@@ -1,7 +1,7 @@
-"""From a model and a data set to scores, thresholds, metrics, figures and a report: what `--eval_mode anomaly` runs.
+"""From a model and a data set to scores, thresholds, metrics and a report: what `--eval_mode anomaly` runs.
 
-B images, C channels, H x W pixels, L latent groups. Training and validation images are normal; only the test part has
-anomalous ones, and nothing is fitted, chosen or thresholded on it.
+B images, C channels, H x W pixels, L latent groups. Training and validation images are normal; only the test
+part has anomalous ones, and nothing is fitted, chosen or thresholded on it.
 """
 
 import csv
@@ -25,7 +25,7 @@ from anomaly.scores import DensityScore, Passes, ScoreConfig, choose_scores, cro
 from datasets import eval_batches
 from utils import UserError, read_json, write_atomically, write_json
 
-MOST_PIXELS = 4_000_000      # pixels that pixel-level metrics use at most; more are sampled evenly, to bound memory
+MOST_PIXELS = 4_000_000      # pixels that pixel metrics use at most; of more, a random share
 
 
 class Case(NamedTuple):
@@ -48,7 +48,7 @@ class Scored:
     features: np.ndarray | None          # (N, 1 + L), for density scores
     most: list[Case]
     least: list[Case]
-    pixels: dict[str, tuple[np.ndarray, np.ndarray]]     # score with a map -> mask (P,) bool, map (P,) float32
+    pixels: dict[str, tuple[np.ndarray, np.ndarray]]    # score with a map -> mask (P,) bool, map (P,) float32
 
     @property
     def labels(self) -> np.ndarray:
@@ -60,14 +60,14 @@ class Scored:
 
 
 class Cases:
-    """Keeps the `number` most or least anomalous images seen, so that no image has to be held or read twice."""
+    """Keeps the `number` most or least anomalous images seen, so that none has to be read twice."""
 
     def __init__(self, number: int, sign: int):
         """`sign` 1 keeps the largest scores, -1 the smallest."""
         self.number, self.sign, self.kept = number, sign, []
 
     def order(self, case: Case | tuple) -> tuple:
-        """A score that is not finite counts as the most anomalous; ties go to the image that is listed first."""
+        """A score that is not finite is the most anomalous; ties go to the image that is listed first."""
         score = case[0] if math.isfinite(case[0]) else math.inf
         return -self.sign * score, case[1], case[2]
 
@@ -83,16 +83,20 @@ class Cases:
 
 
 class Scorer:
-    """Scores the parts of a data set with one model, all scores and all baselines; each image once, on one rank."""
+    """Scores the parts of a data set with all scores and baselines; each image once, on one rank."""
 
-    def __init__(self, model: Any, data: Any, scores: list, baselines: list, config: ScoreConfig, primary: str, *,
-                 num_iw_samples: int, batch_size: int, seed: int, workers: int):
-        self.model, self.data, self.scores, self.baselines, self.config = model, data, scores, baselines, config
-        self.primary, self.num_iw_samples, self.batch_size, self.seed = primary, num_iw_samples, batch_size, seed
-        self.workers, self.has_density = workers, any(isinstance(s, DensityScore) for s in scores)
+    def __init__(self, model: Any, data: Any, scores: list, baselines: list, config: ScoreConfig,
+                 primary: str, *, num_iw_samples: int, batch_size: int, seed: int, workers: int,
+                 device: torch.device, rank: int, world: int, gather: Callable[[list], list]):
+        self.model, self.data, self.config, self.primary = model, data, config, primary
+        self.scores, self.baselines = scores, baselines
+        self.num_iw_samples, self.batch_size, self.seed = num_iw_samples, batch_size, seed
+        self.workers, self.device = workers, device
+        self.rank, self.world, self.gather = rank, world, gather
+        self.has_density = any(isinstance(s, DensityScore) for s in scores)
 
     def fit_baselines(self) -> int:
-        """Fits the baselines on at most `max_train_images` training images, on every rank; returns how many."""
+        """Fits the baselines on at most `max_train_images` training images; returns how many."""
         images: list[torch.Tensor] = []
         count, most = 0, min(len(self.data.train), self.config.max_train_images)
         for _, batch in eval_batches(self.data.train, self.batch_size):
@@ -101,7 +105,7 @@ class Scorer:
             if count >= most:
                 break
         if count < 2:
-            raise UserError(f"the training part has {count} images: the baselines need at least 2 normal ones.")
+            raise UserError(f"the training part has {count} image: the baselines need at least 2.")
         for baseline in self.baselines:
             baseline.fit(None, images)
         return count
@@ -111,55 +115,62 @@ class Scorer:
         from tqdm import tqdm
         entries = {entry.id: entry for entry in part.entries}
         if len(entries) != len(part.entries):
-            raise UserError(f"the {name} part has {len(part.entries)} images but {len(entries)} ids: ids must differ.")
+            raise UserError(f"the {name} part has {len(part.entries)} images but {len(entries)} ids.")
         number = self.config.num_cases if with_cases else 0
         most, least, rows, pixels = Cases(number, 1), Cases(number, -1), [], []
         share = MOST_PIXELS / max(1, len(part.entries) * math.prod(self.data.shape[1:]))
-        batches = eval_batches(part, self.batch_size, rank=launch.rank(), world=launch.world(), workers=self.workers)
-        total = len(range(launch.rank(), -(-len(part.entries) // self.batch_size), launch.world()))
-        hidden = None if launch.is_main() else True              # None: hidden where there is no terminal
+        batches = eval_batches(part, self.batch_size, rank=self.rank, world=self.world,
+                               workers=self.workers)
+        total = len(range(self.rank, -(-len(part.entries) // self.batch_size), self.world))
+        hidden = True if self.rank else None              # None: hidden where there is no terminal
         for index, batch in tqdm(batches, desc=name, unit='batch', total=total, leave=False, disable=hidden):
             sizes = torch.tensor([float(entries[i].file_bytes) for i in batch.id])
-            passes = Passes(self.model, batch.x.to(launch.device()), draws=self.config.num_draws,
+            passes = Passes(self.model, batch.x.to(self.device), draws=self.config.num_draws,
                             iw_samples=self.num_iw_samples, bits=self.data.pixels.bits, file_bytes=sizes,
                             noise=(self.seed, 'score', name, index))
-            values = {s.name: s(passes, with_map=False).image.double().cpu().numpy()
-                      for s in [*self.scores, *self.baselines] if not (isinstance(s, DensityScore) and s.state is None)}
-            rows.append((index, list(batch.id), values, passes.features().numpy() if self.has_density else None))
-            for cases in (most, least) if number else ():
-                cases.offer(index, values[self.primary], partial(self.case, passes, batch, index, values[self.primary]))
+            ready = [s for s in [*self.scores, *self.baselines]
+                     if not (isinstance(s, DensityScore) and s.state is None)]
+            values = {s.name: s(passes, with_map=False).image.double().cpu().numpy() for s in ready}
+            features = passes.features().numpy() if self.has_density else None
+            rows.append((index, list(batch.id), values, features))
+            if number:
+                primary = values[self.primary]
+                for cases in (most, least):
+                    cases.offer(index, primary, partial(self.case, passes, batch, index, primary))
             if with_cases and batch.mask is not None:
                 pixels.append((index, self.pixel_values(passes, batch, share, index)))
         return self.collect(name, entries, rows, most, least, pixels)
 
-    def collect(self, name: str, entries: dict, rows: list, most: Cases, least: Cases, pixels: list) -> Scored:
+    def collect(self, name: str, entries: dict, rows: list, most: Cases, least: Cases,
+                pixels: list) -> Scored:
         """Brings together what the ranks have scored, in the order of the batches."""
-        rows = sorted(launch.gather(rows), key=lambda row: row[0])
+        rows = sorted(self.gather(rows), key=lambda row: row[0])
         ids = [i for row in rows for i in row[1]]
         if sorted(ids) != sorted(entries):
-            raise RuntimeError(f"{len(ids)} scores for the {len(entries)} images of the {name} part: every image must "
-                               f"be scored once. Check that all {launch.world()} ranks have the same data.")
+            raise RuntimeError(f"{len(ids)} scores for the {len(entries)} images of the {name} part: each "
+                               f"must be scored once. Check that all ranks have the same data.")
         values = {k: np.concatenate([row[2][k] for row in rows]) for k in rows[0][2]} if rows else {}
         features = np.concatenate([row[3] for row in rows]) if rows and rows[0][3] is not None else None
         joined: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        gathered = [p for _, p in sorted(launch.gather(pixels), key=lambda p: p[0])]
+        gathered = [p for _, p in sorted(self.gather(pixels), key=lambda p: p[0])]
         for score in gathered[0] if gathered else ():
             joined[score] = tuple(np.concatenate([p[score][j] for p in gathered]) for j in (0, 1))
-        return Scored([entries[i] for i in ids], values, features, most.merge(launch.gather(most.kept)),
-                      least.merge(launch.gather(least.kept)), joined)
+        return Scored([entries[i] for i in ids], values, features, most.merge(self.gather(most.kept)),
+                      least.merge(self.gather(least.kept)), joined)
 
     def case(self, passes: Passes, batch: Any, index: int, values: np.ndarray, i: int) -> Case:
         """The image, its reconstruction and the map of the primary score, if the model has them."""
         of_primary = next((s for s in self.scores if s.name == self.primary), None)
+        shape = batch.x.shape[-2:]
         maps = of_primary.map(passes) if of_primary is not None and of_primary.map else None
         rebuilt = passes.reconstruction() if hasattr(self.model, 'reconstruct') else None
         return Case(float(values[i]), index, i, batch.id[i], batch.x[i].cpu().numpy(),
                     None if rebuilt is None else rebuilt[i].cpu().numpy(),
                     None if maps is None else maps[i, 0].float().cpu().numpy(),
-                    None if batch.mask is None else batch.mask[i].reshape(batch.x.shape[-2:]).cpu().numpy() > 0)
+                    None if batch.mask is None else batch.mask[i].reshape(shape).cpu().numpy() > 0)
 
     def pixel_values(self, passes: Passes, batch: Any, share: float, index: int) -> dict:
-        """Lesion mask and map of every score at (a sample of) the batch's pixels: score -> (P,) bool, (P,) float32.
+        """Lesion mask (P,) bool and map (P,) float32 of every score at a sample of the batch's pixels.
 
         Leaves out anomalous images with an empty mask, which nobody has drawn.
         """
@@ -172,40 +183,45 @@ class Scorer:
                 for name, m in maps.items() if m is not None}
 
 
-def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_iw_samples: int, batch_size: int,
-           seed: int, command: str, run_folder: str | Path | None = None, log: Callable[[str], None] = print,
-           workers: int = 0) -> dict[str, Any]:
-    """Scores every validation and test image, sets thresholds on the former, judges on the latter, writes the report.
+def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_iw_samples: int,
+           batch_size: int, seed: int, command: str, run_folder: str | Path | None = None,
+           log: Callable[[str], None] = print, workers: int = 0, device: torch.device | str | None = None,
+           rank: int | None = None, world: int | None = None,
+           gather: Callable[[list], list] = launch.gather) -> dict[str, Any]:
+    """Scores validation and test images, sets thresholds on the former, judges on the latter, reports.
 
-    Writes OUT/scores.csv, metrics.json (its other keys are kept), thresholds.json (also to `run_folder`), figures/ and
-    report.html from rank 0, prints the table with `log`, and returns what stands under 'anomaly' in metrics.json;
-    other ranks return {}. Noise depends on seed, batch and draw, so the numbers do not depend on the number of ranks,
-    but they do on `batch_size`. Raises UserError if a part is empty or a score unknown.
+    Writes OUT/scores.csv, metrics.json (its other keys are kept), thresholds.json (also to `run_folder`),
+    figures/ and report.html from rank 0, prints the table with `log`, and returns what stands under 'anomaly'
+    in metrics.json; other ranks return {}. Noise depends on seed, batch and draw, so the numbers do not
+    depend on the number of ranks, but they do on `batch_size`. Device, rank, world and `gather` (joins lists,
+    on every rank) are those of launch if not given. Raises UserError if a part is empty or a score unknown.
     """
     started, out = time.perf_counter(), Path(out)
+    rank, world = launch.rank() if rank is None else rank, launch.world() if world is None else world
     check_parts(data)
     model.eval()
     scores, warnings = choose_scores(config.scores, model, num_iw_samples)
     primary = choose_primary(config.primary_score, [s.name for s in scores])
     baselines = [make() for make in BASELINES.values()]
     scorer = Scorer(model, data, scores, baselines, config, primary, num_iw_samples=num_iw_samples,
-                    batch_size=batch_size, seed=seed, workers=workers)
+                    batch_size=batch_size, seed=seed, workers=workers, rank=rank, world=world, gather=gather,
+                    device=torch.device(device or launch.device()))
     fitted_on = scorer.fit_baselines()
     validation = scorer.score(data.val, 'val')
     fit_densities(scores, validation)
     test = scorer.score(data.test, 'test', with_cases=True)
-    if not launch.is_main():
+    if rank:
         return {}
     thresholds = {name: metrics.threshold(validation.values[name], config.target_fpr) for name in test.values}
     settings = {'primary_score': primary, 'target_fpr': config.target_fpr, 'num_draws': config.num_draws,
                 'num_iw_samples': num_iw_samples, 'batch_size': batch_size, 'seed': seed}
-    about = {s.name: {'kind': kind, 'about': s.about} for kind, group in (('model', scores), ('baseline', baselines))
-             for s in group}
+    about = {s.name: {'kind': 'model', 'about': s.about} for s in scores}
+    about |= {s.name: {'kind': 'baseline', 'about': s.about} for s in baselines}
     judged, samples = judge(validation, test, thresholds, about, config, seed, data.anomalous_classes)
     warnings += few_images(len(data.val), config.target_fpr) + judged.pop('warnings')
-    result = {**settings, 'dataset': getattr(data.config, 'dataset', ''), 'command': command, 'versions': versions(),
-              'counts': count(data), 'baselines_fitted_on': fitted_on, 'data': list(data.report), **judged,
-              'warnings': warnings}
+    result = {**settings, 'dataset': getattr(data.config, 'dataset', ''), 'command': command,
+              'versions': versions(), 'counts': count(data), 'baselines_fitted_on': fitted_on,
+              'data': list(data.report), **judged, 'warnings': warnings}
     result['verdict'] = verdict(result, samples)
     result['seconds'] = round(time.perf_counter() - started, 1)
     result = finite(result)
@@ -226,14 +242,15 @@ def check_parts(data: Any) -> None:
     """Raises UserError unless there are normal training and validation images, and test images."""
     for name in ('train', 'val', 'test'):
         if not len(getattr(data, name)):
-            raise UserError(f"the {name} part is empty: anomaly detection needs normal training and validation images, "
-                            f"and test images. Check --val_fraction, --test_fraction and --anomalous_classes.")
+            raise UserError(f"the {name} part is empty: anomaly detection needs normal training and "
+                            f"validation images, and test images. Check --val_fraction, --test_fraction and "
+                            f"--anomalous_classes.")
     for name in ('train', 'val'):
         entries = getattr(data, name).entries
         anomalous = [entry.id for entry in entries if entry.label]
         if anomalous:
-            raise UserError(f"{len(anomalous)} of {len(entries)} images of the {name} part are anomalous, first "
-                            f"{anomalous[0]}: only test images may be.")
+            raise UserError(f"{len(anomalous)} of {len(entries)} images of the {name} part are anomalous, "
+                            f"first {anomalous[0]}: only test images may be.")
 
 
 def choose_primary(name: str, computed: list[str]) -> str:
@@ -247,14 +264,16 @@ def choose_primary(name: str, computed: list[str]) -> str:
 
 def fit_densities(scores: list, validation: Scored) -> None:
     """Fits the density scores on all validation images and adds their cross-fitted validation scores."""
+    patients = [getattr(entry, 'patient', '') or entry.id for entry in validation.entries]
     for score in scores:
         if isinstance(score, DensityScore):
-            validation.values[score.name] = cross_fit(score, validation.features)
+            validation.values[score.name] = cross_fit(score, validation.features, patients)
 
 
-def judge(validation: Scored, test: Scored, thresholds: dict[str, float], about: dict[str, dict], config: ScoreConfig,
-          seed: int, class_order: Any) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-    """Metrics and calls of every score against each anomalous class and all of them; and resampled AUROCs per group."""
+def judge(validation: Scored, test: Scored, thresholds: dict[str, float], about: dict[str, dict],
+          config: ScoreConfig, seed: int,
+          class_order: Any) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+    """Metrics and calls of every score against each anomalous class and all, and resampled AUROCs."""
     labels, classes, warnings = test.labels, test.classes, []
     names = sorted(set(classes[labels == 1]), key=lambda c: (list(class_order) + [c]).index(c))
     groups = {**{name: (labels == 1) & (classes == name) for name in names}, 'all': labels == 1}
@@ -262,16 +281,19 @@ def judge(validation: Scored, test: Scored, thresholds: dict[str, float], about:
     judgeable = normal.any() and (labels == 1).any()
     if not judgeable:
         warnings.append("the test part lacks normal or anomalous images: scores and calls only, no AUROC.")
-    resamples = {group: metrics.Resamples.draw(int(normal.sum()), int(chosen.sum()), config.num_bootstrap, seed)
-                 for group, chosen in groups.items()} if judgeable else {}
+    resamples = {
+        group: metrics.Resamples.draw(int(normal.sum()), int(chosen.sum()), config.num_bootstrap, seed)
+        for group, chosen in groups.items()} if judgeable else {}
     samples: dict[str, dict[str, np.ndarray]] = {group: {} for group in resamples}
     for name, raw in test.values.items():
         scores, bad = metrics.make_finite(raw)
         for part, values, ids in (('test', raw, test), ('validation', validation.values[name], validation)):
             broken = np.flatnonzero(~np.isfinite(values))
             if len(broken):
-                warnings.append(f"{name}: {len(broken)} {part} images have a score that is not finite and count as the "
-                                f"most anomalous, first {ids.entries[broken[0]].id}.")
+                several = len(broken) > 1
+                warnings.append(f"{name}: {len(broken)} {part} image{'s have' if several else ' has'} a "
+                                f"score that is not finite, which counts as the most anomalous: "
+                                f"{ids.entries[broken[0]].id}{' and others' if several else ''}.")
         called = bad | (scores > thresholds[name])
         row = {**about[name], 'threshold': thresholds[name], 'metrics': {}, 'called': {
             'normal': [int(called[normal].sum()), int(normal.sum())],
@@ -286,7 +308,7 @@ def judge(validation: Scored, test: Scored, thresholds: dict[str, float], about:
 
 
 def pixel_metrics(table: dict[str, dict], test: Scored) -> None:
-    """Adds AUROC and AUPRC over pixels to every score with a map, where anomalous test images have lesion masks."""
+    """Adds AUROC and AUPRC over pixels to every score with a map, where test images have lesion masks."""
     for name, (mask, values) in test.pixels.items():
         if mask.any() and not mask.all():
             values, _ = metrics.make_finite(values)
@@ -296,22 +318,23 @@ def pixel_metrics(table: dict[str, dict], test: Scored) -> None:
 
 
 def verdict(result: dict[str, Any], samples: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-    """For every group, whether the primary score beats the best trivial baseline, by a paired bootstrap of AUROC."""
+    """For every group, whether the primary score beats the best baseline, by a paired bootstrap of AUROC."""
     verdicts, primary, table = [], result['primary_score'], result['scores']
     for group in report.shown_groups(result) if samples else ():
         drawn = samples[group]
         value = {name: row['metrics'][group]['auroc']['value'] for name, row in table.items()}
-        # A user may turn a baseline round (darker instead of brighter), so it counts by its distance from 0.5.
+        # A user may turn a baseline round (darker, not brighter), so it counts by its distance from 0.5.
         best = max((n for n in table if table[n]['kind'] == 'baseline'), key=lambda n: abs(value[n] - 0.5))
         turned = value[best] < 0.5
         low, high = np.percentile(drawn[primary] - (1 - drawn[best] if turned else drawn[best]), [2.5, 97.5])
         outcome = 'better' if low > 0 else 'worse' if high < 0 else 'undecided'
-        says = {'better': 'is better than', 'worse': 'is worse than', 'undecided': 'cannot be told from'}[outcome]
-        verdicts.append({'group': group, 'baseline': best, 'turned': turned, 'low': float(low), 'high': float(high),
-                         'outcome': outcome, 'text': (
-            f"{report.group_title(group)}: the primary score {primary} (AUROC {value[primary]:.3f}) {says} the best "
-            f"trivial baseline, {best}{' turned round' if turned else ''} ({max(value[best], 1 - value[best]):.3f}); "
-            f"difference {low:+.3f} to {high:+.3f} (95 %, paired).")})
+        says = 'cannot be told from' if outcome == 'undecided' else f'is {outcome} than'
+        named = f"{best}{' turned round' if turned else ''} ({max(value[best], 1 - value[best]):.3f})"
+        text = (f"{report.group_title(group)}: the primary score {primary} (AUROC {value[primary]:.3f}) "
+                f"{says} the best trivial baseline, {named}; difference {low:+.3f} to {high:+.3f} "
+                f"(95 %, paired).")
+        verdicts.append({'group': group, 'baseline': best, 'turned': turned, 'low': float(low),
+                         'high': float(high), 'outcome': outcome, 'text': text})
     return verdicts
 
 
@@ -319,8 +342,9 @@ def few_images(n: int, target_fpr: float) -> list[str]:
     """A line if n validation images are too few for the false-positive rate that the user wants."""
     least = metrics.smallest_sample(target_fpr)
     return [] if n >= least else [
-        f"{n} normal validation images cannot promise a false-positive rate of {100 * target_fpr:g} %: that needs at "
-        f"least {least}. The thresholds are their largest scores, which promise {100 / (n + 1):.1f} %."]
+        f"{n} normal validation images cannot promise a false-positive rate of {100 * target_fpr:g} %: "
+        f"that needs at least {least}. The thresholds are their largest scores, which promise "
+        f"{100 / (n + 1):.1f} %."]
 
 
 def count(data: Any) -> dict[str, dict[str, int]]:
@@ -339,16 +363,18 @@ def versions() -> dict[str, str]:
             'scikit-learn': sklearn.__version__}
 
 
-def keep_thresholds(settings: dict, thresholds: dict[str, float], validation: Scored, scores: list) -> dict[str, Any]:
-    """What scoring a new image needs: thresholds, the validation scores behind percentiles, and fitted densities."""
+def keep_thresholds(settings: dict, thresholds: dict[str, float], validation: Scored,
+                    scores: list) -> dict[str, Any]:
+    """What scoring a new image needs: thresholds, validation scores for percentiles, and fitted densities."""
     return finite({**settings, 'num_validation_images': len(validation.entries), 'scores': {
         name: {'threshold': value, 'normal_validation': sorted(validation.values[name].tolist())}
         for name, value in thresholds.items()}, 'fitted': {
         score.name: score.state for score in scores if isinstance(score, DensityScore)}})
 
 
-def write_scores(path: Path, parts: dict[str, Scored], validation: Scored, thresholds: dict[str, float]) -> None:
-    """scores.csv: id, class, label, part; then value, percentile among normal validation images, call of each score."""
+def write_scores(path: Path, parts: dict[str, Scored], validation: Scored,
+                 thresholds: dict[str, float]) -> None:
+    """scores.csv: id, class, label, part; value, percentile of normal validation and call of each score."""
     def write(temporary: Path) -> None:
         with temporary.open('w', newline='') as file:
             writer = csv.writer(file, lineterminator='\n')

@@ -1,7 +1,7 @@
-"""How well scores tell normal from anomalous: AUROC, AUPRC, FPR at a TPR, bootstrap intervals, thresholds, percentiles.
+"""How well scores tell normal from anomalous: AUROC, AUPRC, FPR at a TPR, intervals, thresholds, percentiles.
 
-n normal and m anomalous images, R resamples, U distinct score values. Anomalous is the positive class; larger score =
-more anomalous. Point estimates are scikit-learn's, on float64.
+n normal and m anomalous images, R resamples, U distinct score values. Anomalous is the positive class; larger
+score = more anomalous. Point estimates are scikit-learn's, on float64.
 """
 
 import math
@@ -17,28 +17,29 @@ CHUNK = 2 ** 21          # resampled values held at once, which bounds the memor
 
 
 def fpr_at_tpr(labels: np.ndarray, scores: np.ndarray, tpr: float) -> float:
-    """False-positive rate at the first ROC vertex whose true-positive rate is at least `tpr`; no interpolation."""
+    """False-positive rate at the first ROC vertex with a true-positive rate of at least `tpr`."""
     false_positive, true_positive, _ = roc_curve(labels, scores, drop_intermediate=False)
     # 1e-12: 0.8 times a number of images is not exact in binary, and a vertex at exactly 80 % counts.
     return float(false_positive[np.argmax(true_positive >= tpr - 1e-12)])
 
 
 def point_estimates(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """AUROC, AUPRC (average precision), FPR at 80 % and at 95 % TPR of finite scores; labels 0 normal, 1 anomalous."""
+    """AUROC, AUPRC (average precision), FPR at 80 % and 95 % TPR; labels 0 normal, 1 anomalous."""
     scores = np.asarray(scores, np.float64)
-    return {'auroc': float(roc_auc_score(labels, scores)), 'auprc': float(average_precision_score(labels, scores)),
+    return {'auroc': float(roc_auc_score(labels, scores)),
+            'auprc': float(average_precision_score(labels, scores)),
             'fpr80': fpr_at_tpr(labels, scores, 0.80), 'fpr95': fpr_at_tpr(labels, scores, 0.95)}
 
 
 @dataclass(frozen=True)
 class Resamples:
-    """How often each image is drawn: normal (R, n), anomalous (R, m). One for all scores, so that they are paired."""
+    """How often each image is drawn: normal (R, n), anomalous (R, m). The same for all scores: paired."""
     normal: np.ndarray
     anomalous: np.ndarray
 
     @classmethod
     def draw(cls, n: int, m: int, number: int, seed: int) -> 'Resamples':
-        """Bootstrap resamples, stratified: n of the n normal and m of the m anomalous images, with replacement."""
+        """Stratified bootstrap: n of the n normal and m of the m anomalous images, with replacement."""
         random = np.random.default_rng(seed)
         return cls(random.multinomial(n, np.full(n, 1 / n), number).astype(np.int32),
                    random.multinomial(m, np.full(m, 1 / m), number).astype(np.int32))
@@ -47,18 +48,19 @@ class Resamples:
 def bootstrap(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples) -> dict[str, np.ndarray]:
     """The four metrics on every resample: each (R,). Equal to `point_estimates` of the resampled scores.
 
-    Scores are sorted once; a resample only changes how often each counts, so curves are cumulative sums of counts.
+    Scores are sorted once; a resample only changes how often each counts, so curves are cumulative sums of
+    counts.
     """
     scores = np.concatenate([normal, anomalous])
     order = np.argsort(-scores, kind='stable')
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])                  # first of each distinct value
+    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])           # first of each distinct value
     n, m = len(normal), len(anomalous)
     values: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
     rows = max(1, CHUNK // len(scores))
     for first in range(0, len(resamples.normal), rows):
         zeros = (resamples.normal[first:first + rows], resamples.anomalous[first:first + rows])
         counts = np.concatenate([zeros[0], np.zeros_like(zeros[1])], 1)[:, order]
-        negative = np.add.reduceat(counts, starts, 1)                                   # (r, U), falling scores
+        negative = np.add.reduceat(counts, starts, 1)                                 # (r, U), falling scores
         counts = np.concatenate([np.zeros_like(zeros[0]), zeros[1]], 1)[:, order]
         positive = np.add.reduceat(counts, starts, 1)
         false_positive, true_positive = negative.cumsum(1), positive.cumsum(1)          # (r, U)
@@ -75,7 +77,7 @@ def bootstrap(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples) -
 
 def evaluate_score(normal: np.ndarray, anomalous: np.ndarray,
                    resamples: Resamples) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
-    """Each metric with its 95 % interval, {'auroc': {'value', 'low', 'high'}, ...}, and its resamples (R,)."""
+    """Each metric's value and 95 % interval, {'auroc': {'value', 'low', 'high'}}, and its resamples (R,)."""
     normal, anomalous = np.asarray(normal, np.float64), np.asarray(anomalous, np.float64)
     labels = np.r_[np.zeros(len(normal), int), np.ones(len(anomalous), int)]
     values = point_estimates(labels, np.concatenate([normal, anomalous]))
@@ -86,9 +88,10 @@ def evaluate_score(normal: np.ndarray, anomalous: np.ndarray,
 
 
 def make_finite(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores with NaN and infinities made larger than every finite one, and where those were: (N,) float, (N,) bool.
+    """Scores with NaN and infinities made larger than every finite one (N,), and where they were (N,).
 
-    An image whose score cannot be computed is not one to be called normal, and dropping it would flatter the model.
+    An image whose score cannot be computed is not one to be called normal, and dropping it would flatter the
+    model.
     """
     scores = np.asarray(scores, np.float64)
     bad = ~np.isfinite(scores)
@@ -98,7 +101,7 @@ def make_finite(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scores, bad
 
 
-# ---------------------------------------------------------------------------------------------------- thresholds
+# ------------------------------------------------------------------------------------------------- thresholds
 
 def smallest_sample(target_fpr: float) -> int:
     """The least number of normal validation images with which a threshold can promise `target_fpr`."""
@@ -108,13 +111,13 @@ def smallest_sample(target_fpr: float) -> int:
 def threshold(validation: np.ndarray, target_fpr: float) -> float:
     """The score above which an image is called anomalous, from normal validation scores alone.
 
-    The ceil((n + 1) (1 - target_fpr))-th smallest of n scores: a new normal image exceeds it with a probability of
-    at most `target_fpr`, if it is exchangeable with them (split conformal prediction, Vovk et al. 2005). With fewer
-    than `smallest_sample` scores it is the largest, which promises 1 / (n + 1) only. NaN and infinities count as the
-    largest (see `make_finite`), so the threshold may be infinite.
+    The ceil((n + 1) (1 - target_fpr))-th smallest of n scores: a new normal image exceeds it with a
+    probability of at most `target_fpr`, if it is exchangeable with them (split conformal prediction, Vovk et
+    al. 2005). With fewer than `smallest_sample` scores it is the largest, which promises 1 / (n + 1) only.
+    NaN and infinities count as the largest (see `make_finite`), so the threshold may be infinite.
     """
     if not len(validation):
-        raise UserError("no normal validation images: a threshold needs some. Raise the validation share of the split.")
+        raise UserError("no normal validation images: a threshold needs some. Raise --val_fraction.")
     validation = np.asarray(validation, np.float64)
     ordered = np.sort(np.where(np.isfinite(validation), validation, np.inf))
     rank = math.ceil((len(ordered) + 1) * (1 - target_fpr) - 1e-9)
@@ -126,7 +129,7 @@ def percentile(scores: np.ndarray, validation: np.ndarray) -> np.ndarray:
 
     NaN and infinities count as the largest.
     """
-    scores, validation = (np.where(np.isfinite(v), v, np.inf) for v in (np.asarray(scores), np.asarray(validation)))
+    scores, validation = (np.where(np.isfinite(v), v, np.inf) for v in (scores, validation))
     ordered = np.sort(validation)
     below, up_to = np.searchsorted(ordered, scores, 'left'), np.searchsorted(ordered, scores, 'right')
     return 50.0 * (below + up_to) / len(ordered)

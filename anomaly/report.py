@@ -1,7 +1,7 @@
 """What people look at: the terminal table, the figures, and report.html in one file that needs no network.
 
-Figures are drawn once and kept twice: as PNG under figures/, and as SVG inside the report, where their ink takes the
-colour of the text, so that dark mode and paper both work.
+Figures are drawn once and kept twice: as PNG under figures/, and as SVG inside the report, where their ink
+takes the colour of the text, so that dark mode and paper both work.
 """
 
 import io
@@ -16,8 +16,9 @@ from utils import write_atomically
 
 SHOWN_METRICS = ('auroc', 'auprc', 'fpr80', 'fpr95')
 TITLES = {'auroc': 'AUROC', 'auprc': 'AUPRC', 'fpr80': 'FPR80', 'fpr95': 'FPR95'}
-# Scores in the figures beside the primary one, in this order, fixed beforehand so that none is picked on the test set
-FIGURE_SCORES, MOST_FIGURE_SCORES = ('reconstruction', 'complexity', 'kl_profile', 'kl', 'llr_1', 'iw', 'recon_nll'), 4
+# Scores in the figures beside the primary one, fixed beforehand so that none is picked on the test set
+FIGURE_SCORES = ('reconstruction', 'complexity', 'kl_profile', 'kl', 'llr_1', 'iw', 'recon_nll')
+MOST_FIGURE_SCORES = 4
 FIGURE_BASELINES = ('png_size', 'file_size', 'pca')
 INK = '#1b2430'                     # becomes the colour of the text in the report's SVG
 COLOURS = ('#2f7fd1', '#e07b39', '#2a9d74', '#b455a0', '#c9a227', '#7a6ff0')
@@ -25,7 +26,7 @@ NORMAL, FAINT = '#7f8b99', '#9aa5b1'
 
 
 def text_tables(result: dict[str, Any]) -> list[str]:
-    """Aligned lines: for every anomalous class (and all, if there are several) scores and baselines with intervals."""
+    """Aligned lines: scores and baselines against every anomalous class, and all if there are several."""
     lines: list[str] = []
     for group in shown_groups(result):
         normal, anomalous = (next(iter(result['scores'].values()))['called'][g][1] for g in ('normal', group))
@@ -47,8 +48,8 @@ def text_tables(result: dict[str, Any]) -> list[str]:
         for row in rows:
             lines.append('  ' + '  '.join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in
                                           enumerate(zip(row, widths, strict=False))).rstrip())
-    return [*lines, "* primary score, chosen beforehand. Sensitivity and FPR: at the threshold that normal validation "
-            f"images exceed in {100 * result['target_fpr']:g} % of cases.", '']
+    return [*lines, "* primary score, chosen beforehand. Sensitivity and FPR: at the threshold from normal "
+            f"validation images, for {100 * result['target_fpr']:g} %.", '']
 
 
 def shown_groups(result: dict[str, Any]) -> list[str]:
@@ -65,10 +66,11 @@ def share(counts: list[int]) -> str:
     return f"{100 * counts[0] / counts[1]:.1f} %" if counts[1] else '-'
 
 
-# -------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------- figures
 
-def write(out: Path, result: dict[str, Any], validation: Any, test: Any, thresholds: dict[str, float]) -> None:
-    """Writes figures/*.png and report.html of what detect.py found (`validation` and `test` are its Scored)."""
+def write(out: Path, result: dict[str, Any], validation: Any, test: Any,
+          thresholds: dict[str, float]) -> None:
+    """Writes figures/*.png and report.html; `validation` and `test` are the Scored of detect.py."""
     figures = {}
     if any(row['metrics'] for row in result['scores'].values()):
         figures['roc'] = keep(roc_figure(result, test), out, 'roc')
@@ -94,7 +96,8 @@ def keep(figure: Any, out: Path, name: str) -> str:
     with matplotlib.rc_context({'svg.hashsalt': name, 'svg.fonttype': 'path'}):
         write_atomically(out / 'figures' / f'{name}.png', lambda path: figure.savefig(
             path, format='png', dpi=150, facecolor='white', metadata={'Software': None}))
-        figure.savefig(text, format='svg', transparent=True, dpi=150, metadata={'Date': None, 'Creator': None})
+        figure.savefig(text, format='svg', transparent=True, dpi=150,
+                       metadata={'Date': None, 'Creator': None})
     svg = text.getvalue()
     svg = svg[svg.index('<svg'):].replace(INK, 'currentColor')
     for axis in ('xtick', 'ytick', 'axes', 'figure', 'text', 'legend', 'patch', 'line2d', 'matplotlib.axis'):
@@ -140,7 +143,8 @@ def roc_figure(result: dict[str, Any], test: Any) -> Any:
     names = [*figure_scores(result), *(b for b in FIGURE_BASELINES if b in result['scores'])]
     dashes = iter(((4, 2), (1, 1.5), (6, 2, 1, 2)))
     looks = {n: {'color': COLOURS[i], 'lw': 2.2 if i == 0 else 1.4} if result['scores'][n]['kind'] == 'model'
-             else {'color': INK, 'lw': 1.1, 'dashes': next(dashes), 'alpha': 0.75} for i, n in enumerate(names)}
+             else {'color': INK, 'lw': 1.1, 'dashes': next(dashes), 'alpha': 0.75}
+             for i, n in enumerate(names)}
     for panel, group in zip(panels, groups):
         normal = test.labels == 0
         keep_these = normal | chosen(test, group)
@@ -159,7 +163,7 @@ def roc_figure(result: dict[str, Any], test: Any) -> Any:
 
 
 def histogram_figure(result: dict[str, Any], validation: Any, test: Any, thresholds: dict[str, float]) -> Any:
-    """How the scores of normal and anomalous images are distributed, with the threshold; 1 to 99 % of the values."""
+    """How the scores of normal and anomalous images are distributed, with the threshold."""
     names = [*figure_scores(result), *(b for b in FIGURE_BASELINES[:2] if b in result['scores'])]
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
@@ -167,7 +171,7 @@ def histogram_figure(result: dict[str, Any], validation: Any, test: Any, thresho
     panels = figure.subplots(rows, columns, squeeze=False)
     classes = [g for g in result['groups'] if g != 'all']
     fewest = min([len(validation.entries), *(int(chosen(test, group).sum()) for group in classes)])
-    number = int(np.clip(3 * fewest ** (1 / 3), 8, 40))                    # of bins: Rice's rule, somewhat finer
+    number = int(np.clip(3 * fewest ** (1 / 3), 8, 40))                 # of bins: Rice's rule, somewhat finer
     for panel, name in zip(panels.flat, names):
         everything = np.concatenate([validation.values[name], test.values[name]])
         low, high = np.percentile(everything[np.isfinite(everything)], [0.5, 99.5])
@@ -180,8 +184,9 @@ def histogram_figure(result: dict[str, Any], validation: Any, test: Any, thresho
         draw(test.values[name][test.labels == 0], color=NORMAL, alpha=0.45, label='normal, test')
         draw(validation.values[name], histtype='step', color=INK, lw=1, label='normal, validation')
         for i, group in enumerate(classes):
-            draw(test.values[name][chosen(test, group)], histtype='stepfilled', alpha=0.3, color=COLOURS[1 + i % 5])
-            draw(test.values[name][chosen(test, group)], histtype='step', lw=1.4, color=COLOURS[1 + i % 5], label=group)
+            values, colour = test.values[name][chosen(test, group)], COLOURS[1 + i % 5]
+            draw(values, histtype='stepfilled', alpha=0.3, color=colour)
+            draw(values, histtype='step', lw=1.4, color=colour, label=group)
         if math.isfinite(thresholds[name]):
             panel.axvline(thresholds[name], color=INK, lw=1.2, dashes=(4, 2), label='threshold')
         kind = ' (baseline)' if result['scores'][name]['kind'] == 'baseline' else ''
@@ -239,7 +244,7 @@ def case_figure(result: dict[str, Any], validation: Any, test: Any, thresholds: 
 
 
 def map_scale(maps: list[np.ndarray]) -> dict[str, Any]:
-    """One colour scale for all maps: from 0 up, or around 0 if they have negative values; the top 0.5 % is clipped."""
+    """One colour scale for all maps: from 0, or around 0 if some are negative; the top 0.5 % is clipped."""
     values = np.concatenate([m.ravel() for m in maps]) if maps else np.zeros(1)
     values = values[np.isfinite(values)]
     high = float(np.percentile(np.abs(values), 99.5)) if len(values) else 1.0
@@ -267,7 +272,7 @@ def shorten(text: str, most: int = 22) -> str:
     return text if len(text) <= most else f'{text[:most // 2]}…{text[-most // 2 + 1:]}'
 
 
-# ----------------------------------------------------------------------------------------------------------- page
+# ------------------------------------------------------------------------------------------------------- page
 
 def render(result: dict[str, Any], figures: dict[str, str]) -> str:
     """report.html: one file, nothing from the network, everything escaped but our own SVG."""
@@ -287,7 +292,7 @@ def interval(metric: dict[str, float]) -> dict[str, float]:
 
 
 def highest(result: dict[str, Any]) -> dict[str, str]:
-    """The model score with the largest AUROC of every group: to be marked, not to be reported as the result."""
+    """The model score with the largest AUROC of every group: marked, but not the result."""
     scores = {name: row['metrics'] for name, row in result['scores'].items()
               if row['kind'] == 'model' and row['metrics']}
     return {group: max(scores, key=lambda name: scores[name][group]['auroc']['value'])

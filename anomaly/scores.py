@@ -1,7 +1,8 @@
 """Anomaly scores of models with a likelihood: functions of a model's terms, larger = more anomalous.
 
-B images, C channels, H x W pixels, L latent groups from the top (1) down to the image (L), S draws of the latents.
-Terms, all in nats: recon = -log p(x|z) (B,); kl (B, L); log_q, log_p (B,). All scores of a batch share its passes.
+B images, C channels, H x W pixels, L latent groups from the top (1) down to the image (L), S draws of the
+latents. Terms, all in nats: recon = -log p(x|z) (B,); kl (B, L); log_q, log_p (B,). All scores of a batch
+share its passes.
 """
 
 import io
@@ -24,13 +25,12 @@ Terms = dict[str, Tensor]
 @dataclass(frozen=True)
 class ScoreConfig:
     """Anomaly scores: which, how often sampled, and how judged."""
-    scores: tuple = flag(('all',), "scores to compute: 'all', rows of the table such as nelbo, llr, complexity, or one "
-                                   "member of a row such as llr_2, kl_1 (1 = top group)")
-    primary_score: str = flag('', "score that the figures and the gallery show, chosen before looking at any anomaly; "
+    scores: tuple = flag(('all',), "scores to compute: 'all', rows of the table such as nelbo, llr, "
+                                   "complexity, or one member of a row such as llr_2, kl_1 (1 = top group)")
+    primary_score: str = flag('', "score that the figures show, chosen before looking at any anomaly; "
                                   "'' = nelbo, or the first computed score where there is no nelbo")
     num_draws: int = flag(4, 'draws of the latents that every sampled score averages over')
-    target_fpr: float = flag(0.05, 'share of normal images that may be called anomalous; sets the thresholds, from '
-                                   'normal validation images only')
+    target_fpr: float = flag(0.05, 'share of normal images that may be called anomalous; sets the thresholds')
     num_bootstrap: int = flag(1000, 'resamples behind the 95 % intervals')
     num_cases: int = flag(6, 'most and least anomalous test images shown, of each; 0 = none')
     max_train_images: int = flag(1000, 'training images that the baselines (mean image, PCA) are fitted on')
@@ -38,23 +38,25 @@ class ScoreConfig:
     def __post_init__(self):
         if not 0 < self.target_fpr < 1:
             raise UserError(f"--target_fpr {self.target_fpr} is not between 0 and 1.")
-        for name, least in (('num_draws', 1), ('num_bootstrap', 1), ('num_cases', 0), ('max_train_images', 2)):
+        least_of = {'num_draws': 1, 'num_bootstrap': 1, 'num_cases': 0, 'max_train_images': 2}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)} is too small: at least {least}.")
 
 
-# ------------------------------------------------------------------------------------------- functions of the terms
+# ------------------------------------------------------------------------------------- functions of the terms
 
 def elbo(terms: Terms) -> Tensor:
     """Evidence lower bound on log p(x) with the analytic KL, in nats, one per image: (B,).
 
-    From the terms of a pass with `skip=k` this is L>k (Havtorn et al. 2021, eq. 8): skipped groups have no KL.
+    From the terms of a pass with `skip=k` this is L>k (Havtorn et al. 2021, eq. 8): skipped groups have no
+    KL.
     """
     return -terms['recon'] - terms['kl'].sum(1)
 
 
 def log_weight(terms: Terms) -> Tensor:
-    """log p(x, z) - log q(z|x) of the sampled z, nats: (B,). Its mean over z is the ELBO, its log-mean-exp log p(x)."""
+    """log p(x, z) - log q(z|x) of the sampled z, nats: (B,). Its mean over z is the ELBO."""
     return -terms['recon'] - terms['log_q'] + terms['log_p']
 
 
@@ -64,10 +66,10 @@ def iw_bound(log_weights: Tensor) -> Tensor:
 
 
 def compressed_bits(x: Tensor, bits: int) -> Tensor:
-    """Bits of each image after lossless compression, as the model sees it (`bits` per value): (B, C, H, W) to (B,).
+    """Bits of each image (B, C, H, W), losslessly compressed at `bits` per value as the model sees it: (B,).
 
-    The shorter of an optimised PNG (grey or RGB; other channel counts stacked, 9 to 16 bits as 16-bit grey) and
-    LZMA without a header. Images of more than 16 bits per value are compressed at 16.
+    The shorter of an optimised PNG (grey or RGB; other channel counts stacked, 9 to 16 bits as 16-bit grey)
+    and LZMA without a header. Images of more than 16 bits per value are compressed at 16.
     """
     levels = 2 ** min(bits, 16) - 1
     # Few levels are spread over 0 to 255 for the PNG, which changes no value's identity, so no information.
@@ -91,24 +93,24 @@ def lzma_bytes(values: np.ndarray) -> int:
     return len(lzma.compress(values.tobytes(), lzma.FORMAT_RAW, filters=filters))
 
 
-# ------------------------------------------------------------------------------------------------ passes of a batch
+# ------------------------------------------------------------------------------------------ passes of a batch
 
 # capability that a score needs -> attribute of the model that shows it
 CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstruct': 'reconstruct', 'maps': 'maps'}
 
 
 class Passes:
-    """What one batch of images offers to the scores: the images, and every model pass, made once and only if asked for.
+    """What one batch offers to the scores: the images, and every model pass, made once and only if asked for.
 
-    Noise is a function of `noise` (any numbers or words: the seed, the part, the batch) and the draw. Passes that
-    skip different numbers of groups share their noise, draw by draw: where a model samples from the top down, the
-    groups above the skipped ones then take the same values in both, and the difference L - L>k has less variance
-    around the same mean.
+    Noise is a function of `noise` (any numbers or words: the seed, the part, the batch) and the draw. Passes
+    that skip different numbers of groups share their noise, draw by draw: where a model samples from the top
+    down, the groups above the skipped ones then take the same values in both, and the difference L - L>k has
+    less variance around the same mean.
     """
 
     def __init__(self, model: Any, x: Tensor, *, draws: int = 1, iw_samples: int = 1, bits: int = 8,
                  file_bytes: Tensor | None = None, noise: tuple = (0,)):
-        """`x` (B, C, H, W) in [0, 1]; `bits` per value; `file_bytes` (B,) is the size of each image's file on disk."""
+        """`x` (B, C, H, W) in [0, 1]; `bits` per value; `file_bytes` (B,) the sizes of the files on disk."""
         self.model, self.x, self.draws, self.iw_samples, self.bits = model, x, draws, iw_samples, bits
         self.file_bytes, self.noise, self.memory = file_bytes, noise, {}
 
@@ -124,7 +126,7 @@ class Passes:
         def run() -> Terms:
             seed_noise(*self.noise, draw)
             terms = self.model(self.x, skip=skip)
-            return {k: v.detach().cpu().double() for k, v in terms.items() if k in ('recon', 'kl', 'log_q', 'log_p')}
+            return {k: terms[k].detach().cpu().double() for k in ('recon', 'kl', 'log_q', 'log_p')}
         return self.once(('terms', draw, skip), run)
 
     def mean(self, function: Callable[[Terms], Tensor], skip: int = 0) -> Tensor:
@@ -132,7 +134,7 @@ class Passes:
         return torch.stack([function(self.terms(draw, skip)) for draw in range(self.draws)]).mean(0)
 
     def log_weights(self) -> Tensor:
-        """Log importance weights of `iw_samples` draws, the first of which are those of the other scores: (K, B)."""
+        """Log weights of K = `iw_samples` draws, the first of which serve the other scores too: (K, B)."""
         def run() -> Tensor:
             kept = set(self.memory)
             weights = []
@@ -143,15 +145,15 @@ class Passes:
             return torch.stack(weights)
         return self.once(('log_weights',), run)
 
-    def reconstruction(self, skip: int = 0) -> Tensor:
+    def reconstruction(self) -> Tensor:
         """Mean of p(x|z) at the posterior means: (B, C, H, W) in [0, 1]."""
         def run() -> Tensor:
             seed_noise(*self.noise, 'reconstruct')
-            return (self.model.reconstruct(self.x, skip=skip) if skip else self.model.reconstruct(self.x)).float()
-        return self.once(('reconstruction', skip), run)
+            return self.model.reconstruct(self.x).float()
+        return self.once(('reconstruction',), run)
 
     def maps(self, skip: int = 0) -> dict[str, Tensor] | None:
-        """'recon' (B, 1, H, W) and 'kl' (B, L, H, W), nats per pixel, at posterior means; None if there are none."""
+        """'recon' (B, 1, H, W) and 'kl' (B, L, H, W), nats per pixel; None if the model has no maps."""
         if not hasattr(self.model, 'maps'):
             return None
 
@@ -165,10 +167,10 @@ class Passes:
         return self.mean(lambda terms: torch.cat([terms['recon'][:, None], terms['kl']], 1))
 
 
-# ------------------------------------------------------------------------------------------------------- the scores
+# ------------------------------------------------------------------------------------------------- the scores
 
 class Scores(NamedTuple):
-    """One number per image (B,), and one per pixel (B, 1, H, W) where the score has a map. Larger = more anomalous."""
+    """One number per image (B,), and one per pixel (B, 1, H, W) or None. Larger = more anomalous."""
     image: Tensor
     map: Tensor | None = None
 
@@ -196,7 +198,7 @@ class Score:
     needs: str
     about: str
     image: Callable[[Passes], Tensor]                            # -> (B,)
-    map: Callable[[Passes], Tensor | None] | None = None         # -> (B, 1, H, W), or None if the model has no maps
+    map: Callable[[Passes], Tensor | None] | None = None   # -> (B, 1, H, W), or None if the model has no maps
 
     def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
         """Nothing to learn."""
@@ -210,9 +212,9 @@ class Score:
 class DensityScore:
     """A score that learns what is normal from `Passes.features` (N, 1 + L) of normal images.
 
-    Fitted on validation images, not training images: the model has seen the latter, so their NELBO and KL are not
-    those of a new normal image. The threshold needs scores of validation images that were not fitted on themselves,
-    which is what `cross_fit` gives.
+    Fitted on validation images, not training images: the model has seen the latter, so their NELBO and KL are
+    not those of a new normal image. The threshold needs scores of validation images that were not fitted on
+    themselves, which is what `cross_fit` gives.
     """
     needs = 'likelihood terms'
     map = None
@@ -228,7 +230,8 @@ class DensityScore:
 
     def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
         """Learns from batches of normal images (B, C, H, W)."""
-        self.fit_features(torch.cat([Passes(model, x, noise=(0, i)).features() for i, x in enumerate(normal)]).numpy())
+        batches = [Passes(model, x, noise=(0, i)).features() for i, x in enumerate(normal)]
+        self.fit_features(torch.cat(batches).numpy())
 
     def __call__(self, model: Any, x: Tensor | None = None, with_map: bool = True) -> Scores:
         if self.state is None:
@@ -251,18 +254,18 @@ class Typicality(DensityScore):
 class KLProfile(DensityScore):
     """Mahalanobis distance of (recon, KL of every group) from normal images, in standard deviations.
 
-    The covariance is that of the standardised features, shrunk by Ledoit and Wolf (2004): there may be as many groups
-    as validation images.
+    The covariance is that of the standardised features, shrunk by Ledoit and Wolf (2004): there may be as
+    many groups as validation images.
     """
 
     def fit_features(self, features: np.ndarray) -> None:
         from sklearn.covariance import ledoit_wolf
         if len(features) < 3:
-            raise UserError(f"score {self.name} needs at least 3 normal validation images, there are {len(features)}.")
+            raise UserError(f"score {self.name} needs at least 3 normal images, not {len(features)}.")
         mean, std = features.mean(0), features.std(0)
-        std[std <= 1e-9 * np.maximum(1, np.abs(mean))] = 1       # a collapsed group: its KL is the same for every image
+        std[std <= 1e-9 * np.maximum(1, np.abs(mean))] = 1      # a collapsed group: one KL for all images
         covariance, _ = ledoit_wolf((features - mean) / std)
-        # A constant feature has variance 0: the ridge keeps the inverse finite and is negligible for the others.
+        # A constant feature has variance 0: the ridge keeps the inverse finite.
         precision = np.linalg.inv(covariance + 1e-9 * np.eye(len(mean)))
         self.state = {'mean': mean.tolist(), 'std': std.tolist(), 'precision': precision.tolist()}
 
@@ -272,18 +275,22 @@ class KLProfile(DensityScore):
         return np.sqrt(np.maximum(np.einsum('ni,ij,nj->n', z, precision, z), 0))
 
 
-def cross_fit(score: DensityScore, features: np.ndarray, folds: int = 10) -> np.ndarray:
-    """Scores of normal images (N, F), each from a fit without it and its neighbours; then fits `score` on all: (N,).
+def cross_fit(score: DensityScore, features: np.ndarray, groups: list | None = None,
+              folds: int = 50) -> np.ndarray:
+    """Scores (N,) of normal images (N, F), each from a fit without it; then fits `score` on all.
 
-    Contiguous folds, since images that are listed side by side may be of one patient. The fits behind these scores
-    have fewer images than the final one, so thresholds from them err towards fewer false positives.
+    Images of one group (a patient) are left out together. One group at a time up to `folds` groups, so that
+    the fits have nearly as many images as the final one, with which test images are scored; the rest errs
+    towards fewer calls.
     """
-    folds = min(folds, len(features))
+    groups = list(range(len(features))) if groups is None else groups
+    order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    fold = np.array([order[group] * min(folds, len(order)) // len(order) for group in groups])
     values = np.empty(len(features))
-    for held_out in np.array_split(np.arange(len(features)), folds):
-        rest = np.delete(features, held_out, 0)
-        score.fit_features(rest if len(rest) else features)
-        values[held_out] = score.score_features(features[held_out])
+    for i in range(fold.max() + 1):
+        # one patient alone leaves nothing to fit on
+        score.fit_features(features[fold != i] if (fold != i).any() else features)
+        values[fold == i] = score.score_features(features[fold == i])
     score.fit_features(features)
     return values
 
@@ -295,7 +302,7 @@ def nelbo_map(passes: Passes) -> Tensor | None:
 
 
 def llr_map(passes: Passes, k: int) -> Tensor | None:
-    """log p(x|z), z from the posterior, minus the same with k groups from the prior, nats per pixel: (B, 1, H, W)."""
+    """log p(x|z), z from the posterior, minus the same with k groups from the prior, nats: (B, 1, H, W)."""
     return passes.maps() and passes.maps(k)['recon'] - passes.maps()['recon']
 
 
@@ -315,7 +322,8 @@ def llr_score(k: int) -> Score:
     """LLR>k (Havtorn et al. 2021, eq. 10), with the k groups nearest the image from the prior."""
     return Score(f'llr_{k}', 'likelihood terms', f"likelihood ratio LLR>{k} = L - L>{k}: what the {k} group"
                  f"{'s' if k > 1 else ''} nearest the image explain, nats",
-                 lambda passes: passes.mean(elbo) - passes.mean(elbo, skip=k), lambda passes: llr_map(passes, k))
+                 lambda passes: passes.mean(elbo) - passes.mean(elbo, skip=k),
+                 lambda passes: llr_map(passes, k))
 
 
 # name -> scores for a model with L latent groups
@@ -324,7 +332,8 @@ SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
         'reconstruction', 'reconstruct', "mean |x - reconstruction|",
         lambda passes: absolute_error(passes).double().mean((1, 2, 3)).cpu(), absolute_error)],
     'recon_nll': lambda L: [Score(
-        'recon_nll', 'likelihood terms', "-log p(x|z), nats", lambda passes: passes.mean(lambda terms: terms['recon']),
+        'recon_nll', 'likelihood terms', "-log p(x|z), nats",
+        lambda passes: passes.mean(lambda terms: terms['recon']),
         lambda passes: passes.maps() and passes.maps()['recon'])],
     'nelbo': lambda L: [Score(
         'nelbo', 'likelihood terms', "negative ELBO, nats", lambda passes: -passes.mean(elbo), nelbo_map)],
@@ -334,7 +343,8 @@ SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
     'complexity': lambda L: [Score(
         'complexity', 'likelihood terms', "NELBO minus losslessly compressed size (PNG or LZMA), bits",
         lambda passes: -passes.mean(elbo) / math.log(2) - compressed_bits(passes.x, passes.bits))],
-    'typicality': lambda L: [Typicality('typicality', "|NELBO - mean NELBO of normal validation images|, nats")],
+    'typicality': lambda L: [Typicality(
+        'typicality', "|NELBO - mean NELBO of normal validation images|, nats")],
     'kl_profile': lambda L: [KLProfile(
         'kl_profile', "Mahalanobis distance of (recon, KL of every group) from normal validation images")],
     'kl': lambda L: [Score(
@@ -349,15 +359,16 @@ SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
 def check_capability(score: AnomalyScore, model: Any) -> None:
     """Raises UserError, naming the capability, if the model lacks what the score needs."""
     if score.needs and not hasattr(model, CAPABILITIES[score.needs]):
-        raise UserError(f"score {score.name} needs a model with {score.needs}, which {type(model).__name__} has not. "
-                        f"Leave it out of --scores.")
+        raise UserError(f"score {score.name} needs a model with {score.needs}, which {type(model).__name__} "
+                        f"has not. Leave it out of --scores.")
 
 
-def choose_scores(names: Iterable[str], model: Any, iw_samples: int = 1) -> tuple[list[AnomalyScore], list[str]]:
-    """The scores that `names` ask for, in the order of the table, and a line for each that 'all' had to leave out.
+def choose_scores(names: Iterable[str], model: Any,
+                  iw_samples: int = 1) -> tuple[list[AnomalyScore], list[str]]:
+    """The scores that `names` ask for, in the table's order, and a line for each that 'all' had to leave out.
 
-    A name is a row of SCORES or one member of a row (`llr_2`). Raises UserError for an unknown name, and for one that
-    the model cannot give if it was asked for by name.
+    A name is a row of SCORES or one member of a row (`llr_2`). Raises UserError for an unknown name, and for
+    one that the model cannot give if it was asked for by name.
     """
     names, lines, chosen = tuple(names) or ('all',), [], []
     groups = getattr(model, 'num_groups', 0)

@@ -1,4 +1,6 @@
-"""Near-duplicates: the same picture twice, resized, recompressed or with other grey levels. N images of H x W."""
+"""Near-duplicates: the same picture twice, resized, recompressed or with other grey levels. N images of H x
+W.
+"""
 
 import numpy as np
 
@@ -14,7 +16,9 @@ def near_duplicates(pixels: np.ndarray) -> list[tuple[int, int, float]]:
     Constant images are like nothing. At most MOST_PAIRS are returned.
     """
     n = len(pixels)
-    coarse = np.concatenate([_unit(_thumbnails(pixels[i:i + BLOCK])) for i in range(0, n, BLOCK)]) if n else pixels
+    if n == 0:
+        return []
+    coarse = np.concatenate([_unit(_thumbnails(pixels[i:i + BLOCK])) for i in range(0, n, BLOCK)])  # (N, 256)
     pairs = []
     for start in range(0, n, BLOCK):
         block = coarse[start:start + BLOCK]                              # (b, 256)
@@ -30,7 +34,9 @@ def near_duplicates(pixels: np.ndarray) -> list[tuple[int, int, float]]:
 
 
 def _thumbnails(pixels: np.ndarray) -> np.ndarray:
-    """Means over a SIZE x SIZE raster of cells: (b, C, H, W) -> (b, SIZE^2); smaller images keep their pixels."""
+    """Means over a SIZE x SIZE raster of cells: (b, C, H, W) -> (b, SIZE^2); smaller images keep their
+    pixels.
+    """
     grey = pixels.mean(axis=1, dtype=np.float32)                         # (b, H, W)
     for axis in (1, 2):
         length = grey.shape[axis]
@@ -42,7 +48,9 @@ def _thumbnails(pixels: np.ndarray) -> np.ndarray:
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Each row with mean 0 and length 1, so that a product of two is their correlation; constant rows become 0."""
+    """Each row with mean 0 and length 1, so that a product of two is their correlation; constant rows become
+    0.
+    """
     vectors = vectors.astype(np.float32)
     vectors -= vectors.mean(axis=1, keepdims=True)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,10 +1,10 @@
 """Folders of image files (PNG, JPEG, TIFF, BMP), one folder a class.
 
     <root>/<class>/images/*.png     or    <root>/<class>/*.png            any depth below
-    <root>/<class>/masks/*.png      or    <root>/masks/<class>/*.png      same stem as the image, not zero = anomalous
+    <root>/<class>/masks/*.png      or    <root>/masks/<class>/*.png      same stem; not zero = anomalous
 
-Every file is opened, decoded to its end, hashed and resized before anything else happens: a damaged file is found here.
-H x W the size of a file, S the target size, C channels.
+Every file is opened, decoded to its end, hashed and resized before anything else happens: a damaged file is
+found here. H x W the size of a file, S the target size, C channels.
 """
 
 import errno
@@ -48,21 +48,24 @@ class ImageFile:
     mask: str = ''
 
 
-# -------------------------------------------------------------------------------------------------- one image file
+# --------------------------------------------------------------------------------------------- one image file
 
 def decode(data: bytes) -> np.ndarray:
-    """The image in the bytes of a PNG, JPEG, TIFF or BMP file: (H, W, C) float32 in [0, 1], C = 1 grey or 3 RGB.
+    """The image in the bytes of a PNG, JPEG, TIFF or BMP file: (H, W, C) float32 in [0, 1], C = 1 grey or 3
+    RGB.
 
-    Full scale is white: 255, 65535, or what the bits of the TIFF allow. Integers beyond 16 bits and floats outside
-    [0, 1] have no full scale: they are stretched from their smallest to their largest value. Transparent pixels show
-    black. EXIF orientation is applied; of several pages the first is read. Raises Unreadable.
+    Full scale is white: 255, 65535, or what the bits of the TIFF allow. Integers beyond 16 bits and floats
+    outside [0, 1] have no full scale: they are stretched from their smallest to their largest value.
+    Transparent pixels show black. EXIF orientation is applied; of several pages the first is read. Raises
+    Unreadable.
     """
     if not data:
         raise Unreadable('is empty (0 bytes)')
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
-            raise Unreadable(f'has {image.width} x {image.height} pixels, over {MOST_PIXELS:,}: make it smaller')
+            raise Unreadable(f'has {image.width} x {image.height} pixels, over {MOST_PIXELS:,}: make it '
+                             f'smaller')
         if image.format == 'PNG':
             image.verify()                       # checksums, and that the file goes on to its end
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -75,8 +78,9 @@ def decode(data: bytes) -> np.ndarray:
         raise Unreadable(f'is not a {", ".join(FORMATS)} image') from None
     except Image.DecompressionBombError:
         raise Unreadable(f'has more than {MOST_PIXELS:,} pixels: make it smaller') from None
-    except Exception as error:                   # on damaged bytes decoders raise anything: SyntaxError, struct.error
-        raise Unreadable(f'cannot be decoded ({" ".join(str(error).split()) or type(error).__name__})') from None
+    except Exception as error:           # on damaged bytes decoders raise anything: SyntaxError, struct.error
+        raise Unreadable(f'cannot be decoded '
+                         f'({" ".join(str(error).split()) or type(error).__name__})') from None
 
 
 def _values(image: Image.Image, tags: dict[int, object]) -> np.ndarray:
@@ -112,7 +116,8 @@ def to_channels(x: np.ndarray, channels: int) -> np.ndarray:
 
 
 def to_size(x: np.ndarray, size: int, fit: str) -> np.ndarray:
-    """(H, W, C) resized with antialiasing to (C, S, S) float32; `fit` says what happens to an image that is not square.
+    """(H, W, C) resized with antialiasing to (C, S, S) float32; `fit` says what happens to an image that is
+    not square.
 
     pad      all of it, black borders to both sides
     crop     its centre
@@ -142,16 +147,19 @@ def read_image(path: str | Path, size: int, channels: int = 1, fit: str = 'pad')
     try:
         return to_size(to_channels(decode(Path(path).read_bytes()), channels), size, fit)
     except (OSError, Unreadable) as error:
-        raise UserError(f"{path} {getattr(error, 'strerror', None) or error}. Replace or remove the file.") from None
+        raise UserError(f"{path} {getattr(error, 'strerror', None) or error}. Replace or remove the "
+                        f"file.") from None
 
 
-# ----------------------------------------------------------------------------------------------------- class folders
+# ---------------------------------------------------------------------------------------------- class folders
 
-def find_classes(folder: Path, normal: Sequence[str], where: str) -> tuple[Path, dict[str, list[ImageFile]], list[str]]:
-    """The classes in `folder`, or in the one folder below it that has a normal class: (root, {class: files}, notes).
+def find_classes(folder: Path, normal: Sequence[str],
+                 where: str) -> tuple[Path, dict[str, list[ImageFile]], list[str]]:
+    """The classes in `folder`, or in the one folder below it that has a normal class: (root, {class: files},
+    notes).
 
-    Raises UserError if there is no folder, no normal class or a class folder without images; `where` says where the
-    data set comes from.
+    Raises UserError if there is no folder, no normal class or a class folder without images; `where` says
+    where the data set comes from.
     """
     if not folder.is_dir():
         what = 'is a file' if folder.is_file() else 'does not exist'
@@ -176,10 +184,12 @@ def find_classes(folder: Path, normal: Sequence[str], where: str) -> tuple[Path,
         files = _image_files(images)
         is_normal = any(same_name(sub.name, name) for name in normal)
         if not files and images is sub and next(sub.iterdir(), None) and not is_normal:
-            notes.append(f"folder {sub.name} holds no {', '.join(SUFFIXES)} file: it is not taken for a class")
+            notes.append(f"folder {sub.name} holds no {', '.join(SUFFIXES)} file: it is not taken for a "
+                         f"class")
             continue
         if not files:
-            raise UserError(f"class folder {images} holds no image ({', '.join(SUFFIXES)}): fill it or remove it.")
+            raise UserError(f"class folder {images} holds no image ({', '.join(SUFFIXES)}): fill it or "
+                            f"remove it.")
         classes[sub.name] = [_image_file(f, root, images, sub.name) for f in files]
     return root, classes, notes
 
@@ -193,7 +203,8 @@ def _subfolders(folder: Path) -> list[Path]:
     try:
         return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__MACOSX')))
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be read ({error.strerror}): check its permissions.") from None
+        raise UserError(f"the folder {folder} cannot be read ({error.strerror}): check its "
+                        f"permissions.") from None
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -201,7 +212,8 @@ def _image_files(folder: Path) -> list[Path]:
     found = []
 
     def stop(error: OSError) -> None:
-        raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}): check its permissions.")
+        raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}): check its "
+                        f"permissions.")
 
     for place, folders, names in os.walk(folder, onerror=stop):
         folders[:] = [f for f in folders if f.lower() != 'masks' and not f.startswith('.')]
@@ -224,15 +236,16 @@ def _stem(name: str) -> str:
     return re.sub(r'_mask$', '', os.path.splitext(name)[0])
 
 
-# -------------------------------------------------------------------------------------------------------------- scan
+# ------------------------------------------------------------------------------------------------------- scan
 
-def read_folder(folder: str | Path, *, normal: Sequence[str], normal_wanted: Sequence[str], anomalous: Sequence[str],
-                size: int, channels: int, depth: int, fit: str, masks: bool, cache_dir: str, where: str) -> Source:
+def read_folder(folder: str | Path, *, normal: Sequence[str], normal_wanted: Sequence[str],
+                anomalous: Sequence[str], size: int, channels: int, depth: int, fit: str, masks: bool,
+                cache_dir: str, where: str) -> Source:
     """Every image of the chosen classes below `folder`, as (N, C, S, S) of `depth` 8 or 16 bits.
 
-    `normal` are the names that a folder of normal images may have, `normal_wanted` the classes that the user took
-    instead (may be empty). `masks` says that masks mark anomalies: a lung mask does not. Files that cannot be read are
-    in Source.bad.
+    `normal` are the names that a folder of normal images may have, `normal_wanted` the classes that the user
+    took instead (may be empty). `masks` says that masks mark anomalies: a lung mask does not. Files that
+    cannot be read are in Source.bad.
     """
     if not folder:
         raise UserError(f"--data is missing. {where}")
@@ -243,8 +256,9 @@ def read_folder(folder: str | Path, *, normal: Sequence[str], normal_wanted: Seq
     for c in abnormal:
         files += _with_masks(root, c, classes[c]) if masks else classes[c]
     files.sort(key=lambda f: f.id)
+    stamps = [[f.id, *_stamp(f.path), *_stamp(f.mask)] for f in files]
     key = {'root': str(root.resolve()), 'size': size, 'channels': channels, 'depth': depth, 'fit': fit,
-           'normal': usual, 'anomalous': abnormal, 'files': [[f.id, *_stamp(f.path), *_stamp(f.mask)] for f in files]}
+           'normal': usual, 'anomalous': abnormal, 'files': stamps}
 
     def make(target: Path) -> dict:
         return {**scan(files, target, size=size, channels=channels, depth=depth, fit=fit),
@@ -264,10 +278,11 @@ def _stamp(path: str) -> tuple[int, int]:
 
 
 def scan(files: list[ImageFile], target: Path, *, size: int, channels: int, depth: int, fit: str) -> dict:
-    """Reads every file, on all cores, into `target`/pixels.npy and masks.npy; returns the other fields of a Source.
+    """Reads every file, on all cores, into `target`/pixels.npy and masks.npy; returns the other fields of a
+    Source.
 
-    Threads, not processes: decoding, hashing and resizing release Python's lock, and threads are safe beside CUDA, in
-    spawned ranks and in notebooks, where new processes are not.
+    Threads, not processes: decoding, hashing and resizing release Python's lock, and threads are safe beside
+    CUDA, in spawned ranks and in notebooks, where new processes are not.
     """
     from tqdm import tqdm
     dtype = {8: np.uint8, 16: np.uint16}[depth]
@@ -297,14 +312,16 @@ def scan(files: list[ImageFile], target: Path, *, size: int, channels: int, dept
             return f'cannot be opened ({error.strerror or error})'
         except Unreadable as error:
             return str(error)
-        return Entry(id=file.id, path=file.path, class_name=file.class_name, sha256=hashlib.sha256(data).hexdigest(),
-                     file_bytes=len(data), row=row, mask_row=with_mask.get(file.id, -1))
+        return Entry(id=file.id, path=file.path, class_name=file.class_name,
+                     sha256=hashlib.sha256(data).hexdigest(), file_bytes=len(data), row=row,
+                     mask_row=with_mask.get(file.id, -1))
 
     with warnings.catch_warnings(), ThreadPoolExecutor(_cores()) as pool:
-        warnings.simplefilter('ignore')             # Pillow warns of odd metadata and of large images: no matter here
-        results = list(tqdm(pool.map(read, range(len(files))), total=len(files), desc='reading images', unit='image',
-                            disable=None, leave=False))
-    notes = [f'{len(dark):,} files use less than 1/15 of their grey scale and look black, such as {min(dark)}: '
+        warnings.simplefilter('ignore')     # Pillow warns of odd metadata and of large images: no matter here
+        results = list(tqdm(pool.map(read, range(len(files))), total=len(files), desc='reading images',
+                            unit='image', disable=None, leave=False))
+    notes = [f'{len(dark):,} files use less than 1/15 of their grey scale and look black, such as '
+             f'{min(dark)}: '
              f'if they are 12-bit values in 16-bit files, rescale them'] if dark else []
     entries = [r for r in results if isinstance(r, Entry)]
     bad = [(f.id, r) for f, r in zip(files, results, strict=True) if isinstance(r, str)]
@@ -319,14 +336,17 @@ def scan(files: list[ImageFile], target: Path, *, size: int, channels: int, dept
 
 
 def _read_mask(path: str, shape: tuple[int, int], size: int, fit: str) -> np.ndarray:
-    """A mask file as (1, S, S) 0 or 1: anomalous where at least half of the pixel is. 0/1 and 0/255 files both do."""
+    """A mask file as (1, S, S) 0 or 1: anomalous where at least half of the pixel is. 0/1 and 0/255 files
+    both do.
+    """
     name = os.path.basename(path)
     try:
         mask = to_channels(decode(Path(path).read_bytes()), 1)                          # (H, W, 1)
     except Unreadable as error:
         raise Unreadable(f'has a mask {name} that {error}') from None
     if mask.shape[:2] != shape:
-        raise Unreadable(f'is {shape[1]} x {shape[0]} pixels, its mask {name} {mask.shape[1]} x {mask.shape[0]}')
+        raise Unreadable(f'is {shape[1]} x {shape[0]} pixels, its mask {name} {mask.shape[1]} x '
+                         f'{mask.shape[0]}')
     inside = (mask > mask.max() / 2).astype(np.float32)
     return (to_size(inside, size, fit) >= 0.5).astype(np.uint8)
 

@@ -1,6 +1,7 @@
 """MNIST in torchvision's layout, `<data>/MNIST/raw/*-ubyte` or `*-ubyte.gz`, read as it is.
 
-torchvision itself reads only the unpacked files and has to be installed; the packed ones in a read-only folder do here.
+torchvision itself reads only the unpacked files and has to be installed; the packed ones in a read-only
+folder do here.
 """
 
 import gzip
@@ -22,7 +23,9 @@ IDX_UNSIGNED_BYTE = 8                 # third byte of an IDX file; the fourth is
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes, packed with gzip or not. Raises UserError naming the file if it is not whole."""
+    """An IDX file of unsigned bytes, packed with gzip or not. Raises UserError naming the file if it is not
+    whole.
+    """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
@@ -32,19 +35,25 @@ def read_idx(path: Path) -> np.ndarray:
     start = 4 + 4 * data[3]
     shape = np.frombuffer(data[4:start], '>u4').astype(int).tolist()
     if len(data) - start != math.prod(shape):
-        raise UserError(f"{path} has {len(data) - start} bytes of data, expected {math.prod(shape)}: fetch it again.")
+        raise UserError(f"{path} has {len(data) - start} bytes of data, expected {math.prod(shape)}: fetch "
+                        f"it again.")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-def read_mnist(folder: str | Path, *, normal: tuple[str, ...], anomalous: tuple[str, ...], padding: int, cache_dir: str,
-               where: str) -> Source:
-    """The digits of the chosen classes, '0' to '9', as (N, 1, 28 + 2 padding, 28 + 2 padding) uint8, black around.
+def read_mnist(folder: str | Path, *, normal: tuple[str, ...], anomalous: tuple[str, ...], padding: int,
+               cache_dir: str, where: str) -> Source:
+    """The digits of the chosen classes, '0' to '9', as (N, 1, 28 + 2 padding, 28 + 2 padding) uint8, black
+    around.
 
     Anomalous digits come from the test part alone: no model has seen their writers.
     """
-    raw = next((f for f in (Path(folder, 'MNIST', 'raw'), Path(folder, 'raw'), Path(folder)) if _is_there(f)), None)
+    if not folder:
+        raise UserError(f"--data is missing. {where}")
+    places = (Path(folder, 'MNIST', 'raw'), Path(folder, 'raw'), Path(folder))
+    raw = next((p for p in places if _is_there(p)), None)
     if raw is None:
-        raise UserError(f"--data: {str(folder)!r} has no MNIST/raw with {', '.join(FILES['train'] + FILES['test'])} "
+        raise UserError(f"--data: {str(folder)!r} has no MNIST/raw with "
+                        f"{', '.join(FILES['train'] + FILES['test'])} "
                         f"(or the same with .gz). {where}")
     paths = {part: [_path(raw, name) for name in names] for part, names in FILES.items()}
     usual, abnormal = choose_classes([str(d) for d in range(10)], normal, anomalous, False, 'MNIST')
@@ -64,7 +73,8 @@ def read_mnist(folder: str | Path, *, normal: tuple[str, ...], anomalous: tuple[
                                          file_bytes=_png_bytes(x[i]), row=len(images), part=part))
                     images.append(x[i])
         if not images:
-            raise UserError(f"{raw} holds no digit of the classes {', '.join(usual + abnormal)}: choose others.")
+            raise UserError(f"{raw} holds no digit of the classes {', '.join(usual + abnormal)}: choose "
+                            f"others.")
         pixels = np.pad(np.stack(images), ((0, 0), (padding, padding), (padding, padding)))[:, None]
         np.save(target / 'pixels.npy', pixels)                                  # (N, 1, H, W)
         return {'entries': entries, 'normal_classes': usual, 'anomalous_classes': abnormal}

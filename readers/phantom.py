@@ -1,8 +1,9 @@
-"""SYNTHETIC frontal chest radiographs, drawn by formulas: normal, and with COVID-like opacities and exact masks.
+"""SYNTHETIC frontal chest radiographs, drawn by formulas: normal, and with COVID-like opacities and exact
+masks.
 
-Nothing here comes from a patient. Coordinates as on the screen: u from -1 left to 1 right (the patient's left), v from
--1 top to 1 bottom. The drawing adds up attenuation A (soft tissue in mid-chest about 1, air 0, bright where large); a
-display curve, blur and quantum noise make an image of it. N x N pixels.
+Nothing here comes from a patient. Coordinates as on the screen: u from -1 left to 1 right (the patient's
+left), v from -1 top to 1 bottom. The drawing adds up attenuation A (soft tissue in mid-chest about 1, air 0,
+bright where large); a display curve, blur and quantum noise make an image of it. N x N pixels.
 """
 
 import os
@@ -16,22 +17,22 @@ from scipy.ndimage import gaussian_filter, map_coordinates, uniform_filter
 from readers.source import locked
 from utils import UserError, write_atomically, write_json
 
-SIZE = 128                         # pixels; formulas are in units of the image, blur and noise in pixels at this size
-VERSION = 1                        # raise it when the drawing changes: phantoms of another version are then made anew
+SIZE = 128                 # pixels; formulas are in units of the image, blur and noise in pixels at this size
+VERSION = 1                # raise it when the drawing changes: phantoms of another version are then made anew
 NORMAL, OPACITY = 'Normal', 'Opacity'
 CLASS_NUMBER = {NORMAL: 0, OPACITY: 1}
-MASK_THRESHOLD = 8 / 255           # a pixel is anomalous where the opacity adds more than this to the displayed image
-NOTE = """SYNTHETIC IMAGES. These are not radiographs: a program drew them (readers/phantom.py), from random numbers.
+MASK_THRESHOLD = 8 / 255   # a pixel is anomalous where the opacity adds more than this to the displayed image
+NOTE = """SYNTHETIC IMAGES. No radiographs: a program (readers/phantom.py) drew them from random numbers.
 
 Normal/images    {normal} phantoms of a healthy chest
-Opacity/images   {abnormal} phantoms with ground-glass-like opacities, both-sided, peripheral and low, as in COVID-19
+Opacity/images   {abnormal} phantoms with ground-glass-like opacities in both lungs, outer and low
 Opacity/masks    white where the opacity adds more than {threshold} grey levels of 255
 
 They are of use for demonstrations and tests, and say nothing about how well a method works on patients.
 """
 
 
-# ------------------------------------------------------------------------------------------------------------ shapes
+# ----------------------------------------------------------------------------------------------------- shapes
 
 def ramp(x: np.ndarray, width: float) -> np.ndarray:
     """0 for x << 0, 1 for x >> 0, smooth over about `width`."""
@@ -61,11 +62,11 @@ def broad_blur(image: np.ndarray, sigma: float, mode: str = 'reflect') -> np.nda
     """A Gaussian blur; a wide one as two running means, whose time does not grow with the width."""
     if sigma < 3:
         return gaussian_filter(image, sigma, mode=mode)
-    width = round(sigma * 6 ** 0.5)                                  # two boxes of this width have variance sigma^2
+    width = round(sigma * 6 ** 0.5)                            # two boxes of this width have variance sigma^2
     return uniform_filter(uniform_filter(image, width, mode=mode), width, mode=mode)
 
 
-# ------------------------------------------------------------------------------------------------------------ anatomy
+# ---------------------------------------------------------------------------------------------------- anatomy
 
 @dataclass(frozen=True)
 class Chest:
@@ -92,13 +93,13 @@ def build_chest(rng: np.random.Generator, n: int) -> Chest:
     v = v + 0.012 * smooth_noise(rng, n / 8, n)
 
     apex, breath = rng.normal(-0.80, 0.025), rng.normal(0.50, 0.06)
-    right_higher = rng.normal(0.05, 0.025)                        # the liver lifts the patient's right diaphragm
+    right_higher = rng.normal(0.05, 0.025)                     # the liver lifts the patient's right diaphragm
     width = rng.normal(0.76, 0.025)
     height = np.clip((v - apex) / (breath + 0.25 - apex), 0, 1)
     cage = width * (1 - (1 - height) ** rng.uniform(2.2, 2.8)) ** np.float32(0.50) * (0.88 + 0.12 * height)
     side = np.abs(u) / width                                      # 0 spine, 1 wall
     curve = rng.uniform(0.20, 0.30)
-    outward = np.clip(side - 0.45, -0.4, None)                    # each dome falls off from here to both sides
+    outward = np.clip(side - 0.45, -0.4, None)                   # each dome falls off from here to both sides
     base = breath - right_higher * ramp(-u, 0.15) + curve * outward ** 2 * (1.2 + 2 * (outward > 0))
 
     lean = rng.uniform(0.45, 0.75)
@@ -106,7 +107,7 @@ def build_chest(rng: np.random.Generator, n: int) -> Chest:
     centre = (rng.normal(0.13, 0.02), breath - 0.13 + rng.normal(0, 0.02))
     heart = dome(np.minimum(ellipse(u, v, centre, radii, lean), 1))
 
-    middle = 0.11 + 0.05 * ramp(v - 0.05, 0.5) + 0.03 * ramp(-0.62 - v, 0.2)       # half width of the mediastinum
+    middle = 0.11 + 0.05 * ramp(v - 0.05, 0.5) + 0.03 * ramp(-0.62 - v, 0.2)   # half width of the mediastinum
     wall, inner, floor = cage - np.abs(u), np.abs(u) - middle, base - v
     lung = ramp(wall, 0.035) * ramp(inner, 0.07) * ramp(floor, 0.03)
     lung *= 0.62 + 0.38 * np.clip(wall / 0.22, 0, 1) ** 0.7                        # thinner towards the wall
@@ -136,7 +137,7 @@ def draw_tissue(chest: Chest, rng: np.random.Generator) -> np.ndarray:
     for side in (-1, 1):                                                           # main bronchi
         line = u - side * np.clip(v + 0.22, 0, None) * 0.9
         a -= 0.09 * np.exp(-(line / 0.028) ** 2) * ramp(v + 0.25, 0.05) * ramp(-0.06 - v, 0.06)
-    gas = (rng.normal(0.36, 0.06), float(np.median(chest.base)) + rng.normal(0.17, 0.03))   # air in the stomach
+    gas = (rng.normal(0.36, 0.06), float(np.median(chest.base)) + rng.normal(0.17, 0.03))  # stomach's air
     bubble = ellipse(u, v, gas, (rng.uniform(0.08, 0.2), rng.uniform(0.04, 0.10)))
     a -= max(0.0, rng.normal(0.05, 0.2)) * np.exp(-bubble ** 1.5) * below
     bust = max(0.0, rng.normal(0.04, 0.07))
@@ -150,7 +151,7 @@ def draw_bones(chest: Chest, rng: np.random.Generator) -> np.ndarray:
     """Attenuation of spine, ribs, clavicles, shoulder blades and upper arms."""
     u, v = chest.u, chest.v
     side = np.abs(u)
-    pitch, phase = rng.normal(0.138, 0.006), rng.uniform(0, 2 * np.pi)             # one vertebra and one rib each
+    pitch, phase = rng.normal(0.138, 0.006), rng.uniform(0, 2 * np.pi)         # one vertebra and one rib each
     spine = ramp(0.078 - side, 0.03) * (1 + 0.28 * np.cos(2 * np.pi * v / pitch + phase))
     spine += 0.3 * np.exp(-(u / 0.018) ** 2)
     bone = rng.normal(0.075, 0.02) * spine
@@ -168,22 +169,26 @@ def draw_bones(chest: Chest, rng: np.random.Generator) -> np.ndarray:
             break
         back = start - arch * np.sin(np.pi * np.clip(span, 0, 1) * 0.9) + fall * np.clip(span, 0, 1.2) ** 3
         rib += _tube((v - back) * (0.80 + 0.2 * span), half) * ramp(side - 0.09, 0.04) * reach
-        if k >= 1:                                                                 # front ends: wider, fainter, steeper
+        if k >= 1:                                                       # front ends: wider, fainter, steeper
             ahead = start + 0.10 + front_fall * (1 - np.clip(span, 0, 1)) ** 0.8
-            rib += front * _tube((v - ahead) * 0.85, half * 1.25) * ramp(span - rng.normal(0.42, 0.03), 0.12) * reach
+            begins = ramp(span - rng.normal(0.42, 0.03), 0.12)
+            rib += front * _tube((v - ahead) * 0.85, half * 1.25) * begins * reach
     bone += rng.normal(0.125, 0.02) * rib * ramp(v - chest.apex, 0.06)
 
     slope, height = rng.normal(0.28, 0.06), chest.apex + rng.normal(0.23, 0.025)
     collar = height - slope * (side - 0.1) + 0.05 * np.sin(np.clip(side - 0.08, 0, 0.75) / 0.75 * 2 * np.pi)
-    bone += rng.normal(0.19, 0.03) * _tube(v - collar, 0.032) * ramp(side - 0.09, 0.03) * ramp(0.80 - side, 0.06)
+    collarbone = _tube(v - collar, 0.032) * ramp(side - 0.09, 0.03) * ramp(0.80 - side, 0.06)
+    bone += rng.normal(0.19, 0.03) * collarbone
 
     blade = rng.normal(0.72, 0.05)
     edge = blade - 0.10 * np.clip(v + 0.3, -0.5, 0.5)
-    shoulder_blade = ramp(side - edge, 0.03) * ramp(edge + 0.22 - side, 0.1) * ramp(0.05 - v, 0.1) * ramp(v + 0.62, 0.1)
+    shoulder_blade = ramp(side - edge, 0.03) * ramp(edge + 0.22 - side, 0.1)
+    shoulder_blade *= ramp(0.05 - v, 0.1) * ramp(v + 0.62, 0.1)
     bone += rng.uniform(0.02, 0.12) * shoulder_blade
     joint, down = (rng.normal(0.96, 0.03), chest.apex + 0.33), rng.uniform(0.10, 0.35)        # upper arm
     head = np.exp(-ellipse(side, v, joint, (0.10, 0.12)) ** 3)
-    shaft = ramp(0.055 - np.abs(side - joint[0] - down * (v - joint[1]) - 0.02), 0.03) * ramp(v - joint[1] - 0.05, 0.08)
+    shaft = ramp(0.055 - np.abs(side - joint[0] - down * (v - joint[1]) - 0.02), 0.03)
+    shaft *= ramp(v - joint[1] - 0.05, 0.08)
     return bone + rng.normal(0.10, 0.03) * np.maximum(head, shaft)
 
 
@@ -217,12 +222,15 @@ def draw_vessels(chest: Chest, rng: np.random.Generator) -> np.ndarray:
             o = np.concatenate([o + split * 0.5, o[split] + 1.0])
         alive = (np.abs(p) < 1).all(1)
         p, h, o = p[alive], h[alive], o[alive]
-    tree = sum(gaussian_filter(layer, s * n / SIZE) * s for layer, s in zip(layers, (1.7, 1.05, 0.7), strict=True))
-    hila = sum(np.exp(-ellipse(chest.u, chest.v, (s * 0.19, -0.05 + 0.03 * s), (0.09, 0.15), 0.3 * s)) for s in (-1, 1))
+    widths = (1.7, 1.05, 0.7)                                                      # pixels at SIZE
+    tree = sum(gaussian_filter(layer, w * n / SIZE) * w for layer, w in zip(layers, widths, strict=True))
+    hila = sum(np.exp(-ellipse(chest.u, chest.v, (s * 0.19, -0.05 + 0.03 * s), (0.09, 0.15), 0.3 * s))
+               for s in (-1, 1))
     texture = smooth_noise(rng, 1.2 * n / SIZE, n) * 0.5 + smooth_noise(rng, 3.0 * n / SIZE, n) * 0.5
     tree = _on_screen(tree, chest)
     lung = np.clip(chest.lung * 1.3, 0, 1)
-    return lung * (rng.normal(0.21, 0.04) * np.tanh(tree * 1.3) + rng.normal(0.17, 0.04) * hila + 0.012 * texture)
+    strength, glow = rng.normal(0.21, 0.04), rng.normal(0.17, 0.04)
+    return lung * (strength * np.tanh(tree * 1.3) + glow * hila + 0.012 * texture)
 
 
 def _splat(layers: np.ndarray, p: np.ndarray, weight: np.ndarray) -> None:
@@ -239,10 +247,12 @@ def _on_screen(image: np.ndarray, chest: Chest) -> np.ndarray:
     return map_coordinates(image, [(chest.v + 1) / 2 * (n - 1), (chest.u + 1) / 2 * (n - 1)], order=1)
 
 
-# ----------------------------------------------------------------------------------------------------------- opacities
+# -------------------------------------------------------------------------------------------------- opacities
 
 def draw_opacities(chest: Chest, rng: np.random.Generator) -> np.ndarray:
-    """Attenuation of ground-glass opacities: in both lungs, near the wall and low, soft-edged, of any severity."""
+    """Attenuation of ground-glass opacities: in both lungs, near the wall and low, soft-edged, of any
+    severity.
+    """
     n = len(chest.u)
     severity = rng.uniform(0.16, 0.42)
     shape, edge = np.zeros_like(chest.u), smooth_noise(rng, 4.5 * n / SIZE, n)
@@ -262,22 +272,25 @@ def draw_opacities(chest: Chest, rng: np.random.Generator) -> np.ndarray:
     return severity * shape * np.clip(lacy, 0.2, 2) * np.clip(chest.lung * 1.25, 0, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- display
+# ---------------------------------------------------------------------------------------------------- display
 
 def render(seed: int, class_name: str, index: int, size: int = SIZE, opacity: bool | None = None
            ) -> tuple[np.ndarray, np.ndarray]:
     """Phantom `index` of a class: (image (N, N) float32 in [0, 1], mask (N, N) bool).
 
-    It is a function of the arguments alone. `opacity` False draws the same phantom without its opacities: same anatomy, exposure and noise.
+    It is a function of the arguments alone. `opacity` False draws the same phantom without its opacities:
+    same anatomy, exposure and noise.
     """
-    body, lesion, machine = (np.random.default_rng([seed, CLASS_NUMBER[class_name], index, part]) for part in range(3))
+    key = [seed, CLASS_NUMBER[class_name], index]
+    body, lesion, machine = (np.random.default_rng([*key, part]) for part in range(3))
     chest = build_chest(body, size)
     a = draw_tissue(chest, body) + draw_bones(chest, body) + draw_vessels(chest, body)
 
     centre, contrast = machine.normal(0.72, 0.06), machine.uniform(3.6, 5.6)       # exposure and film
     low, high = machine.uniform(0.0, 0.06), machine.uniform(0.90, 1.0)
     haze, blur = machine.uniform(0.10, 0.30), machine.uniform(0.45, 0.85) * size / SIZE
-    noise = gaussian_filter(machine.standard_normal((size, size), np.float32), 0.45) * machine.uniform(0.004, 0.016)
+    noise = gaussian_filter(machine.standard_normal((size, size), np.float32), 0.45)
+    noise *= machine.uniform(0.004, 0.016)
 
     def display(attenuation: np.ndarray) -> np.ndarray:
         scattered = (1 - haze) * attenuation + haze * broad_blur(attenuation, 0.09 * size)
@@ -288,17 +301,19 @@ def render(seed: int, class_name: str, index: int, size: int = SIZE, opacity: bo
     if class_name == OPACITY and opacity is not False:
         ill = display(a + draw_opacities(chest, lesion))
         image, mask = ill, ill - image > MASK_THRESHOLD
-    image = image + noise * np.sqrt(1.4 - image) * 1.6                             # fewer quanta where it is bright
+    image = image + noise * np.sqrt(1.4 - image) * 1.6                       # fewer quanta where it is bright
     return np.clip(image, 0, 1).astype(np.float32), mask
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 def write_phantoms(folder: str | Path, normal: int, abnormal: int | None = None, seed: int = 0) -> Path:
-    """Writes `normal` healthy phantoms and `abnormal` ill ones (a quarter as many if None); returns their folder.
+    """Writes `normal` healthy phantoms and `abnormal` ill ones (a quarter as many if None); returns their
+    folder.
 
-    Each set of numbers has a folder of its own below `folder`, so that another number never mixes with them. A killed
-    run goes on where it was; a finished one is left alone. Raises UserError where the folder cannot be written.
+    Each set of numbers has a folder of its own below `folder`, so that another number never mixes with them.
+    A killed run goes on where it was; a finished one is left alone. Raises UserError where the folder cannot
+    be written.
     """
     from tqdm import tqdm
     abnormal = max(1, normal // 4) if abnormal is None else abnormal
@@ -306,7 +321,7 @@ def write_phantoms(folder: str | Path, normal: int, abnormal: int | None = None,
         raise UserError(f"--num_phantoms {normal}: expected 1 or more.")
     parameters = {'normal': normal, 'abnormal': abnormal, 'seed': seed, 'size': SIZE, 'version': VERSION}
     root = Path(folder) / f'synthetic-{normal}-{abnormal}-seed{seed}-v{VERSION}'
-    finished = root / 'finished.json'                # written last: while it is missing the folder is incomplete
+    finished = root / 'finished.json'             # written last: while it is missing the folder is incomplete
     if finished.exists():
         return root
     work = [(NORMAL, i) for i in range(normal)] + [(OPACITY, i) for i in range(abnormal)]
@@ -318,11 +333,11 @@ def write_phantoms(folder: str | Path, normal: int, abnormal: int | None = None,
                 return root
             note = NOTE.format(normal=normal, abnormal=abnormal, threshold=round(MASK_THRESHOLD * 255))
             write_atomically(root / 'README.txt', lambda p: p.write_text(note))
-            for class_name, i in tqdm(work, desc='drawing synthetic phantoms', unit='image', disable=None, leave=False):
+            for class_name, i in tqdm(work, desc='drawing synthetic phantoms', disable=None, leave=False):
                 path = root / class_name / 'images' / f'{class_name}-{i:05d}.png'
                 if not path.exists():
                     image, mask = render(seed, class_name, i)
-                    if class_name == OPACITY:        # the mask first: where there is an image, all of it is there
+                    if class_name == OPACITY:    # the mask first: where there is an image, all of it is there
                         _write_png(path.parent.parent / 'masks' / path.name, mask)
                     _write_png(path, image)
             write_json(finished, parameters)

@@ -1,7 +1,8 @@
 """What every reader hands over, and the cache on disk that keeps it: scanned once, shared by all processes.
 
-N images, C channels, *S the size. A cache entry is one folder `<cache_dir>/<key>/` with `pixels.npy`, `masks.npy` and
-`index.json`. It appears whole by one rename, so a killed scan leaves nothing half done; checksums tell a damaged one.
+N images, C channels, *S the size. A cache entry is one folder `<cache_dir>/<key>/` with `pixels.npy`,
+`masks.npy` and `index.json`. It appears whole by one rename, so a killed scan leaves nothing half done;
+checksums tell a damaged one.
 """
 
 import contextlib
@@ -41,12 +42,16 @@ class Entry:
 
     @property
     def has_mask(self) -> bool:
-        """True where the anomalous pixels are known: a mask file is there, or the image is normal and has none."""
+        """True where the anomalous pixels are known: a mask file is there, or the image is normal and has
+        none.
+        """
         return self.label == 0 or self.mask_row >= 0
 
 
 class Array:
-    """A read-only .npy file, memory-mapped at first use in each process, so that it costs nothing to pickle."""
+    """A read-only .npy file, memory-mapped at first use in each process, so that it costs nothing to
+    pickle.
+    """
 
     def __init__(self, path: str | Path):
         self.path, self._array = Path(path), None
@@ -66,19 +71,23 @@ class Array:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as its reader found it: `pixels` (N, C, *S) uint8 or uint16, `masks` (M, 1, *S) uint8 0 or 1."""
+    """A data set as its reader found it: `pixels` (N, C, *S) uint8 or uint16, `masks` (M, 1, *S) uint8 0 or
+    1.
+    """
     entries: list[Entry]
     pixels: Array
     masks: Array | None
     normal_classes: tuple[str, ...]
     anomalous_classes: tuple[str, ...]
-    bad: list[tuple[str, str]] = field(default_factory=list)                  # (id, reason) of each unreadable file
-    twins: list[tuple[str, str, float]] = field(default_factory=list)         # ids of near-duplicates, correlation
+    bad: list[tuple[str, str]] = field(default_factory=list)            # (id, reason) of each unreadable file
+    twins: list[tuple[str, str, float]] = field(default_factory=list)    # ids of near-duplicates, correlation
     notes: list[str] = field(default_factory=list)                            # what the user should know
 
 
 def same_name(a: str, b: str) -> bool:
-    """Whether two class names differ only in case or in the sign between words ('Lung_Opacity', 'lung opacity')."""
+    """Whether two class names differ only in case or in the sign between words ('Lung_Opacity', 'lung
+    opacity').
+    """
     def plain(name: str) -> str:
         return name.casefold().replace('_', ' ').replace('-', ' ')
     return plain(a) == plain(b)
@@ -88,8 +97,8 @@ def choose_classes(found: Sequence[str], normal: Sequence[str], anomalous: Seque
                    where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The normal and the anomalous classes among `found`, with the spelling found.
 
-    An empty `normal` means all that is not anomalous; an empty `anomalous` means all that is not normal if `others`,
-    else none. Raises UserError for a class that is not there and for one that is both.
+    An empty `normal` means all that is not anomalous; an empty `anomalous` means all that is not normal if
+    `others`, else none. Raises UserError for a class that is not there and for one that is both.
     """
     def pick(names: Sequence[str], kind: str) -> list[str]:
         for name in names:
@@ -108,10 +117,12 @@ def choose_classes(found: Sequence[str], normal: Sequence[str], anomalous: Seque
     return tuple(usual), tuple(abnormal)
 
 
-# ---------------------------------------------------------------------------------------------------------- cache
+# ------------------------------------------------------------------------------------------------------ cache
 
 def cache_folder(wanted: str) -> Path:
-    """`wanted`, or a folder for this project in $XDG_CACHE_HOME, ~/.cache or the temporary folder: writable."""
+    """`wanted`, or a folder for this project in $XDG_CACHE_HOME, ~/.cache or the temporary folder:
+    writable.
+    """
     home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / CACHE_NAME
     spare = Path(tempfile.gettempdir()) / f'{CACHE_NAME}-{os.getuid() if hasattr(os, "getuid") else "cache"}'
     for folder in [Path(wanted)] if wanted else [home, spare]:
@@ -124,10 +135,12 @@ def cache_folder(wanted: str) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """One process at a time, where the file system can lock (else it yields False); the lock ends with its process."""
+    """One process at a time, where the file system can lock (else it yields False); the lock ends with its
+    process.
+    """
     with contextlib.ExitStack() as stack:
         alone = False
-        with contextlib.suppress(ImportError, OSError):      # without a lock the work is done twice, never wrongly
+        with contextlib.suppress(ImportError, OSError):    # without a lock work is done twice, never wrongly
             import fcntl
             fcntl.flock(stack.enter_context(path.open('w')), fcntl.LOCK_EX)
             alone = True
@@ -137,8 +150,8 @@ def locked(path: Path) -> Iterator[bool]:
 def cached(cache_dir: str, key: Any, make: Callable[[Path], dict]) -> Source:
     """The Source that `make(folder)` writes, from the cache if it is there and sound.
 
-    `key` is JSON of all that the result depends on. `make` writes `pixels.npy` and perhaps `masks.npy` into the folder
-    and returns the other fields of Source.
+    `key` is JSON of all that the result depends on. `make` writes `pixels.npy` and perhaps `masks.npy` into
+    the folder and returns the other fields of Source.
     """
     digest = hashlib.sha256(json.dumps([CACHE_VERSION, key]).encode()).hexdigest()[:32]
     home = cache_folder(cache_dir)
@@ -156,7 +169,7 @@ def cached(cache_dir: str, key: Any, make: Callable[[Path], dict]) -> Source:
                 write_json(temporary / 'index.json', fields)
                 os.rename(temporary, final)
             except OSError as error:
-                if _load(final) is None:      # else another process, on a file system without locks, was first
+                if _load(final) is None:     # else another process, on a file system without locks, was first
                     raise UserError(f"cannot write the cache folder {home} ({error.strerror or error}): "
                                     f"make room there or name another with --cache_dir.") from None
             finally:
@@ -175,7 +188,8 @@ def _load(folder: Path) -> Source | None:
         if any(_checksum(folder / name) != value for name, value in fields.pop('checksums').items()):
             return None
         masks = folder / 'masks.npy'
-        return Source(entries=[Entry(*values) for values in fields.pop('entries')], pixels=Array(folder / 'pixels.npy'),
+        return Source(entries=[Entry(*values) for values in fields.pop('entries')],
+                      pixels=Array(folder / 'pixels.npy'),
                       masks=Array(masks) if masks.exists() else None,
                       normal_classes=tuple(fields.pop('normal_classes')),
                       anomalous_classes=tuple(fields.pop('anomalous_classes')), **fields)

@@ -18,18 +18,20 @@ PARTS = ('train', 'val', 'test')
 SHOWN = 5          # files named in one line
 
 
-# -------------------------------------------------------------------------------------------------------------- split
+# ------------------------------------------------------------------------------------------------------ split
 
-def split_parts(entries: Sequence[Entry], val_fraction: float, test_fraction: float, seed: int) -> dict[str, str]:
+def split_parts(entries: Sequence[Entry], val_fraction: float, test_fraction: float,
+                seed: int) -> dict[str, str]:
     """The part of each image: {id: 'train', 'val' or 'test'}.
 
-    Anomalous images are all in test. Images of one patient, and files of equal content, are never in two parts. A part
-    that the data set itself gives stays; the fractions are those of the normal images without a given test part.
+    Anomalous images are all in test. Images of one patient, and files of equal content, are never in two
+    parts. A part that the data set itself gives stays; the fractions are those of the normal images without a
+    given test part.
     """
     parts = {e.id: 'test' for e in entries if e.part == 'test'}
     free = [e for e in entries if e.part != 'test']
     groups = sorted(_groups(free), key=lambda g: (mix_seed(seed, 'split', g[0].id), g[0].id))
-    groups.sort(key=lambda g: not any(e.label for e in g))              # stable: those that must be in test come first
+    groups.sort(key=lambda g: not any(e.label for e in g))     # stable: those that must be in test come first
     normals = sum(e.label == 0 for e in free)
     wanted = {'test': round(test_fraction * normals), 'val': round(val_fraction * normals)}
     for group in groups:
@@ -42,7 +44,9 @@ def split_parts(entries: Sequence[Entry], val_fraction: float, test_fraction: fl
 
 
 def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Images that belong together, directly or over others: the same patient or the same content. Sorted by id."""
+    """Images that belong together, directly or over others: the same patient or the same content. Sorted by
+    id.
+    """
     parent = {}
 
     def root(node: tuple[str, str]) -> tuple[str, str]:
@@ -67,7 +71,8 @@ def stored_parts(entries: Sequence[Entry], split: dict[str, Any], report: list[s
     known = {f['class'] for f in split['files']}
     stored = [f for f in split['files'] if f['class'] in classes]
     if lost := [f['id'] for f in stored if f['id'] not in here]:
-        raise UserError(f"{count(len(lost), 'file')} of the run's split.json cannot be found or read: {some(lost)}. "
+        raise UserError(f"{count(len(lost), 'file')} of the run's split.json cannot be found or read: "
+                        f"{some(lost)}. "
                         f"Restore them, check --data, or train anew.")
     if changed := [f['id'] for f in stored if here[f['id']].sha256 != f['sha256']]:
         raise UserError(f"{count(len(changed), 'file')} changed since the run's split.json: {some(changed)}. "
@@ -79,7 +84,8 @@ def stored_parts(entries: Sequence[Entry], split: dict[str, Any], report: list[s
     added = [e for e in entries if e.id not in parts]
     fresh = [e for e in added if e.label and e.class_name not in known]
     if len(added) > len(fresh):
-        report.append(f"left out: {count(len(added) - len(fresh), 'file')} that the run's split.json does not know")
+        report.append(f"left out: {count(len(added) - len(fresh), 'file')} that the run's split.json does "
+                      f"not know")
     return parts | {e.id: 'test' for e in fresh}
 
 
@@ -91,9 +97,11 @@ def with_patients(entries: list[Entry], metadata: str, name_pattern: str, report
         try:
             pattern = re.compile(name_pattern)
         except re.error as error:
-            raise UserError(f"--patient_pattern {name_pattern!r} is no regular expression: {error}.") from None
+            raise UserError(f"--patient_pattern {name_pattern!r} is no regular expression: "
+                            f"{error}.") from None
         if pattern.groups < 1:
-            raise UserError(f"--patient_pattern {name_pattern!r} has no group: put the patient in parentheses.")
+            raise UserError(f"--patient_pattern {name_pattern!r} has no group: put the patient in "
+                            f"parentheses.")
         flag_name = '--patient_pattern'
 
         def patient(name: str) -> str:
@@ -104,15 +112,19 @@ def with_patients(entries: list[Entry], metadata: str, name_pattern: str, report
     entries = [replace(e, patient=patient(e.id)) for e in entries]
     unknown = [e.id for e in entries if not e.patient]
     if len(unknown) == len(entries):
-        raise UserError(f"{flag_name} finds a patient for no file, for example not for {unknown[0]}: correct it.")
+        raise UserError(f"{flag_name} finds a patient for no file, for example not for {unknown[0]}: "
+                        f"correct it.")
     people = len({e.patient for e in entries} - {''})
     report.append(f"{count(people, 'patient')} in {count(len(entries) - len(unknown), 'image')}"
-                  + (f"; {count(len(unknown), 'image')} without one, such as {unknown[0]}" if unknown else ''))
+                  + (f"; {count(len(unknown), 'image')} without one, such as "
+                     f"{unknown[0]}" if unknown else ''))
     return entries
 
 
 def _patient_column(text: str) -> Callable[[str], str]:
-    """The patient of an id after a CSV file, given FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' where it is not listed."""
+    """The patient of an id after a CSV file, given FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' where it is not
+    listed.
+    """
     if text.count(':') < 2:
         raise UserError(f"--patient_metadata {text!r}: expected FILE:FILE_NAME_COLUMN:PATIENT_COLUMN.")
     path, name_column, patient_column = text.rsplit(':', 2)
@@ -134,7 +146,7 @@ def _patient_column(text: str) -> Callable[[str], str]:
     return patient
 
 
-# -------------------------------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------------------------------- report
 
 def find_duplicates(entries: Sequence[Entry], twins: Sequence[tuple[str, str, float]],
                     parts: dict[str, str]) -> list[dict[str, Any]]:
@@ -145,7 +157,8 @@ def find_duplicates(entries: Sequence[Entry], twins: Sequence[tuple[str, str, fl
     content = {e.id: e.sha256 for e in entries}
     for ids in same.values():
         pairs += [('exact', ids[0], other, 1.0) for other in ids[1:]]
-    pairs += [('near', a, b, c) for a, b, c in twins if a in content and b in content and content[a] != content[b]]
+    pairs += [('near', a, b, c) for a, b, c in twins
+              if a in content and b in content and content[a] != content[b]]
     return [{'kind': kind, 'ids': [a, b], 'parts': [parts[a], parts[b]], 'correlation': c}
             for kind, a, b, c in pairs if parts[a] != parts[b]]
 
@@ -161,14 +174,17 @@ def part_counts(entries: Sequence[Entry], parts: Mapping[str, str]) -> list[str]
     return lines
 
 
-def warnings(entries: Sequence[Entry], parts: Mapping[str, str], duplicates: list[dict[str, Any]]) -> list[str]:
+def warnings(entries: Sequence[Entry], parts: Mapping[str, str],
+             duplicates: list[dict[str, Any]]) -> list[str]:
     """What may spoil a result."""
     lines = []
     for kind, words in (('exact', 'the same file'), ('near', 'near-duplicates')):
         pairs = [d for d in duplicates if d['kind'] == kind]
         if pairs:
-            named = some([f"{d['ids'][0]} ({d['parts'][0]}) and {d['ids'][1]} ({d['parts'][1]})" for d in pairs])
-            lines.append(f"duplicates across parts: {count(len(pairs), 'pair')} of images are {words}: {named}")
+            named = some([f"{d['ids'][0]} ({d['parts'][0]}) and {d['ids'][1]} "
+                          f"({d['parts'][1]})" for d in pairs])
+            lines.append(f"duplicates across parts: {count(len(pairs), 'pair')} of images are {words}: "
+                         f"{named}")
     labels = defaultdict(set)
     for e in entries:
         labels[e.sha256].add(e.label)
@@ -179,7 +195,8 @@ def warnings(entries: Sequence[Entry], parts: Mapping[str, str], duplicates: lis
     for e in entries:
         places[e.patient].add(parts[e.id])
     if spread := sorted(p for p in places if p and len(places[p]) > 1):
-        lines.append(f"{count(len(spread), 'patient')} in more than one part of the stored split: {some(spread)}")
+        lines.append(f"{count(len(spread), 'patient')} in more than one part of the stored split: "
+                     f"{some(spread)}")
     unmarked = [e.id for e in entries if not e.has_mask]
     if unmarked and any(e.mask_row >= 0 for e in entries):
         lines.append(f"{count(len(unmarked), 'anomalous image')} without a mask count in no pixel metric: "

@@ -3,8 +3,18 @@
 import numpy as np
 import pytest
 
-from anomaly.metrics import (METRICS, Resamples, bootstrap, evaluate_score, make_finite, percentile, point_estimates,
-                             smallest_sample, threshold, wilson_interval)
+from anomaly.metrics import (
+    METRICS,
+    Resamples,
+    bootstrap,
+    evaluate_score,
+    make_finite,
+    percentile,
+    point_estimates,
+    smallest_sample,
+    threshold,
+    wilson_interval,
+)
 from utils import UserError
 
 
@@ -26,7 +36,8 @@ def test_fpr_is_that_of_the_first_vertex_that_reaches_the_rate():
 @pytest.mark.parametrize('levels', [4, 30, 10 ** 9])
 def test_bootstrap_kernel_equals_scikit_learn_with_and_without_ties(levels):
     random = np.random.default_rng(levels)
-    normal, anomalous = random.integers(0, levels, 40) / levels, random.integers(levels // 3, levels + 1, 25) / levels
+    normal = random.integers(0, levels, 40) / levels
+    anomalous = random.integers(levels // 3, levels + 1, 25) / levels
     drawn = Resamples.draw(40, 25, 60, seed=1)
     fast = bootstrap(normal, anomalous, drawn)
     for i in range(60):
@@ -60,7 +71,7 @@ def test_separable_scores_have_a_perfect_interval():
 
 
 def test_threshold_is_the_conformal_quantile():
-    validation = np.arange(1.0, 20)                                       # 19 scores: 5 % is just within reach
+    validation = np.arange(1.0, 20)                              # 19 scores: 5 % is just within reach
     assert smallest_sample(0.05) == 19
     assert threshold(validation, 0.05) == 19
     assert threshold(np.arange(1.0, 100), 0.05) == 95                     # the ceil(100 * 0.95)-th
@@ -92,7 +103,7 @@ def test_scores_that_are_not_finite_are_the_most_anomalous():
 
 
 def test_wilson_interval_of_a_known_case():
-    low, high = wilson_interval(5, 100)                                   # Newcombe 1998 style textbook values
+    low, high = wilson_interval(5, 100)                           # statsmodels: 0.02154, 0.11175
     assert (low, high) == pytest.approx((0.02154, 0.11175), abs=1e-4)
     assert wilson_interval(0, 0) == (0, 1)
     assert wilson_interval(0, 10)[0] == 0

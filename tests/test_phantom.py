@@ -1,4 +1,6 @@
-"""The synthetic chest phantom: repeatable, with true masks, and without a short cut that separates its classes."""
+"""The synthetic chest phantom: repeatable, with true masks, and without a short cut that separates its
+classes.
+"""
 
 import io
 
@@ -19,7 +21,8 @@ COUNT = 80          # of each class: the standard error of an AUROC of 0.5 is 0.
 def phantoms():
     """{class: images (COUNT, 128, 128)} and the masks of the ill ones."""
     drawn = {c: [render(0, c, i) for i in range(COUNT)] for c in (NORMAL, OPACITY)}
-    return {c: np.stack([image for image, _ in d]) for c, d in drawn.items()}, np.stack([m for _, m in drawn[OPACITY]])
+    images = {c: np.stack([image for image, _ in d]) for c, d in drawn.items()}
+    return images, np.stack([mask for _, mask in drawn[OPACITY]])
 
 
 def png_bytes(image):
@@ -33,7 +36,8 @@ def border(image):
 
 
 def auroc(feature, images):
-    return roc_auc_score([0] * COUNT + [1] * COUNT, [feature(x) for c in (NORMAL, OPACITY) for x in images[c]])
+    values = [feature(x) for c in (NORMAL, OPACITY) for x in images[c]]
+    return roc_auc_score([0] * COUNT + [1] * COUNT, values)
 
 
 @pytest.mark.parametrize('feature', [np.mean, np.std, np.median, png_bytes, border], ids=lambda f: f.__name__)
@@ -53,7 +57,7 @@ def test_an_opacity_brightens_where_its_mask_is_and_little_elsewhere():
         added = ill - healthy
         assert not nothing.any() and mask.any()
         assert added[mask].mean() > MASK_THRESHOLD
-        assert added[~mask].max() < MASK_THRESHOLD + 0.02       # noise is a little weaker where it is brighter
+        assert added[~mask].max() < MASK_THRESHOLD + 0.02      # noise is a little weaker where it is brighter
         assert added[~mask].mean() < MASK_THRESHOLD / 4
 
 

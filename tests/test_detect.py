@@ -1,0 +1,242 @@
+"""The whole pipeline on a model and images that are known, from one process and from two."""
+
+import csv
+import json
+import math
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_scores import LinearGaussian, seeded
+
+import launch
+from anomaly.detect import Cases, detect
+from anomaly.metrics import threshold
+from anomaly.scores import ScoreConfig
+from datasets import Batch
+from utils import UserError
+
+CONFIG = ScoreConfig(num_draws=2, num_bootstrap=50, num_cases=2)
+
+
+class Part:
+    """Images in memory with the interface of datasets.Part."""
+
+    def __init__(self, x, classes, masks=None):
+        self.x, self.masks = x, masks
+        self.entries = [SimpleNamespace(id=f'{name}/images/{name}-{i}.png', class_name=name,
+                                        label=int(name != 'Normal'), file_bytes=1000 + 7 * i)
+                        for i, name in enumerate(classes)]
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitems__(self, keys):
+        rows = [i for _, i in keys]
+        return Batch(self.x[rows], torch.tensor([self.entries[i].label for i in rows]),
+                     None if self.masks is None else self.masks[rows], [self.entries[i].id for i in rows])
+
+
+def make_data(seed=0, masks=False, val=30, classes=('COVID', 'Other')):
+    """Normal images around 0.3 and anomalous ones with a bright quarter."""
+    def normal(n, seed):
+        return (0.3 + 0.1 * torch.randn(n, 1, 4, 4, generator=seeded(seed))).clamp(0, 1)
+    test = normal(20 + 8 * len(classes), seed + 2)
+    test[20:, :, :2, :2] += 0.5
+    marks = torch.zeros(test.shape, dtype=torch.bool)
+    marks[20:, :, :2, :2] = True
+    names = ['Normal'] * 20 + [name for name in classes for _ in range(8)]
+    return SimpleNamespace(
+        train=Part(normal(30, seed), ['Normal'] * 30), val=Part(normal(val, seed + 1), ['Normal'] * val),
+        test=Part(test.clamp(0, 1), names, marks if masks else None), shape=(1, 4, 4),
+        pixels=SimpleNamespace(bits=8, padding=0), anomalous_classes=classes,
+        report=['a <b>line</b> of the reader'], config=SimpleNamespace(dataset='toy'))
+
+
+def make_model():
+    return LinearGaussian(tau2=0.01, sigma2=0.01)
+
+
+def run(out, data=None, model=None, config=CONFIG, log=lambda line: None, **options):
+    return detect(model or make_model(), data or make_data(), out, config, num_iw_samples=3, batch_size=8,
+                  seed=1, command='evaluate.py --eval_mode anomaly <x>', log=log, **options)
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    folder, lines = tmp_path_factory.mktemp('run'), []
+    (folder / 'out').mkdir()
+    (folder / 'out' / 'metrics.json').write_text('{"likelihood": {"nelbo": 5}}')
+    result = run(folder / 'out', make_data(masks=True), run_folder=folder / 'eval-x', log=lines.append)
+    return SimpleNamespace(out=folder / 'out', run=folder / 'eval-x', result=result, lines=lines)
+
+
+def test_everything_is_written(finished):
+    names = {p.relative_to(finished.out).as_posix() for p in finished.out.rglob('*') if p.is_file()}
+    assert names == {'scores.csv', 'metrics.json', 'thresholds.json', 'report.html', 'figures/roc.png',
+                     'figures/histograms.png', 'figures/cases.png'}
+    assert (finished.run / 'thresholds.json').read_text() == (finished.out / 'thresholds.json').read_text()
+
+
+def test_metrics_json_is_strict_and_keeps_what_others_wrote(finished):
+    def refuse(name):
+        raise AssertionError(name)
+    stored = json.loads((finished.out / 'metrics.json').read_text(), parse_constant=refuse)
+    assert stored['likelihood'] == {'nelbo': 5}
+    assert stored['anomaly'] == json.loads(json.dumps(finished.result))
+    assert stored['anomaly']['counts'] == {'train': {'Normal': 30}, 'val': {'Normal': 30},
+                                           'test': {'Normal': 20, 'COVID': 8, 'Other': 8}}
+    assert list(stored['anomaly']['scores']['nelbo']['metrics']) == ['COVID', 'Other', 'all']
+
+
+def test_every_image_has_one_row_with_its_percentile_and_call(finished):
+    rows = rows_of(finished.out / 'scores.csv')
+    kept = json.loads((finished.out / 'thresholds.json').read_text())
+    assert [row['part'] for row in rows] == ['val'] * 30 + ['test'] * 36
+    assert [row['label'] for row in rows if row['part'] == 'test'] == ['0'] * 20 + ['1'] * 16
+    for name in ('nelbo', 'llr_1', 'kl_profile', 'png_size'):
+        validation = np.array([float(row[name]) for row in rows if row['part'] == 'val'])
+        assert kept['scores'][name]['threshold'] == threshold(validation, 0.05)      # validation alone, exact
+        assert kept['scores'][name]['normal_validation'] == sorted(validation)
+        for row in rows:
+            score = float(row[name])
+            assert row[f'{name}_called'] == str(int(score > kept['scores'][name]['threshold']))
+            below = 100 * ((validation < score).mean() + (validation <= score).mean()) / 2
+            assert float(row[f'{name}_percentile']) == pytest.approx(below, abs=0.01)
+
+
+def test_a_good_score_finds_the_anomalies_and_the_verdict_says_so(finished):
+    table = finished.result['scores']
+    assert table['nelbo']['metrics']['all']['auroc']['value'] == 1
+    assert table['nelbo']['called']['all'] == [16, 16] and table['nelbo']['called']['normal'][1] == 20
+    assert table['recon_nll']['pixels']['auroc'] > 0.8
+    assert table['recon_nll']['pixels']['lesion_share'] == pytest.approx(16 * 4 / (36 * 16))
+    assert 'pixels' not in table['iw']
+    assert {v['group'] for v in finished.result['verdict']} == {'COVID', 'Other', 'all'}
+    assert any('the best trivial baseline' in line for line in finished.lines)
+    assert any(line.startswith('  nelbo *') for line in finished.lines)
+
+
+def test_same_command_same_numbers(finished, tmp_path):
+    torch.rand(3)
+    run(tmp_path, make_data(masks=True))
+    for name in ('scores.csv', 'thresholds.json', 'figures/cases.png'):
+        assert (tmp_path / name).read_bytes() == (finished.out / name).read_bytes(), name
+
+
+def score_on_a_rank(out):
+    run(out)
+    return 0
+
+
+def test_two_ranks_give_what_one_gives(tmp_path):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = launch.launch(score_on_a_rank, tmp_path / 'two',
+                               launch.LaunchConfig(num_process_per_node=2, device='cpu', num_threads=1))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert status == 0
+    run(tmp_path / 'one')
+    for name in ('scores.csv', 'thresholds.json', 'figures/cases.png'):
+        assert (tmp_path / 'two' / name).read_bytes() == (tmp_path / 'one' / name).read_bytes(), name
+
+
+def test_the_threshold_does_not_depend_on_test_images(tmp_path):
+    data = make_data()
+    run(tmp_path / 'a', data)
+    data.test.x = data.test.x.flip(0) * 0.5
+    run(tmp_path / 'b', data)
+    before, after = ((tmp_path / name / 'thresholds.json').read_bytes() for name in 'ab')
+    assert before == after
+
+
+class Broken(LinearGaussian):
+    """Gives NaN for images that hold a pixel of exactly 0.875."""
+
+    def forward(self, x, skip=0, temperature=1.0):
+        terms = super().forward(x, skip, temperature)
+        bad = (x == 0.875).flatten(1).any(1)
+        return {**terms, 'recon': torch.where(bad, torch.nan, terms['recon'])}
+
+
+def test_a_score_that_is_nan_is_named_called_and_kept_out_of_json(tmp_path):
+    data, lines = make_data(), []
+    data.test.x[3, 0, 3, 3] = 0.875
+    run(tmp_path, data, Broken(tau2=0.01, sigma2=0.01), log=lines.append)
+    row = rows_of(tmp_path / 'scores.csv')[30 + 3]
+    assert math.isnan(float(row['nelbo']))
+    assert row['nelbo_called'] == '1' and row['nelbo_percentile'] == '100.00'
+    assert any('nelbo: 1 test image' in line and data.test.entries[3].id in line for line in lines)
+    assert 'NaN' not in (tmp_path / 'metrics.json').read_text()
+
+
+class Autoencoder(torch.nn.Module):
+    def reconstruct(self, x):
+        return torch.full_like(x, 0.3)
+
+
+def test_an_autoencoder_gets_the_scores_that_it_can(tmp_path):
+    lines = []
+    result = run(tmp_path, model=Autoencoder(), log=lines.append)
+    assert result['primary_score'] == 'reconstruction'
+    assert [n for n, row in result['scores'].items() if row['kind'] == 'model'] == ['reconstruction']
+    assert any('left out' in line and 'likelihood terms' in line for line in lines)
+
+
+def test_one_class_and_few_validation_images(tmp_path):
+    lines = []
+    result = run(tmp_path, make_data(val=12, classes=('COVID',)), config=ScoreConfig(
+        scores=('nelbo', 'complexity'), num_bootstrap=20, num_cases=0), log=lines.append)
+    assert [v['group'] for v in result['verdict']] == ['COVID']
+    assert any('12 normal validation images cannot promise' in line and '19' in line for line in lines)
+    assert not (tmp_path / 'figures' / 'cases.png').exists()
+
+
+def test_a_test_part_without_anomalies_gives_scores_and_calls_only(tmp_path):
+    lines = []
+    result = run(tmp_path, make_data(classes=()), log=lines.append)
+    assert result['scores']['nelbo']['metrics'] == {} and result['verdict'] == []
+    assert len(rows_of(tmp_path / 'scores.csv')) == 50 and (tmp_path / 'report.html').exists()
+    assert any('lacks normal or anomalous images' in line for line in lines)
+
+
+def test_mistakes_of_the_user_are_named(tmp_path):
+    data = make_data()
+    data.val = Part(data.val.x[:0], [])
+    with pytest.raises(UserError, match='the val part is empty'):
+        run(tmp_path, data)
+    data = make_data()
+    data.val.entries[4].label = 1
+    with pytest.raises(UserError, match=r'Normal-4\.png'):
+        run(tmp_path, data)
+    with pytest.raises(UserError, match='--primary_score best'):
+        run(tmp_path, config=ScoreConfig(primary_score='best'))
+    with pytest.raises(UserError, match='--scores cleverness'):
+        run(tmp_path, config=ScoreConfig(scores=('cleverness',)))
+
+
+def test_cases_keep_the_extremes_of_all_batches():
+    made = []
+
+    def make(batch):
+        def case(i):
+            made.append((batch, i))
+            return (values[batch][i], batch, i)
+        return case
+    values = [np.array([1.0, 9, 3]), np.array([9.0, 0, 2]), np.array([1.0, 1, np.nan])]
+    most = Cases(3, 1)
+    for batch in range(3):
+        most.offer(batch, values[batch], make(batch))
+    assert [case[1:] for case in most.kept] == [(2, 2), (0, 1), (1, 0)]        # NaN first, then ties in order
+    least = Cases(2, -1)
+    assert [c[0] for c in least.merge([(3.0, 0, 0), (np.nan, 0, 1), (1.0, 1, 0)])] == [1.0, 3.0]
+    assert (2, 0) not in made                                                    # nothing is made in vain

@@ -1,0 +1,134 @@
+"""Layers: shapes, weight normalization, initialization from data, singular values."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest import approx
+from torch import nn
+
+from families.nvae_flows import FlowCell, autoregressive_mask
+from neural_operations import (
+    RESIDUAL_OPS,
+    Cell,
+    SpectralRegularizer,
+    SqueezeExcite,
+    WeightNormConv2d,
+    batch_norm_regularizer,
+    initialize_from_data,
+)
+
+OPS = [*RESIDUAL_OPS, 'mconv_e6k5g0', 'mconv_e3k5g8', 'mconv_e6k11g0', 'mconv_e6k9g0']
+SHAPES = {'normal': (2, 8, 12, 12), 'down': (2, 16, 6, 6), 'up': (2, 4, 24, 24)}
+
+
+@pytest.mark.parametrize('op', OPS)
+@pytest.mark.parametrize('kind', SHAPES)
+def test_cell_shapes_and_gradients(op, kind):
+    cell = Cell(8, kind, [op] if op.startswith('mconv') else [op, op], use_se=True)
+    y = cell(torch.randn(2, 8, 12, 12))
+    assert y.shape == SHAPES[kind]
+    y.sum().backward()
+    assert all(p.grad is not None for p in cell.parameters())
+
+
+def test_filters_have_the_norm_of_their_gain():
+    conv = WeightNormConv2d(3, 5, 3)
+    with torch.no_grad():
+        conv.log_weight_norm.copy_(torch.arange(5.).view(5, 1, 1, 1))
+    norms = conv.effective_weight().flatten(1).norm(dim=1)
+    assert norms.tolist() == approx([torch.tensor(i).float().exp().item() for i in range(5)], rel=1e-4)
+
+
+def test_a_new_convolution_is_nearly_the_plain_one():
+    conv = WeightNormConv2d(16, 16, 3)
+    torch.testing.assert_close(conv.effective_weight(), conv.weight, rtol=0.02, atol=1e-4)
+
+
+def test_first_batch_gives_channels_mean_0_and_std_one_fifth():
+    torch.manual_seed(0)
+    layers = nn.Sequential(WeightNormConv2d(2, 4, 3, data_init=True), nn.ELU(), WeightNormConv2d(4, 6, 3, data_init=True))
+    x = 3 + 2 * torch.randn(8, 2, 10, 10)
+    initialize_from_data(layers, lambda: layers(x))
+    for y in (layers[0](x), layers(x)):
+        assert y.mean((0, 2, 3)).abs().max().item() < 1e-4
+        assert y.std((0, 2, 3)).tolist() == approx([0.2] * y.shape[1], rel=1e-3)
+
+
+def test_squeeze_excite_gates_each_channel_of_each_image():
+    se = SqueezeExcite(8)
+    x = torch.rand(3, 8, 5, 5) + 0.1
+    gate = se(x) / x
+    assert gate.amin() > 0 and gate.amax() < 1
+    assert gate.var((2, 3)).max().item() < 1e-10
+    assert sum(p.numel() for p in se.parameters()) == 8 * 4 + 4 + 4 * 8 + 8
+
+
+def test_spectral_regularizer_finds_the_sum_of_largest_singular_values():
+    torch.manual_seed(0)
+    convs = [WeightNormConv2d(6, 10, 3), nn.Conv2d(6, 10, 3, bias=False), nn.Conv2d(4, 4, 1, bias=False)]
+    regularizer = SpectralRegularizer(convs)
+    exact = sum(torch.linalg.svdvals(w.flatten(1))[0].item() for w in
+                (convs[0].effective_weight(), convs[1].weight, convs[2].weight))
+    assert regularizer().item() == approx(exact, rel=1e-3)
+    for _ in range(30):
+        value = regularizer()
+    assert value.item() == approx(exact, rel=1e-5)
+
+
+def test_gradient_of_the_largest_singular_value_is_the_outer_product_of_its_vectors():
+    torch.manual_seed(1)
+    conv = nn.Conv2d(5, 4, 1, bias=False)
+    regularizer = SpectralRegularizer([conv])
+    for _ in range(50):
+        value = regularizer()
+    value.backward()
+    u, _, v = torch.linalg.svd(conv.weight.detach().flatten(1), full_matrices=False)
+    torch.testing.assert_close(conv.weight.grad.flatten(1), torch.outer(u[:, 0], v[0]), atol=1e-3, rtol=1e-2)
+
+
+def test_batch_norm_regularizer_adds_the_largest_scales():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(3))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, -4.0]))
+    assert batch_norm_regularizer(model).item() == approx(4 + 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- flows
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_flow_keeps_volume(channels):
+    """The Jacobian of a cell has determinant 1, whatever its weights."""
+    torch.manual_seed(0)
+    flow = FlowCell(channels).double()
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    z = torch.randn(1, channels, 4, 3, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(flow, z).view(z.numel(), z.numel())
+    sign, log_det = torch.linalg.slogdet(jacobian)
+    assert sign.item() == 1 and log_det.item() == approx(0, abs=1e-9)
+    assert (jacobian - torch.eye(z.numel())).abs().max() > 1e-3          # it does something
+
+
+def test_first_half_sees_only_what_comes_before():
+    flow = FlowCell(2).double()[0]
+    z = torch.randn(1, 2, 5, 5, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(flow, z).permute(0, 2, 3, 1, 4, 6, 7, 5).reshape(50, 50)
+    torch.testing.assert_close(torch.triu(jacobian, diagonal=1), torch.zeros(50, 50, dtype=torch.float64))
+
+
+def test_mask_worked_by_hand():
+    mask = autoregressive_mask(2, 2, 3, 1, strict=True, mirror=False)
+    assert mask[0, 0].tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+    assert mask[1, 0].tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]      # channel 1 sees channel 0 at its own place
+    mirrored = autoregressive_mask(2, 2, 3, 1, strict=False, mirror=True)
+    assert mirrored[0, 0].tolist() == [[0, 0, 0], [0, 1, 1], [1, 1, 1]]
+
+
+def test_weight_norm_is_taken_after_masking():
+    mask = autoregressive_mask(6, 1, 3, 1, strict=True, mirror=False)
+    conv = WeightNormConv2d(1, 6, 3, mask=mask, bias=False)
+    assert torch.equal(conv.effective_weight() * mask, conv.effective_weight())
+    torch.testing.assert_close(conv.effective_weight().flatten(1).norm(dim=1), conv.log_weight_norm.flatten().exp(),
+                               rtol=1e-3, atol=1e-4)
+    assert F.conv2d(torch.ones(1, 1, 3, 3), conv.effective_weight()).shape == (1, 6, 1, 1)
