@@ -34,6 +34,11 @@ def soft_clamp(x: Tensor) -> Tensor:
     return SOFT_CLAMP * torch.tanh(x / SOFT_CLAMP)
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """x in float32 if autocast left it in half precision: densities and KL are not to be computed there."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def per_image(x: Tensor) -> Tensor:
     """Sums (B, ...) over all axes but the first: (B,)."""
     return x.flatten(1).sum(1)

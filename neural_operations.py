@@ -203,7 +203,7 @@ class SpectralRegularizer(nn.Module):
         total = 0.0
         with torch.autocast(self.warm.device.type, enabled=False):
             for i, members in enumerate(self._groups):
-                weight = torch.stack([effective_weight(conv).float().flatten(1) for conv in members])    # (n, R, C)
+                weight = torch.stack([effective_weight(conv).flatten(1) for conv in members])    # (n, R, C)
                 u, v = self.get_buffer(f'u{i}'), self.get_buffer(f'v{i}')
                 with torch.no_grad():
                     for _ in range(iterations):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributions import Normal, Pixels, per_image, pixel_likelihood
+from distributions import Normal, Pixels, full_precision, per_image, pixel_likelihood
 from families.nvae_flows import FlowCell
 from neural_operations import (
     Cell,
@@ -245,17 +245,17 @@ class NVAE(nn.Module):
                 p_mean, p_log_std = zeros, zeros
             else:
                 d = group.decode(d)
-                p_mean, p_log_std = group.prior(d).float().chunk(2, dim=1)
+                p_mean, p_log_std = full_precision(group.prior(d)).chunk(2, dim=1)
             p = Normal.from_raw(p_mean, p_log_std)
             if features is not None and i < self.num_groups - skip:
                 s = features[0] if i == 0 else features[i] + group.into_encoder(d)
-                mean, log_std = group.posterior(s).float().chunk(2, dim=1)
+                mean, log_std = full_precision(group.posterior(s)).chunk(2, dim=1)
                 # Residual normal: the posterior is an offset from the prior, added before the soft clamp.
                 q = Normal.from_raw(p_mean + mean, p_log_std + log_std) if self.config.res_dist \
                     else Normal.from_raw(mean, log_std)
                 z = q.sample(temperature)
                 log_q = q.log_prob(z)                                       # flows keep volume: log-det 0
-                z = group.flows(z).float()
+                z = full_precision(group.flows(z))
                 log_p = p.log_prob(z)
                 kl = log_q - log_p if self.config.num_nf else q.kl(p)
             else:
@@ -268,7 +268,7 @@ class NVAE(nn.Module):
         return d, groups
 
     def _logits(self, d: Tensor) -> Tensor:
-        return self.image_head(self.post_process(d)).float()                # likelihoods in float32 under autocast
+        return full_precision(self.image_head(self.post_process(d)))
 
     def _inside(self, x: Tensor) -> Tensor:
         """Without the border that was added to the image."""
