@@ -1,4 +1,4 @@
-"""Checkpoints: only tensors, numbers, strings and plain containers, written whole or not at all, loaded safely."""
+"""Checkpoints: only tensors, numbers, strings and plain containers, written whole or not, loaded safely."""
 
 import argparse
 import pickle
@@ -13,11 +13,14 @@ from utils import UserError, write_atomically
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Writes `content` atomically: a kill at any moment leaves the last whole checkpoint in place."""
+    path = Path(path)
+    for left_by_a_kill in path.parent.glob(f'.{path.name}.*.tmp'):
+        left_by_a_kill.unlink(missing_ok=True)
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU without running code from it (`weights_only=True`; Namespace is allowed).
+    """Reads a checkpoint onto the CPU without running code from it (`weights_only=True`, Namespace allowed).
 
     Raises UserError if the file is missing, damaged, or holds anything but data.
     """
@@ -28,14 +31,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}. Give --checkpoint the checkpoint.pt of a run.") from None
+        raise UserError(f"there is no checkpoint {path}. Name the checkpoint.pt of a run.") from None
     except pickle.UnpicklingError as error:
         foreign = re.search(r'GLOBAL (\S+)', str(error))
         what = f"holds a {foreign[1]}, which is code and not data" if foreign else "is damaged"
         raise UserError(f"checkpoint {path} {what}; it is not loaded. Take another copy.") from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:      # a damaged file can mislead the reader into any of them
         raise UserError(f"checkpoint {path} cannot be read: it is damaged or no checkpoint "
-                        f"({str(error).splitlines()[0][:120] or type(error).__name__}).") from None
+                        f"({type(error).__name__}: {str(error).split(chr(10))[0][:120]}).") from None
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not the dictionary of a run.")
     return content

@@ -62,7 +62,10 @@ class Normal:
 
     @classmethod
     def from_raw(cls, mean: Tensor, log_std: Tensor) -> 'Normal':
-        """The latent normal of NVAE: network outputs softly clamped, std at least 0.01. A raw log_std of 0 is std 1.01."""
+        """The latent normal of NVAE: network outputs softly clamped, std at least 0.01.
+
+        A raw log_std of 0 is std 1.01.
+        """
         return cls(soft_clamp(mean), torch.exp(soft_clamp(log_std)) + MIN_STD)
 
     def sample(self, temperature: float = 1.0) -> Tensor:
@@ -81,7 +84,7 @@ class Normal:
         return 0.5 * (((self.mean - p.mean) / p.std) ** 2 + ratio ** 2 - 1) - torch.log(ratio)
 
 
-# ----------------------------------------------------------------------------------------------------- likelihoods
+# ------------------------------------------------------------------------------------------------ likelihoods
 # A likelihood turns the output of a decoder, `logits` (B, num_params, *S), into p(x|z). It has
 #   num_params                      channels that the decoder must put out
 #   log_prob(logits, x)             (B, 1, *S) summed over channels
@@ -107,7 +110,7 @@ class Bernoulli:
 
 
 class DiscretizedNormal:
-    """A normal on [-1, 1] whose mass is gathered into K grey levels, so that the levels sum to one; channels independent.
+    """A normal on [-1, 1], its mass gathered into K grey levels that sum to one; channels are independent.
 
     `official=True` is the published decoder instead: a density on [-1, 1], which knows no grey levels.
     """
@@ -125,7 +128,8 @@ class DiscretizedNormal:
         # float64: the difference of two nearly equal probabilities loses half of its digits.
         half = 1 / (2 ** self.bits - 1)
         distance, std = (x - normal.mean).double(), normal.std.double()
-        lower = torch.where(x < -1 + half, -torch.inf, (distance - half) / std)      # the lowest level takes the tail
+        # the lowest and the highest level take the tails
+        lower = torch.where(x < -1 + half, -torch.inf, (distance - half) / std)
         upper = torch.where(x > 1 - half, torch.inf, (distance + half) / std)
         # log(Phi(b) - Phi(a)) = log(Phi(-a) - Phi(-b)); on the left side of the mean neither is close to 1.
         flip = distance > 0
@@ -144,12 +148,12 @@ class DiscretizedNormal:
 
 
 class DiscretizedLogisticMixture:
-    """Mixture of M logistics on [-1, 1], its mass gathered into K grey levels (PixelCNN++, Salimans et al. 2017).
+    """Mixture of M logistics on [-1, 1], its mass gathered into K levels (PixelCNN++, Salimans et al. 2017).
 
-    One or three channels; in colour, green depends on red, and blue on both, linearly and within each component.
-    `official=True` restores three habits of the published NVAE: with 8 bits grey levels 254 and 255 both take the
-    right tail (the levels then sum to up to 1.4), an approximation where a level holds less than 1e-5, and samples
-    that get noisier when cold.
+    One or three channels; in colour, green depends on red, and blue on both, linearly, in each component.
+    `official=True` restores three habits of the published NVAE: with 8 bits grey levels 254 and 255 both take
+    the right tail (they then sum to up to 1.4), an approximation where a level holds less than 1e-5, and
+    samples that get noisier when cold.
     """
 
     def __init__(self, channels: int, bits: int = 8, num_mixture: int = 10, official: bool = False):
@@ -160,7 +164,7 @@ class DiscretizedLogisticMixture:
         self.num_params = num_mixture * (1 + 2 * channels + channels * (channels - 1) // 2)
 
     def _split(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """log weights (B, M, *S); means, log scales (B, C, M, *S); colour coefficients (B, 3, M, *S) or None."""
+        """log weights (B, M, *S); means, log scales (B, C, M, *S); colour coefficients (B, 3, M, *S)."""
         M, space = self.num_mixture, logits.shape[2:]
         log_weights = F.log_softmax(logits[:, :M], dim=1)
         rest = logits[:, M:].reshape(len(logits), self.channels, -1, *space)     # (B, C, 2M or 3M, *S)
@@ -178,15 +182,15 @@ class DiscretizedLogisticMixture:
     def log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
         log_weights, means, log_scales, colour = self._split(logits)
         x = (2 * x - 1).unsqueeze(2)                                             # (B, C, 1, *S)
-        half = 1 / (2 ** self.bits - 1)                                          # half the width of a grey level
+        half = 1 / (2 ** self.bits - 1)                                       # half the width of a grey level
         centred, inv_scale = x - self._condition(means, colour, x), torch.exp(-log_scales)
         upper, lower = inv_scale * (centred + half), inv_scale * (centred - half)
-        log_below, log_above = F.logsigmoid(upper), F.logsigmoid(-lower)         # all mass below, above the level
+        log_below, log_above = F.logsigmoid(upper), F.logsigmoid(-lower)     # all mass below, above the level
         if self.official:
             inside = self._official_inside(centred, upper, lower, log_scales)
             is_first, is_last = x < -0.999, x > 0.99
         else:
-            # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a-b)): exact at any depth and in any tail.
+            # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a-b)): exact at any depth, in any tail
             inside = log_below + log_above + torch.log(-torch.expm1(-2 * half * inv_scale))
             is_first, is_last = x < -1 + half, x > 1 - half
         log_p = torch.where(is_first, log_below, torch.where(is_last, log_above, inside))
@@ -210,8 +214,8 @@ class DiscretizedLogisticMixture:
         log_weights, means, log_scales, colour = self._split(logits)
         sharpness = 1 / temperature if temperature > 0 else 1e6
         gumbel = -torch.log(-torch.log(torch.rand_like(log_weights).clamp(1e-5, 1 - 1e-5)))
-        component = (log_weights * sharpness + gumbel).argmax(1, keepdim=True).unsqueeze(1)      # (B, 1, 1, *S)
-        pick = lambda t: t.gather(2, component.expand(-1, t.shape[1], -1, *t.shape[3:]))         # (B, C, 1, *S)
+        component = (log_weights * sharpness + gumbel).argmax(1, keepdim=True).unsqueeze(1)    # (B, 1, 1, *S)
+        pick = lambda t: t.gather(2, component.expand(-1, t.shape[1], -1, *t.shape[3:]))       # (B, C, 1, *S)
         means, log_scales = pick(means), pick(log_scales)
         colour = pick(colour) if colour is not None else None
         u = torch.rand_like(means).clamp(1e-5, 1 - 1e-5)
@@ -229,7 +233,7 @@ def to_levels(x: Tensor, bits: int | None) -> Tensor:
 
 
 def pixel_likelihood(pixels: Pixels, channels: int, num_mixture: int, official: bool = False):
-    """The likelihood that suits the pixels: Bernoulli, a mixture of `num_mixture` logistics, or for 1 a normal."""
+    """The likelihood that suits the pixels: Bernoulli, a mixture of logistics, or for one of 1 a normal."""
     if pixels.likelihood == 'bernoulli':
         return Bernoulli(channels)
     if num_mixture == 1:

@@ -2,32 +2,44 @@
 
     python evaluate.py --checkpoint runs/eval-chest/checkpoint.pt --eval_mode anomaly --save OUT
 
-Reads checkpoints of train.py and of the published NVAE. The data set and its split are those of the run; flags given here
-win over the run's. Writes OUT/metrics.json and what the mode adds.
+Reads checkpoints of train.py and of the published NVAE. The data set and its split are those of the run;
+flags given here win over the run's. Writes OUT/metrics.json and what the mode adds.
 """
 
 import argparse
+import os
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import launch
 from anomaly.detect import detect
 from anomaly.scores import ScoreConfig
 from checkpoint import read_checkpoint
-from datasets import Data, DataConfig, eval_batches, load_data
+from datasets import Batch, Data, DataConfig, eval_batches, load_data
+from distributions import Pixels
 from generative.likelihood import count_dims, evaluate_likelihood
 from generative.pictures import image_grid, save_png
 from generative.sampling import readjust_batch_norm, samples
 from launch import LaunchConfig
 from model import restore
-from utils import UserError, add_flags, flag, read_flags, read_json, run_program, write_atomically, write_json
+from utils import (
+    UserError,
+    add_flags,
+    flag,
+    read_flags,
+    read_json,
+    run_program,
+    write_atomically,
+    write_json,
+)
 
 NUM_SHOWN = 64                                    # images in a grid
 DEFAULT_IW_SAMPLES = {'evaluate': 1000, 'anomaly': 16}
@@ -40,7 +52,7 @@ class EvalConfig:
     checkpoint: str = flag('', 'checkpoint.pt of a run, or its folder; or a checkpoint of the published NVAE')
     save: str = flag('', "folder for the results; '' = a folder named after the mode, beside the checkpoint")
     eval_mode: str = flag('sample', 'what to do', choices=('sample', 'evaluate', 'reconstruct', 'anomaly'))
-    eval_on_train: bool = flag(False, 'evaluate and reconstruct: the training images instead of the test images')
+    eval_on_train: bool = flag(False, 'evaluate, reconstruct: the training images, not the test images')
     readjust_bn: bool = flag(False, 'sample: fit the batch-norm statistics to the temperature first')
     temp: float = flag(0.7, 'sample: temperature of the latents')
     num_samples: int = flag(64, 'sample, reconstruct: number of images')
@@ -48,6 +60,12 @@ class EvalConfig:
     batch_size: int = flag(0, "images a batch; 0 = the training's (sample: 100)")
     no_ema: bool = flag(False, 'use the last weights even where the run kept an average')
     seed: int = flag(1, 'all noise follows from it')
+
+    def __post_init__(self):
+        least_of = {'num_samples': 1, 'num_iw_samples': 0, 'batch_size': 0, 'temp': 0}
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -63,6 +81,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def grey_levels(pixels: Pixels) -> Pixels:
+    """The same with 1 bit where pixels are binary: published checkpoints say 8, which means nothing there."""
+    return replace(pixels, bits=1) if pixels.likelihood == 'bernoulli' else pixels
+
+
 @dataclass
 class Evaluation:
     """What a mode works with."""
@@ -70,13 +93,16 @@ class Evaluation:
     run_args: dict[str, Any]
     args: argparse.Namespace
     config: EvalConfig
-    out: Path
     say: Callable[[str], None]
 
     @property
     def run_folder(self) -> Path:
         path = Path(self.config.checkpoint)
         return path if path.is_dir() else path.parent
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.save) if self.config.save else self.run_folder / self.config.eval_mode
 
     @property
     def batch_size(self) -> int:
@@ -88,21 +114,41 @@ class Evaluation:
 
     def data(self) -> Data:
         """The run's data set and split; flags of this command win."""
-        split = self.run_folder / 'split.json'
+        path = self.run_folder / 'split.json'
         config = read_flags(DataConfig, self.run_args | vars(self.args))
+        split = read_json(path) if path.exists() else None
         with launch.main_first():
-            data = load_data(config, read_json(split) if split.exists() else None)
+            # The split says nothing of another data set.
+            data = load_data(config, split if split and split['dataset'] == config.dataset else None)
         if tuple(data.shape) != tuple(self.model.shape):
-            raise UserError(f"the model was trained on images of shape {tuple(self.model.shape)}, the data have "
-                            f"{tuple(data.shape)}. Set --image_size and --channels as in training.")
+            raise UserError(f"the model was trained on images of shape {tuple(self.model.shape)}, the data "
+                            f"have {tuple(data.shape)}. Set --image_size and --channels as in training.")
+        if grey_levels(data.pixels) != grey_levels(self.model.pixels):
+            raise UserError(f"the model was trained on {self.model.pixels}, the data have {data.pixels}. Set "
+                            f"--num_x_bits and --dataset as in training.")
         for line in data.report:
             self.say(line)
         return data
 
-    def batches(self, data: Data):
+    def batches(self, data: Data) -> Iterator[tuple[int, Batch]]:
         part = data.train if self.config.eval_on_train else data.test
-        return eval_batches(part, self.batch_size, rank=launch.rank(), world=launch.world(),
-                            workers=data.config.num_workers)
+        if not len(part):
+            raise UserError(f"the {self.part} part has no images. Set --test_fraction in training, or take "
+                            f"--eval_on_train.")
+        batches = eval_batches(part, self.batch_size, rank=launch.rank(), world=launch.world(),
+                               workers=data.config.num_workers)
+        total = -(-len(part) // (self.batch_size * launch.world()))
+        return tqdm(batches, self.part, total, leave=False, disable=None if launch.is_main() else True)
+
+    @property
+    def part(self) -> str:
+        return 'train' if self.config.eval_on_train else 'test'
+
+    def need(self, capability: str) -> None:
+        """Raises UserError for a model that cannot do what the mode is about."""
+        if not hasattr(self.model, capability):
+            raise UserError(f"--eval_mode {self.config.eval_mode}: this model has no `{capability}`. Choose "
+                            f"another mode.")
 
     def write_metrics(self, key: str, values: dict[str, Any]) -> None:
         """Puts `values` under `key` into metrics.json; what other modes wrote stays."""
@@ -111,40 +157,46 @@ class Evaluation:
             write_json(path, (read_json(path) if path.exists() else {}) | {key: values})
 
 
-# -------------------------------------------------------------------------------------------------------------- modes
+# ------------------------------------------------------------------------------------------------------ modes
 
 def evaluate(run: Evaluation) -> None:
     """NELBO and importance-weighted bound."""
     data = run.data()
-    result = evaluate_likelihood(run.model, run.batches(data), num_iw_samples=run.num_iw_samples, seed=run.config.seed,
-                                 num_dims=count_dims(data.shape, data.pixels.padding), device=launch.device())
-    result |= {'part': 'train' if run.config.eval_on_train else 'test', 'seed': run.config.seed}
+    result = evaluate_likelihood(run.model, run.batches(data), num_iw_samples=run.num_iw_samples,
+                                 seed=run.config.seed, num_dims=count_dims(data.shape, data.pixels.padding),
+                                 device=launch.device())
+    result |= {'part': run.part, 'seed': run.config.seed}
     run.write_metrics('likelihood', result)
     run.say(f"{result['num_images']} {result['part']} images, {result['num_iw_samples']} samples each")
     for name, title in (('nelbo', 'NELBO'), ('neg_log_p', '-log p(x)')):
-        run.say(f"{title:10} {result[f'{name}_nats']:.4f} +- {result[f'{name}_nats_standard_error']:.4f} nats, "
-                f"{result[f'{name}_bits_per_dim']:.5f} bits per dim")
+        run.say(f"{title:10} {result[f'{name}_nats']:.4f} +- {result[f'{name}_nats_standard_error']:.4f} "
+                f"nats, {result[f'{name}_bits_per_dim']:.5f} bits per dim")
 
 
 def sample(run: Evaluation) -> None:
     """Images drawn from the prior: samples_<batch>.npz, and a grid of the first as samples.png."""
-    if run.config.readjust_bn:
-        readjust_batch_norm(run.model, run.config.temp, seed=run.config.seed)
-    for index, images in samples(run.model, run.config.num_samples, run.config.batch_size or SAMPLE_BATCH,
-                                 run.config.temp, seed=run.config.seed, rank=launch.rank(), world=launch.world()):
+    run.need('sample')
+    config, batch_size = run.config, run.config.batch_size or SAMPLE_BATCH
+    if config.readjust_bn:
+        readjust_batch_norm(run.model, config.temp, seed=config.seed)
+    if launch.is_main():
+        for path in run.out.glob('samples_*.npz'):                  # of an earlier, larger call
+            if int(path.stem.split('_')[1]) * batch_size >= config.num_samples:
+                path.unlink()
+    for index, images in samples(run.model, config.num_samples, batch_size, config.temp, seed=config.seed,
+                                 rank=launch.rank(), world=launch.world()):
         _write_npz(run.out / f'samples_{index}.npz', samples=images.cpu().numpy())
         if index == 0:
             save_png(run.out / 'samples.png', image_grid(images[:NUM_SHOWN]))
-    run.write_metrics('sample', {'num_samples': run.config.num_samples, 'temperature': run.config.temp,
-                                 'readjust_bn': run.config.readjust_bn, 'seed': run.config.seed})
-    run.say(f"{run.config.num_samples} images at temperature {run.config.temp}: {run.out / 'samples.png'}")
+    run.write_metrics('sample', {'num_samples': config.num_samples, 'temperature': config.temp,
+                                 'readjust_bn': config.readjust_bn, 'seed': config.seed})
+    run.say(f"{config.num_samples} images at temperature {config.temp}: {run.out / 'samples.png'}")
 
 
 @torch.no_grad()
 def reconstruct(run: Evaluation) -> None:
     """Inputs beside their reconstructions at the posterior means: reconstructions.npz and .png."""
-    if not hasattr(run.model, 'reconstruct'):
-        raise UserError("this model cannot reconstruct. Choose another --eval_mode.")
+    run.need('reconstruct')
     data, rows = run.data(), []
     last = -(-run.config.num_samples // run.batch_size)
     for index, batch in run.batches(data):
@@ -157,19 +209,20 @@ def reconstruct(run: Evaluation) -> None:
     x, y = (torch.cat([row[i] for row in rows])[:run.config.num_samples] for i in (1, 2))
     ids = [name for row in rows for name in row[3]][:run.config.num_samples]
     _write_npz(run.out / 'reconstructions.npz', x=x.numpy(), reconstruction=y.numpy(), id=np.array(ids))
-    pairs = torch.stack([x, y], dim=1)[:NUM_SHOWN // 2].flatten(0, 1)                # input, output, input, ...
+    pairs = torch.stack([x, y], dim=1)[:NUM_SHOWN // 2].flatten(0, 1)              # input, output, input, ...
     save_png(run.out / 'reconstructions.png', image_grid(pairs, columns=8))
     error = float((x - y).abs().mean())
-    run.write_metrics('reconstruct', {'num_images': len(x), 'mean_absolute_error': error})
+    run.write_metrics('reconstruct', {'num_images': len(x), 'mean_absolute_error': error, 'part': run.part})
     run.say(f"{len(x)} images, mean absolute error {error:.4f}: {run.out / 'reconstructions.png'}")
 
 
 def anomaly(run: Evaluation) -> None:
     """Scores, thresholds, metrics and the report."""
-    detect(run.model, run.data(), run.out, read_flags(ScoreConfig, run.args), num_iw_samples=run.num_iw_samples,
+    data = run.data()
+    keeps = run.run_folder if os.access(run.run_folder, os.W_OK) else None
+    detect(run.model, data, run.out, read_flags(ScoreConfig, run.args), num_iw_samples=run.num_iw_samples,
            batch_size=run.batch_size, seed=run.config.seed, command='python ' + shlex.join(sys.argv),
-           run_folder=run.run_folder, log=run.say, device=launch.device(), rank=launch.rank(), world=launch.world(),
-           gather=launch.gather)
+           run_folder=keeps, log=run.say, workers=data.config.num_workers)
 
 
 MODES = {'evaluate': evaluate, 'sample': sample, 'reconstruct': reconstruct, 'anomaly': anomaly}
@@ -186,15 +239,19 @@ def work(args: argparse.Namespace) -> int:
     config = read_flags(EvalConfig, args)
     say = print if launch.is_main() else (lambda line: None)
     model, run_args = restore(read_checkpoint(config.checkpoint), ema=not config.no_ema)
-    path = Path(config.checkpoint)
-    out = Path(config.save) if config.save else (path if path.is_dir() else path.parent) / config.eval_mode
-    run = Evaluation(model.to(launch.device()), run_args, args, config, out, say)
+    run = Evaluation(model.to(launch.device()), run_args, args, config, say)
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {run.out} ({error.strerror}). Name a folder with --save.") from None
     MODES[config.eval_mode](run)
     return 0
 
 
 def main() -> int:
     args = parse_args(sys.argv[1:])
+    for config in (EvalConfig, ScoreConfig):
+        read_flags(config, args)                       # a wrong value is said before anything starts
     return launch.launch(work, args, read_flags(LaunchConfig, args))
 
 

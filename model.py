@@ -17,12 +17,13 @@ Terms = dict[str, Tensor]     # per image, never averaged: (B,) or (B, L)
 
 
 class Model(Protocol):
-    """Family(shape=(C, *S), config=Family.Config(...), pixels=Pixels(...)). Images are (B, C, *S) float32 in [0, 1].
+    """Family(shape=(C, *S), config=Family.Config(...), pixels=Pixels(...)), for (B, C, *S) float32 in [0, 1].
 
-    A likelihood family's terms are recon (B,) = -log p(x|z), kl (B, L) from the top group down, log_q and log_p (B,),
-    in nats, and logits. `skip=k` draws the k groups nearest the image from the prior; `temperature` scales the noise,
-    0 takes means. Capabilities that a family may have besides: reconstruct(x) -> (B, C, *S), maps(x) -> dict of
-    (B, n, *S), sample(n, temperature) -> (n, C, *S), initialize(x) once before training.
+    A likelihood family's terms are recon (B,) = -log p(x|z), kl (B, L) from the top group down, log_q and
+    log_p (B,), in nats, and logits. `skip=k` draws the k groups nearest the image from the prior;
+    `temperature` scales the noise, 0 takes means. Capabilities that a family may have besides:
+    reconstruct(x) -> (B, C, *S), maps(x) -> dict of (B, n, *S), sample(n, temperature) -> (n, C, *S),
+    initialize(x) once before training.
     """
     Config: type              # frozen dataclass; its fields are the family's flags
 
@@ -41,12 +42,12 @@ def build_model(name: str, shape: tuple[int, ...], config: Any, pixels: Pixels) 
 
 def describe(name: str, model: Model) -> dict[str, Any]:
     """What `restore` needs besides the weights to build the model again: plain data for a checkpoint."""
-    return dict(model=name, shape=list(model.shape), config=dataclasses.asdict(model.config),
-                pixels=dataclasses.asdict(model.pixels))
+    return {'model': name, 'shape': list(model.shape), 'config': dataclasses.asdict(model.config),
+            'pixels': dataclasses.asdict(model.pixels)}
 
 
 def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[str, Any]]:
-    """The model of a checkpoint, ours or of the published NVAE, in eval mode on the CPU, and its training flags.
+    """The model of a checkpoint, ours or the published NVAE's, in eval mode on the CPU, and its flags.
 
     `ema` takes the averaged weights where the run kept them.
     """
@@ -57,12 +58,17 @@ def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[s
                         f"{sorted(checkpoint)[:6]}.")
     description = checkpoint['description']
     if description['model'] not in MODELS:
-        raise UserError(f"the checkpoint holds a model '{description['model']}'; known are {', '.join(MODELS)}.")
+        raise UserError(f"the checkpoint holds a model '{description['model']}'; known are "
+                        f"{', '.join(MODELS)}.")
     family = MODELS[description['model']]
     model = family(shape=tuple(description['shape']), config=read_flags(family.Config, description['config']),
                    pixels=read_flags(Pixels, description['pixels']))
     averaged = checkpoint.get('ema') if ema else None
-    model.load_state_dict(averaged or checkpoint['weights'])
+    try:
+        model.load_state_dict(averaged or checkpoint['weights'])
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint's weights do not fit the model that it describes: another version "
+                        f"wrote it. {' '.join(str(error).split())[:200]}") from None
     return model.eval(), dict(checkpoint['args'])
 
 

@@ -1,11 +1,11 @@
 """Layers that model families share: weight-normalized convolutions, squeeze-and-excitation, residual cells.
 
-B images, C channels, H x W pixels. A cell keeps the resolution ('normal'), halves it ('down', twice the channels) or
-doubles it ('up', half the channels). Cells and their constants are those of NVAE (Vahdat and Kautz 2020).
+B images, C channels, H x W pixels. A cell keeps the resolution ('normal'), halves it ('down', twice the
+channels) or doubles it ('up', half the channels). Cells and constants: NVAE (Vahdat and Kautz 2020).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 WEIGHT_NORM_EPS = 1e-5
 RESIDUAL_SCALE = 0.1          # keeps a sum of 30 cells near unit variance at the start
-BATCH_NORM = dict(eps=1e-5, momentum=0.05)
+BATCH_NORM = {'eps': 1e-5, 'momentum': 0.05}
 CHANNEL_FACTOR = {'normal': 1.0, 'down': 2.0, 'up': 0.5}
 STRIDE = {'normal': 1, 'down': 2, 'up': 1}
 
@@ -22,13 +22,13 @@ STRIDE = {'normal': 1, 'down': 2, 'up': 1}
 class WeightNormConv2d(nn.Conv2d):
     """Convolution whose filter o is exp(g_o) w_o / (|w_o| + 1e-5), zero-padded to keep H and W at stride 1.
 
-    `mask` (broadcastable to the weight) is applied before the norm is taken. With `data_init`, the gains and biases are
-    set from the first batch by `initialize_from_data` so that every channel has mean 0 and std 1/5 (Salimans and
-    Kingma 2016).
+    `mask` (broadcastable to the weight) is applied before the norm is taken. With `data_init`, the gains and
+    biases are set from the first batch by `initialize_from_data` so that every channel has mean 0 and std 1/5
+    (Salimans and Kingma 2016).
     """
 
-    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, dilation: int = 1, groups: int = 1,
-                 bias: bool = True, mask: Tensor | None = None, data_init: bool = False):
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, dilation: int = 1,
+                 groups: int = 1, bias: bool = True, mask: Tensor | None = None, data_init: bool = False):
         super().__init__(c_in, c_out, kernel, stride, padding=dilation * (kernel - 1) // 2, dilation=dilation,
                          groups=groups, bias=bias)
         self.register_buffer('mask', mask, persistent=False)
@@ -39,7 +39,7 @@ class WeightNormConv2d(nn.Conv2d):
         return self.weight if self.mask is None else self.weight * self.mask
 
     def _norm(self, weight: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)                  # (C_out, 1, 1, 1)
+        return torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)                # (C_out, 1, 1, 1)
 
     def effective_weight(self) -> Tensor:
         """The normalized filters: (C_out, C_in / groups, k, k)."""
@@ -54,7 +54,7 @@ class WeightNormConv2d(nn.Conv2d):
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
         self.log_weight_norm.zero_()
-        y = self._conv_forward(x, self.effective_weight(), None)                              # (B, C_out, H, W)
+        y = self._conv_forward(x, self.effective_weight(), None)                            # (B, C_out, H, W)
         mean, std = y.mean((0, 2, 3)), 5 * y.std((0, 2, 3))
         if dist.is_initialized():
             for statistic in (mean, std):
@@ -64,8 +64,8 @@ class WeightNormConv2d(nn.Conv2d):
         self.log_weight_norm.copy_(-torch.log(std + WEIGHT_NORM_EPS).view(-1, 1, 1, 1))
 
 
-def initialize_from_data(model: nn.Module, run) -> None:
-    """Sets the gains and biases of all `data_init` convolutions in one forward pass, `run()`, in the order they are met."""
+def initialize_from_data(model: nn.Module, run: Callable[[], object]) -> None:
+    """Sets the gains and biases of all `data_init` convolutions, in the order in which `run()` meets them."""
     convs = [m for m in model.modules() if isinstance(m, WeightNormConv2d) and m.data_init]
     for conv in convs:
         conv.initializing = True
@@ -87,7 +87,8 @@ class SqueezeExcite(nn.Sequential):
 
     def __init__(self, channels: int):
         hidden = max(channels // 16, 4)
-        super().__init__(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels), nn.Sigmoid())
+        super().__init__(nn.Linear(channels, hidden), nn.ReLU(inplace=True),
+                         nn.Linear(hidden, channels), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         gate = super().forward(x.mean((2, 3)))                                                # (B, C)
@@ -95,7 +96,7 @@ class SqueezeExcite(nn.Sequential):
 
 
 class DownSkip(nn.Module):
-    """Halves the resolution: four strided 1 x 1 convolutions, each on its own phase of the 2 x 2 grid, side by side."""
+    """Halves the resolution: strided 1 x 1 convolutions of the four phases of the 2 x 2 grid."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -134,8 +135,9 @@ def _residual_op(c_in: int, c_out: int, cell: str, before: list[nn.Module], dila
     return nn.Sequential(*before, *up, conv)
 
 
-def _inverted_bottleneck(c_in: int, c_out: int, cell: str, expansion: int, kernel: int, groups: int) -> nn.Sequential:
-    """1 x 1 expansion, depthwise convolution, 1 x 1 projection (MobileNetV2); groups 0 is one group a channel."""
+def _inverted_bottleneck(c_in: int, c_out: int, cell: str, expansion: int, kernel: int,
+                         groups: int) -> nn.Sequential:
+    """1 x 1 expansion, depthwise convolution, 1 x 1 projection (MobileNetV2); 0 groups is one a channel."""
     hidden = c_in * expansion
     conv = lambda a, b, k=1, **options: nn.Conv2d(a, b, k, padding=k // 2, bias=False, **options)
     return nn.Sequential(
@@ -170,8 +172,9 @@ class Cell(nn.Module):
         super().__init__()
         c_out = int(channels * CHANNEL_FACTOR[cell])
         self.skip = SKIPS[cell](channels, c_out)
-        self.ops = nn.Sequential(*[make_op(name, channels if i == 0 else c_out, c_out, cell if i == 0 else 'normal')
-                                   for i, name in enumerate(ops)])
+        self.ops = nn.Sequential(
+            *[make_op(name, channels if i == 0 else c_out, c_out, cell if i == 0 else 'normal')
+              for i, name in enumerate(ops)])
         self.se = SqueezeExcite(c_out) if use_se else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,10 +182,11 @@ class Cell(nn.Module):
 
 
 class SpectralRegularizer(nn.Module):
-    """Sum of the largest singular values of all convolutions (Yoshida and Miyato 2017), by power iteration in float32.
+    """Sum of the largest singular values of all convolutions (Yoshida and Miyato 2017), by power iteration.
 
-    Matrices (C_out, fan_in) of one shape are handled as one batch. The singular vectors are buffers, so a resumed run
-    goes on with them; the first call takes more iterations.
+    Matrices (C_out, fan_in) of one shape are handled as one batch, in the precision of the weights even under
+    autocast. The singular vectors are buffers, so a resumed run goes on with them; the first call takes more
+    iterations.
     """
 
     FIRST_ITERATIONS, ITERATIONS, EPS = 100, 4, 1e-3
@@ -192,10 +196,11 @@ class SpectralRegularizer(nn.Module):
         groups: dict[tuple[int, int], list[nn.Conv2d]] = {}
         for conv in convs:
             groups.setdefault((conv.out_channels, conv.weight[0].numel()), []).append(conv)
-        self._groups = list(groups.values())               # a plain list: the convolutions belong to the model
+        self._groups = list(groups.values())              # a plain list: the convolutions belong to the model
         for i, ((rows, columns), members) in enumerate(groups.items()):
-            self.register_buffer(f'u{i}', F.normalize(torch.randn(len(members), rows), dim=1, eps=self.EPS))
-            self.register_buffer(f'v{i}', F.normalize(torch.randn(len(members), columns), dim=1, eps=self.EPS))
+            for name, size in (('u', rows), ('v', columns)):
+                start = F.normalize(torch.randn(len(members), size), dim=1, eps=self.EPS)
+                self.register_buffer(f'{name}{i}', start)
         self.register_buffer('warm', torch.tensor(False))
 
     def forward(self) -> Tensor:

@@ -3,7 +3,8 @@
     python train.py --dataset covid --data FOLDER --root runs --save chest ...
     python train.py ... --cont_training        goes on where the run stopped; starts it where there is none
 
-Leaves in <root>/eval-<save>/: checkpoint.pt, args.json, split.json, log.txt, metrics.jsonl, TensorBoard events.
+In <root>/eval-<save>/ it leaves checkpoint.pt, args.json, split.json, log.txt, metrics.jsonl and events for
+TensorBoard.
 """
 
 import argparse
@@ -43,9 +44,14 @@ from utils import (
     write_json,
 )
 
+FREE_DATA_FLAGS = ('data', 'cache_dir', 'num_workers')     # may change when a run goes on
 GENERATED_TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
 NUM_SHOWN = 64                      # images in a TensorBoard grid
-MOST_SKIPPED_IN_A_ROW = 100         # then the run has diverged
+VALIDATION_TAGS = {'val/nelbo': 'nelbo_nats', 'val/neg_log_p': 'neg_log_p_nats',
+                   'val/bpd_elbo': 'nelbo_bits_per_dim', 'val/bpd_log_p': 'neg_log_p_bits_per_dim'}
+STOPPED_STATUS = 143                # 128 + SIGTERM, as shells write it
+ADAMAX_EPS = 1e-3                   # of the published NVAE
+MOST_SKIPPED = 100                  # steps in a row that are not finite; then the run has diverged
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class RunConfig:
     """The run"""
     root: str = flag('runs', 'folder of all runs')
     save: str = flag('exp', 'name of this run: it lives in <root>/eval-<save>')
-    cont_training: bool = flag(False, 'go on from the checkpoint of this run; a fresh start where there is none yet')
+    cont_training: bool = flag(False, 'go on from the checkpoint of this run; start where there is none yet')
     seed: int = flag(1, 'everything random follows from it')
 
 
@@ -75,11 +81,11 @@ class TrainConfig:
     save_every: int = flag(0, 'steps between checkpoints; 0 = a hundredth of the run, at least an epoch')
     log_every: int = flag(100, 'steps between lines of metrics')
     image_every: int = flag(1000, 'steps between pictures in TensorBoard; 0 = none')
-    val_every: int = flag(0, 'epochs between validations; 0 = every epoch of a run up to 50 epochs, else every 20')
+    val_every: int = flag(0, 'epochs between validations; 0 = 1 in a run of up to 50 epochs, else 20')
     val_iw_samples: int = flag(10, 'importance samples of a validation')
 
 
-# -------------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 def build_parser(model: str) -> argparse.ArgumentParser:
     """Flags of a run that trains the family `model`."""
@@ -97,24 +103,25 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return build_parser(first.parse_known_args(argv)[0].model).parse_args(argv)
 
 
-# ----------------------------------------------------------------------------------------------------------- schedule
+# --------------------------------------------------------------------------------------------------- schedule
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """Linear warm-up per step, then a cosine per epoch from the highest to the lowest rate; `steps` in an epoch."""
+    """Linear warm-up per step, then a cosine per epoch from the highest to the lowest rate."""
     warm_up = config.warmup_epochs * steps
     if step < warm_up:
         return config.learning_rate * step / warm_up
     last = config.epochs - config.warmup_epochs - 1
     done = min((step // steps - config.warmup_epochs) / last, 1.0) if last > 0 else 0.0
-    return config.learning_rate_min + (config.learning_rate - config.learning_rate_min) * (1 + math.cos(math.pi * done)) / 2
+    height = (1 + math.cos(math.pi * done)) / 2
+    return config.learning_rate_min + (config.learning_rate - config.learning_rate_min) * height
 
 
 def optimizer_step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, safe: 'SafeBuffers',
                    grad_clip: float) -> tuple[bool, Tensor]:
     """Backward pass and update. Returns whether it was applied, and the gradient norm before clipping.
 
-    A step whose loss or gradient is not finite changes nothing: neither weights nor running statistics. Gradients are
-    averaged over ranks, so all ranks come to the same verdict.
+    A step whose loss or gradient is not finite changes nothing: neither weights nor running statistics.
+    Gradients are averaged over ranks, so all ranks come to the same verdict.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -144,7 +151,7 @@ class SafeBuffers:
             buffer.copy_(copy)
 
 
-# ---------------------------------------------------------------------------------------------------------------- run
+# -------------------------------------------------------------------------------------------------------- run
 
 class Trainer:
     """One training run in one process of it."""
@@ -169,25 +176,26 @@ class Trainer:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         # Channels last: up to 1.5 times faster on a CPU with depthwise convolutions, and on GPUs in bfloat16.
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adamax(self.model.parameters(), lr=self.config.learning_rate, eps=1e-3,
-                                            weight_decay=self.config.weight_decay, foreach=self.config.fast_adamax)
+        self.optimizer = torch.optim.Adamax(
+            self.model.parameters(), lr=self.config.learning_rate, eps=ADAMAX_EPS,
+            weight_decay=self.config.weight_decay, foreach=self.config.fast_adamax)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay),
                                  use_buffers=True) if self.config.ema_decay > 0 else None
-        self.step = self.skipped = 0
+        self.step = self.skipped = self.skipped_in_a_row = 0
         if saved:
             self._restore(saved)
         self.amp = self.config.amp == 'bf16' or (self.config.amp == 'auto' and self.device.type == 'cuda')
         self.stop = False
 
-    # ------------------------------------------------------------------------------------------- starting and resuming
+    # ---------------------------------------------------------------------------------- starting and resuming
 
     def _saved(self) -> dict[str, Any] | None:
         path = self.folder / 'checkpoint.pt'
         if not path.exists():
             return None
         if not self.run.cont_training:
-            raise UserError(f"{self.folder} already holds a trained model. Go on with it by --cont_training, take another "
-                            f"name with --save, or delete the folder.")
+            raise UserError(f"{self.folder} already holds a trained model. Go on with it by --cont_training, "
+                            f"take another name with --save, or delete the folder.")
         saved = read_checkpoint(path)
         if 'description' not in saved:
             raise UserError(f"{path} is not a checkpoint of this framework: it cannot be continued. "
@@ -198,15 +206,13 @@ class Trainer:
     def _compare(self, saved: dict[str, Any]) -> None:
         """Raises UserError if the flags build another model, or read other data, than the run had."""
         fixed = [f.name for f in dataclasses.fields(MODELS[self.args.model].Config)] + ['model', 'seed']
-        fixed += [f.name for f in dataclasses.fields(DataConfig) if f.name not in ('data', 'cache_dir', 'num_workers')]
-        plain = lambda value: list(value) if isinstance(value, tuple) else value
-        differing = [f"--{name} {plain(saved['args'][name])} then, {plain(getattr(self.args, name))} now" for name in fixed
-                     if name in saved['args'] and plain(saved['args'][name]) != plain(getattr(self.args, name))]
-        if saved['args'].get('model') != self.args.model:
-            differing = [f"--model {saved['args'].get('model')} then, {self.args.model} now"]
+        fixed += [f.name for f in dataclasses.fields(DataConfig) if f.name not in FREE_DATA_FLAGS]
+        before, now = saved['args'], _plain(vars(self.args))
+        differing = [f"--{name} {before[name]} then, {now[name]} now" for name in fixed
+                     if name in before and before[name] != now[name]]
         if differing:
-            raise UserError(f"{self.folder} was started with other flags ({'; '.join(differing)}). Give the same ones, "
-                            f"or another --save.")
+            raise UserError(f"{self.folder} was started with other flags ({'; '.join(differing)}). "
+                            f"Give the same ones, or another --save.")
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved['weights'])
@@ -219,8 +225,8 @@ class Trainer:
             self.ema.n_averaged.fill_(saved['ema_count'])
         joint, before = self.batch_size * self.world, saved['joint_batch']
         if joint != before:
-            self.log.say(f'joint batch {before} before, {joint} now: the run goes on at step {self.step}, but sees other '
-                         f'batches than it would have')
+            self.log.say(f'joint batch {before} before, {joint} now: the run goes on at step {self.step}, '
+                         f'but sees other batches than it would have')
 
     def _load_data(self) -> Data:
         split = self.folder / 'split.json'
@@ -238,89 +244,53 @@ class Trainer:
         number = sum(p.numel() for p in self.model.parameters())
         say(f'{self.args.model}: {number / 1e6:.2f} M parameters, {self.model.num_groups} latent groups, '
             f'images {" x ".join(map(str, self.data.shape))}, {self.data.pixels.likelihood} pixels')
-        say(f'{self.world} process(es) on {self.device.type}, {self.batch_size} images a batch each, {self.steps} steps an '
-            f'epoch, {self.total} steps in all')
+        say(f'{self.world} process(es) on {self.device.type}, {self.batch_size} images a batch each, '
+            f'{self.steps} steps an epoch, {self.total} steps in all')
         if self.batch_size < self.config.batch_size:
-            say(f'the training part has {len(self.data.train)} images, less than a batch of {self.config.batch_size} for '
-                f'each of {self.world} process(es): batches of {self.batch_size} are used')
+            say(f'the training part has {len(self.data.train)} images, less than a batch of '
+                f'{self.config.batch_size} for each of {self.world} process(es): '
+                f'batches of {self.batch_size} are used')
         if self.step:
             say(f'going on at step {self.step} of {self.total}')
         if launch.is_main():
             write_json(self.folder / 'args.json', vars(self.args))
 
-    # ------------------------------------------------------------------------------------------------------- the loop
+    # ----------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> int:
+        """Runs to the end, or to a signal; the exit status."""
         self._announce()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
-        ddp = DistributedDataParallel(self.model) if self.world > 1 else self.model
-        safe = SafeBuffers(self.model)
+        self.ddp = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        self.safe = SafeBuffers(self.model)
         save_every = self.config.save_every or self.steps * math.ceil(self.config.epochs / 100)
+        val_every = self.config.val_every or (1 if self.config.epochs <= 50 else 20)
         batches = train_batches(self.data.train, self.batch_size, seed=self.run.seed, rank=self.rank,
                                 world=self.world, first_step=self.step, workers=self.args.num_workers)
-        bar = tqdm(total=self.end, initial=self.step, unit='step', disable=None if launch.is_main() else True,
-                   dynamic_ncols=True)
-        skipped_in_a_row, shown, since = 0, {}, (time.perf_counter(), self.step)
-        epoch_nelbo = Mean()
-        while self.step < self.end:
+        meter = Meter(self.step, self.end)
+        while self.step < self.end and not self.stop:
             batch = next(batches)
-            x = batch.x.to(self.device, non_blocking=True)                              # (B, C, *S)
-            if self.step == 0 and hasattr(self.model, 'initialize'):
-                seed_noise(self.run.seed, 'initialize', self.rank)
-                self.model.initialize(x)
-                safe.keep()
-            rate = learning_rate(self.step, self.steps, self.config)
-            for group in self.optimizer.param_groups:
-                group['lr'] = rate
-            seed_noise(self.run.seed, 'train', self.step, self.rank)
-            self.model.train()
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                terms = ddp(x)
-                loss, logs = self.model.objective(terms, progress=self.step / self.total)
-            applied, norm = optimizer_step(loss, self.model, self.optimizer, safe, self.config.grad_clip)
-            if applied and self.ema is not None:
-                self.ema.update_parameters(self.model)
-            self.skipped += not applied
-            skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
-            if skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
-                raise UserError(f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step "
-                                f"{self.step}: the run has diverged. Lower --learning_rate or set --grad_clip; the last "
-                                f"checkpoint is kept.")
-            self.step += 1
-            bar.update()
-            if applied:
-                epoch_nelbo.add(logs['train/nelbo_iter'])
-
+            logs = self._train_step(batch.x.to(self.device, non_blocking=True))          # (B, C, *S)
+            meter.update(logs['train/nelbo_iter'], len(batch.x) * self.world)
             if self.step % self.config.log_every == 0 or self.step == self.end:
-                now = time.perf_counter()
-                speed = (self.step - since[1]) * self.batch_size * self.world / (now - since[0])
-                since = (now, self.step)
-                logs |= {'train/lr': rate, 'train/grad_norm': norm, 'train/skipped': self.skipped,
-                         'train/nelbo_avg': epoch_nelbo.value(), 'train/images_per_second': speed}
-                shown = {name: float(value) for name, value in logs.items()}
-                self.log.metrics(self.step, shown)
-                bar.set_postfix_str(f"nelbo {shown['train/nelbo_avg']:.1f}, {speed:.0f} images/s")
+                self.log.metrics(self.step, {name: float(v) for name, v in (logs | meter.read()).items()})
             if self.config.image_every and self.step % self.config.image_every == 0:
                 self._show_images(batch)
-            if self.step % self.steps == 0:
-                epoch = self.step // self.steps
-                self.log.metrics(self.step, {'train/nelbo': float(launch.mean_over_ranks(
-                    torch.tensor(epoch_nelbo.value(), device=self.device))), 'train/epoch': epoch})
-                epoch_nelbo = Mean()
-                every = self.config.val_every or (1 if self.config.epochs <= 50 else 20)
-                if epoch % every == 0 and self.step < self.end:
+            epoch, within = divmod(self.step, self.steps)
+            if within == 0:
+                mean = launch.mean_over_ranks(torch.tensor(meter.end_epoch(), device=self.device))
+                self.log.metrics(self.step, {'train/nelbo': float(mean), 'train/epoch': epoch})
+                if epoch % val_every == 0 and self.step < self.end:
                     self._validate(epoch)
             self.stop = launch.any_rank(self.stop)
             if self.step % save_every == 0 or self.step == self.end or self.stop:
                 self._save()
-            if self.stop:
-                break
-        bar.close()
-        if self.stop and self.step < self.end:
-            self.log.say(f'stopped by a signal at step {self.step}; checkpoint written. Go on with --cont_training.')
+        meter.close()
+        if self.step < self.end:
+            self.log.say(f'stopped at step {self.step}, checkpoint written: go on with --cont_training')
             self.log.close()
-            return 143
+            return STOPPED_STATUS
         self._validate(self.step // self.steps)
         if self.config.image_every:
             self._show_images(next(batches))
@@ -328,22 +298,49 @@ class Trainer:
         self.log.close()
         return 0
 
+    def _train_step(self, x: Tensor) -> dict[str, Any]:
+        """One update from this process's images x (B, C, *S) of step `self.step`, which it then counts."""
+        if self.step == 0 and hasattr(self.model, 'initialize'):
+            seed_noise(self.run.seed, 'initialize', self.rank)
+            self.model.initialize(x)
+            self.safe.keep()
+        rate = learning_rate(self.step, self.steps, self.config)
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate
+        seed_noise(self.run.seed, 'train', self.step, self.rank)
+        self.model.train()
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            terms = self.ddp(x)
+            loss, logs = self.model.objective(terms, progress=self.step / self.total)
+        applied, norm = optimizer_step(loss, self.model, self.optimizer, self.safe, self.config.grad_clip)
+        if applied and self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.skipped += not applied
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            raise UserError(f"{MOST_SKIPPED} steps in a row had a loss or gradient that is not finite, up to "
+                            f"step {self.step}: the run has diverged. Lower --learning_rate or set --grad_clip; "
+                            f"the last checkpoint is kept.")
+        self.step += 1
+        return logs | {'train/lr': rate, 'train/grad_norm': norm, 'train/skipped': self.skipped}
+
     def _ask_to_stop(self, number: int, _: Any) -> None:
         """A first signal ends the run after this step, with a checkpoint; a second Ctrl-C ends it at once."""
         if self.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop = True
 
-    # --------------------------------------------------------------------------------------- checkpoint, validation
+    # --------------------------------------------------------------------------------- checkpoint, validation
 
     def _save(self) -> None:
         if launch.is_main():
             save_checkpoint(self.folder / 'checkpoint.pt', {
                 'description': describe(self.args.model, self.model), 'args': _plain(vars(self.args)),
-                'weights': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'step': self.step,
+                'weights': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+                'step': self.step, 'skipped': self.skipped, 'joint_batch': self.batch_size * self.world,
                 'ema': self.ema.module.state_dict() if self.ema is not None else None,
                 'ema_count': int(self.ema.n_averaged) if self.ema is not None else 0,
-                'skipped': self.skipped, 'joint_batch': self.batch_size * self.world, 'torch': str(torch.__version__)})
+                'torch': str(torch.__version__)})
 
     @property
     def evaluated(self) -> nn.Module:
@@ -356,12 +353,9 @@ class Trainer:
             self.evaluated, eval_batches(part, self.batch_size, rank=self.rank, world=self.world),
             num_iw_samples=self.config.val_iw_samples, seed=self.run.seed, device=self.device,
             num_dims=count_dims(self.data.shape, self.data.pixels.padding))
-        values = {'val/nelbo': result['nelbo_nats'], 'val/neg_log_p': result['neg_log_p_nats'],
-                  'val/bpd_elbo': result['nelbo_bits_per_dim'], 'val/bpd_log_p': result['neg_log_p_bits_per_dim']}
-        self.log.metrics(self.step, values)
+        self.log.metrics(self.step, {tag: result[name] for tag, name in VALIDATION_TAGS.items()})
         self.log.say(f"epoch {epoch}, step {self.step}: validation NELBO {result['nelbo_nats']:.2f} "
-                     f"+- {result['nelbo_nats_standard_error']:.2f}, -log p {result['neg_log_p_nats']:.2f} nats "
-                     f"({result['num_images']} images)")
+                     f"+- {result['nelbo_nats_standard_error']:.2f}, -log p {result['neg_log_p_nats']:.2f} nats")
 
     @torch.no_grad()
     def _show_images(self, batch: Batch) -> None:
@@ -371,24 +365,48 @@ class Trainer:
         model = self.evaluated.eval()
         x = batch.x[:NUM_SHOWN // 2].to(self.device)
         if hasattr(model, 'reconstruct'):
-            pairs = torch.stack([x, model.reconstruct(x)], dim=1).flatten(0, 1)         # input, output, input, ...
+            pairs = torch.stack([x, model.reconstruct(x)], dim=1).flatten(0, 1)    # input, output, input, ...
             self.log.image(self.step, 'reconstruction', image_grid(pairs))
         for temperature in GENERATED_TEMPERATURES if hasattr(model, 'sample') else ():
             seed_noise(self.run.seed, 'show', self.step)
-            self.log.image(self.step, f'generated_{temperature}', image_grid(model.sample(NUM_SHOWN, temperature)))
+            images = model.sample(NUM_SHOWN, temperature)
+            self.log.image(self.step, f'generated_{temperature}', image_grid(images))
 
 
-class Mean:
-    """A running mean that stays on the device."""
+class Meter:
+    """The progress bar, the speed, and the running mean of an epoch's NELBO."""
 
-    def __init__(self):
+    def __init__(self, step: int, end: int):
+        self.bar = tqdm(total=end, initial=step, unit='step', disable=None if launch.is_main() else True,
+                        dynamic_ncols=True)
+        self.images, self.since = 0, time.perf_counter()
         self.total, self.count = 0.0, 0
 
-    def add(self, value: Tensor) -> None:
-        self.total, self.count = self.total + value, self.count + 1
+    def update(self, nelbo: Tensor, images: int) -> None:
+        """Counts a step; the mean is over its finite values and stays on the device."""
+        finite = torch.isfinite(nelbo)
+        self.total = self.total + torch.where(finite, nelbo, 0.0)
+        self.count = self.count + finite
+        self.images += images
+        self.bar.update()
 
-    def value(self) -> float:
+    def read(self) -> dict[str, float]:
+        """Mean NELBO of the epoch so far, and images a second since the last reading."""
+        now = time.perf_counter()
+        speed, self.images, self.since = self.images / (now - self.since), 0, now
+        self.bar.set_postfix_str(f'nelbo {self.mean():.1f}, {speed:.0f} images/s')
+        return {'train/nelbo_avg': self.mean(), 'train/images_per_second': speed}
+
+    def mean(self) -> float:
         return float(self.total / self.count) if self.count else math.nan
+
+    def end_epoch(self) -> float:
+        """The mean of the epoch that ends; starts the next."""
+        mean, self.total, self.count = self.mean(), 0.0, 0
+        return mean
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 def _plain(args: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""What every program shares: flags made from dataclasses, seeds, log files, user errors. Knows nothing of images."""
+"""What every program shares: flags made from dataclasses, seeds, log files, user errors. Knows no images."""
 
 import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -17,10 +18,10 @@ T = TypeVar('T')
 
 
 class UserError(ValueError):
-    """A mistake that the user can put right: programs print its one line and exit with status 2, without a traceback."""
+    """A mistake that the user can put right: programs print its one line and exit with status 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 def flag(default: Any, help: str, **argparse_options: Any) -> Any:
     """A dataclass field that is a command-line flag; `help` states its unit and any special value.
@@ -54,7 +55,9 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool =
             options.setdefault('type', str)
         else:
             options.setdefault('type', type(default))
-        if default not in ('', (), False, True):
+        if optional:
+            options['help'] += " (default: the run's)"
+        elif not isinstance(default, bool) and default not in ('', ()):
             options['help'] += f' (default: {default})'
         group.add_argument(f'--{field.name}', default=argparse.SUPPRESS if optional else default, **options)
 
@@ -67,10 +70,10 @@ def read_flags(config: type[T], values: argparse.Namespace | dict[str, Any]) -> 
     return config(**picked)
 
 
-# ---------------------------------------------------------------------------------------------------------- seeds
+# ------------------------------------------------------------------------------------------------------ seeds
 
 def mix_seed(*parts: int | str) -> int:
-    """One 63-bit seed from several numbers or words, so that (seed, step, rank) never meets (seed, rank, step)."""
+    """One 63-bit seed from several numbers or words; (seed, step, rank) never meets (seed, rank, step)."""
     digest = hashlib.sha256('/'.join(str(p) for p in parts).encode()).digest()
     return int.from_bytes(digest[:8], 'big') >> 1
 
@@ -84,10 +87,10 @@ def seed_noise(*parts: int | str) -> None:
     torch.manual_seed(mix_seed(*parts))
 
 
-# ------------------------------------------------------------------------------------------------------ run folder
+# ------------------------------------------------------------------------------------------------- run folder
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it: whole or not there, never half."""
+    """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it: never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -101,8 +104,17 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + '\n'))
+    """Writes `value` as indented JSON, atomically; numbers that are not finite become null."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(finite(value), indent=1) + '\n'))
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite, which strict JSON does not have."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: str | Path) -> Any:
@@ -119,14 +131,23 @@ class RunLog:
     """log.txt, metrics.jsonl and TensorBoard events of one run folder; silent where `active` is False (rank > 0)."""
 
     def __init__(self, folder: str | Path, active: bool = True, tensorboard: bool = True, step: int = 0):
-        """`step` is the first step to be logged: TensorBoard drops what a killed run wrote beyond it."""
+        """`step` steps are done: what a killed run wrote beyond them, and will write again, is dropped."""
         self.folder, self.active, self.writer = Path(folder), active, None
         if not active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._forget_after(step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(str(folder), purge_step=step if step else None)
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def _forget_after(self, step: int) -> None:
+        path = self.folder / 'metrics.jsonl'
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step]
+            if len(kept) < len(lines):
+                write_atomically(path, lambda p: p.write_text(''.join(kept)))
 
     def say(self, line: str) -> None:
         """Prints a line, and keeps it in log.txt with the time."""
@@ -143,7 +164,7 @@ class RunLog:
         if not self.active:
             return
         with (self.folder / 'metrics.jsonl').open('a') as f:
-            f.write(json.dumps({'step': step, 'time': round(time.time(), 3), **values}) + '\n')
+            f.write(json.dumps({'step': step, 'time': round(time.time(), 3), **finite(values)}) + '\n')
         if self.writer:
             for tag, value in values.items():
                 self.writer.add_scalar(tag, value, step)
@@ -158,7 +179,7 @@ class RunLog:
             self.writer.close()
 
 
-# -------------------------------------------------------------------------------------------------------- programs
+# --------------------------------------------------------------------------------------------------- programs
 
 def run_program(main: Callable[[], int | None]) -> None:
     """Runs `main` as a command-line program: a UserError is one line on stderr and status 2, Ctrl-C status 130."""

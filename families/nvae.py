@@ -1,11 +1,10 @@
 """NVAE: A Deep Hierarchical Variational Autoencoder (Vahdat and Kautz 2020).
 
-B images, C channels, H x W pixels; L latent groups, i = 0 at the top (coarsest, drawn first); s features of the
-encoder, d state of the decoder, z latents; p prior and q posterior of a group. Scales count from the image: scale 0 is
-the finest latent resolution.
+B images, C channels, H x W pixels; L latent groups, i = 0 at the top (coarsest, drawn first), Z channels
+each; s features of the encoder, d state of the decoder, z latents; p prior and q posterior of a group. Scales
+count from the image: scale 0 is the finest latent resolution.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ from neural_operations import (
 from utils import UserError, flag
 
 Terms = dict[str, Tensor]
+EIGHT_BITS = Pixels()
 ACTIVE_KL = 0.1        # nats an image; a latent channel with less is counted as unused
 
 
@@ -55,7 +55,8 @@ ARCHITECTURES = {
     'res55_mbconv': _residual_encoder(_SWISH5, _SWISH5),
     'res_mbconv9': _residual_encoder(_SWISH, _SWISH, kernel=9),
     'mbconv_sep': Architecture(('mconv_e3k5g0',), ('mconv_e6k5g0',), ('mconv_e6k5g0',), ('mconv_e3k5g0',)),
-    'mbconv_sep11': Architecture(('mconv_e3k5g0',), ('mconv_e6k11g0',), ('mconv_e6k11g0',), ('mconv_e3k5g0',)),
+    'mbconv_sep11': Architecture(('mconv_e3k5g0',), ('mconv_e6k11g0',), ('mconv_e6k11g0',),
+                                 ('mconv_e3k5g0',)),
     'mbconv_res': Architecture(('mconv_e3k5g0',), ('mconv_e6k5g0',), (_SWISH, _SWISH), (_SWISH, _SWISH)),
     'mbconv_den': Architecture(('mconv_e3k5g8',), ('mconv_e6k5g0',), ('mconv_e6k5g0',), ('mconv_e3k5g8',)),
 }
@@ -82,13 +83,14 @@ class NVAEConfig:
     num_mixture_dec: int = flag(10, 'logistics in the mixture of a pixel; 1 = a normal decoder')
     use_se: bool = flag(False, 'squeeze-and-excitation in every cell')
     res_dist: bool = flag(False, 'residual posteriors: q is given as an offset from p')
-    kl_anneal_portion: float = flag(0.3, 'share of the training over which the KL weight rises; 0 = it is 1 at once')
+    kl_anneal_portion: float = flag(0.3, 'share of the run in which the KL weight rises; 0 = it is 1 at once')
     kl_const_portion: float = flag(1e-4, 'share of the training before that, at --kl_const_coeff')
     kl_const_coeff: float = flag(1e-4, 'smallest KL weight')
     weight_decay_norm: float = flag(0.0, 'weight of the spectral and batch-norm regularizers; 0 = none')
     weight_decay_norm_init: float = flag(10.0, 'with --weight_decay_norm_anneal: that weight at the start')
-    weight_decay_norm_anneal: bool = flag(False, 'take that weight geometrically from its first to its last value')
-    compat_official: bool = flag(False, 'likelihoods with the quirks of the published NVAE, to compare numbers with it')
+    weight_decay_norm_anneal: bool = flag(False,
+                                          'take that weight from the first value to the last, geometrically')
+    compat_official: bool = flag(False, 'likelihoods with the quirks of the published NVAE')
 
 
 def groups_per_scale(config: NVAEConfig) -> list[int]:
@@ -109,7 +111,7 @@ def kl_weight(progress: float, config: NVAEConfig) -> float:
 
 
 def balance_coefficients(config: NVAEConfig) -> Tensor:
-    """alpha (L,) of "balancing the KL terms": in proportion to a group's size, and shared by the groups of a scale."""
+    """alpha (L,) of "balancing the KL terms": a scale's number of variables, shared by its groups."""
     groups = groups_per_scale(config)[::-1]                                # coarsest first
     alpha = torch.cat([torch.full((n,), 4.0 ** i / n) for i, n in enumerate(groups)])
     return alpha / alpha.min()
@@ -118,8 +120,8 @@ def balance_coefficients(config: NVAEConfig) -> Tensor:
 def balanced_kl(kl: Tensor, alpha: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """The KL term of the objective (B,), and the factor of each group (L,), from kl (B, L).
 
-    While the weight is below 1, a group with little information per variable is charged less, so that it is not
-    switched off; then all count alike.
+    While the weight is below 1, a group with little information per variable is charged less, so that it is
+    not switched off; then all count alike.
     """
     if weight >= 1:
         return kl.sum(1), torch.ones_like(alpha)
@@ -132,7 +134,7 @@ class Group(nn.Module):
     """One latent group: its encoder cells, posterior, prior, flows, and its decoder cells."""
 
     def __init__(self, config: NVAEConfig, scale: int, factor: int, top: bool, towers: bool):
-        """`factor` times the first width is the width at this scale; without `towers` the model is a plain VAE."""
+        """`factor` times the first width is the width at this scale; a plain VAE has no `towers`."""
         super().__init__()
         self.scale = scale
         arch, n_latent = ARCHITECTURES[config.arch_instance], config.num_latent_per_group
@@ -154,7 +156,7 @@ class NVAE(nn.Module):
 
     Config = NVAEConfig
 
-    def __init__(self, shape: tuple[int, ...], config: NVAEConfig, pixels: Pixels = Pixels()):
+    def __init__(self, shape: tuple[int, ...], config: NVAEConfig, pixels: Pixels = EIGHT_BITS):
         """`shape` (C, H, W) of an image. Raises UserError for a size that the scales cannot halve."""
         super().__init__()
         self.shape, self.config, self.pixels = tuple(shape), config, pixels
@@ -169,19 +171,23 @@ class NVAE(nn.Module):
         self.pre_process = self._blocks(config.num_channels_enc, config.num_preprocess_blocks,
                                         config.num_preprocess_cells, 'down', arch.pre)
         scale_of_group = [scale for scale in reversed(range(scales)) for _ in range(counts[scale])]
-        self.groups = nn.ModuleList(Group(config, scale, first * 2 ** scale, top=i == 0, towers=not self.is_vanilla)
-                                    for i, scale in enumerate(scale_of_group))
+        self.groups = nn.ModuleList(
+            Group(config, scale, first * 2 ** scale, top=i == 0, towers=not self.is_vanilla)
+            for i, scale in enumerate(scale_of_group))
         # down[s] leads from scale s to s + 1, up[s] back
-        self.down = nn.ModuleList(Cell(first * 2 ** s * config.num_channels_enc, 'down', arch.enc, config.use_se)
-                                  for s in range(scales - 1))
-        self.up = nn.ModuleList(Cell(first * 2 ** (s + 1) * config.num_channels_dec, 'up', arch.dec, config.use_se)
-                                for s in range(scales - 1))
+        self.down = nn.ModuleList(
+            Cell(first * 2 ** s * config.num_channels_enc, 'down', arch.enc, config.use_se)
+            for s in range(scales - 1))
+        self.up = nn.ModuleList(
+            Cell(first * 2 ** (s + 1) * config.num_channels_dec, 'up', arch.dec, config.use_se)
+            for s in range(scales - 1))
         top = first * 2 ** (scales - 1)
         c_top = top * config.num_channels_enc
         self.top_features = nn.Sequential(nn.ELU(), WeightNormConv2d(c_top, c_top), nn.ELU())
         self.latent_shape = (config.num_latent_per_group, shape[1] // top, shape[2] // top)      # of group 0
         if not self.is_vanilla:
-            self.initial_state = nn.Parameter(torch.rand(top * config.num_channels_dec, *self.latent_shape[1:]))
+            self.initial_state = nn.Parameter(
+                torch.rand(top * config.num_channels_dec, *self.latent_shape[1:]))
         self.post_process = self._blocks(first * config.num_channels_dec, config.num_postprocess_blocks,
                                          config.num_postprocess_cells, 'up', arch.post)
         self.image_head = nn.Sequential(nn.ELU(), WeightNormConv2d(config.num_channels_dec,
@@ -189,7 +195,6 @@ class NVAE(nn.Module):
 
         self.register_buffer('alpha', balance_coefficients(config), persistent=False)
         self.register_buffer('data_initialized', torch.tensor(False))
-        # The singular vectors must not depend on what was built before, so that imported models get the same ones.
         self.spectral = SpectralRegularizer([m for m in self.modules() if isinstance(m, nn.Conv2d)]) \
             if config.weight_decay_norm > 0 else None
 
@@ -199,16 +204,18 @@ class NVAE(nn.Module):
         if len(size) != 2:
             raise UserError(f"nvae reads images (C, H, W), not shape {self.shape}.")
         if config.num_postprocess_blocks != config.num_preprocess_blocks:
-            raise UserError(f"{config.num_preprocess_blocks} preprocess and {config.num_postprocess_blocks} postprocess "
-                            f"blocks: the numbers must agree, or the output is not of the size of the image. "
-                            f"Set --num_preprocess_blocks and --num_postprocess_blocks alike.")
+            raise UserError(f"--num_preprocess_blocks {config.num_preprocess_blocks} and "
+                            f"--num_postprocess_blocks {config.num_postprocess_blocks}: they must agree, or "
+                            f"the output is not of the size of the image. Set both alike.")
         if any(side % 2 ** halvings for side in size):
             raise UserError(f"size {' x '.join(map(str, size))} cannot be halved {halvings} times "
-                            f"({config.num_preprocess_blocks} blocks and {config.num_latent_scales} scales): it must be "
-                            f"a multiple of {2 ** halvings}. Change --image_size or lower --num_latent_scales.")
+                            f"({config.num_preprocess_blocks} blocks and {config.num_latent_scales} scales): "
+                            f"it must be a multiple of {2 ** halvings}. Change --image_size or lower "
+                            f"--num_latent_scales.")
 
-    def _blocks(self, channels: int, blocks: int, cells: int, change: str, ops: tuple[str, ...]) -> nn.Sequential:
-        """Blocks of `cells` cells, one of which changes the resolution: the last on the way down, the first up."""
+    def _blocks(self, channels: int, blocks: int, cells: int, change: str,
+                ops: tuple[str, ...]) -> nn.Sequential:
+        """Blocks of cells, one of which changes the resolution: the last on the way down, the first up."""
         layers = []
         for _ in range(blocks):
             kinds = ['normal'] * (cells - 1)
@@ -217,7 +224,7 @@ class NVAE(nn.Module):
                 channels = {'normal': channels, 'down': 2 * channels, 'up': channels // 2}[kind]
         return nn.Sequential(*layers)
 
-    # ------------------------------------------------------------------------------------------------- the two passes
+    # ----------------------------------------------------------------------------------------- the two passes
 
     def _encode(self, x: Tensor) -> list[Tensor]:
         """Features for each group's posterior, top group first, from the bottom up."""
@@ -235,8 +242,8 @@ class NVAE(nn.Module):
                 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
         """The last state d, and for each group from the top down its KL, log q and log p elementwise.
 
-        The first `num_groups - skip` groups are drawn from the posterior if there are features, the others from the
-        prior; those have zeros.
+        The first `num_groups - skip` groups are drawn from the posterior if there are features, the others
+        from the prior; those have zeros.
         """
         d, groups = None if self.is_vanilla else self.initial_state.expand(batch, -1, -1, -1), []
         for i, group in enumerate(self.groups):
@@ -278,12 +285,12 @@ class NVAE(nn.Module):
     def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms:
         """Terms of the bound for images x (B, C, H, W) in [0, 1], in nats.
 
-        recon (B,) = -log p(x|z); kl (B, L) from the top group down; log_q, log_p (B,) of the drawn latents; logits;
-        kl_channels (B, L, Z), the share of each latent channel in kl.
-        `skip` groups nearest the image are drawn from the prior; `temperature` scales the noise, 0 takes the means.
+        recon (B,) = -log p(x|z); kl (B, L) from the top group down; log_q, log_p (B,) of the drawn latents;
+        logits; kl_channels (B, L, Z), the share of each latent channel in kl.
+        `skip` groups nearest the image are drawn from the prior; `temperature` scales the noise, 0 is none.
         """
         if not 0 <= skip <= self.num_groups:
-            raise ValueError(f"skip {skip}: the model has {self.num_groups} groups, so 0 to {self.num_groups}.")
+            raise UserError(f"skip {skip}: give 0 to {self.num_groups}, the number of groups.")
         d, groups = self._decode(len(x), self._encode(x), skip, temperature)
         logits = self._logits(d)
         log_px = self._inside(self.likelihood.log_prob(logits, x))          # (B, 1, H, W)
@@ -292,7 +299,7 @@ class NVAE(nn.Module):
                 'log_q': sum(per_image(log_q) for _, log_q, _ in groups),
                 'log_p': sum(per_image(log_p) for _, _, log_p in groups)}
 
-    # ----------------------------------------------------------------------------------------------------- objective
+    # ---------------------------------------------------------------------------------------------- objective
 
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss to minimise in nats (scalar), and what to log; `progress` in [0, 1] drives all schedules."""
@@ -301,36 +308,37 @@ class NVAE(nn.Module):
         kl, gamma = balanced_kl(terms['kl'], self.alpha, weight)
         loss = (terms['recon'] + kl).mean()
         logs = {'train/nelbo_iter': (terms['recon'] + terms['kl'].sum(1)).mean().detach(),
-                'train/recon_iter': terms['recon'].mean().detach(), 'train/kl_iter': terms['kl'].sum(1).mean().detach(),
+                'train/recon_iter': terms['recon'].mean().detach(),
+                'train/kl_iter': terms['kl'].sum(1).mean().detach(),
                 'kl_coeff/coeff': torch.tensor(weight)}
         logs |= {f'kl_coeff/layer_{i}': g for i, g in enumerate(gamma)}
         logs |= {f'kl_vals/layer_{i}': value for i, value in enumerate(terms['kl'].mean(0).detach())}
-        active = (terms['kl_channels'].detach().mean(0) > ACTIVE_KL).sum(1).float()       # channels in use: (L,)
-        logs |= {f'kl/active_{i}': count for i, count in enumerate(active)} | {'kl/total_active': active.sum()}
+        active = (terms['kl_channels'].detach().mean(0) > ACTIVE_KL).sum(1).float()    # channels in use: (L,)
+        logs |= {f'kl/active_{i}': n for i, n in enumerate(active)} | {'kl/total_active': active.sum()}
         if self.spectral is not None:
             spectral, batch_norm = self.spectral(), batch_norm_regularizer(self)
             strength = config.weight_decay_norm
             if config.weight_decay_norm_anneal:
-                strength = math.exp((1 - weight) * math.log(config.weight_decay_norm_init) + weight * math.log(strength))
+                strength = config.weight_decay_norm_init ** (1 - weight) * strength ** weight
             loss = loss + strength * (spectral + batch_norm)
             logs |= {'train/norm_loss': spectral.detach(), 'train/bn_loss': batch_norm.detach(),
                      'train/norm_coeff': torch.tensor(strength)}
         return loss, logs
 
     def initialize(self, x: Tensor) -> None:
-        """Data-dependent initialization of res_elu cells from the first batch x (B, C, H, W): once in a model's life."""
+        """Data-dependent initialization of res_elu cells from x (B, C, H, W): once in a model's life."""
         if not self.data_initialized:
             initialize_from_data(self, lambda: self(x))
             self.data_initialized.fill_(True)
 
-    # -------------------------------------------------------------------------------------------------- capabilities
+    # ------------------------------------------------------------------------------------------- capabilities
 
     def reconstruct(self, x: Tensor, skip: int = 0) -> Tensor:
         """Mean of p(x|z) at the posterior means: (B, C, H, W) in [0, 1]."""
         return self.likelihood.mean(self(x, skip=skip, temperature=0.0)['logits'])
 
     def maps(self, x: Tensor, skip: int = 0) -> dict[str, Tensor]:
-        """Where the bound is lost, in nats per pixel at the posterior means: recon (B, 1, H, W), kl (B, L, H, W).
+        """Where the bound is lost, nats a pixel at the posterior means: recon (B, 1, H, W), kl (B, L, H, W).
 
         A group's KL is spread evenly over the pixels under each latent position, so maps sum to the terms.
         """
@@ -344,13 +352,13 @@ class NVAE(nn.Module):
         return {'recon': -F.pad(self._inside(log_px), (padding,) * 4), 'kl': torch.cat(kl, dim=1)}
 
     def decode(self, batch: int, temperature: float = 1.0) -> Tensor:
-        """Logits (batch, num_params, H, W) with every latent drawn from its prior, noise scaled by `temperature`."""
+        """Logits (batch, num_params, H, W), latents drawn from the prior, noise scaled by `temperature`."""
         return self._logits(self._decode(batch, None, 0, temperature)[0])
 
     def sample(self, n: int, temperature: float = 1.0) -> Tensor:
         """Draws n images (n, C, H, W) in [0, 1] from the model.
 
-        `temperature` scales the noise of the latents. Binary images are returned as probabilities, as is usual.
+        `temperature` scales the noise of the latents. Binary images are returned as probabilities.
         """
         logits = self.decode(n, temperature)
         if self.pixels.likelihood == 'bernoulli':

@@ -1,8 +1,8 @@
-"""Volume-preserving autoregressive flow cells of NVAE ("Improving the approximate posterior with normalizing flows").
+"""Volume-preserving autoregressive flow cells of NVAE (section 3.3 of Vahdat and Kautz 2020).
 
-A cell maps a latent z (B, C, H, W) to z - m(z), where m at a position sees only positions and channels before it: the
-Jacobian is triangular with a unit diagonal, so the log-determinant is 0. Two cells follow each other, the second in
-the reverse spatial order.
+A cell maps a latent z (B, C, H, W) to z - m(z), where m at a position sees only positions and channels
+before it: the Jacobian is triangular with a unit diagonal, so the log-determinant is 0. Two halves follow
+each other, the second in the reverse spatial order.
 """
 
 import math
@@ -16,9 +16,12 @@ from neural_operations import WeightNormConv2d
 HIDDEN_FACTOR = 6
 
 
-def autoregressive_mask(c_out: int, c_in: int, kernel: int, groups: int, strict: bool, mirror: bool) -> Tensor:
-    """(c_out, c_in / groups, k, k) of 0 and 1: rows above and the left part of the row are seen; at the centre,
-    channel blocks before one's own (and one's own too unless `strict`). `mirror` turns the spatial order round."""
+def autoregressive_mask(c_out: int, c_in: int, kernel: int, groups: int, strict: bool,
+                        mirror: bool) -> Tensor:
+    """(c_out, c_in / groups, k, k) of 0 and 1: rows above and the left part of the row are seen;
+    at the centre, channel blocks before one's own (and one's own too unless `strict`). `mirror` turns the
+    spatial order round.
+    """
     centre = kernel // 2
     mask = torch.zeros(c_out, c_in // groups, kernel, kernel)
     mask[:, :, :centre] = 1

@@ -1,10 +1,9 @@
-"""Reads checkpoints of the published NVAE: its configuration, the size of its images, and its names of weights."""
+"""Reads checkpoints of the published NVAE: configuration, size of the images, names of the weights."""
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from distributions import Pixels
@@ -13,7 +12,7 @@ from neural_operations import Cell, WeightNormConv2d
 from utils import UserError, read_flags
 
 # Flags that old checkpoints lack, at the values they had before they were flags.
-ABSENT_FLAGS = dict(ada_groups=False, min_groups_per_scale=1, num_mixture_dec=10)
+ABSENT_FLAGS = {'ada_groups': False, 'min_groups_per_scale': 1, 'num_mixture_dec': 10}
 PADDED = {'mnist', 'omniglot', 'stacked_mnist'}       # 28 x 28 images in a frame of 2 pixels
 
 
@@ -22,7 +21,7 @@ def is_official(checkpoint: dict[str, Any]) -> bool:
 
 
 def read_official(checkpoint: dict[str, Any]) -> tuple[NVAE, dict[str, Any]]:
-    """The model in eval mode, and its training flags. Raises UserError if a weight is missing or left over."""
+    """The model in eval mode, and its training flags. UserError if a weight is missing or left over."""
     args = ABSENT_FLAGS | vars(checkpoint['args'])
     config = read_flags(NVAEConfig, args | {'compat_official': True})
     weights = {_canonical(name): value for name, value in checkpoint['state_dict'].items()
@@ -37,14 +36,15 @@ def read_official(checkpoint: dict[str, Any]) -> tuple[NVAE, dict[str, Any]]:
     if model.is_vanilla:
         del weights['prior_ftr0']                             # published, but used by no layer there
     names = dict(official_names(model))
-    own = set(model.state_dict()) - {n for n in model.state_dict() if n.startswith(('spectral.', 'data_initialized'))}
+    own = {n for n in model.state_dict() if not n.startswith(('spectral.', 'data_initialized'))}
     missing = sorted(own - {name for name, official in names.items() if official in weights})
     surplus = sorted(weights.keys() - set(names.values()))
     if missing or surplus:
-        raise UserError(f"the checkpoint does not fit its own flags: {len(missing)} weights missing {missing[:3]}, "
-                        f"{len(surplus)} left over {surplus[:3]}. Is it a checkpoint of the published NVAE?")
+        raise UserError(f"the checkpoint does not fit its own flags: {len(missing)} weights missing "
+                        f"{missing[:3]}, {len(surplus)} left over {surplus[:3]}. "
+                        f"Is it a checkpoint of the published NVAE?")
     model.load_state_dict({name: weights[names[name]] for name in own}, strict=False)
-    model.data_initialized.fill_(True)                        # what it learned stays: no second initialization
+    model.data_initialized.fill_(True)                       # what it learned stays: no second initialization
     return model.eval(), args
 
 
@@ -73,7 +73,7 @@ def _module_pairs(model: NVAE) -> Iterator[tuple[str, str]]:
         yield f'groups.{i}.posterior', f'enc_sampler.{i}'
         if i > 0:
             yield f'groups.{i}.prior.1', f'dec_sampler.{i - 1}.1'
-        for n, flow in enumerate(group.flows):
+        for n in range(len(group.flows)):
             for half in (0, 1):
                 ours = f'groups.{i}.flows.{n}.{half}'
                 published = f'nf_cells.{i * len(group.flows) + n}.cell{half + 1}'

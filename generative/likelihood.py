@@ -10,7 +10,7 @@ import torch
 import launch
 from anomaly.scores import elbo, iw_bound, log_weight
 from distributions import bits_per_dim
-from utils import seed_noise
+from utils import UserError, seed_noise
 
 
 @torch.no_grad()
@@ -18,9 +18,9 @@ def evaluate_likelihood(model: Any, batches: Iterable[tuple[int, Any]], *, num_i
                         num_dims: int, device: torch.device) -> dict[str, float]:
     """Mean NELBO and importance-weighted negative log-likelihood of all images of `batches`, over all ranks.
 
-    The NELBO is averaged over the same `num_iw_samples` draws. Returns nats and bits per dimension, standard errors
-    over images, and the number of images. Noise is a function of seed, batch number and draw, so the numbers do not
-    depend on how many processes share the batches.
+    The NELBO is averaged over the same `num_iw_samples` draws. Returns nats and bits per dimension, standard
+    errors over images, and the number of images. Noise is a function of seed, batch number and draw, so the
+    numbers do not depend on how many processes share the batches. Raises UserError if there are no images.
     """
     model.eval()
     rows = []
@@ -34,6 +34,8 @@ def evaluate_likelihood(model: Any, batches: Iterable[tuple[int, Any]], *, num_i
         nelbo, neg_log_p = -torch.stack(bounds).mean(0), -iw_bound(torch.stack(weights))
         rows.append((index, nelbo.cpu().numpy(), neg_log_p.cpu().numpy()))
     rows = sorted(launch.gather(rows), key=lambda row: row[0])
+    if not rows:
+        raise UserError("there are no images to evaluate. Set --val_fraction or --test_fraction above 0.")
     nelbo, neg_log_p = (np.concatenate([row[i] for row in rows]) for i in (1, 2))
     error = lambda values: float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
     return {'num_images': len(nelbo), 'num_iw_samples': num_iw_samples,

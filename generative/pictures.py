@@ -11,7 +11,7 @@ from utils import write_atomically
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """Tiles images (N, C, H, W) in [0, 1] to one (C, rows * (H + 1), columns * (W + 1)); as square as N allows."""
+    """Tiles images (N, C, H, W) in [0, 1] to one (C, rows * (H + 1), columns * (W + 1)), nearly square."""
     n, c, h, w = images.shape
     columns = columns or int(n ** 0.5 + 0.999)
     rows = -(-n // columns)

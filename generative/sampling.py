@@ -16,10 +16,8 @@ def samples(model: Any, number: int, batch_size: int, temperature: float, *, see
             world: int = 1) -> Iterator[tuple[int, Tensor]]:
     """(batch number, images (B, C, *S) in [0, 1]): `number` images in all, batch i drawn by rank i % world.
 
-    An image depends on seed, batch number and batch size alone. Raises UserError for a model that cannot sample.
+    An image depends on seed, batch number and the size of its batch alone.
     """
-    if not hasattr(model, 'sample'):
-        raise UserError("this model cannot draw images: it has no `sample`. Choose another --eval_mode.")
     for index in range(rank, -(-number // batch_size), world):
         seed_noise(seed, 'sample', index)
         yield index, model.sample(min(batch_size, number - index * batch_size), temperature)
@@ -28,10 +26,10 @@ def samples(model: Any, number: int, batch_size: int, temperature: float, *, see
 @torch.no_grad()
 def readjust_batch_norm(model: Any, temperature: float, *, seed: int, passes: int = READJUST_PASSES,
                         batch_size: int = READJUST_BATCH) -> None:
-    """Sets the running statistics of batch norm from images drawn at this temperature (NVAE, "Batch Normalization").
+    """Fits the running statistics of batch norm to images drawn at this temperature (NVAE, "Batch Norm").
 
-    In float32, with batches of 16 or more: statistics of smaller batches, or in half precision, can end in NaN. Layers
-    that sampling does not reach keep theirs. Raises UserError if the statistics end up not finite.
+    In float32, with batches of 16 or more: statistics of smaller batches, or in half precision, can end in
+    NaN. Layers that sampling does not reach keep theirs. Raises UserError if the statistics end up not finite.
     """
     if batch_size < READJUST_BATCH:
         raise ValueError(f"batch_size {batch_size}: statistics need at least {READJUST_BATCH} images.")
@@ -41,5 +39,5 @@ def readjust_batch_norm(model: Any, temperature: float, *, seed: int, passes: in
         model.sample(batch_size, temperature)
     model.eval()
     if not all(torch.isfinite(b).all() for b in model.buffers() if b.is_floating_point()):
-        raise UserError(f"the batch-norm statistics at temperature {temperature} are not finite: the model draws images "
-                        f"without bounds. Evaluate it without --readjust_bn.")
+        raise UserError(f"the batch-norm statistics at temperature {temperature} are not finite: the model "
+                        f"draws images without bounds. Evaluate it without --readjust_bn.")

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-TINY_NVAE = ('--num_channels_enc 4 --num_channels_dec 4 --num_preprocess_blocks 1 --num_postprocess_blocks 1 '
-             '--num_preprocess_cells 1 --num_postprocess_cells 1 --num_latent_scales 2 --num_groups_per_scale 1 '
-             '--num_latent_per_group 2 --num_mixture_dec 2 --use_se --res_dist --weight_decay_norm 1e-2').split()
+TINY_NVAE = '''
+    --num_channels_enc 4 --num_preprocess_blocks 1 --num_preprocess_cells 1
+    --num_channels_dec 4 --num_postprocess_blocks 1 --num_postprocess_cells 1
+    --num_latent_scales 2 --num_groups_per_scale 1 --num_latent_per_group 2 --num_mixture_dec 2
+    --use_se --res_dist --weight_decay_norm 1e-2'''.split()
 
 
 def make_images(folder, count, seed, spot=False):
@@ -44,25 +46,58 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope='session')
 def train_flags(data_folder, cache):
     """Flags of a run of 2 epochs of 4 steps, a few hundred weights."""
-    return [*TINY_NVAE, '--dataset', 'folder', '--data', str(data_folder), '--cache_dir', str(cache), '--image_size',
-            '16', '--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1', '--num_threads', '1',
-            '--log_every', '1', '--image_every', '0', '--val_iw_samples', '2', '--device', 'cpu']
+    return [
+        *TINY_NVAE,
+        '--dataset',
+        'folder',
+        '--data',
+        str(data_folder),
+        '--cache_dir',
+        str(cache),
+        '--image_size',
+        '16',
+        '--batch_size',
+        '8',
+        '--epochs',
+        '2',
+        '--warmup_epochs',
+        '1',
+        '--num_threads',
+        '1',
+        '--log_every',
+        '1',
+        '--image_every',
+        '0',
+        '--val_iw_samples',
+        '2',
+        '--device',
+        'cpu',
+    ]
 
 
 @pytest.fixture
 def program():
     """program('train.py', *flags) runs a program of the project to its end."""
+
     def run(*words, env=None, check=True, timeout=120):
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                              timeout=timeout, env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
+        done = subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})},
+        )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
+
     return run
 
 
 @pytest.fixture
 def same_weights():
-    """same_weights(a, b) is true if two checkpoints hold equal weights, optimizer state and averages, bit for bit."""
+    """same_weights(a, b): two checkpoints hold equal weights, optimizer state and averages, bit for bit."""
+
     def flat(value, name=''):
         if isinstance(value, torch.Tensor):
             yield name, value
@@ -71,8 +106,15 @@ def same_weights():
                 yield from flat(item, f'{name}/{key}')
 
     def compare(a, b):
-        a, b = (dict(flat({key: torch.load(path, weights_only=True)[key] for key in ('weights', 'optimizer', 'ema')}))
-                for path in (a, b))
+        a, b = (
+            dict(
+                flat(
+                    {key: torch.load(path, weights_only=True)[key] for key in ('weights', 'optimizer', 'ema')}
+                )
+            )
+            for path in (a, b)
+        )
         assert a.keys() == b.keys() and a
         return all(torch.equal(a[name], b[name]) for name in a)
+
     return compare

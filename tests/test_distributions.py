@@ -57,11 +57,12 @@ def test_bits_per_dim():
     assert bits_per_dim(math.log(2) * 30, 10) == approx(3.0)
 
 
-# --------------------------------------------------------------------- a discretized likelihood sums to 1 over all levels
+# --------------------------------------------------------- a discretized likelihood sums to 1 over all levels
+
 
 def total_mass(likelihood, channels, bits, params, stride=1):
     """Sum of p(x) over all grey levels of one pixel; for colour over all triples of levels."""
-    levels = torch.arange(0, 2 ** bits, stride, dtype=torch.float64) / (2 ** bits - 1)
+    levels = torch.arange(0, 2**bits, stride, dtype=torch.float64) / (2**bits - 1)
     x = torch.cartesian_prod(*[levels] * channels).view(-1, channels, 1, 1)
     log_p = likelihood.log_prob(params.expand(len(x), -1, 1, 1), x)
     return log_p.exp().sum().item()
@@ -112,7 +113,7 @@ def test_one_logistic_by_hand():
 
 @pytest.mark.parametrize('likelihood', [DiscretizedLogisticMixture(1, 8, 1), DiscretizedNormal(1, 8)])
 def test_float32_agrees_with_float64_far_from_the_mean_and_has_finite_gradients(likelihood):
-    x = torch.arange(0, 256.).view(-1, 1, 1, 1) / 255
+    x = torch.arange(0, 256.0).view(-1, 1, 1, 1) / 255
     narrow = {3: [0.0, 0.9, -6.5], 2: [0.9, -6.0]}[likelihood.num_params]
     params = torch.tensor(narrow).view(1, -1, 1, 1).requires_grad_()
     single = likelihood.log_prob(params.expand(256, -1, 1, 1), x)
@@ -128,13 +129,13 @@ def test_samples_have_the_mean_of_the_distribution_and_lie_on_the_grey_levels(ch
     generator = torch.Generator().manual_seed(3)
     params = 0.3 * torch.randn(1, likelihood.num_params, 1, 1, generator=generator)
     scales = slice(mixtures, None) if mixtures > 1 else slice(channels, None)
-    params[:, scales] -= 0.5                                   # narrow enough that clipping to [0, 1] is rare
+    params[:, scales] -= 0.5  # narrow enough that clipping to [0, 1] is rare
     torch.manual_seed(0)
     many = params.expand(20_000, -1, 1, 1)
     x = likelihood.sample(many)
     assert torch.allclose(x * 31, (x * 31).round(), atol=1e-4)
     assert x.min() >= 0 and x.max() <= 1
-    levels = torch.arange(32.) / 31
+    levels = torch.arange(32.0) / 31
     if channels == 1:
         p = likelihood.log_prob(params.expand(32, -1, 1, 1), levels.view(-1, 1, 1, 1)).exp().flatten()
         assert x.mean().item() == approx((p * levels).sum().item(), abs=0.01)
@@ -152,9 +153,10 @@ def test_colour_channels_depend_on_those_before_them():
     """With one component, tanh coefficients c and means m: E = (m_r, m_g + c0 r, m_b + c1 r + c2 g)."""
     params = torch.zeros(1, 10, 1, 1)
     means, coefficients = torch.tensor([0.2, -0.1, 0.05]), torch.tensor([0.5, 0.3, -0.4])
-    for channel in range(3):                                   # per channel: mean, log scale, coefficient
-        params[0, 1 + 3 * channel:4 + 3 * channel, 0, 0] = torch.tensor(
-            [means[channel], -5.0, torch.atanh(coefficients[channel])])
+    for channel in range(3):  # per channel: mean, log scale, coefficient
+        params[0, 1 + 3 * channel : 4 + 3 * channel, 0, 0] = torch.tensor(
+            [means[channel], -5.0, torch.atanh(coefficients[channel])]
+        )
     red = 0.2
     green = -0.1 + 0.5 * red
     blue = 0.05 + 0.3 * red - 0.4 * green

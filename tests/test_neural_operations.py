@@ -34,7 +34,7 @@ def test_cell_shapes_and_gradients(op, kind):
 def test_filters_have_the_norm_of_their_gain():
     conv = WeightNormConv2d(3, 5, 3)
     with torch.no_grad():
-        conv.log_weight_norm.copy_(torch.arange(5.).view(5, 1, 1, 1))
+        conv.log_weight_norm.copy_(torch.arange(5.0).view(5, 1, 1, 1))
     norms = conv.effective_weight().flatten(1).norm(dim=1)
     assert norms.tolist() == approx([torch.tensor(i).float().exp().item() for i in range(5)], rel=1e-4)
 
@@ -46,7 +46,9 @@ def test_a_new_convolution_is_nearly_the_plain_one():
 
 def test_first_batch_gives_channels_mean_0_and_std_one_fifth():
     torch.manual_seed(0)
-    layers = nn.Sequential(WeightNormConv2d(2, 4, 3, data_init=True), nn.ELU(), WeightNormConv2d(4, 6, 3, data_init=True))
+    layers = nn.Sequential(
+        WeightNormConv2d(2, 4, 3, data_init=True), nn.ELU(), WeightNormConv2d(4, 6, 3, data_init=True)
+    )
     x = 3 + 2 * torch.randn(8, 2, 10, 10)
     initialize_from_data(layers, lambda: layers(x))
     for y in (layers[0](x), layers(x)):
@@ -67,8 +69,10 @@ def test_spectral_regularizer_finds_the_sum_of_largest_singular_values():
     torch.manual_seed(0)
     convs = [WeightNormConv2d(6, 10, 3), nn.Conv2d(6, 10, 3, bias=False), nn.Conv2d(4, 4, 1, bias=False)]
     regularizer = SpectralRegularizer(convs)
-    exact = sum(torch.linalg.svdvals(w.flatten(1))[0].item() for w in
-                (convs[0].effective_weight(), convs[1].weight, convs[2].weight))
+    exact = sum(
+        torch.linalg.svdvals(w.flatten(1))[0].item()
+        for w in (convs[0].effective_weight(), convs[1].weight, convs[2].weight)
+    )
     assert regularizer().item() == approx(exact, rel=1e-3)
     for _ in range(30):
         value = regularizer()
@@ -93,7 +97,8 @@ def test_batch_norm_regularizer_adds_the_largest_scales():
     assert batch_norm_regularizer(model).item() == approx(4 + 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- flows
+# ------------------------------------------------------------------------------------------------------ flows
+
 
 @pytest.mark.parametrize('channels', [1, 4])
 def test_flow_keeps_volume(channels):
@@ -107,7 +112,7 @@ def test_flow_keeps_volume(channels):
     jacobian = torch.autograd.functional.jacobian(flow, z).view(z.numel(), z.numel())
     sign, log_det = torch.linalg.slogdet(jacobian)
     assert sign.item() == 1 and log_det.item() == approx(0, abs=1e-9)
-    assert (jacobian - torch.eye(z.numel())).abs().max() > 1e-3          # it does something
+    assert (jacobian - torch.eye(z.numel())).abs().max() > 1e-3  # it does something
 
 
 def test_first_half_sees_only_what_comes_before():
@@ -120,7 +125,11 @@ def test_first_half_sees_only_what_comes_before():
 def test_mask_worked_by_hand():
     mask = autoregressive_mask(2, 2, 3, 1, strict=True, mirror=False)
     assert mask[0, 0].tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
-    assert mask[1, 0].tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]      # channel 1 sees channel 0 at its own place
+    assert mask[1, 0].tolist() == [
+        [1, 1, 1],
+        [1, 1, 0],
+        [0, 0, 0],
+    ]  # channel 1 sees channel 0 at its own place
     mirrored = autoregressive_mask(2, 2, 3, 1, strict=False, mirror=True)
     assert mirrored[0, 0].tolist() == [[0, 0, 0], [0, 1, 1], [1, 1, 1]]
 
@@ -129,6 +138,10 @@ def test_weight_norm_is_taken_after_masking():
     mask = autoregressive_mask(6, 1, 3, 1, strict=True, mirror=False)
     conv = WeightNormConv2d(1, 6, 3, mask=mask, bias=False)
     assert torch.equal(conv.effective_weight() * mask, conv.effective_weight())
-    torch.testing.assert_close(conv.effective_weight().flatten(1).norm(dim=1), conv.log_weight_norm.flatten().exp(),
-                               rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        conv.effective_weight().flatten(1).norm(dim=1),
+        conv.log_weight_norm.flatten().exp(),
+        rtol=1e-3,
+        atol=1e-4,
+    )
     assert F.conv2d(torch.ones(1, 1, 3, 3), conv.effective_weight()).shape == (1, 6, 1, 1)

@@ -1,4 +1,4 @@
-"""Known answers of the published NVAE, where they are at hand: PARITY_DIR, or ../shared/parity beside the checkout."""
+"""Known answers of the published NVAE, where they are at hand: see PARITY."""
 
 import math
 import os
@@ -15,8 +15,10 @@ from neural_operations import SpectralRegularizer, batch_norm_regularizer, effec
 
 PARITY = Path(os.environ.get('PARITY_DIR', Path(__file__).parents[2] / 'shared' / 'parity'))
 NAMES = ['nvae_binary', 'nvae_rgb_flow']
-pytestmark = pytest.mark.skipif(not (PARITY / 'nvae_binary.checkpoint.pt').exists(),
-                                reason=f'no known answers in {PARITY}: set PARITY_DIR')
+pytestmark = pytest.mark.skipif(
+    not (PARITY / 'nvae_binary.checkpoint.pt').exists(),
+    reason=f'no known answers in {PARITY}: set PARITY_DIR',
+)
 
 
 def model_and_answers(name):
@@ -38,8 +40,13 @@ def test_every_term(name, mode):
     with torch.no_grad():
         terms = model(answers['x'], temperature=0.0)
         kl, gamma = balanced_kl(terms['kl'], model.alpha, 0.5)
-    for ours, theirs in (('logits', 'logits'), ('log_q', 'log_q'), ('log_p', 'log_p'), ('recon', 'recon'),
-                         ('kl', 'kl_per_group')):
+    for ours, theirs in (
+        ('logits', 'logits'),
+        ('log_q', 'log_q'),
+        ('log_p', 'log_p'),
+        ('recon', 'recon'),
+        ('kl', 'kl_per_group'),
+    ):
         assert agrees(terms[ours], expected[theirs]), theirs
     assert agrees(kl, expected['balanced_kl_at_half'])
     assert agrees(gamma, expected['kl_coeff_at_half'])
@@ -58,7 +65,9 @@ def test_prior_mean(name):
 def test_regularizer(name):
     model, answers = model_and_answers(name)
     convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    exact = sum(torch.linalg.svdvals(effective_weight(c).detach().double().flatten(1))[0].item() for c in convs)
+    exact = sum(
+        torch.linalg.svdvals(effective_weight(c).detach().double().flatten(1))[0].item() for c in convs
+    )
     expected = answers['regulariser']
     assert len(convs) == expected['num_conv']
     assert exact == approx(expected['sum_of_top_singular_values_exact'], rel=1e-5)

@@ -10,11 +10,11 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 from pytest import approx
 
 import launch
 import train
-from conftest import ROOT
 from utils import UserError
 
 
@@ -40,22 +40,46 @@ def whole(train_flags, tmp_path_factory):
 
 
 def test_what_a_run_leaves_behind(whole):
-    assert {'checkpoint.pt', 'args.json', 'split.json', 'log.txt', 'metrics.jsonl'} <= {p.name for p in whole.iterdir()}
+    assert {'checkpoint.pt', 'args.json', 'split.json', 'log.txt', 'metrics.jsonl'} <= {
+        p.name for p in whole.iterdir()
+    }
     lines = [json.loads(line) for line in (whole / 'metrics.jsonl').read_text().splitlines()]
     names = set().union(*lines)
-    for tag in ('train/nelbo', 'train/nelbo_avg', 'train/nelbo_iter', 'train/recon_iter', 'train/kl_iter', 'train/lr',
-                'train/norm_loss', 'train/bn_loss', 'train/norm_coeff', 'kl_coeff/coeff', 'kl_coeff/layer_0',
-                'kl_vals/layer_1', 'kl/active_0', 'kl/total_active', 'val/neg_log_p', 'val/nelbo', 'val/bpd_log_p',
-                'val/bpd_elbo', 'train/skipped'):
+    for tag in (
+        'train/nelbo',
+        'train/nelbo_avg',
+        'train/nelbo_iter',
+        'train/recon_iter',
+        'train/kl_iter',
+        'train/lr',
+        'train/norm_loss',
+        'train/bn_loss',
+        'train/norm_coeff',
+        'kl_coeff/coeff',
+        'kl_coeff/layer_0',
+        'kl_vals/layer_1',
+        'kl/active_0',
+        'kl/total_active',
+        'val/neg_log_p',
+        'val/nelbo',
+        'val/bpd_log_p',
+        'val/bpd_elbo',
+        'train/skipped',
+    ):
         assert tag in names, tag
     assert any(p.name.startswith('events.out.tfevents') for p in whole.iterdir())
     assert json.loads((whole / 'args.json').read_text())['batch_size'] == 8
-    parts = [f['part'] for f in json.loads((whole / 'split.json').read_text())['files'] if f['class'] == 'normal']
+    parts = [
+        f['part'] for f in json.loads((whole / 'split.json').read_text())['files'] if f['class'] == 'normal'
+    ]
     assert {part: parts.count(part) for part in set(parts)} == {'train': 32, 'val': 8, 'test': 10}
 
 
 def test_training_lowers_the_loss(whole):
-    values = [json.loads(line).get('train/nelbo_iter') for line in (whole / 'metrics.jsonl').read_text().splitlines()]
+    values = [
+        json.loads(line).get('train/nelbo_iter')
+        for line in (whole / 'metrics.jsonl').read_text().splitlines()
+    ]
     values = [v for v in values if v is not None]
     assert len(values) == 8 and values[-1] < 0.98 * values[0]
 
@@ -87,9 +111,14 @@ def test_weight_average(train_flags, tmp_path):
 
 
 def start(flags, root, name, *more):
-    return subprocess.Popen([sys.executable, 'train.py', *flags, '--root', str(root), '--save', name, *more], cwd=ROOT,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)
+    return subprocess.Popen(
+        [sys.executable, 'train.py', *flags, '--root', str(root), '--save', name, *more],
+        cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for(path, process, seconds=60):
@@ -115,7 +144,9 @@ def test_killed_at_once_and_resumed_ends_with_the_same_weights(train_flags, tmp_
 
 
 def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(train_flags, tmp_path):
-    process = start([*train_flags, '--epochs', '4000', '--val_every', '5000', '--save_every', '1000000'], tmp_path, 'term')
+    process = start(
+        [*train_flags, '--epochs', '4000', '--val_every', '5000', '--save_every', '1000000'], tmp_path, 'term'
+    )
     wait_for(tmp_path / 'eval-term' / 'metrics.jsonl', process)
     process.terminate()
     output, _ = process.communicate(timeout=60)
@@ -124,29 +155,41 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(train_flags, tmp_path
     assert saved['step'] == len((tmp_path / 'eval-term' / 'metrics.jsonl').read_text().splitlines())
 
 
-# ------------------------------------------------------------------------------------------------- several processes
+# ------------------------------------------------------------------------------------------ several processes
+
 
 def test_two_processes_train_as_one(train_flags, tmp_path, program):
-    """Spawned over gloo: both see their half of each batch; the run ends with one checkpoint, its joint batch noted."""
-    done = program('train.py', *train_flags, '--batch_size', '4', '--root', tmp_path, '--save', 'two',
-                   '--num_process_per_node', '2')
+    """Spawned over gloo: both see their half of each batch, and leave one checkpoint."""
+    done = program(
+        'train.py',
+        *train_flags,
+        '--batch_size',
+        '4',
+        '--root',
+        tmp_path,
+        '--save',
+        'two',
+        '--num_process_per_node',
+        '2',
+    )
     saved = torch.load(tmp_path / 'eval-two' / 'checkpoint.pt', weights_only=True)
     assert saved['joint_batch'] == 8 and saved['step'] == 8
     assert '2 process(es) on cpu' in done.stdout and done.stdout.count('done: 8 steps') == 1
 
 
 def gradients(args):
-    """One backward pass with posterior means (no noise) in each process; rank 0 keeps gradients and its noise."""
+    """One backward pass without noise in each process; rank 0 keeps gradients and everybody's noise."""
     path, flags, world = args
     parsed = train.parse_args(flags)
     torch.set_default_dtype(torch.float64)
     from families.nvae import NVAE, NVAEConfig
+
     torch.manual_seed(0)
     model = NVAE((1, 16, 16), train.read_flags(NVAEConfig, parsed))
     x = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(1))
     share = 8 // world
     ddp = train.DistributedDataParallel(model) if world > 1 else model
-    own = x[launch.rank() * share:(launch.rank() + 1) * share]
+    own = x[launch.rank() * share : (launch.rank() + 1) * share]
     loss, _ = model.objective(ddp(own, temperature=0.0), progress=1.0)
     loss.backward()
     train.seed_noise(1, 'train', 0, launch.rank())
@@ -157,12 +200,34 @@ def gradients(args):
 
 
 def test_gradients_of_two_processes_equal_those_of_one_and_noise_differs(tmp_path):
-    flags = ['--arch_instance', 'res_elu', '--num_channels_enc', '4', '--num_channels_dec', '4', '--num_latent_scales',
-             '2', '--num_groups_per_scale', '1', '--num_latent_per_group', '2', '--num_preprocess_cells', '1',
-             '--num_postprocess_cells', '1', '--weight_decay_norm', '1e-2', '--device', 'cpu', '--num_threads', '1']
+    flags = [
+        '--arch_instance',
+        'res_elu',
+        '--num_channels_enc',
+        '4',
+        '--num_channels_dec',
+        '4',
+        '--num_latent_scales',
+        '2',
+        '--num_groups_per_scale',
+        '1',
+        '--num_latent_per_group',
+        '2',
+        '--num_preprocess_cells',
+        '1',
+        '--num_postprocess_cells',
+        '1',
+        '--weight_decay_norm',
+        '1e-2',
+        '--device',
+        'cpu',
+        '--num_threads',
+        '1',
+    ]
     for world in (1, 2):
-        config = train.read_flags(launch.LaunchConfig,
-                                  train.parse_args([*flags, '--num_process_per_node', str(world)]))
+        config = train.read_flags(
+            launch.LaunchConfig, train.parse_args([*flags, '--num_process_per_node', str(world)])
+        )
         assert launch.launch(gradients, (str(tmp_path / f'{world}.pt'), flags, world), config) == 0
     one, two = (torch.load(tmp_path / f'{world}.pt', weights_only=True) for world in (1, 2))
     for name, expected in one['gradients'].items():
@@ -170,14 +235,15 @@ def test_gradients_of_two_processes_equal_those_of_one_and_noise_differs(tmp_pat
     assert not torch.equal(two['noise'][0], two['noise'][1])
 
 
-# -------------------------------------------------------------------------------------------------- single functions
+# ------------------------------------------------------------------------------------------- single functions
+
 
 def test_learning_rate_of_the_published_schedule():
     config = train.TrainConfig(epochs=10, warmup_epochs=2, learning_rate=1e-2, learning_rate_min=1e-4)
     rates = [train.learning_rate(step, 5, config) for step in range(50)]
     assert rates[0] == 0 and rates[5] == approx(5e-3) and rates[10] == rates[14] == approx(1e-2)
     cosine = 1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * 3 / 7)) / 2
-    assert rates[25] == rates[29] == approx(cosine)                      # epoch 5 is 3 of 7 steps down
+    assert rates[25] == rates[29] == approx(cosine)  # epoch 5 is 3 of 7 steps down
     assert rates[45] == rates[49] == approx(1e-4)
 
 
@@ -198,11 +264,14 @@ def test_gradient_clipping_bounds_the_update():
     with torch.no_grad():
         weight.weight.fill_(0)
     optimizer = torch.optim.SGD(weight.parameters(), lr=1.0)
-    _, norm = train.optimizer_step(100 * weight(torch.ones(1, 1)).sum(), weight, optimizer, train.SafeBuffers(weight), 2.0)
+    _, norm = train.optimizer_step(
+        100 * weight(torch.ones(1, 1)).sum(), weight, optimizer, train.SafeBuffers(weight), 2.0
+    )
     assert norm.item() == approx(100) and weight.weight.item() == approx(-2, rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- users' mistakes
+# -------------------------------------------------------------------------------------------- users' mistakes
+
 
 def test_a_finished_run_is_not_overwritten(train_flags, whole):
     with pytest.raises(UserError, match='--cont_training'):
@@ -211,7 +280,16 @@ def test_a_finished_run_is_not_overwritten(train_flags, whole):
 
 def test_other_flags_on_resume_are_named(train_flags, whole):
     with pytest.raises(UserError, match='--num_latent_per_group 2 then, 3 now'):
-        run(train_flags, whole.parent, 'whole', '--ema_decay', '0.9', '--cont_training', '--num_latent_per_group', '3')
+        run(
+            train_flags,
+            whole.parent,
+            'whole',
+            '--ema_decay',
+            '0.9',
+            '--cont_training',
+            '--num_latent_per_group',
+            '3',
+        )
 
 
 def test_a_batch_larger_than_the_data_is_cut_down(train_flags, tmp_path, capsys):
@@ -219,10 +297,13 @@ def test_a_batch_larger_than_the_data_is_cut_down(train_flags, tmp_path, capsys)
     assert 'batches of 32 are used' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('flags, message', [
-    (['--dataset', 'folder', '--data', '/nowhere/at/all'], '/nowhere/at/all'),
-    (['--num_process_per_node', '0'], 'at least 1'),
-])
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--dataset', 'folder', '--data', '/nowhere/at/all'], '/nowhere/at/all'),
+        (['--num_process_per_node', '0'], 'at least 1'),
+    ],
+)
 def test_mistakes_are_one_line_and_status_2(program, tmp_path, flags, message):
     done = program('train.py', *flags, '--root', tmp_path, check=False)
     assert done.returncode == 2 and message in done.stderr
@@ -235,17 +316,50 @@ def test_flags_are_parsed_strictly_and_a_flag_of_another_program_is_refused(prog
         assert done.returncode == 2 and 'unrecognized arguments' in done.stderr
 
 
-PUBLISHED = {   # every flag of the published train.py with its default
-    'save': 'exp', 'dataset': 'mnist', 'batch_size': 200, 'learning_rate': 1e-2, 'learning_rate_min': 1e-4,
-    'weight_decay': 3e-4, 'weight_decay_norm': 0.0, 'weight_decay_norm_init': 10.0, 'weight_decay_norm_anneal': False,
-    'epochs': 200, 'warmup_epochs': 5, 'fast_adamax': False, 'arch_instance': 'res_mbconv', 'kl_anneal_portion': 0.3,
-    'kl_const_portion': 1e-4, 'kl_const_coeff': 1e-4, 'num_nf': 0, 'num_x_bits': 8, 'num_latent_scales': 1,
-    'num_groups_per_scale': 10, 'num_latent_per_group': 20, 'ada_groups': False, 'min_groups_per_scale': 1,
-    'num_channels_enc': 32, 'num_preprocess_blocks': 2, 'num_preprocess_cells': 3, 'num_cell_per_cond_enc': 1,
-    'num_channels_dec': 32, 'num_postprocess_blocks': 2, 'num_postprocess_cells': 3, 'num_cell_per_cond_dec': 1,
-    'num_mixture_dec': 10, 'use_se': False, 'res_dist': False, 'cont_training': False, 'num_proc_node': 1,
-    'node_rank': 0, 'local_rank': 0, 'global_rank': 0, 'num_process_per_node': 1, 'master_address': '127.0.0.1',
-    'seed': 1}
+PUBLISHED = {  # every flag of the published train.py with its default
+    'save': 'exp',
+    'dataset': 'mnist',
+    'batch_size': 200,
+    'learning_rate': 1e-2,
+    'learning_rate_min': 1e-4,
+    'weight_decay': 3e-4,
+    'weight_decay_norm': 0.0,
+    'weight_decay_norm_init': 10.0,
+    'weight_decay_norm_anneal': False,
+    'epochs': 200,
+    'warmup_epochs': 5,
+    'fast_adamax': False,
+    'arch_instance': 'res_mbconv',
+    'kl_anneal_portion': 0.3,
+    'kl_const_portion': 1e-4,
+    'kl_const_coeff': 1e-4,
+    'num_nf': 0,
+    'num_x_bits': 8,
+    'num_latent_scales': 1,
+    'num_groups_per_scale': 10,
+    'num_latent_per_group': 20,
+    'ada_groups': False,
+    'min_groups_per_scale': 1,
+    'num_channels_enc': 32,
+    'num_preprocess_blocks': 2,
+    'num_preprocess_cells': 3,
+    'num_cell_per_cond_enc': 1,
+    'num_channels_dec': 32,
+    'num_postprocess_blocks': 2,
+    'num_postprocess_cells': 3,
+    'num_cell_per_cond_dec': 1,
+    'num_mixture_dec': 10,
+    'use_se': False,
+    'res_dist': False,
+    'cont_training': False,
+    'num_proc_node': 1,
+    'node_rank': 0,
+    'local_rank': 0,
+    'global_rank': 0,
+    'num_process_per_node': 1,
+    'master_address': '127.0.0.1',
+    'seed': 1,
+}
 
 
 def test_published_flags_keep_name_and_default():
