@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,6 +229,18 @@ def world() -> int:
 
 def device() -> torch.device:
     return _device
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of its GPU, or its share of the machine's available memory."""
+    if _device.type == 'cuda':
+        return torch.cuda.mem_get_info(_device)[0]
+    try:
+        lines = Path('/proc/meminfo').read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
+    except (OSError, StopIteration):                       # not Linux: half of the physical memory
+        available = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
+    return available // _here.local_world
 
 
 def is_main() -> bool:

@@ -4,13 +4,16 @@ B images, C channels, H x W pixels. A cell keeps the resolution ('normal'), halv
 channels) or doubles it ('up', half the channels). Cells and constants: NVAE (Vahdat and Kautz 2020).
 """
 
+import copy
 import re
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 WEIGHT_NORM_EPS = 1e-5
 RESIDUAL_SCALE = 0.1          # keeps a sum of 30 cells near unit variance at the start
@@ -176,9 +179,65 @@ class Cell(nn.Module):
             *[make_op(name, channels if i == 0 else c_out, c_out, cell if i == 0 else 'normal')
               for i, name in enumerate(ops)])
         self.se = SqueezeExcite(c_out) if use_se else nn.Identity()
+        self.recomputes = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            # Noise is not drawn inside a cell, so its state need not be kept.
+            return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False,
+                              context_fn=lambda: (nullcontext(), frozen_statistics(self)))
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         return self.skip(x) + RESIDUAL_SCALE * self.se(self.ops(x))
+
+
+# ---------------------------------------------------------------------------------- memory of a training step
+
+@contextmanager
+def frozen_statistics(module: nn.Module):
+    """Within the block batch norms leave their running statistics: a batch that is recomputed counts once."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Cells keep only their input for the backward pass and compute the rest again (Chen et al. 2016).
+
+    About a third more time for a fraction of the memory; the numbers are the same.
+    """
+    for module in model.modules():
+        if isinstance(module, Cell):
+            module.recomputes = True
+
+
+def activation_bytes(model: nn.Module, shape: Sequence[int]) -> int:
+    """Memory that a training step keeps for its backward pass, in bytes an image of this shape (C, *S)."""
+    trial = copy.deepcopy(model).train()
+    device = next(trial.parameters()).device
+
+    def kept(images: int) -> int:
+        storages: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            terms = trial(torch.zeros(images, *shape, device=device))
+        del terms
+        return sum(storages.values())
+
+    # The difference leaves out what does not grow with the batch: weights above all.
+    return max(kept(4) - kept(2), 0) // 2
 
 
 class SpectralRegularizer(nn.Module):

@@ -32,6 +32,7 @@ from generative.likelihood import count_dims, evaluate_likelihood
 from generative.pictures import image_grid
 from launch import LaunchConfig
 from model import MODELS, build_model, describe
+from neural_operations import activation_bytes, checkpoint_activations
 from utils import (
     RunLog,
     UserError,
@@ -49,6 +50,7 @@ GENERATED_TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
 NUM_SHOWN = 64                      # images in a TensorBoard grid
 VALIDATION_TAGS = {'val/nelbo': 'nelbo_nats', 'val/neg_log_p': 'neg_log_p_nats',
                    'val/bpd_elbo': 'nelbo_bits_per_dim', 'val/bpd_log_p': 'neg_log_p_bits_per_dim'}
+MEMORY_MARGIN = 1.3                 # gradients and work space, beside what is kept for the backward pass
 STOPPED_STATUS = 143                # 128 + SIGTERM, as shells write it
 ADAMAX_EPS = 1e-3                   # of the published NVAE
 MOST_SKIPPED = 100                  # steps in a row that are not finite; then the run has diverged
@@ -78,6 +80,9 @@ class TrainConfig:
     ema_decay: float = flag(0.0, 'average the weights with this decay and evaluate the average; 0 = do not')
     amp: str = flag('auto', 'network in bfloat16, likelihoods in float32; auto = on CUDA only',
                     choices=('auto', 'bf16', 'off'))
+    checkpoint_activations: str = flag('auto', 'compute activations again in the backward pass: less memory, '
+                                       'more time; auto = if the batch does not fit otherwise',
+                                       choices=('auto', 'on', 'off'))
     save_every: int = flag(0, 'steps between checkpoints; 0 = a hundredth of the run, at least an epoch')
     log_every: int = flag(100, 'steps between lines of metrics')
     image_every: int = flag(1000, 'steps between pictures in TensorBoard; 0 = none')
@@ -184,6 +189,8 @@ class Trainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         if saved:
             self._restore(saved)
+        if self._recomputes():
+            checkpoint_activations(self.model)
         self.amp = self.config.amp == 'bf16' or (self.config.amp == 'auto' and self.device.type == 'cuda')
         self.stop = False
 
@@ -227,6 +234,19 @@ class Trainer:
         if joint != before:
             self.log.say(f'joint batch {before} before, {joint} now: the run goes on at step {self.step}, '
                          f'but sees other batches than it would have')
+
+    def _recomputes(self) -> bool:
+        """Whether activations are to be computed twice; all ranks decide alike."""
+        if self.config.checkpoint_activations != 'auto':
+            return self.config.checkpoint_activations == 'on'
+        need = activation_bytes(self.model, self.data.shape) * self.batch_size * MEMORY_MARGIN
+        free = launch.free_memory()
+        short = launch.any_rank(need > free)
+        if short:
+            self.log.say(f'a batch of {self.batch_size} would need {need / 2 ** 30:.1f} GB a process, and '
+                         f'{free / 2 ** 30:.1f} GB are free: activations are computed again in the backward pass, '
+                         f'which is slower (a smaller --batch_size avoids it)')
+        return short
 
     def _load_data(self) -> Data:
         split = self.folder / 'split.json'
@@ -319,8 +339,8 @@ class Trainer:
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise UserError(f"{MOST_SKIPPED} steps in a row had a loss or gradient that is not finite, up to "
-                            f"step {self.step}: the run has diverged. Lower --learning_rate or set --grad_clip; "
-                            f"the last checkpoint is kept.")
+                            f"step {self.step}: the run has diverged. Lower --learning_rate or set "
+                            f"--grad_clip; the last checkpoint is kept.")
         self.step += 1
         return logs | {'train/lr': rate, 'train/grad_norm': norm, 'train/skipped': self.skipped}
 
@@ -354,8 +374,8 @@ class Trainer:
             num_iw_samples=self.config.val_iw_samples, seed=self.run.seed, device=self.device,
             num_dims=count_dims(self.data.shape, self.data.pixels.padding))
         self.log.metrics(self.step, {tag: result[name] for tag, name in VALIDATION_TAGS.items()})
-        self.log.say(f"epoch {epoch}, step {self.step}: validation NELBO {result['nelbo_nats']:.2f} "
-                     f"+- {result['nelbo_nats_standard_error']:.2f}, -log p {result['neg_log_p_nats']:.2f} nats")
+        self.log.say(f"epoch {epoch}, step {self.step}: validation NELBO, nats: {result['nelbo_nats']:.2f} "
+                     f"+- {result['nelbo_nats_standard_error']:.2f}, -log p {result['neg_log_p_nats']:.2f}")
 
     @torch.no_grad()
     def _show_images(self, batch: Batch) -> None:

@@ -38,8 +38,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool =
               only: Iterable[str] | None = None) -> None:
     """Adds one titled group with a flag for each field of the dataclass `config`.
 
-    A bool that is off by default becomes `--name`, one that is on `--name / --no-name`. With `optional`, flags that
-    the user does not give are absent from the parsed namespace, so a stored value stays in force.
+    A bool that is off by default becomes `--name`, one that is on `--name / --no-name`. With `optional`,
+    flags that the user does not give are absent from the parsed namespace: a stored value stays in force.
     """
     group = parser.add_argument_group(config.__name__, (config.__doc__ or '').strip().split('\n')[0])
     for field in dataclasses.fields(config):
@@ -63,10 +63,11 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool =
 
 
 def read_flags(config: type[T], values: argparse.Namespace | dict[str, Any]) -> T:
-    """The dataclass `config` from a parsed namespace or a dict; missing fields keep their default, others are ignored."""
+    """The dataclass `config` from a namespace or dict: missing ones keep their default, others are left."""
     values = values if isinstance(values, dict) else vars(values)
     known = {f.name: f for f in dataclasses.fields(config)}
-    picked = {k: tuple(v) if isinstance(known[k].default, tuple) else v for k, v in values.items() if k in known}
+    picked = {k: tuple(v) if isinstance(known[k].default, tuple) else v
+              for k, v in values.items() if k in known}
     return config(**picked)
 
 
@@ -81,8 +82,8 @@ def mix_seed(*parts: int | str) -> int:
 def seed_noise(*parts: int | str) -> None:
     """Seeds torch's noise on every device from `parts`.
 
-    Noise is a function of a counter (the run's seed, the step, the rank), never of a state carried along: a resumed
-    run draws what the uninterrupted run draws, and nothing has to be saved.
+    Noise is a function of a counter (the run's seed, the step, the rank), never of a state carried along: a
+    resumed run draws what the uninterrupted run draws, and nothing has to be saved.
     """
     torch.manual_seed(mix_seed(*parts))
 
@@ -128,7 +129,7 @@ def read_json(path: str | Path) -> Any:
 
 
 class RunLog:
-    """log.txt, metrics.jsonl and TensorBoard events of one run folder; silent where `active` is False (rank > 0)."""
+    """log.txt, metrics.jsonl and TensorBoard events of a run folder; silent where not `active` (rank > 0)."""
 
     def __init__(self, folder: str | Path, active: bool = True, tensorboard: bool = True, step: int = 0):
         """`step` steps are done: what a killed run wrote beyond them, and will write again, is dropped."""
@@ -182,7 +183,7 @@ class RunLog:
 # --------------------------------------------------------------------------------------------------- programs
 
 def run_program(main: Callable[[], int | None]) -> None:
-    """Runs `main` as a command-line program: a UserError is one line on stderr and status 2, Ctrl-C status 130."""
+    """Runs `main` as a command-line program: a UserError is one line on stderr and status 2, Ctrl-C 130."""
     try:
         status = main()
     except UserError as error:

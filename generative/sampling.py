@@ -28,8 +28,8 @@ def readjust_batch_norm(model: Any, temperature: float, *, seed: int, passes: in
                         batch_size: int = READJUST_BATCH) -> None:
     """Fits the running statistics of batch norm to images drawn at this temperature (NVAE, "Batch Norm").
 
-    In float32, with batches of 16 or more: statistics of smaller batches, or in half precision, can end in
-    NaN. Layers that sampling does not reach keep theirs. Raises UserError if the statistics end up not finite.
+    In float32, with batches of 16 or more: statistics of smaller batches, or in half precision, can end
+    in NaN. Layers that sampling does not reach keep theirs. Raises UserError if they end up not finite.
     """
     if batch_size < READJUST_BATCH:
         raise ValueError(f"batch_size {batch_size}: statistics need at least {READJUST_BATCH} images.")

@@ -1,5 +1,7 @@
 """Layers: shapes, weight normalization, initialization from data, singular values."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,9 @@ from neural_operations import (
     SpectralRegularizer,
     SqueezeExcite,
     WeightNormConv2d,
+    activation_bytes,
     batch_norm_regularizer,
+    checkpoint_activations,
     initialize_from_data,
 )
 
@@ -29,6 +33,22 @@ def test_cell_shapes_and_gradients(op, kind):
     assert y.shape == SHAPES[kind]
     y.sum().backward()
     assert all(p.grad is not None for p in cell.parameters())
+
+
+def test_recomputed_activations_give_the_same_step_and_count_a_batch_once():
+    torch.manual_seed(0)
+    plain = nn.Sequential(*[Cell(8, 'normal', ['res_bnswish', 'res_bnswish'], use_se=True) for _ in range(3)])
+    saving = copy.deepcopy(plain)
+    checkpoint_activations(saving)
+    x = torch.randn(4, 8, 12, 12)
+    for model in (plain, saving):
+        model(x).square().mean().backward()
+    for a, b in zip(plain.parameters(), saving.parameters()):
+        assert torch.equal(a.grad, b.grad)
+    for (name, a), b in zip(plain.named_buffers(), saving.buffers()):
+        assert torch.equal(a, b) or name.endswith('num_batches_tracked'), name
+    assert activation_bytes(saving, (8, 12, 12)) == 3 * 8 * 12 * 12 * 4          # the inputs of three cells
+    assert activation_bytes(plain, (8, 12, 12)) > 10 * 8 * 12 * 12 * 4
 
 
 def test_filters_have_the_norm_of_their_gain():
