@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,14 @@ class EvalConfig:
     readjust_bn: bool = flag(False, 'sample: fit the batch-norm statistics to the temperature first')
     temp: float = flag(0.7, 'sample: temperature of the latents')
     num_samples: int = flag(64, 'sample, reconstruct: number of images')
+    max_images: int = flag(0, 'evaluate: only the first so many images, in whole batches; 0 = all')
     num_iw_samples: int = flag(0, 'importance samples an image; 0 = 1000 for evaluate, 16 for anomaly')
     batch_size: int = flag(0, "images a batch; 0 = the training's (sample: 100)")
     no_ema: bool = flag(False, 'use the last weights even where the run kept an average')
     seed: int = flag(1, 'all noise follows from it')
 
     def __post_init__(self):
-        least_of = {'num_samples': 1, 'num_iw_samples': 0, 'batch_size': 0, 'temp': 0}
+        least_of = {'num_samples': 1, 'max_images': 0, 'num_iw_samples': 0, 'batch_size': 0, 'temp': 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
@@ -137,7 +139,10 @@ class Evaluation:
                             f"--eval_on_train.")
         batches = eval_batches(part, self.batch_size, rank=launch.rank(), world=launch.world(),
                                workers=data.config.num_workers)
-        total = -(-len(part) // (self.batch_size * launch.world()))
+        wanted = self.config.max_images if self.config.eval_mode == 'evaluate' else 0
+        number = min(len(part), wanted or len(part))
+        batches = takewhile(lambda item: item[0] * self.batch_size < number, batches)
+        total = -(-number // (self.batch_size * launch.world()))
         return tqdm(batches, self.part, total, leave=False, disable=None if launch.is_main() else True)
 
     @property

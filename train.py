@@ -244,8 +244,8 @@ class Trainer:
         short = launch.any_rank(need > free)
         if short:
             self.log.say(f'a batch of {self.batch_size} would need {need / 2 ** 30:.1f} GB a process, and '
-                         f'{free / 2 ** 30:.1f} GB are free: activations are computed again in the backward pass, '
-                         f'which is slower (a smaller --batch_size avoids it)')
+                         f'{free / 2 ** 30:.1f} GB are free: activations are computed again in the backward '
+                         f'pass, which is slower (a smaller --batch_size avoids it)')
         return short
 
     def _load_data(self) -> Data:

@@ -1,0 +1,129 @@
+"""What every family promises, and how a model comes back from a checkpoint."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from checkpoint import read_checkpoint, save_checkpoint
+from distributions import Pixels
+from model import MODELS, build_model, describe, load_model, restore
+from utils import UserError, read_flags
+
+SHAPE = (1, 16, 16)
+SMALL = {   # flags of a small model of each family: a new family needs a row
+    'nvae': {'num_channels_enc': 4, 'num_channels_dec': 4, 'num_preprocess_blocks': 1, 'num_postprocess_blocks': 1,
+             'num_preprocess_cells': 1, 'num_postprocess_cells': 1, 'num_latent_scales': 2,
+             'num_groups_per_scale': 1, 'num_latent_per_group': 2, 'num_mixture_dec': 2, 'res_dist': True,
+             'weight_decay_norm': 1e-2},
+}
+
+
+@pytest.fixture(params=MODELS)
+def name(request):
+    return request.param
+
+
+def build(name, pixels=Pixels(bits=5), seed=0):
+    torch.manual_seed(seed)
+    return build_model(name, SHAPE, read_flags(MODELS[name].Config, SMALL[name]), pixels).eval()
+
+
+def images(n=3, bits=5):
+    levels = torch.randint(2 ** bits, (n, *SHAPE), generator=torch.Generator().manual_seed(1))
+    return levels / (2 ** bits - 1)
+
+
+def noisy(function, seed=2):
+    torch.manual_seed(seed)
+    return function()
+
+
+def content(name, model, **more):
+    return {'description': describe(name, model), 'weights': model.state_dict(), 'ema': None,
+            'args': {'batch_size': 8}, **more}
+
+
+@torch.no_grad()
+def test_contract(name):
+    model, x = build(name), images()
+    assert dataclasses.is_dataclass(model.Config) and model.Config.__dataclass_params__.frozen
+    assert tuple(model.shape) == SHAPE and isinstance(model.config, model.Config)
+    terms = noisy(lambda: model(x))
+    assert all(value.shape[0] == 3 for value in terms.values()), "terms are per image, never averaged"
+    loss, logs = model.objective(terms, progress=0.5)
+    assert loss.shape == () and loss.isfinite() and all(torch.as_tensor(v).numel() == 1 for v in logs.values())
+
+    alone = noisy(lambda: model(x[:1], temperature=0.0))
+    together = model(x, temperature=0.0)
+    for key, value in together.items():        # an image's terms do not depend on its neighbours
+        torch.testing.assert_close(value[:1], alone[key], rtol=1e-4, atol=1e-4, msg=key)
+    assert all(torch.equal(value, noisy(lambda: model(x))[key]) for key, value in terms.items())
+
+
+@torch.no_grad()
+def test_likelihood_terms(name):
+    model, x = build(name), images()
+    if not hasattr(model, 'num_groups'):
+        pytest.skip(f'{name} is no likelihood family')
+    terms = noisy(lambda: model(x))
+    assert terms['recon'].shape == terms['log_q'].shape == terms['log_p'].shape == (3,)
+    assert terms['kl'].shape == (3, model.num_groups) and (terms['recon'] > 0).all()
+    skipped = noisy(lambda: model(x, skip=model.num_groups))
+    assert (skipped['kl'] == 0).all(), "all latents from the prior cost nothing"
+    assert not torch.equal(noisy(lambda: model(x), seed=3)['recon'], terms['recon'])
+    torch.testing.assert_close(noisy(lambda: model(x, temperature=0.0)), noisy(lambda: model(x, temperature=0.0), 3))
+    # at the posterior means: maps sum to the terms
+    maps, means = model.maps(x), model(x, temperature=0.0)
+    torch.testing.assert_close(maps['recon'].flatten(1).sum(1), means['recon'], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(maps['kl'].flatten(2).sum(2), means['kl'], rtol=1e-4, atol=1e-2)
+
+
+@torch.no_grad()
+def test_images_that_a_model_makes_are_images(name):
+    model, x = build(name), images()
+    made = [model.reconstruct(x)] if hasattr(model, 'reconstruct') else []
+    made += [noisy(lambda: model.sample(3, 0.7))] if hasattr(model, 'sample') else []
+    for y in made:
+        assert y.shape == x.shape and y.min() >= 0 and y.max() <= 1 and y.dtype == torch.float32
+
+
+def test_every_weight_learns(name):
+    """DDP waits for the gradient of every weight."""
+    model = build(name).train()
+    loss, _ = model.objective(model(images(8)), progress=1.0)
+    loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@torch.no_grad()
+def test_a_restored_model_gives_the_same_numbers(name, tmp_path):
+    """From the file and from its folder, whatever is drawn in between; for every kind of pixels."""
+    for pixels in (Pixels(bits=5), Pixels('bernoulli', 1, padding=2)):
+        model, x = build(name, pixels), images(bits=pixels.bits)
+        save_checkpoint(tmp_path / 'checkpoint.pt', content(name, model))
+        for path in (tmp_path, str(tmp_path / 'checkpoint.pt')):
+            loaded = load_model(path)
+            assert not loaded.training and loaded.pixels == pixels and loaded.config == model.config
+            ours, theirs = noisy(lambda: model(x)), noisy(lambda: loaded(x))
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert restore(read_checkpoint(tmp_path))[1] == {'batch_size': 8}
+
+
+def test_the_averaged_weights_are_taken_where_there_are_any(name, tmp_path):
+    last, average = build(name), build(name, seed=1)
+    save_checkpoint(tmp_path / 'checkpoint.pt', content(name, last, ema=average.state_dict()))
+    key = next(n for n, _ in last.named_parameters())
+    assert torch.equal(load_model(tmp_path).state_dict()[key], average.state_dict()[key])
+    assert torch.equal(load_model(tmp_path, ema=False).state_dict()[key], last.state_dict()[key])
+    assert not torch.equal(last.state_dict()[key], average.state_dict()[key])
+
+
+def test_what_is_not_a_checkpoint_of_ours_is_said(tmp_path):
+    good = content('nvae', build('nvae'))
+    for bad, told in (({'net': 1, 'epoch': 2}, r"keys are \['epoch', 'net'\]"),
+                      (good | {'description': good['description'] | {'model': 'gan'}}, "'gan'; known are nvae"),
+                      (good | {'weights': {}}, 'do not fit')):
+        with pytest.raises(UserError, match=told) as error:
+            restore(bad)
+        assert '\n' not in str(error.value)

@@ -1,0 +1,169 @@
+"""Flags from dataclasses, seeds, files that are whole or not there, the run's log, exit statuses."""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from utils import (
+    RunLog,
+    UserError,
+    add_flags,
+    flag,
+    mix_seed,
+    read_flags,
+    read_json,
+    run_program,
+    seed_noise,
+    write_atomically,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Things to set
+
+    And more that --help does not need.
+    """
+    groups: int = flag(1, 'groups; 0 = none')
+    rate: float = flag(0.0, 'share, 5 % is usual')
+    name: str = flag('', "a name; '' = none")
+    kinds: tuple = flag((), 'kinds', choices=('a', 'b'))
+    fast: bool = flag(False, 'be fast')
+    safe: bool = flag(True, 'be safe')
+
+
+def parser(**options):
+    made = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(made, Config, **options)
+    return made
+
+
+def test_flags_have_the_fields_defaults_and_types():
+    assert read_flags(Config, parser().parse_args([])) == Config()
+    given = ['--groups', '3', '--rate', '1e-2', '--kinds', 'a', 'b', '--fast', '--no-safe', '--name', 'x']
+    assert read_flags(Config, parser().parse_args(given)) == Config(3, 0.01, 'x', ('a', 'b'), True, False)
+
+
+def test_help_states_every_default_that_is_a_number():
+    """1 and 0 are equal to True and False, and yet are numbers."""
+    text = ' '.join(parser().format_help().split())
+    for part in ('groups; 0 = none (default: 1)', 'share, 5 % is usual (default: 0.0)', 'Config: Things to set'):
+        assert part in text, text
+    assert "a name; '' = none --" in text and 'be fast --' in text and 'And more' not in text
+
+
+def test_optional_flags_leave_the_stored_value_in_force():
+    made = parser(optional=True)
+    assert vars(made.parse_args(['--rate', '0'])) == {'rate': 0.0}
+    stored = {'groups': 7, 'rate': 0.5, 'kinds': ['a'], 'unknown': 1}                  # as JSON gives them
+    assert read_flags(Config, stored | vars(made.parse_args(['--rate', '0']))) == Config(7, 0.0, '', ('a',))
+    assert '(default: 1)' not in made.format_help() and "(default: the run's)" in made.format_help()
+
+
+def test_only_some_flags():
+    assert vars(parser(only=['rate']).parse_args([])) == {'rate': 0.0}
+
+
+def test_a_mutable_default_is_refused():
+    with pytest.raises(TypeError, match='tuple'):
+        flag([], 'kinds')
+
+
+def test_seeds_differ_in_order_and_are_the_same_for_ever():
+    assert mix_seed(1, 2, 3) != mix_seed(1, 3, 2) != mix_seed(13, 2) and mix_seed(1, 23) != mix_seed(12, 3)
+    assert 0 <= mix_seed('train', 1) < 2 ** 63 and mix_seed(0) == 0x5feceb66ffc86f38 >> 1      # SHA-256 of '0'
+    seed_noise(1, 'a')
+    a = torch.randn(3)
+    seed_noise(1, 'b')
+    assert not torch.equal(a, torch.randn(3))
+    seed_noise(1, 'a')
+    assert torch.equal(a, torch.randn(3))
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / 'new' / 'file'
+    write_atomically(path, lambda p: p.write_text('old'))
+
+    def fail(temporary):
+        temporary.write_text('half')
+        raise OSError('disk full')
+    with pytest.raises(OSError, match='disk full'):
+        write_atomically(path, fail)
+    assert path.read_text() == 'old' and list(path.parent.iterdir()) == [path]
+
+
+def test_json_is_strict_and_its_errors_name_the_file(tmp_path):
+    write_json(tmp_path / 'a.json', {'x': math.nan, 'y': [1.5, math.inf], 'z': {'n': 3}})
+    strict = json.loads((tmp_path / 'a.json').read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert strict == read_json(tmp_path / 'a.json') == {'x': None, 'y': [1.5, None], 'z': {'n': 3}}
+    (tmp_path / 'b.json').write_text('{')
+    for name, told in (('b.json', 'not a JSON file'), ('c.json', 'does not exist')):
+        with pytest.raises(UserError, match=f'{name}.*{told}'):
+            read_json(tmp_path / name)
+
+
+def logged(folder):
+    return [(line['step'], line['loss']) for line in map(json.loads, (folder / 'metrics.jsonl').open())]
+
+
+def test_a_resumed_run_logs_every_step_once(tmp_path):
+    """Killed in the middle of a line, after step 4; the checkpoint is that of step 2."""
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3, 4):
+        log.metrics(step, {'loss': step / 2})
+    log.close()
+    with (tmp_path / 'metrics.jsonl').open('a') as f:
+        f.write('{"step": 5, "lo')
+    log = RunLog(tmp_path, step=2)
+    for step in (3, 4, 5):
+        log.metrics(step, {'loss': float(step)})
+    log.image(5, 'grid', torch.rand(1, 4, 4))
+    log.say('a line')
+    log.close()
+    assert logged(tmp_path) == [(1, 0.5), (2, 1.0), (3, 3.0), (4, 4.0), (5, 5.0)]
+    assert (tmp_path / 'log.txt').read_text().endswith(' a line\n')
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars('loss')] == logged(tmp_path)
+    assert events.Tags()['images'] == ['grid']
+
+
+def test_a_skipped_step_is_logged_as_strict_json(tmp_path):
+    log = RunLog(tmp_path, tensorboard=False)
+    log.metrics(1, {'loss': math.inf})
+    assert logged(tmp_path) == [(1, None)]
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    log = RunLog(tmp_path / 'run', active=False)
+    log.say('a line')
+    log.metrics(1, {'loss': 1.0})
+    log.image(1, 'grid', torch.rand(1, 4, 4))
+    log.close()
+    assert not (tmp_path / 'run').exists() and capsys.readouterr().out == ''
+
+
+def raises(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize('main, status, told', [
+    (lambda: None, 0, ''), (lambda: 143, 143, ''), (raises(UserError('wrong folder')), 2, 'error: wrong folder\n'),
+    (raises(KeyboardInterrupt()), 130, 'interrupted\n')])
+def test_exit_status_of_a_program(main, status, told, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_program(main)
+    assert end.value.code == status and capsys.readouterr().err == told
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_program(lambda: 1 // 0)
