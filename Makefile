@@ -33,4 +33,4 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements.txt
 	$(call install,requirements-dev.txt)
 
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV)

@@ -172,10 +172,13 @@ def evaluate(run: Evaluation) -> None:
                                  device=launch.device())
     result |= {'part': run.part, 'seed': run.config.seed}
     run.write_metrics('likelihood', result)
-    run.say(f"{result['num_images']} {result['part']} images, {result['num_iw_samples']} samples each")
-    for name, title in (('nelbo', 'NELBO'), ('neg_log_p', '-log p(x)')):
-        run.say(f"{title:10} {result[f'{name}_nats']:.4f} +- {result[f'{name}_nats_standard_error']:.4f} "
-                f"nats, {result[f'{name}_bits_per_dim']:.5f} bits per dim")
+    groups = {name: result[name] for name in ('normal', 'anomalous') if name in result}
+    for group, values in (groups or {'': result}).items():
+        run.say(' '.join(f"{values['num_images']} {group} {run.part} images, {result['num_iw_samples']} "
+                         f"samples each".split()))
+        for name, title in (('nelbo', 'NELBO'), ('neg_log_p', '-log p(x)')):
+            run.say(f"  {title:9} {values[f'{name}_nats']:.4f} +- {values[f'{name}_nats_standard_error']:.4f} "
+                    f"nats, {values[f'{name}_bits_per_dim']:.5f} bits per dim")
 
 
 def sample(run: Evaluation) -> None:

@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,8 @@ class Trainer:
         self._announce()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
+        # Filters of 1 x 1 are in both memory formats at once; DDP notes each as a lost chance to go faster.
+        warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
         self.ddp = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.safe = SafeBuffers(self.model)
         save_every = self.config.save_every or self.steps * math.ceil(self.config.epochs / 100)
@@ -289,7 +292,8 @@ class Trainer:
         batches = train_batches(self.data.train, self.batch_size, seed=self.run.seed, rank=self.rank,
                                 world=self.world, first_step=self.step, workers=self.args.num_workers)
         meter = Meter(self.step, self.end)
-        while self.step < self.end and not self.stop:
+        stop = False                    # what the ranks agreed on; self.stop is what a signal set on this one
+        while self.step < self.end and not stop:
             batch = next(batches)
             logs = self._train_step(batch.x.to(self.device, non_blocking=True))          # (B, C, *S)
             meter.update(logs['train/nelbo_iter'], len(batch.x) * self.world)
@@ -303,8 +307,8 @@ class Trainer:
                 self.log.metrics(self.step, {'train/nelbo': float(mean), 'train/epoch': epoch})
                 if epoch % val_every == 0 and self.step < self.end:
                     self._validate(epoch)
-            self.stop = launch.any_rank(self.stop)
-            if self.step % save_every == 0 or self.step == self.end or self.stop:
+            stop = launch.any_rank(self.stop)
+            if self.step % save_every == 0 or self.step == self.end or stop:
                 self._save()
         meter.close()
         if self.step < self.end:

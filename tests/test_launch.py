@@ -54,7 +54,8 @@ def mpirun(rank, world, local_rank, local_world):
      Topology(16, 24, 0, 8, 'A', 6020, 8)),
     (Flags(num_process_per_node=8, num_proc_node=3, master_address='A'), mpirun(2, 3, 0, 1),
      Topology(16, 24, 0, 8, 'A', 6020, 8)),
-    (Flags(num_process_per_node=8, master_address='A'), mpirun(0, 3, 0, 1), Topology(0, 24, 0, 8, 'A', 6020, 8)),
+    (Flags(num_process_per_node=8, master_address='A'), mpirun(0, 3, 0, 1),
+     Topology(0, 24, 0, 8, 'A', 6020, 8)),
     # srun; port 10000 + job % 50000
     (Flags(), SLURM, Topology(3, 6, 1, 2, 'node003', 33456)),
     (Flags(), SLURM | {'PMI_RANK': '3', 'PMI_SIZE': '6'}, Topology(3, 6, 1, 2, 'node003', 33456)),
@@ -65,7 +66,8 @@ def mpirun(rank, world, local_rank, local_world):
     (Flags(num_process_per_node=4), SLURM | {'SLURM_STEP_TASKS_PER_NODE': '1(x6)', 'SLURM_LOCALID': '0'},
      Topology(12, 24, 0, 4, 'node003', 33456, 4)),
     # a batch script of Slurm without srun is one process
-    (Flags(), {'SLURM_PROCID': '0', 'SLURM_LOCALID': '0', 'SLURM_NTASKS': '8'}, Topology(0, 1, 0, 1, '127.0.0.1', 0)),
+    (Flags(), {'SLURM_PROCID': '0', 'SLURM_LOCALID': '0', 'SLURM_NTASKS': '8'},
+     Topology(0, 1, 0, 1, '127.0.0.1', 0)),
     # RANK and WORLD_SIZE alone: a container a node, or by hand on one machine
     (Flags(), {'RANK': '2', 'WORLD_SIZE': '4', 'MASTER_ADDR': 'pod0', 'MASTER_PORT': '23456'},
      Topology(2, 4, 0, 1, 'pod0', 23456)),
@@ -75,7 +77,8 @@ def mpirun(rank, world, local_rank, local_world):
     # by hand
     (Flags(world_size=4, global_rank=3), {}, Topology(3, 4, 3, 4, '127.0.0.1', 6020)),
     (Flags(world_size=4, local_rank=3), {}, Topology(3, 4, 3, 4, '127.0.0.1', 6020)),
-    (Flags(world_size=4, global_rank=3, num_proc_node=2, master_address='A'), {}, Topology(3, 4, 1, 2, 'A', 6020)),
+    (Flags(world_size=4, global_rank=3, num_proc_node=2, master_address='A'), {},
+     Topology(3, 4, 1, 2, 'A', 6020)),
     (Flags(world_size=8, global_rank=5), TORCHRUN, Topology(5, 8, 5, 8, '127.0.0.1', 6020)),
 ])
 def test_where_a_process_stands(flags, env, expected):
@@ -103,7 +106,8 @@ def test_where_a_process_stands(flags, env, expected):
     (Flags(world_size=8), TORCHRUN, 'torchrun started this process as 5 of 8'),
     (Flags(num_process_per_node=3), TORCHRUN, 'torchrun started 8 processes, 4 on this node'),
     (Flags(num_proc_node=3), TORCHRUN, '--num_proc_node is 3'),
-    (Flags(num_process_per_node=8, num_proc_node=2, master_address='A'), mpirun(0, 3, 0, 1), '--num_proc_node is 2'),
+    (Flags(num_process_per_node=8, num_proc_node=2, master_address='A'), mpirun(0, 3, 0, 1),
+     '--num_proc_node is 2'),
     # hosts in another order than --node_rank: two processes would both be number 1
     (Flags(num_process_per_node=8, node_rank=1, num_proc_node=2, master_address='A'), mpirun(0, 2, 0, 1),
      '--node_rank is 1'),

@@ -4,10 +4,11 @@
 #   DATA=path/to/mnist bash scripts/recipes/nvae_mnist_cpu.sh       (DATA holds MNIST/raw/*.gz)
 set -euo pipefail
 PYTHON=${PYTHON:-python}
+REPOSITORY=$(cd "$(dirname "$0")/../.." && pwd)
 ROOT=${ROOT:-runs}
 : "${DATA:?set DATA to the folder that holds MNIST/raw}"
 
-"$PYTHON" train.py --dataset mnist --data "$DATA" --root "$ROOT" --save mnist_cpu --cont_training \
+"$PYTHON" "$REPOSITORY/train.py" --dataset mnist --data "$DATA" --root "$ROOT" --save mnist_cpu --cont_training \
     --batch_size 100 --epochs 6 --warmup_epochs 1 --learning_rate 1e-2 --fast_adamax --amp bf16 \
     --arch_instance res_bnswish --use_se --res_dist --weight_decay_norm 1e-2 --weight_decay_norm_anneal \
     --num_latent_scales 2 --num_groups_per_scale 4 --ada_groups --num_latent_per_group 8 \
@@ -16,5 +17,5 @@ ROOT=${ROOT:-runs}
     --val_every 100 --val_iw_samples 1 --image_every 0 "$@"
 
 # 100 importance samples for 10,000 images take longer than the training: the first 1,000 test images
-"$PYTHON" evaluate.py --checkpoint "$ROOT/eval-mnist_cpu/checkpoint.pt" --eval_mode evaluate \
+"$PYTHON" "$REPOSITORY/evaluate.py" --checkpoint "$ROOT/eval-mnist_cpu/checkpoint.pt" --eval_mode evaluate \
     --save "$ROOT/eval-mnist_cpu/evaluate" --num_iw_samples 100 --batch_size 250 --max_images 1000
