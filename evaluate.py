@@ -177,8 +177,9 @@ def evaluate(run: Evaluation) -> None:
         run.say(' '.join(f"{values['num_images']} {group} {run.part} images, {result['num_iw_samples']} "
                          f"samples each".split()))
         for name, title in (('nelbo', 'NELBO'), ('neg_log_p', '-log p(x)')):
-            run.say(f"  {title:9} {values[f'{name}_nats']:.4f} +- {values[f'{name}_nats_standard_error']:.4f} "
-                    f"nats, {values[f'{name}_bits_per_dim']:.5f} bits per dim")
+            mean, error, bits = (values[f'{name}_{unit}']
+                                 for unit in ('nats', 'nats_standard_error', 'bits_per_dim'))
+            run.say(f'  {title:9} {mean:.4f} +- {error:.4f} nats, {bits:.5f} bits per dim')
 
 
 def sample(run: Evaluation) -> None:

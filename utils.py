@@ -58,7 +58,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool =
         if optional:
             options['help'] += " (default: the run's)"
         elif not isinstance(default, bool) and default not in ('', ()):
-            options['help'] += f' (default: {default})'
+            shown = ' '.join(default) if isinstance(default, tuple) else default
+            options['help'] += f' (default: {shown})'
         group.add_argument(f'--{field.name}', default=argparse.SUPPRESS if optional else default, **options)
 
 
