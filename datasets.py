@@ -105,6 +105,9 @@ class DataConfig:
     patient_pattern: str = flag('', "regular expression on the file name, group 1 = patient; '' = unknown")
     patient_metadata: str = flag('', "CSV file, as FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' = unknown")
     skip_corrupt: bool = flag(False, 'leave out files that cannot be read, and report each; else stop')
+    likelihood: str = flag('', "grey levels, or binary: a grey value is the chance of white; '' = the "
+                               "data set's own",
+                           choices=('', 'discretized', 'bernoulli'))
     binarize: str = flag('dynamic', 'binary data: draw each pixel anew every epoch, or once for ever',
                          choices=('dynamic', 'static'))
     num_phantoms: int = flag(1200, 'phantom: normal images to make; a quarter as many abnormal ones')
@@ -276,8 +279,9 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
                         f"or lower --val_fraction and --test_fraction.")
     duplicates = find_duplicates(entries, source.twins, parts)
 
-    bernoulli = row.likelihood == 'bernoulli'
-    pixels = Pixels(row.likelihood, 1 if bernoulli else config.num_x_bits, _padding(config, row))
+    likelihood = config.likelihood or row.likelihood
+    bits = 1 if likelihood == 'bernoulli' else config.num_x_bits
+    pixels = Pixels(likelihood, bits, _padding(config, row))
     made = {part: Part([e for e in entries if parts[e.id] == part], source, pixels, _depth(config),
                        static=config.binarize == 'static') for part in PARTS}
     report += part_counts(entries, parts) + warnings(entries, parts, duplicates)

@@ -440,6 +440,21 @@ def test_dynamic_binarization_is_new_every_epoch_and_static_is_not(mnist):
     assert torch.equal(part.items([3, 5]).x[1], part.items([5]).x[0])
 
 
+def test_likelihood_flag_makes_digits_grey_and_images_binary(mnist, tmp_path):
+    grey = load_data(replace(mnist, likelihood='discretized'))
+    assert grey.pixels == datasets.Pixels('discretized', 8, 2)
+    assert len(grey.train.items(range(40)).x.unique()) > 100
+    (tmp_path / 'a' / 'normal').mkdir(parents=True)
+    Image.fromarray(np.full((64, 64), 191, np.uint8)).save(tmp_path / 'a' / 'normal' / '0.png')
+    for i in range(1, 9):
+        Image.fromarray(np.full((64, 64), i, np.uint8)).save(tmp_path / 'a' / 'normal' / f'{i}.png')
+    data = load_data(DataConfig(dataset='folder', data=str(tmp_path / 'a'), cache_dir=str(tmp_path / 'c'),
+                                likelihood='bernoulli', val_fraction=0.0, test_fraction=0.0))
+    assert data.pixels == datasets.Pixels('bernoulli', 1, 0)
+    x = data.train.items([[e.id for e in data.train.entries].index('normal/0.png')]).x
+    assert set(x.unique().tolist()) == {0, 1} and x.mean().item() == approx(191 / 255, abs=0.03)
+
+
 # ---------------------------------------------------------------------------------------------------- batches
 
 def same(a, b):
