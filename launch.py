@@ -283,6 +283,9 @@ def launch(work: Callable[[Any], int | None], argument: Any, config: LaunchConfi
 
     def pass_on(number: int, _: Any) -> None:
         asked.append(number)
+        if len(asked) > 2:         # they do not hear it
+            for process in processes:
+                process.kill()
         _terminate(processes)  # not SIGINT: Ctrl-C has reached them already, and a second one means "at once"
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}

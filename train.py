@@ -52,7 +52,6 @@ NUM_SHOWN = 64                      # images in a TensorBoard grid
 VALIDATION_TAGS = {'val/nelbo': 'nelbo_nats', 'val/neg_log_p': 'neg_log_p_nats',
                    'val/bpd_elbo': 'nelbo_bits_per_dim', 'val/bpd_log_p': 'neg_log_p_bits_per_dim'}
 MEMORY_MARGIN = 1.3                 # gradients and work space, beside what is kept for the backward pass
-STOPPED_STATUS = 143                # 128 + SIGTERM, as shells write it
 ADAMAX_EPS = 1e-3                   # of the published NVAE
 MOST_SKIPPED = 100                  # steps in a row that are not finite; then the run has diverged
 
@@ -193,7 +192,7 @@ class Trainer:
         if self._recomputes():
             checkpoint_activations(self.model)
         self.amp = self.config.amp == 'bf16' or (self.config.amp == 'auto' and self.device.type == 'cuda')
-        self.stop = False
+        self.stop = 0                           # number of the signal that asked this process to stop
 
     # ---------------------------------------------------------------------------------- starting and resuming
 
@@ -307,14 +306,14 @@ class Trainer:
                 self.log.metrics(self.step, {'train/nelbo': float(mean), 'train/epoch': epoch})
                 if epoch % val_every == 0 and self.step < self.end:
                     self._validate(epoch)
-            stop = launch.any_rank(self.stop)
+            stop = launch.any_rank(self.stop > 0)
             if self.step % save_every == 0 or self.step == self.end or stop:
                 self._save()
         meter.close()
         if self.step < self.end:
             self.log.say(f'stopped at step {self.step}, checkpoint written: go on with --cont_training')
             self.log.close()
-            return STOPPED_STATUS
+            return 128 + (self.stop or signal.SIGTERM)          # as shells write it
         self._validate(self.step // self.steps)
         if self.config.image_every:
             self._show_images(next(batches))
@@ -352,7 +351,7 @@ class Trainer:
         """A first signal ends the run after this step, with a checkpoint; a second Ctrl-C ends it at once."""
         if self.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop = True
+        self.stop = number
 
     # --------------------------------------------------------------------------------- checkpoint, validation
 

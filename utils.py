@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool =
     A bool that is off by default becomes `--name`, one that is on `--name / --no-name`. With `optional`,
     flags that the user does not give are absent from the parsed namespace: a stored value stays in force.
     """
-    group = parser.add_argument_group(config.__name__, (config.__doc__ or '').strip().split('\n')[0])
+    group = parser.add_argument_group((config.__doc__ or config.__name__).strip().split('\n')[0])
     for field in dataclasses.fields(config):
         if only is not None and field.name not in only:
             continue
