@@ -89,7 +89,7 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Data: which images, at what size, in what parts."""
+    """Data: which images, at what size, in what parts"""
     dataset: str = flag('mnist', 'data set', choices=tuple(DATASETS))
     data: str = flag('', 'data folder (phantom: where to make it, default data/phantom)')
     image_size: int = flag(0, "height and width in pixels; 0 = the data set's own")
@@ -105,9 +105,8 @@ class DataConfig:
     patient_pattern: str = flag('', "regular expression on the file name, group 1 = patient; '' = unknown")
     patient_metadata: str = flag('', "CSV file, as FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' = unknown")
     skip_corrupt: bool = flag(False, 'leave out files that cannot be read, and report each; else stop')
-    likelihood: str = flag('', "grey levels, or binary: a grey value is the chance of white; '' = the "
-                               "data set's own",
-                           choices=('', 'discretized', 'bernoulli'))
+    likelihood: str = flag('auto', "grey levels, or binary: a grey value is the chance of white; auto = the "
+                                   "data set's own", choices=('auto', 'discretized', 'bernoulli'))
     binarize: str = flag('dynamic', 'binary data: draw each pixel anew every epoch, or once for ever',
                          choices=('dynamic', 'static'))
     num_phantoms: int = flag(1200, 'phantom: normal images to make; a quarter as many abnormal ones')
@@ -279,7 +278,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
                         f"or lower --val_fraction and --test_fraction.")
     duplicates = find_duplicates(entries, source.twins, parts)
 
-    likelihood = config.likelihood or row.likelihood
+    likelihood = row.likelihood if config.likelihood == 'auto' else config.likelihood
     bits = 1 if likelihood == 'bernoulli' else config.num_x_bits
     pixels = Pixels(likelihood, bits, _padding(config, row))
     made = {part: Part([e for e in entries if parts[e.id] == part], source, pixels, _depth(config),

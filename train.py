@@ -300,15 +300,15 @@ class Trainer:
                 self.log.metrics(self.step, {name: float(v) for name, v in (logs | meter.read()).items()})
             if self.config.image_every and self.step % self.config.image_every == 0:
                 self._show_images(batch)
+            stop = launch.any_rank(self.stop > 0)
+            if self.step % save_every == 0 or self.step == self.end or stop:
+                self._save()
             epoch, within = divmod(self.step, self.steps)
             if within == 0:
                 mean = launch.mean_over_ranks(torch.tensor(meter.end_epoch(), device=self.device))
                 self.log.metrics(self.step, {'train/nelbo': float(mean), 'train/epoch': epoch})
-                if epoch % val_every == 0 and self.step < self.end:
+                if epoch % val_every == 0 and self.step < self.end and not stop:
                     self._validate(epoch)
-            stop = launch.any_rank(self.stop > 0)
-            if self.step % save_every == 0 or self.step == self.end or stop:
-                self._save()
         meter.close()
         if self.step < self.end:
             self.log.say(f'stopped at step {self.step}, checkpoint written: go on with --cont_training')
@@ -372,6 +372,8 @@ class Trainer:
 
     def _validate(self, epoch: int) -> None:
         part = self.data.val if len(self.data.val) else self.data.test
+        if not len(part):
+            return
         result = evaluate_likelihood(
             self.evaluated, eval_batches(part, self.batch_size, rank=self.rank, world=self.world),
             num_iw_samples=self.config.val_iw_samples, seed=self.run.seed, device=self.device,

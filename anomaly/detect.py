@@ -23,7 +23,7 @@ from anomaly import metrics, report
 from anomaly.baselines import BASELINES
 from anomaly.scores import DensityScore, Passes, ScoreConfig, choose_scores, cross_fit
 from datasets import eval_batches
-from utils import UserError, read_json, write_atomically, write_json
+from utils import UserError, finite, read_json, write_atomically, write_json
 
 MOST_PIXELS = 4_000_000      # pixels that pixel metrics use at most; of more, a random share
 
@@ -227,11 +227,11 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     result = finite(result)
     write_scores(out / 'scores.csv', {'val': validation, 'test': test}, validation, thresholds)
     kept = keep_thresholds(settings, thresholds, validation, scores)
-    for folder in {out, Path(run_folder or out)}:
-        write_json(folder / 'thresholds.json', kept)
     path = out / 'metrics.json'
     write_json(path, {**(read_json(path) if path.exists() else {}), 'anomaly': result})
     report.write(out, result, validation, test, thresholds)
+    for folder in {out, Path(run_folder or out)}:
+        write_json(folder / 'thresholds.json', kept)
     for line in [*report.text_tables(result), *warnings, *(v['text'] for v in result['verdict']),
                  f"report: {out / 'report.html'}"]:
         log(line)
@@ -390,12 +390,3 @@ def write_scores(path: Path, parts: dict[str, Scored], validation: Scored,
                 for entry, *cells in zip(scored.entries, *columns, strict=True):
                     writer.writerow([entry.id, entry.class_name, entry.label, part, *cells])
     write_atomically(path, write)
-
-
-def finite(value: Any) -> Any:
-    """The same with None for numbers that are not finite, which strict JSON does not have."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

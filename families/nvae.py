@@ -327,9 +327,9 @@ class NVAE(nn.Module):
 
     def initialize(self, x: Tensor) -> None:
         """Data-dependent initialization of res_elu cells from x (B, C, H, W): once in a model's life."""
-        if not self.data_initialized:
+        if not self.data_initialized and any(getattr(m, 'data_init', False) for m in self.modules()):
             initialize_from_data(self, lambda: self(x))
-            self.data_initialized.fill_(True)
+        self.data_initialized.fill_(True)
 
     # ------------------------------------------------------------------------------------------- capabilities
 
