@@ -4,7 +4,7 @@
 #   DATA=path/to/COVID-19_Radiography_Dataset bash scripts/recipes/nvae_chest_xray_cpu.sh
 set -euo pipefail
 PYTHON=${PYTHON:-python}
-REPOSITORY=$(cd "$(dirname "$0")/../.." && pwd)
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 ROOT=${ROOT:-runs}
 : "${DATA:?set DATA to the folder that holds Normal, COVID, Viral Pneumonia}"
 

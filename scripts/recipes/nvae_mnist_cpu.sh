@@ -4,13 +4,13 @@
 #   DATA=path/to/mnist bash scripts/recipes/nvae_mnist_cpu.sh       (DATA holds MNIST/raw/*.gz)
 set -euo pipefail
 PYTHON=${PYTHON:-python}
-REPOSITORY=$(cd "$(dirname "$0")/../.." && pwd)
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 ROOT=${ROOT:-runs}
 : "${DATA:?set DATA to the folder that holds MNIST/raw}"
 
 "$PYTHON" "$REPOSITORY/train.py" --dataset mnist --data "$DATA" --root "$ROOT" --save mnist_cpu --cont_training \
-    --batch_size 100 --epochs 3 --warmup_epochs 1 --learning_rate 1e-2 --learning_rate_min 1e-3 --fast_adamax --amp bf16 \
-    --arch_instance res_bnswish --use_se --res_dist --weight_decay_norm 1e-2 --weight_decay_norm_anneal \
+    --batch_size 100 --epochs 3 --warmup_epochs 1 --learning_rate 1e-2 --learning_rate_min 1e-3 \
+    --fast_adamax --amp bf16 --arch_instance res_bnswish --use_se --res_dist --weight_decay_norm 1e-2 --weight_decay_norm_anneal \
     --num_latent_scales 2 --num_groups_per_scale 4 --ada_groups --num_latent_per_group 8 \
     --num_channels_enc 16 --num_preprocess_blocks 2 --num_preprocess_cells 1 \
     --num_channels_dec 16 --num_postprocess_blocks 2 --num_postprocess_cells 1 \
