@@ -99,17 +99,19 @@ class SqueezeExcite(nn.Sequential):
 
 
 class DownSkip(nn.Module):
-    """Halves the resolution: strided 1 x 1 convolutions of the four phases of the 2 x 2 grid."""
+    """Halves the resolution: 1 x 1 convolutions of the four phases of the 2 x 2 grid, side by side."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
         quarter = c_out // 4
-        self.phases = nn.ModuleList(WeightNormConv2d(c_in, c, stride=2)
+        self.phases = nn.ModuleList(WeightNormConv2d(c_in, c)
                                     for c in (quarter, quarter, quarter, c_out - 3 * quarter))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(x)
-        views = (x, x[:, :, 1:, 1:], x[:, :, :, 1:], x[:, :, 1:, :])
+        # Copies: strided convolutions of shifted views, as published, corrupt memory in channels-last format
+        # on the CPU (torch 2.15).
+        views = (x[:, :, row::2, column::2].contiguous() for row, column in ((0, 0), (1, 1), (0, 1), (1, 0)))
         return torch.cat([conv(view) for conv, view in zip(self.phases, views)], dim=1)
 
 
