@@ -253,7 +253,7 @@ def test_a_published_checkpoint_that_lacks_a_weight_is_refused():
     'shape, changes, message',
     [
         ((1, 20, 20), {'num_latent_scales': 3}, 'multiple of 8'),
-        ((1, 16, 16), {'num_postprocess_blocks': 2}, 'numbers must agree'),
+        ((1, 16, 16), {'num_postprocess_blocks': 2}, 'they must agree'),
         ((1, 8, 16, 16), {}, 'reads images'),
     ],
 )
