@@ -5,27 +5,35 @@ the part `train`, choose thresholds on the normal images of `val`, and are judge
 anomalous.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distributions import Pixels
+from readers.cifar10 import read_cifar10
 from readers.images import FITS, read_folder
-from readers.mnist import read_mnist
+from readers.layouts import Layout, read_records
+from readers.mnist import read_mnist, read_stacked_mnist
+from readers.omniglot import read_omniglot
+from readers.packed import is_packed, read_packed
+from readers.parts import Batch, Part
 from readers.phantom import write_phantoms
+from readers.records import Decoding, Records
 from readers.source import Entry, Source
 from readers.split import (
     PARTS,
     count,
+    count_table,
     find_duplicates,
     part_counts,
     some,
     split_parts,
+    split_records,
     stored_parts,
     warnings,
     with_patients,
@@ -44,45 +52,118 @@ class DataSet:
     likelihood: str = 'discretized'          # or 'bernoulli'
     padding: int = 0                         # border of zeros that belongs to `size`, not to the image
     normal: tuple[str, ...] = ()             # names a normal class may have; () = all that is not anomalous
+    folder: Callable[['DataConfig'], str] | None = None      # its class folders; None = it is not in such
     masks: bool = False                      # a folder `masks` marks anomalies
     val_fraction: float = 0.15               # of the normal images that are not in a given test part
     test_fraction: float = 0.2
     val_always: bool = True                  # False: a validation part only where there are anomalies to find
+    flip: bool = False                       # trained on mirror images too
+    num_train: int = 0                       # training images of the published set; 0 = any number
+    layout: Layout | None = None             # of a set that is read as it is trained on
     where: str = ''                          # for errors: the layout, and where the data comes from
 
 
 def _read_folder(config: 'DataConfig', row: DataSet) -> Source:
-    return read_folder(config.data, normal=row.normal, normal_wanted=config.normal_classes,
+    return read_folder(row.folder(config), normal=row.normal, normal_wanted=config.normal_classes,
                        anomalous=config.anomalous_classes, size=config.image_size or row.size,
                        channels=config.channels or row.channels, depth=_depth(config), fit=config.fit,
                        masks=row.masks, cache_dir=config.cache_dir, where=row.where)
 
 
-def _read_phantom(config: 'DataConfig', row: DataSet) -> Source:
-    folder = write_phantoms(config.data or 'data/phantom', config.num_phantoms)
-    return _read_folder(replace(config, data=str(folder)), row)
+def _data_folder(config: 'DataConfig') -> str:
+    return config.data
 
 
-def _read_mnist(config: 'DataConfig', row: DataSet) -> Source:
-    return read_mnist(config.data, normal=config.normal_classes, anomalous=config.anomalous_classes,
-                      padding=_padding(config, row), cache_dir=config.cache_dir, where=row.where)
+def _phantom_folder(config: 'DataConfig') -> str:
+    return str(write_phantoms(config.data or 'data/phantom', config.num_phantoms))
 
+
+def _read_arrays(read: Callable[..., Source], config: 'DataConfig', row: DataSet) -> Source:
+    return read(config.data, normal=config.normal_classes, anomalous=config.anomalous_classes,
+                size=config.image_size or row.size, channels=config.channels or row.channels,
+                padding=_padding(config, row), cache_dir=config.cache_dir, where=row.where)
+
+
+def _read_records(config: 'DataConfig', row: DataSet) -> Source:
+    return read_records(config.data, row.layout, size=config.image_size or row.size,
+                        channels=config.channels or row.channels, num_train=row.num_train,
+                        normal=config.normal_classes, anomalous=config.anomalous_classes,
+                        cache_dir=config.cache_dir, where=row.where)
+
+
+def _read_packed(config: 'DataConfig', row: DataSet) -> Source:
+    """Any row from an LMDB that scripts/create_lmdb.py made."""
+    border = _padding(config, row)
+    return read_packed(config.data, normal=row.normal, normal_wanted=config.normal_classes,
+                       anomalous=config.anomalous_classes, size=(config.image_size or row.size) - 2 * border,
+                       border=border, channels=config.channels or row.channels, depth=_depth(config),
+                       fit=config.fit, masks=row.masks, cache_dir=config.cache_dir)
+
+
+# Published 8-bit sets whose test part is given; validation during training watches it, as published.
+PUBLISHED = {'bits': 8, 'val_fraction': 0.1, 'test_fraction': 0, 'val_always': False}
+# Photographs: large, in colour, read as they are trained on, and mirrored.
+PHOTOGRAPHS = PUBLISHED | {'read': _read_records, 'channels': 3, 'flip': True}
+LSUN = Decoding(encoded=True, crop=True)
+LSUN_WHERE = ('Expected the LMDBs {0}_train_lmdb and {0}_val_lmdb, unpacked as github.com/fyu/lsun gives '
+              'them.')
+LSUN_CHURCH = Layout(LSUN, 'church', 'church_outdoor_train_lmdb', 'church_outdoor_val_lmdb', listed=True)
 
 DATASETS = {
     'mnist': DataSet(
-        _read_mnist, size=32, bits=8, likelihood='bernoulli', padding=2,
-        val_fraction=0.1, test_fraction=0, val_always=False,
-        where='Get it with torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.'),
+        partial(_read_arrays, read_mnist), size=32, likelihood='bernoulli', padding=2, num_train=60_000,
+        where='Get it with torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.',
+        **PUBLISHED),
+    'stacked_mnist': DataSet(
+        partial(_read_arrays, read_stacked_mnist), size=32, channels=3, padding=2, num_train=120_000,
+        where='It is made from MNIST: torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.',
+        **PUBLISHED),
+    'omniglot': DataSet(
+        partial(_read_arrays, read_omniglot), size=32, likelihood='bernoulli', padding=2, num_train=24_345,
+        where='Expected chardata.mat of github.com/yburda/iwae (datasets/OMNIGLOT).', **PUBLISHED),
+    'cifar10': DataSet(
+        partial(_read_arrays, read_cifar10), size=32, channels=3, flip=True, num_train=50_000,
+        where='Get it with torchvision.datasets.CIFAR10(FOLDER, download=True), then --data FOLDER.',
+        **PUBLISHED),
+    'celeba_64': DataSet(
+        size=64, num_train=162_770,
+        layout=Layout(Decoding(encoded=True, box=(15, 40, 163, 188)), 'face', celeba=True),
+        where='Expected train.lmdb and validation.lmdb, made by scripts/create_celeba64_lmdb.py, or '
+              'celeba/img_align_celeba and celeba/list_eval_partition.txt, as torchvision.datasets.CelebA '
+              'leaves them.', **PHOTOGRAPHS),
+    'celeba_256': DataSet(
+        size=256, num_train=27_000, layout=Layout(class_name='face'),
+        where='Expected train.lmdb and validation.lmdb: scripts/convert_tfrecord_to_lmdb.py --dataset celeba '
+              'makes them of the CelebA-HQ TFRecords of github.com/openai/glow.', **PHOTOGRAPHS),
+    'imagenet_32': DataSet(
+        size=32, num_train=1_281_147, layout=Layout(),
+        where='Expected train.lmdb and validation.lmdb: scripts/convert_tfrecord_to_lmdb.py --dataset '
+              'imagenet-oord_32 makes them of the ImageNet TFRecords of github.com/openai/glow.',
+        **PHOTOGRAPHS),
+    'ffhq': DataSet(
+        size=256, num_train=63_000, layout=Layout(class_name='face'),
+        where='Expected train.lmdb and validation.lmdb: scripts/create_ffhq_lmdb.py makes them of the images '
+              'of github.com/NVlabs/ffhq-dataset.', **PHOTOGRAPHS),
+    'lsun_bedroom_128': DataSet(
+        size=128, num_train=3_033_042,
+        layout=Layout(LSUN, 'bedroom', 'bedroom_train_lmdb', 'bedroom_val_lmdb', listed=True),
+        where=LSUN_WHERE.format('bedroom'), **PHOTOGRAPHS),
+    'lsun_church_64': DataSet(
+        size=64, num_train=126_227, layout=LSUN_CHURCH, where=LSUN_WHERE.format('church_outdoor'),
+        **PHOTOGRAPHS),
+    'lsun_church_128': DataSet(
+        size=128, num_train=126_227, layout=LSUN_CHURCH, where=LSUN_WHERE.format('church_outdoor'),
+        **PHOTOGRAPHS),
     'covid': DataSet(
-        _read_folder, size=64, normal=('Normal',),
+        _read_folder, size=64, normal=('Normal',), folder=_data_folder,
         where='Expected Normal/images/*.png and beside it COVID, Lung_Opacity or "Viral Pneumonia", as in '
               'the COVID-19 Radiography Database '
               '(kaggle.com/datasets/tawsifurrahman/covid19-radiography-database).'),
     'folder': DataSet(
-        _read_folder, size=64, normal=('normal', 'good'), masks=True,
+        _read_folder, size=64, normal=('normal', 'good'), masks=True, folder=_data_folder,
         where='Expected a folder "normal" (or "good") and beside it one folder for each kind of anomaly.'),
     'phantom': DataSet(
-        _read_phantom, size=64, normal=('Normal',), masks=True,
+        _read_folder, size=64, normal=('Normal',), masks=True, folder=_phantom_folder,
         where='Synthetic: it is made at the first run.'),
 }
 
@@ -91,7 +172,8 @@ DATASETS = {
 class DataConfig:
     """Data: which images, at what size, in what parts"""
     dataset: str = flag('mnist', 'data set', choices=tuple(DATASETS))
-    data: str = flag('', 'data folder (phantom: where to make it, default data/phantom)')
+    data: str = flag('', 'data folder, or an LMDB of scripts/create_lmdb.py (phantom: where to make it, '
+                         'default data/phantom)')
     image_size: int = flag(0, "height and width in pixels; 0 = the data set's own")
     channels: int = flag(0, "1 grey, 3 colour; 0 = the data set's own", choices=(0, 1, 3))
     num_x_bits: int = flag(8, 'bits per pixel, 1 to 16; above 8 keeps the depth of 16-bit files')
@@ -102,6 +184,8 @@ class DataConfig:
     val_fraction: float = flag(-1.0, "fraction of the normal images for validation; -1 = the data set's own")
     test_fraction: float = flag(-1.0, "fraction of the normal images for testing; -1 = the data set's own")
     split_seed: int = flag(0, 'which random split')
+    flip: str = flag('auto', "train on mirror images too, each image at random; auto = as the data set's own "
+                             "published runs", choices=('auto', 'on', 'off'))
     patient_pattern: str = flag('', "regular expression on the file name, group 1 = patient; '' = unknown")
     patient_metadata: str = flag('', "CSV file, as FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' = unknown")
     skip_corrupt: bool = flag(False, 'leave out files that cannot be read, and report each; else stop')
@@ -128,7 +212,13 @@ def _padding(config: DataConfig, row: DataSet) -> int:
     return (size - own) // 2 if row.padding else 0
 
 
-def _check(config: DataConfig, row: DataSet) -> None:
+def _pixels(config: DataConfig, row: DataSet) -> Pixels:
+    """What a model must know of the pixels."""
+    likelihood = row.likelihood if config.likelihood == 'auto' else config.likelihood
+    return Pixels(likelihood, 1 if likelihood == 'bernoulli' else config.num_x_bits, _padding(config, row))
+
+
+def check(config: DataConfig, row: DataSet) -> None:
     """Raises UserError for flags that make no sense on their own or for this data set."""
     if not 1 <= config.num_x_bits <= row.bits:
         raise UserError(f"--num_x_bits {config.num_x_bits}: {config.dataset} has 1 to {row.bits}.")
@@ -152,78 +242,6 @@ def _fractions(config: DataConfig, row: DataSet) -> tuple[float, float]:
     if val == -1:
         val = row.val_fraction if row.val_always or config.anomalous_classes else 0.0
     return val, row.test_fraction if config.test_fraction == -1 else config.test_fraction
-
-
-# ------------------------------------------------------------------------------------------------------ parts
-
-class Batch(NamedTuple):
-    """x (B, C, H, W) float32 in [0, 1]; y (B,) int64, 0 normal, 1 anomalous; mask (B, 1, H, W) bool.
-
-    `mask` is None where no image of the part has a mask file. Where some have, an image without one has an
-    empty mask; `Part.entries[i].has_mask` tells an anomalous image whose mask is unknown from a normal one.
-    """
-    x: Tensor
-    y: Tensor
-    mask: Tensor | None
-    id: list[str]
-
-
-class Part(Dataset):
-    """The images of one part, in the order of their ids; `part[i]` is its (x, y, mask, id) for evaluation."""
-
-    def __init__(self, entries: Sequence[Entry], source: Source, pixels: Pixels, depth: int = 8,
-                 static: bool = True):
-        self.entries, self.pixels, self.depth, self.static = list(entries), pixels, depth, static
-        self.images, self.masks = source.pixels, source.masks
-        self.class_names = [e.class_name for e in self.entries]
-        self.labels = torch.tensor([e.label for e in self.entries], dtype=torch.int64)
-        self.rows = np.array([e.row for e in self.entries], np.int64)
-        self.mask_rows = np.array([e.mask_row if e.label else -1 for e in self.entries], np.int64)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, str]:
-        batch = self.items([range(len(self))[index]])
-        return batch.x[0], batch.y[0], None if batch.mask is None else batch.mask[0], batch.id[0]
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
-        """What a DataLoader asks for: the (draw, index) of each image of a batch."""
-        return self.items([index for _, index in keys], keys[0][0])
-
-    def items(self, indices: Sequence[int], draw: int = 0) -> Batch:
-        """These images as a batch; its randomness is that of `draw` and their ids. Evaluation is draw 0."""
-        indices = np.asarray(indices, np.int64)
-        ids = [self.entries[i].id for i in indices]
-        values = self.images[self.rows[indices]]                                # (B, C, H, W) uint8 or uint16
-        if self.pixels.likelihood == 'bernoulli':
-            chance = grey_levels(values, self.depth, self.depth)
-            x = (_uniform(chance.shape, 0 if self.static else draw, ids) < chance).float()
-        else:
-            x = grey_levels(values, self.depth, self.pixels.bits)
-        return Batch(x, self.labels[indices], self._masks(self.mask_rows[indices]), ids)
-
-    def _masks(self, rows: np.ndarray) -> Tensor | None:
-        if not (self.mask_rows >= 0).any():
-            return None
-        masks = torch.zeros(len(rows), *self.masks.shape[1:], dtype=torch.bool)      # (B, 1, H, W)
-        known = rows >= 0
-        masks[torch.from_numpy(known)] = torch.from_numpy(self.masks[rows[known]].astype(bool))
-        return masks
-
-
-def grey_levels(values: np.ndarray, depth: int, bits: int) -> Tensor:
-    """Integers of `depth` bits as grey levels k / (2^bits - 1), where k = floor(value / 2^(depth - bits))."""
-    return torch.from_numpy((values >> (depth - bits)).astype(np.float32) / np.float32(2 ** bits - 1))
-
-
-def _uniform(shape: Sequence[int], draw: int, ids: list[str]) -> Tensor:
-    """Uniform numbers (B, *shape[1:]), each image's own whatever batch it is in."""
-    u = torch.empty(shape)
-    generator = torch.Generator()
-    for image, name in zip(u, ids, strict=True):
-        image.uniform_(generator=generator.manual_seed(mix_seed('binarize', draw, name)))
-    return u
 
 
 # ------------------------------------------------------------------------------------------------------- load
@@ -253,10 +271,10 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     if config.dataset not in DATASETS:
         raise UserError(f"--dataset {config.dataset!r} is unknown: choose one of {', '.join(DATASETS)}.")
     row = DATASETS[config.dataset]
-    _check(config, row)
+    check(config, row)
     if split and not config.normal_classes:
         config = replace(config, normal_classes=tuple(split['normal_classes']))
-    source = row.read(config, row)
+    source = (_read_packed if is_packed(config.data) else row.read)(config, row)
     report = list(source.notes)
     if source.bad:
         lines = [f'{name} {reason}' for name, reason in source.bad]
@@ -266,6 +284,29 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
                             f"or remove them, or pass --skip_corrupt to leave them out.")
         report += [f'left out: {line}' for line in lines]
 
+    are_records = isinstance(source.entries, Records)
+    if split and are_records != ('records' in split):
+        raise UserError(f"{config.data} is kept in another form than the data that the run's split.json "
+                        f"knows: give the data of the run, or train anew.")
+    entries, stored = (_part_records if are_records else _part_files)(config, row, source, split, report)
+    if not len(entries['train']):
+        raise UserError(f"{count(sum(map(len, entries.values())), 'image')} leave none to train on: add "
+                        f"normal images, or lower --val_fraction and --test_fraction.")
+    pixels = _pixels(config, row)
+    flip = {'auto': row.flip, 'on': True, 'off': False}[config.flip]
+    made = {part: Part(entries[part], source, pixels, _depth(config), static=config.binarize == 'static',
+                       flip=flip) for part in PARTS}
+    stored = {'dataset': config.dataset, 'split_seed': config.split_seed,
+              'normal_classes': list(source.normal_classes),
+              'anomalous_classes': list(source.anomalous_classes), **stored}
+    return Data(**made, shape=tuple(source.pixels.shape[1:]), pixels=pixels,
+                normal_classes=source.normal_classes, anomalous_classes=source.anomalous_classes,
+                split=stored, report=report, config=config)
+
+
+def _part_files(config: DataConfig, row: DataSet, source: Source, split: dict[str, Any] | None,
+                report: list[str]) -> tuple[dict[str, list[Entry]], dict[str, Any]]:
+    """The entries of each part, and what split.json keeps of them: each file."""
     entries = [replace(e, label=int(e.class_name in source.anomalous_classes)) for e in source.entries]
     entries = with_patients(entries, config.patient_metadata, config.patient_pattern, report)
     if split:
@@ -273,25 +314,55 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
         entries = [e for e in entries if e.id in parts]
     else:
         parts = split_parts(entries, *_fractions(config, row), config.split_seed)
-    if 'train' not in parts.values():
-        raise UserError(f"{count(len(entries), 'image')} leave none to train on: add normal images, "
-                        f"or lower --val_fraction and --test_fraction.")
     duplicates = find_duplicates(entries, source.twins, parts)
-
-    likelihood = row.likelihood if config.likelihood == 'auto' else config.likelihood
-    bits = 1 if likelihood == 'bernoulli' else config.num_x_bits
-    pixels = Pixels(likelihood, bits, _padding(config, row))
-    made = {part: Part([e for e in entries if parts[e.id] == part], source, pixels, _depth(config),
-                       static=config.binarize == 'static') for part in PARTS}
     report += part_counts(entries, parts) + warnings(entries, parts, duplicates)
-    stored = {'dataset': config.dataset, 'split_seed': config.split_seed,
-              'normal_classes': list(source.normal_classes),
-              'anomalous_classes': list(source.anomalous_classes), 'duplicates': duplicates,
-              'files': [{'id': e.id, 'class': e.class_name, 'part': parts[e.id], 'sha256': e.sha256}
-                        | ({'patient': e.patient} if e.patient else {}) for e in entries]}
-    return Data(**made, shape=tuple(source.pixels.shape[1:]), pixels=pixels,
-                normal_classes=source.normal_classes, anomalous_classes=source.anomalous_classes,
-                split=stored, report=report, config=config)
+    files = [{'id': e.id, 'class': e.class_name, 'part': parts[e.id], 'sha256': e.sha256}
+             | ({'patient': e.patient} if e.patient else {}) for e in entries]
+    made = {part: [e for e in entries if parts[e.id] == part] for part in PARTS}
+    return made, {'duplicates': duplicates, 'files': files}
+
+
+def _part_records(config: DataConfig, row: DataSet, source: Source, split: dict[str, Any] | None,
+                  report: list[str]) -> tuple[dict[str, Records], dict[str, Any]]:
+    """The entries of each part, and what split.json keeps of them: their numbers and the seed, from which the
+    parts follow. A million lines would be read in every command and by nobody.
+    """
+    if config.patient_metadata or config.patient_pattern:
+        raise UserError(f"--patient_metadata and --patient_pattern: nothing is known of the patients of "
+                        f"{config.dataset}. Leave them out.")
+    seed = split['split_seed'] if split else config.split_seed
+    counted = split['records'] if split else None
+    chosen = split_records(source.entries, *_fractions(config, row), seed, counted)
+    made = {part: source.entries.at(indices) for part, indices in chosen.items()}
+    counts = {part: len(entries) for part, entries in made.items()}
+    name = source.entries.class_name
+    report += count_table({(name, part): number for part, number in counts.items()}, {name: 0})
+    return made, {'split_seed': seed, 'duplicates': [], 'records': counts}
+
+
+class _Noise:
+    """Grey levels drawn at random where images would be: `pixels[rows]` is (B, *shape) uint8 or uint16."""
+
+    def __init__(self, shape: tuple[int, ...], depth: int):
+        self.shape, self.type = (1, *shape), {8: np.uint8, 16: np.uint16}[depth]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        shape = (len(rows), *self.shape[1:])
+        return np.random.default_rng(0).integers(np.iinfo(self.type).max, size=shape, dtype=self.type)
+
+
+def stand_in(config: DataConfig, number: int) -> Data:
+    """`number` training images of the shape and pixels that `config` asks for, of noise: nothing is read."""
+    row = DATASETS[config.dataset]
+    check(config, row)
+    size = config.image_size or row.size
+    shape = (config.channels or row.channels, size, size)
+    entries = [Entry(f'noise/{i}', '', 'noise', '', 0, i) for i in range(number)]
+    source = Source(entries, _Noise(shape, _depth(config)), None, ('noise',), ())
+    pixels = _pixels(config, row)
+    parts = {part: Part(entries if part == 'train' else [], source, pixels, _depth(config)) for part in PARTS}
+    return Data(**parts, shape=shape, pixels=pixels, normal_classes=('noise',), anomalous_classes=(),
+                split={}, report=[], config=config)
 
 
 # ---------------------------------------------------------------------------------------------------- batches
@@ -312,24 +383,26 @@ def steps_per_epoch(part: Part, batch_size: int, world: int = 1) -> int:
 
 
 def train_batches(part: Part, batch_size: int, *, seed: int, rank: int = 0, world: int = 1,
-                  first_step: int = 0, workers: int = 0) -> Iterator[Batch]:
-    """Shuffled batches for ever, from step `first_step` on.
+                  accumulate: int = 1, first_step: int = 0, workers: int = 0) -> Iterator[Batch]:
+    """Shuffled batches for ever, `accumulate` of them a step, from step `first_step` on.
 
     A batch depends on (seed, step, rank, world) alone, so a run resumes at any step. The batches of all
-    ranks, one after the other, are the batch of one process with batch_size * world.
+    ranks, one after the other, are the batch of one process with batch_size * world; and `accumulate` of
+    them on one rank are those of as many ranks.
     """
-    joint = batch_size * world
-    steps = steps_per_epoch(part, batch_size, world)
+    joint = batch_size * world * accumulate
+    steps = steps_per_epoch(part, batch_size, world * accumulate)
+    mine = slice(rank * accumulate, (rank + 1) * accumulate)
 
     def keys() -> Iterator[list[tuple[int, int]]]:
         epoch, first = divmod(first_step, steps)
         while True:
             generator = torch.Generator().manual_seed(mix_seed(seed, 'order', epoch))
             order = torch.randperm(len(part), generator=generator)[:steps * joint]
-            order = order.view(steps, world, batch_size)
+            order = order.view(steps, world * accumulate, batch_size)
             draw = mix_seed(seed, 'draw', epoch)
-            for indices in order[first:, rank].tolist():
-                yield [(draw, index) for index in indices]
+            for indices in order[first:, mine].flatten(0, 1).numpy():    # one list of all would be 0.1 GB
+                yield [(draw, index) for index in indices.tolist()]
             epoch, first = epoch + 1, 0
 
     return _load(part, keys, workers)
@@ -357,11 +430,31 @@ class _Keys:
         return self.make()
 
 
-def _as_is(batch: Batch) -> Batch:
+class _Telling(Dataset):
+    """A part for other processes: it returns a UserError, which they would wrap into many lines if raised."""
+
+    def __init__(self, part: Part):
+        self.part = part
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | UserError:
+        try:
+            return self.part.__getitems__(keys)
+        except UserError as error:
+            return error
+
+
+def _as_is(batch: Batch | UserError) -> Batch | UserError:
+    return batch
+
+
+def _or_raise(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
     return batch
 
 
 def _load(part: Part, keys: Callable[[], Iterator[list[tuple[int, int]]]], workers: int) -> Iterator[Batch]:
     if workers == 0:
         return map(part.__getitems__, keys())
-    return iter(DataLoader(part, batch_sampler=_Keys(keys), num_workers=workers, collate_fn=_as_is))
+    loader = DataLoader(_Telling(part), batch_sampler=_Keys(keys), num_workers=workers, collate_fn=_as_is)
+    return map(_or_raise, loader)

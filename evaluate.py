@@ -1,4 +1,4 @@
-"""What a trained model says: likelihoods, samples, reconstructions, anomaly scores.
+"""What a trained model says: likelihoods, anomaly scores, samples, FID, reconstructions, latents.
 
     python evaluate.py --checkpoint runs/eval-chest/checkpoint.pt --eval_mode anomaly --save OUT
 
@@ -18,33 +18,48 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import launch
 from anomaly.detect import detect
 from anomaly.scores import ScoreConfig
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, save_checkpoint
 from datasets import Batch, Data, DataConfig, eval_batches, load_data
 from distributions import Pixels
+from generative.fid import (
+    GREY_LEVELS,
+    FidConfig,
+    distance,
+    load_features,
+    measure_part,
+    measure_samples,
+    read_statistics,
+)
+from generative.latent_space import decode, interpolation, latents, traversal
 from generative.likelihood import count_dims, evaluate_likelihood
 from generative.pictures import image_grid, save_png
 from generative.sampling import readjust_batch_norm, samples
 from launch import LaunchConfig
-from model import restore
+from model import describe, restore
 from utils import (
     UserError,
     add_flags,
+    finite,
     flag,
     read_flags,
     read_json,
     run_program,
-    write_atomically,
     write_json,
+    write_npz,
 )
 
 NUM_SHOWN = 64                                    # images in a grid
+DEFAULT_NUM_SAMPLES = {'sample': 64, 'evaluate_fid': 50000, 'reconstruct': 64, 'interpolate': 8,
+                       'traverse': 4}
 DEFAULT_IW_SAMPLES = {'evaluate': 1000, 'anomaly': 16}
 SAMPLE_BATCH = 100
+_DEFAULTS = ', '.join(f'{mode} {number}' for mode, number in DEFAULT_NUM_SAMPLES.items())
 
 
 @dataclass(frozen=True)
@@ -52,22 +67,38 @@ class EvalConfig:
     """Evaluation"""
     checkpoint: str = flag('', 'checkpoint.pt of a run, or its folder; or a checkpoint of the published NVAE')
     save: str = flag('', "folder for the results; '' = a folder named after the mode, beside the checkpoint")
-    eval_mode: str = flag('sample', 'what to do', choices=('sample', 'evaluate', 'reconstruct', 'anomaly'))
-    eval_on_train: bool = flag(False, 'evaluate, reconstruct: the training images, not the test images')
-    readjust_bn: bool = flag(False, 'sample: fit the batch-norm statistics to the temperature first')
-    temp: float = flag(0.7, 'sample: temperature of the latents')
-    num_samples: int = flag(64, 'sample, reconstruct: number of images')
+    eval_mode: str = flag('sample', 'what to do', choices=(
+        'sample', 'evaluate', 'evaluate_fid', 'anomaly', 'reconstruct', 'latents', 'decode', 'interpolate',
+        'traverse'))
+    eval_on_train: bool = flag(False, 'take the training images, not the test images (anomaly takes both)')
+    readjust_bn: bool = flag(False, 'sample, evaluate_fid: first fit the batch norms to the temperature')
+    save_bn: bool = flag(False, 'with --readjust_bn: keep the model with these statistics as checkpoint.pt')
+    temp: float = flag(0.7, 'sample, evaluate_fid, decode: temperature of latents drawn from the prior')
+    num_samples: int = flag(0, f'number of images, or of pairs to interpolate; 0 = {_DEFAULTS}')
+    keep_groups: tuple = flag((), 'reconstruct: keep so many latent groups from the top, the others at their '
+                                  'prior means; each number is a column; none given = all groups', type=int)
+    latents: str = flag('', 'decode: npz file of the mode latents, as it is or edited, or a folder of such')
+    num_frames: int = flag(9, 'interpolate, traverse: pictures from one end to the other')
+    groups: tuple = flag((), 'traverse: groups to walk in, 0 is the top; none given = all', type=int)
+    channel: int = flag(-1, 'traverse: latent channel; -1 = in each group the one with most information')
+    reach: float = flag(3.0, 'traverse: farthest shift of the channel, to both sides')
     max_images: int = flag(0, 'evaluate: only the first so many images, in whole batches; 0 = all')
     num_iw_samples: int = flag(0, 'importance samples an image; 0 = 1000 for evaluate, 16 for anomaly')
-    batch_size: int = flag(0, "images a batch; 0 = the training's (sample: 100)")
+    batch_size: int = flag(0, "images a batch; 0 = the training's (sample, evaluate_fid: 100)")
     no_ema: bool = flag(False, 'use the last weights even where the run kept an average')
     seed: int = flag(1, 'all noise follows from it')
 
     def __post_init__(self):
-        least_of = {'num_samples': 1, 'max_images': 0, 'num_iw_samples': 0, 'batch_size': 0, 'temp': 0}
+        least_of = {'num_samples': 0, 'max_images': 0, 'num_iw_samples': 0, 'batch_size': 0, 'temp': 0,
+                    'num_frames': 2, 'channel': -1}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
+        if self.save_bn and not self.readjust_bn:
+            raise UserError("--save_bn keeps readjusted batch-norm statistics: give --readjust_bn too.")
+        if (self.eval_mode == 'decode') != bool(self.latents):
+            raise UserError(f"--eval_mode {self.eval_mode} with --latents {self.latents!r}: decode needs the "
+                            f"file or folder that the mode latents wrote, and no other mode takes it.")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -75,6 +106,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, EvalConfig)
     add_flags(parser, ScoreConfig)
+    add_flags(parser, FidConfig)
     add_flags(parser, LaunchConfig)
     add_flags(parser, DataConfig, optional=True)
     args = parser.parse_args(argv)
@@ -111,13 +143,22 @@ class Evaluation:
         return self.config.batch_size or int(self.run_args.get('batch_size', 100))
 
     @property
+    def num_samples(self) -> int:
+        return self.config.num_samples or DEFAULT_NUM_SAMPLES[self.config.eval_mode]
+
+    @property
     def num_iw_samples(self) -> int:
         return self.config.num_iw_samples or DEFAULT_IW_SAMPLES[self.config.eval_mode]
 
-    def data(self) -> Data:
-        """The run's data set and split; flags of this command win."""
+    @property
+    def data_config(self) -> DataConfig:
+        """The run's flags; those of this command win."""
+        return read_flags(DataConfig, self.run_args | vars(self.args))
+
+    def data(self, **changes: Any) -> Data:
+        """The run's data set and split, in the pixels that the model knows, but for `changes` of flags."""
         path = self.run_folder / 'split.json'
-        config = read_flags(DataConfig, self.run_args | vars(self.args))
+        config = replace(self.data_config, **changes)
         split = read_json(path) if path.exists() else None
         with launch.main_first():
             # The split says nothing of another data set.
@@ -125,7 +166,7 @@ class Evaluation:
         if tuple(data.shape) != tuple(self.model.shape):
             raise UserError(f"the model was trained on images of shape {tuple(self.model.shape)}, the data "
                             f"have {tuple(data.shape)}. Set --image_size and --channels as in training.")
-        if grey_levels(data.pixels) != grey_levels(self.model.pixels):
+        if not changes and grey_levels(data.pixels) != grey_levels(self.model.pixels):
             raise UserError(f"the model was trained on {self.model.pixels}, the data have {data.pixels}. Set "
                             f"--num_x_bits and --dataset as in training.")
         for line in data.report:
@@ -149,11 +190,42 @@ class Evaluation:
     def part(self) -> str:
         return 'train' if self.config.eval_on_train else 'test'
 
-    def need(self, capability: str) -> None:
+    def need(self, *capabilities: str) -> None:
         """Raises UserError for a model that cannot do what the mode is about."""
-        if not hasattr(self.model, capability):
-            raise UserError(f"--eval_mode {self.config.eval_mode}: this model has no `{capability}`. Choose "
-                            f"another mode.")
+        for capability in capabilities:
+            if not hasattr(self.model, capability):
+                raise UserError(f"--eval_mode {self.config.eval_mode}: this model has no `{capability}`. "
+                                f"Choose another mode.")
+
+    def first_images(self, number: int) -> tuple[Tensor, list[str]]:
+        """The first images (number, C, *S) of the part, on the device, and their ids."""
+        data = self.data()
+        part = data.train if self.config.eval_on_train else data.test
+        if len(part) < number:
+            raise UserError(f"{number} images are wanted, the {self.part} part has {len(part)}: lower "
+                            f"--num_samples.")
+        batch = part.items(range(number))
+        return batch.x.to(launch.device()), batch.id
+
+    def checked(self, name: str, first: int, last: int) -> list[int]:
+        """The numbers of the flag `name`, each within first to last. Raises UserError."""
+        numbers = getattr(self.config, name)
+        if wrong := [n for n in numbers if not first <= n <= last]:
+            raise UserError(f"--{name} {wrong[0]}: this model has {self.model.num_groups} latent groups, "
+                            f"give {first} to {last}.")
+        return list(numbers)
+
+    def readjust(self) -> None:
+        """Fits the batch norms to samples at the temperature, if asked, and keeps the result, if asked."""
+        if not self.config.readjust_bn:
+            return
+        readjust_batch_norm(self.model, self.config.temp, seed=self.config.seed)
+        if self.config.save_bn:
+            if launch.is_main():
+                save_checkpoint(self.out / 'checkpoint.pt', {
+                    'description': describe(self.model), 'weights': self.model.state_dict(), 'ema': None,
+                    'args': finite(self.run_args), 'readjusted_to': self.config.temp})
+            self.say(f"readjusted to temperature {self.config.temp}: {self.out / 'checkpoint.pt'}")
 
     def write_metrics(self, key: str, values: dict[str, Any]) -> None:
         """Puts `values` under `key` into metrics.json; what other modes wrote stays."""
@@ -186,43 +258,84 @@ def sample(run: Evaluation) -> None:
     """Images drawn from the prior: samples_<batch>.npz, and a grid of the first as samples.png."""
     run.need('sample')
     config, batch_size = run.config, run.config.batch_size or SAMPLE_BATCH
-    if config.readjust_bn:
-        readjust_batch_norm(run.model, config.temp, seed=config.seed)
+    run.readjust()
     if launch.is_main():
         for path in run.out.glob('samples_*.npz'):                  # of an earlier, larger call
-            if int(path.stem.split('_')[1]) * batch_size >= config.num_samples:
+            if int(path.stem.split('_')[1]) * batch_size >= run.num_samples:
                 path.unlink()
-    for index, images in samples(run.model, config.num_samples, batch_size, config.temp, seed=config.seed,
+    for index, images in samples(run.model, run.num_samples, batch_size, config.temp, seed=config.seed,
                                  rank=launch.rank(), world=launch.world()):
-        _write_npz(run.out / f'samples_{index}.npz', samples=images.cpu().numpy())
+        write_npz(run.out / f'samples_{index}.npz', samples=images.cpu().numpy())
         if index == 0:
             save_png(run.out / 'samples.png', image_grid(images[:NUM_SHOWN]))
-    run.write_metrics('sample', {'num_samples': config.num_samples, 'temperature': config.temp,
+    run.write_metrics('sample', {'num_samples': run.num_samples, 'temperature': config.temp,
                                  'readjust_bn': config.readjust_bn, 'seed': config.seed})
-    run.say(f"{config.num_samples} images at temperature {config.temp}: {run.out / 'samples.png'}")
+    run.say(f"{run.num_samples} images at temperature {config.temp}: {run.out / 'samples.png'}")
+
+
+def evaluate_fid(run: Evaluation) -> None:
+    """Frechet distance between the features of drawn images and of training images."""
+    run.need('sample')
+    config, batch_size = run.config, run.config.batch_size or SAMPLE_BATCH
+    fid = read_flags(FidConfig, run.args)
+    features = load_features(fid, run.model.shape, launch.device())
+    if fid.fid_dir:
+        reference = read_statistics(fid.fid_dir, run.data_config, features, run.model.shape)
+    else:
+        reference = measure_part(run.data(**GREY_LEVELS), features, batch_size)
+    run.readjust()
+    # Binary models are drawn as probabilities, which are means.
+    images = 'mean' if run.model.pixels.likelihood == 'bernoulli' else fid.fid_images
+    drawn = measure_samples(run.model, features, run.num_samples, batch_size, config.temp, seed=config.seed,
+                            mean=images == 'mean')
+    if not launch.is_main():
+        return                                              # the distance takes one process
+    for line in reference.notes + drawn.notes:
+        run.say(line)
+    result = distance(drawn, reference) | {
+        'images': images, 'temperature': config.temp, 'readjust_bn': config.readjust_bn,
+        'batch_size': batch_size, 'seed': config.seed, 'features': features.identity}
+    run.write_metrics('fid', result)
+    run.say(f"FID {result['fid']:.4f} of {result['num_images']} images at temperature {config.temp} to "
+            f"{result['num_reference'] or 'an unknown number of'} of {reference.source}")
 
 
 @torch.no_grad()
 def reconstruct(run: Evaluation) -> None:
-    """Inputs beside their reconstructions at the posterior means: reconstructions.npz and .png."""
+    """Inputs beside their reconstructions at the posterior means: reconstructions.npz and .png.
+
+    With --keep_groups there is a reconstruction from each of these numbers of groups.
+    """
     run.need('reconstruct')
+    total = getattr(run.model, 'num_groups', 0)
+    kept = run.checked('keep_groups', 0, total)
+    options = [{'skip': total - k} for k in kept] or [{}]
+    names = [f'reconstruction_{k}' for k in kept] or ['reconstruction']
     data, rows = run.data(), []
-    last = -(-run.config.num_samples // run.batch_size)
+    last = -(-run.num_samples // run.batch_size)
     for index, batch in run.batches(data):
         if index >= last:
             break
-        rows.append((index, batch.x, run.model.reconstruct(batch.x.to(launch.device())).cpu(), batch.id))
+        x = batch.x.to(launch.device())
+        rows.append((index, batch.id, batch.x, *(run.model.reconstruct(x, **option).cpu()
+                                                 for option in options)))
     rows = sorted(launch.gather(rows), key=lambda row: row[0])
     if not launch.is_main():
         return
-    x, y = (torch.cat([row[i] for row in rows])[:run.config.num_samples] for i in (1, 2))
-    ids = [name for row in rows for name in row[3]][:run.config.num_samples]
-    _write_npz(run.out / 'reconstructions.npz', x=x.numpy(), reconstruction=y.numpy(), id=np.array(ids))
-    pairs = torch.stack([x, y], dim=1)[:NUM_SHOWN // 2].flatten(0, 1)              # input, output, input, ...
-    save_png(run.out / 'reconstructions.png', image_grid(pairs, columns=8))
-    error = float((x - y).abs().mean())
-    run.write_metrics('reconstruct', {'num_images': len(x), 'mean_absolute_error': error, 'part': run.part})
-    run.say(f"{len(x)} images, mean absolute error {error:.4f}: {run.out / 'reconstructions.png'}")
+    x, *images = (torch.cat(column)[:run.num_samples] for column in list(zip(*rows))[2:])
+    ids = [name for row in rows for name in row[1]][:run.num_samples]
+    write_npz(run.out / 'reconstructions.npz', x=x.numpy(), id=np.array(ids),
+               **{name: y.numpy() for name, y in zip(names, images)})
+    sets = max(1, 8 // (1 + len(names)))                                 # of input and outputs in a row
+    shown = torch.stack([x, *images], dim=1)[:NUM_SHOWN // 2]            # input, output(s), input, ...
+    save_png(run.out / 'reconstructions.png', image_grid(shown.flatten(0, 1), columns=sets * shown.shape[1]))
+    errors = [float((x - y).abs().mean()) for y in images]
+    run.write_metrics('reconstruct', {
+        'num_images': len(x), 'part': run.part,
+        'mean_absolute_error': dict(zip(map(str, kept), errors)) if kept else errors[0]})
+    for error, k in zip(errors, kept or [total]):
+        run.say(f"{len(x)} images from {k} of {total} groups, mean absolute error {error:.4f}")
+    run.say(f"{run.out / 'reconstructions.png'}")
 
 
 def anomaly(run: Evaluation) -> None:
@@ -234,14 +347,9 @@ def anomaly(run: Evaluation) -> None:
            run_folder=keeps, log=run.say, workers=data.config.num_workers)
 
 
-MODES = {'evaluate': evaluate, 'sample': sample, 'reconstruct': reconstruct, 'anomaly': anomaly}
-
-
-def _write_npz(path: Path, **arrays: np.ndarray) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open('wb') as f:
-            np.savez_compressed(f, **arrays)
-    write_atomically(path, write)
+MODES = {'evaluate': evaluate, 'evaluate_fid': evaluate_fid, 'anomaly': anomaly, 'sample': sample,
+         'reconstruct': reconstruct, 'latents': latents, 'decode': decode, 'interpolate': interpolation,
+         'traverse': traversal}
 
 
 def work(args: argparse.Namespace) -> int:

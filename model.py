@@ -23,7 +23,7 @@ class Model(Protocol):
     log_p (B,), in nats, and logits. `skip=k` draws the k groups nearest the image from the prior;
     `temperature` scales the noise, 0 takes means. Capabilities that a family may have besides:
     reconstruct(x) -> (B, C, *S), maps(x) -> dict of (B, n, *S), sample(n, temperature) -> (n, C, *S),
-    initialize(x) once before training.
+    latents(x) -> list of (B, Z, h, w) and decode(latents) -> (B, C, *S), initialize(x) once before training.
     """
     Config: type              # frozen dataclass; its fields are the family's flags
 
@@ -40,8 +40,9 @@ def build_model(name: str, shape: tuple[int, ...], config: Any, pixels: Pixels) 
     return MODELS[name](shape=shape, config=config, pixels=pixels)
 
 
-def describe(name: str, model: Model) -> dict[str, Any]:
+def describe(model: Model) -> dict[str, Any]:
     """What `restore` needs besides the weights to build the model again: plain data for a checkpoint."""
+    name = next(name for name, family in MODELS.items() if type(model) is family)
     return {'model': name, 'shape': list(model.shape), 'config': dataclasses.asdict(model.config),
             'pixels': dataclasses.asdict(model.pixels)}
 

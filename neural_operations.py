@@ -4,16 +4,17 @@ B images, C channels, H x W pixels. A cell keeps the resolution ('normal'), halv
 channels) or doubles it ('up', half the channels). Cells and constants: NVAE (Vahdat and Kautz 2020).
 """
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+
+import launch
 
 WEIGHT_NORM_EPS = 1e-5
 RESIDUAL_SCALE = 0.1          # keeps a sum of 30 cells near unit variance at the start
@@ -58,11 +59,12 @@ class WeightNormConv2d(nn.Conv2d):
     def _initialize(self, x: Tensor) -> None:
         self.log_weight_norm.zero_()
         y = self._conv_forward(x, self.effective_weight(), None)                            # (B, C_out, H, W)
-        mean, std = y.mean((0, 2, 3)), 5 * y.std((0, 2, 3))
-        if dist.is_initialized():
-            for statistic in (mean, std):
-                dist.all_reduce(statistic)
-                statistic /= dist.get_world_size()
+        own, count, world = y.mean((0, 2, 3)), y.numel() // y.shape[1], launch.world()
+        mean = launch.mean_over_ranks(own)
+        # The variance of the joint batch is the mean variance within ranks and that of their means.
+        within = launch.mean_over_ranks(y.var((0, 2, 3))) * (world * (count - 1) / (world * count - 1))
+        between = launch.mean_over_ranks((own - mean) ** 2) * (world * count / (world * count - 1))
+        std = 5 * (within + between).sqrt()
         self.bias.copy_(-mean / (std + WEIGHT_NORM_EPS))
         self.log_weight_norm.copy_(-torch.log(std + WEIGHT_NORM_EPS).view(-1, 1, 1, 1))
 
@@ -210,36 +212,71 @@ def frozen_statistics(module: nn.Module):
             norm.momentum = momentum
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: nn.Module, on: bool = True) -> None:
     """Cells keep only their input for the backward pass and compute the rest again (Chen et al. 2016).
 
     About a third more time for a fraction of the memory; the numbers are the same.
     """
     for module in model.modules():
         if isinstance(module, Cell):
-            module.recomputes = True
+            module.recomputes = on
 
 
-def activation_bytes(model: nn.Module, shape: Sequence[int]) -> int:
-    """Memory that a training step keeps for its backward pass, in bytes an image of this shape (C, *S)."""
-    trial = copy.deepcopy(model).train()
-    device = next(trial.parameters()).device
+def activation_bytes(model: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
+    """Memory that a training step takes for its backward pass, in bytes an image of this shape (C, *S).
 
-    def kept(images: int) -> int:
-        storages: dict[int, int] = {}
+    As the model is, and if its cells recompute: then they keep their inputs, and the largest cell is there
+    in full while its turn has come. In the precision of the weights. Computed on tensors without content, so
+    it costs no memory itself.
+    """
+    state = {name: tensor.detach().to('meta').requires_grad_(tensor.requires_grad)
+             for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    cells = [m for m in model.modules() if isinstance(m, Cell)]
+    before = [cell.recomputes for cell in cells]
+    training = model.training
+
+    def kept(images: int, module: nn.Module | None = None) -> int:
+        """Bytes of the tensors that are saved in a pass, or in the passes of one of its modules."""
+        storages: dict[int, torch.UntypedStorage] = {}
+        inside = [module is None]
 
         def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            if inside[0]:
+                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            terms = trial(torch.zeros(images, *shape, device=device))
-        del terms
-        return sum(storages.values())
+        def enter(*_: object) -> None:
+            inside[0] = True
 
-    # The difference leaves out what does not grow with the batch: weights above all.
-    return max(kept(4) - kept(2), 0) // 2
+        def leave(*_: object) -> None:
+            inside[0] = False
+
+        handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)] \
+            if module is not None else []
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            terms = functional_call(model, state, torch.zeros(images, *shape, device='meta'))
+        total = sum(storage.nbytes() for storage in storages.values())
+        del terms
+        for handle in handles:
+            handle.remove()
+        return total
+
+    def an_image(module: nn.Module | None = None) -> int:
+        # The difference leaves out what does not grow with the batch: weights above all.
+        return max(kept(4, module) - kept(2, module), 0) // 2
+
+    try:
+        model.train()
+        checkpoint_activations(model, False)
+        plain = an_image()
+        # The cells next to the image are the largest.
+        largest = max((an_image(cell) for cell in cells[:1] + cells[-1:]), default=0)
+        checkpoint_activations(model)
+        return plain, an_image() + largest
+    finally:
+        model.train(training)
+        for cell, recomputes in zip(cells, before):
+            cell.recomputes = recomputes
 
 
 class SpectralRegularizer(nn.Module):

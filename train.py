@@ -2,6 +2,7 @@
 
     python train.py --dataset covid --data FOLDER --root runs --save chest ...
     python train.py ... --cont_training        goes on where the run stopped; starts it where there is none
+    python train.py ... --dry_run              a step: parameters, memory, speed, time; needs no --data
 
 In <root>/eval-<save>/ it leaves checkpoint.pt, args.json, split.json, log.txt, metrics.jsonl and events for
 TensorBoard.
@@ -14,9 +15,13 @@ import math
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +33,30 @@ from tqdm import tqdm
 
 import launch
 from checkpoint import read_checkpoint, save_checkpoint
-from datasets import Batch, Data, DataConfig, eval_batches, load_data, steps_per_epoch, train_batches
+from datasets import (
+    DATASETS,
+    Batch,
+    Data,
+    DataConfig,
+    eval_batches,
+    load_data,
+    stand_in,
+    steps_per_epoch,
+    train_batches,
+)
 from generative.likelihood import count_dims, evaluate_likelihood
 from generative.pictures import image_grid
 from launch import LaunchConfig
 from model import MODELS, build_model, describe
 from neural_operations import activation_bytes, checkpoint_activations
+from training.optimization import SafeBuffers, learning_rate, optimizer_step, recalibrate_batch_norm
+from training.rehearsal import MEMORY_MARGIN, rehearse
 from utils import (
     RunLog,
     UserError,
     add_flags,
     flag,
+    mix_seed,
     read_flags,
     read_json,
     run_program,
@@ -49,9 +67,10 @@ from utils import (
 FREE_DATA_FLAGS = ('data', 'cache_dir', 'num_workers')     # may change when a run goes on
 GENERATED_TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
 NUM_SHOWN = 64                      # images in a TensorBoard grid
+ALONE = {'num_proc_node': 1, 'node_rank': 0, 'num_process_per_node': 1, 'world_size': 1, 'global_rank': 0,
+         'local_rank': 0}             # a dry run is one process, whatever the flags say of the run
 VALIDATION_TAGS = {'val/nelbo': 'nelbo_nats', 'val/neg_log_p': 'neg_log_p_nats',
                    'val/bpd_elbo': 'nelbo_bits_per_dim', 'val/bpd_log_p': 'neg_log_p_bits_per_dim'}
-MEMORY_MARGIN = 1.3                 # gradients and work space, beside what is kept for the backward pass
 ADAMAX_EPS = 1e-3                   # of the published NVAE
 MOST_SKIPPED = 100                  # steps in a row that are not finite; then the run has diverged
 
@@ -63,12 +82,15 @@ class RunConfig:
     save: str = flag('exp', 'name of this run: it lives in <root>/eval-<save>')
     cont_training: bool = flag(False, 'go on from the checkpoint of this run; start where there is none yet')
     seed: int = flag(1, 'everything random follows from it')
+    dry_run: bool = flag(False, 'build the model, take a step in one process, say what the run would need; '
+                                'nothing is left behind. Without --data on random images')
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Optimization"""
     batch_size: int = flag(200, 'images a batch, per process')
+    accumulate: int = flag(1, 'batches a step, per process: their gradients are averaged')
     epochs: int = flag(200, 'passes over the training images')
     max_steps: int = flag(0, 'end the run after so many steps, whatever the epochs; 0 = no limit')
     warmup_epochs: int = flag(5, 'epochs over which the learning rate rises from 0')
@@ -78,6 +100,8 @@ class TrainConfig:
     fast_adamax: bool = flag(False, 'update all weights in one fused operation; the numbers are the same')
     grad_clip: float = flag(0.0, 'largest gradient norm; 0 = do not clip')
     ema_decay: float = flag(0.0, 'average the weights with this decay and evaluate the average; 0 = do not')
+    ema_bn_batches: int = flag(0, 'training batches that give the averaged weights batch-norm statistics of '
+                                  'their own before they are evaluated or saved; 0 = these are averaged too')
     amp: str = flag('auto', 'network in bfloat16, likelihoods in float32; auto = on CUDA only',
                     choices=('auto', 'bf16', 'off'))
     checkpoint_activations: str = flag('auto', 'compute activations again in the backward pass: less memory, '
@@ -88,6 +112,15 @@ class TrainConfig:
     image_every: int = flag(1000, 'steps between pictures in TensorBoard; 0 = none')
     val_every: int = flag(0, 'epochs between validations; 0 = 1 in a run of up to 50 epochs, else 20')
     val_iw_samples: int = flag(10, 'importance samples of a validation')
+
+    def __post_init__(self):
+        least_of = {'batch_size': 1, 'epochs': 1, 'accumulate': 1, 'ema_bn_batches': 0}
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
+        if self.ema_bn_batches and not self.ema_decay:
+            raise UserError(f"--ema_bn_batches {self.ema_bn_batches} is for averaged weights: set "
+                            f"--ema_decay too, such as 0.999.")
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -108,54 +141,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return build_parser(first.parse_known_args(argv)[0].model).parse_args(argv)
 
 
-# --------------------------------------------------------------------------------------------------- schedule
-
-def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """Linear warm-up per step, then a cosine per epoch from the highest to the lowest rate."""
-    warm_up = config.warmup_epochs * steps
-    if step < warm_up:
-        return config.learning_rate * step / warm_up
-    last = config.epochs - config.warmup_epochs - 1
-    done = min((step // steps - config.warmup_epochs) / last, 1.0) if last > 0 else 0.0
-    height = (1 + math.cos(math.pi * done)) / 2
-    return config.learning_rate_min + (config.learning_rate - config.learning_rate_min) * height
-
-
-def optimizer_step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, safe: 'SafeBuffers',
-                   grad_clip: float) -> tuple[bool, Tensor]:
-    """Backward pass and update. Returns whether it was applied, and the gradient norm before clipping.
-
-    A step whose loss or gradient is not finite changes nothing: neither weights nor running statistics.
-    Gradients are averaged over ranks, so all ranks come to the same verdict.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        optimizer.step()
-        safe.keep()
-    else:
-        safe.restore()
-    return finite, norm
-
-
-class SafeBuffers:
-    """A copy of the model's floating-point buffers as they were after the last good step."""
-
-    def __init__(self, model: nn.Module):
-        self.buffers = [b for b in model.buffers() if b.is_floating_point()]
-        self.copies = [b.clone() for b in self.buffers]
-
-    def keep(self) -> None:
-        for copy, buffer in zip(self.copies, self.buffers):
-            copy.copy_(buffer)
-
-    def restore(self) -> None:
-        for copy, buffer in zip(self.copies, self.buffers):
-            buffer.copy_(copy)
-
-
 # -------------------------------------------------------------------------------------------------------- run
 
 class Trainer:
@@ -168,9 +153,11 @@ class Trainer:
         self.device, self.rank, self.world = launch.device(), launch.rank(), launch.world()
         saved = self._saved()
         self.log = RunLog(self.folder, active=launch.is_main(), step=saved['step'] if saved else 0)
+        # Batches that a process accumulates are those of as many processes: same images, same noise.
+        self.shares = self.world * self.config.accumulate
         self.data = self._load_data()
-        self.batch_size = min(self.config.batch_size, len(self.data.train) // self.world)
-        self.steps = steps_per_epoch(self.data.train, max(self.batch_size, 1), self.world)
+        self.batch_size = min(self.config.batch_size, len(self.data.train) // self.shares)
+        self.steps = steps_per_epoch(self.data.train, max(self.batch_size, 1), self.shares)
         self.total = self.steps * self.config.epochs
         self.end = min(self.total, self.config.max_steps or self.total)
 
@@ -184,12 +171,15 @@ class Trainer:
         self.optimizer = torch.optim.Adamax(
             self.model.parameters(), lr=self.config.learning_rate, eps=ADAMAX_EPS,
             weight_decay=self.config.weight_decay, foreach=self.config.fast_adamax)
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay),
-                                 use_buffers=True) if self.config.ema_decay > 0 else None
+        self.ema = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay),
+            use_buffers=not self.config.ema_bn_batches) if self.config.ema_decay > 0 else None
+        self.ema_recalibrated = -1              # the step at which that was last done
         self.step = self.skipped = self.skipped_in_a_row = 0
         if saved:
             self._restore(saved)
-        if self._recomputes():
+        self.recomputes = self._recomputes()
+        if self.recomputes:
             checkpoint_activations(self.model)
         self.amp = self.config.amp == 'bf16' or (self.config.amp == 'auto' and self.device.type == 'cuda')
         self.stop = 0                           # number of the signal that asked this process to stop
@@ -200,12 +190,12 @@ class Trainer:
         path = self.folder / 'checkpoint.pt'
         if not path.exists():
             return None
-        if not self.run.cont_training:
+        if not self.run.cont_training and not launch.begun_before():
             raise UserError(f"{self.folder} already holds a trained model. Go on with it by --cont_training, "
                             f"take another name with --save, or delete the folder.")
         saved = read_checkpoint(path)
-        if 'description' not in saved:
-            raise UserError(f"{path} is not a checkpoint of this framework: it cannot be continued. "
+        if not {'description', 'optimizer'} <= saved.keys():
+            raise UserError(f"{path} is not a checkpoint of a run of this framework: it cannot be continued. "
                             f"Choose another --save.")
         self._compare(saved)
         return saved
@@ -230,7 +220,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.module.load_state_dict(saved['ema'] or saved['weights'])
             self.ema.n_averaged.fill_(saved['ema_count'])
-        joint, before = self.batch_size * self.world, saved['joint_batch']
+        joint, before = self.batch_size * self.shares, saved['joint_batch']
         if joint != before:
             self.log.say(f'joint batch {before} before, {joint} now: the run goes on at step {self.step}, '
                          f'but sees other batches than it would have')
@@ -239,7 +229,7 @@ class Trainer:
         """Whether activations are to be computed twice; all ranks decide alike."""
         if self.config.checkpoint_activations != 'auto':
             return self.config.checkpoint_activations == 'on'
-        need = activation_bytes(self.model, self.data.shape) * self.batch_size * MEMORY_MARGIN
+        need = activation_bytes(self.model, self.data.shape)[0] * self.batch_size * MEMORY_MARGIN
         free = launch.free_memory()
         short = launch.any_rank(need > free)
         if short:
@@ -249,6 +239,8 @@ class Trainer:
         return short
 
     def _load_data(self) -> Data:
+        if self.run.dry_run and not self.args.data:
+            return stand_in(read_flags(DataConfig, self.args), self.config.batch_size * self.shares)
         split = self.folder / 'split.json'
         with launch.main_first():                               # reads and caches the files once
             data = load_data(read_flags(DataConfig, self.args), read_json(split) if split.exists() else None)
@@ -264,11 +256,12 @@ class Trainer:
         number = sum(p.numel() for p in self.model.parameters())
         say(f'{self.args.model}: {number / 1e6:.2f} M parameters, {self.model.num_groups} latent groups, '
             f'images {" x ".join(map(str, self.data.shape))}, {self.data.pixels.likelihood} pixels')
+        batches = f'{self.config.accumulate} batches a step, ' if self.config.accumulate > 1 else ''
         say(f'{self.world} process(es) on {self.device.type}, {self.batch_size} images a batch each, '
-            f'{self.steps} steps an epoch, {self.total} steps in all')
+            f'{batches}{self.steps} steps an epoch, {self.total} steps in all')
         if self.batch_size < self.config.batch_size:
             say(f'the training part has {len(self.data.train)} images, less than a batch of '
-                f'{self.config.batch_size} for each of {self.world} process(es): '
+                f'{self.config.batch_size} for each of {self.shares} shares of a step: '
                 f'batches of {self.batch_size} are used')
         if self.step:
             say(f'going on at step {self.step} of {self.total}')
@@ -282,24 +275,21 @@ class Trainer:
         self._announce()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
-        # Filters of 1 x 1 are in both memory formats at once; DDP notes each as a lost chance to go faster.
-        warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
-        self.ddp = DistributedDataParallel(self.model) if self.world > 1 else self.model
-        self.safe = SafeBuffers(self.model)
+        self._prepare()
+        launch.begin()                  # from here on, torchrun may start the run again where it was
         save_every = self.config.save_every or self.steps * math.ceil(self.config.epochs / 100)
         val_every = self.config.val_every or (1 if self.config.epochs <= 50 else 20)
-        batches = train_batches(self.data.train, self.batch_size, seed=self.run.seed, rank=self.rank,
-                                world=self.world, first_step=self.step, workers=self.args.num_workers)
+        batches = self._batches(self.run.seed, self.step)
         meter = Meter(self.step, self.end)
         stop = False                    # what the ranks agreed on; self.stop is what a signal set on this one
         while self.step < self.end and not stop:
-            batch = next(batches)
-            logs = self._train_step(batch.x.to(self.device, non_blocking=True))          # (B, C, *S)
-            meter.update(logs['train/nelbo_iter'], len(batch.x) * self.world)
+            step_batches = list(islice(batches, self.config.accumulate))
+            logs = self._train_step(step_batches)
+            meter.update(logs['train/nelbo_iter'], self.batch_size * self.shares)
             if self.step % self.config.log_every == 0 or self.step == self.end:
                 self.log.metrics(self.step, {name: float(v) for name, v in (logs | meter.read()).items()})
             if self.config.image_every and self.step % self.config.image_every == 0:
-                self._show_images(batch)
+                self._show_images(step_batches[0])
             stop = launch.any_rank(self.stop > 0)
             if self.step % save_every == 0 or self.step == self.end or stop:
                 self._save()
@@ -321,21 +311,42 @@ class Trainer:
         self.log.close()
         return 0
 
-    def _train_step(self, x: Tensor) -> dict[str, Any]:
-        """One update from this process's images x (B, C, *S) of step `self.step`, which it then counts."""
+    def _prepare(self) -> None:
+        """What the loop needs besides the model."""
+        # Filters of 1 x 1 are in both memory formats at once; DDP notes each as a lost chance to go faster.
+        warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
+        self.ddp = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        self.safe = SafeBuffers(self.model)
+
+    def take_step(self) -> None:
+        """A step outside the loop, for a dry run."""
+        if not hasattr(self, 'ddp'):
+            self._prepare()
+            self.rehearsed = self._batches(self.run.seed)
+        self._train_step(list(islice(self.rehearsed, self.config.accumulate)))
+
+    def _batches(self, seed: int, first_step: int = 0) -> Iterator[Batch]:
+        return train_batches(self.data.train, self.batch_size, seed=seed, rank=self.rank, world=self.world,
+                             accumulate=self.config.accumulate, first_step=first_step,
+                             workers=self.args.num_workers)
+
+    def _train_step(self, batches: list[Batch]) -> dict[str, Any]:
+        """One update from this process's batches of step `self.step`, which it then counts."""
+        images = [batch.x.to(self.device, non_blocking=True) for batch in batches]       # each (B, C, *S)
         if self.step == 0 and hasattr(self.model, 'initialize'):
             seed_noise(self.run.seed, 'initialize', self.rank)
-            self.model.initialize(x)
+            self.model.initialize(torch.cat(images))
             self.safe.keep()
-        rate = learning_rate(self.step, self.steps, self.config)
+        rate = learning_rate(self.step, self.steps, epochs=self.config.epochs,
+                             warmup_epochs=self.config.warmup_epochs, highest=self.config.learning_rate,
+                             lowest=self.config.learning_rate_min)
         for group in self.optimizer.param_groups:
             group['lr'] = rate
-        seed_noise(self.run.seed, 'train', self.step, self.rank)
         self.model.train()
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            terms = self.ddp(x)
-            loss, logs = self.model.objective(terms, progress=self.step / self.total)
-        applied, norm = optimizer_step(loss, self.model, self.optimizer, self.safe, self.config.grad_clip)
+        self.optimizer.zero_grad(set_to_none=True)
+        all_logs = [self._backward(x, share) for share, x in enumerate(images)]
+        logs = {name: sum(logs[name] for logs in all_logs) / len(all_logs) for name in all_logs[0]}
+        applied, norm = optimizer_step(self.model, self.optimizer, self.safe, self.config.grad_clip)
         if applied and self.ema is not None:
             self.ema.update_parameters(self.model)
         self.skipped += not applied
@@ -347,6 +358,18 @@ class Trainer:
         self.step += 1
         return logs | {'train/lr': rate, 'train/grad_norm': norm, 'train/skipped': self.skipped}
 
+    def _backward(self, x: Tensor, share: int) -> dict[str, Tensor]:
+        """Adds the gradient of batch `share` of this step, x (B, C, *S); returns its logs."""
+        number = self.config.accumulate
+        seed_noise(self.run.seed, 'train', self.step, self.rank * number + share)
+        last = share == number - 1                              # ranks meet in its backward pass alone
+        with nullcontext() if last or self.world == 1 else self.ddp.no_sync():
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+                terms = self.ddp(x)
+                loss, logs = self.model.objective(terms, progress=self.step / self.total)
+            (loss / number).backward()
+        return logs
+
     def _ask_to_stop(self, number: int, _: Any) -> None:
         """A first signal ends the run after this step, with a checkpoint; a second Ctrl-C ends it at once."""
         if self.stop and number == signal.SIGINT:
@@ -355,12 +378,28 @@ class Trainer:
 
     # --------------------------------------------------------------------------------- checkpoint, validation
 
+    def _recalibrate(self) -> None:
+        """Gives the averaged weights batch-norm statistics of their own, once a step."""
+        number = self.config.ema_bn_batches
+        if not number or self.ema_recalibrated == self.step:
+            return
+
+        def images() -> Iterator[Tensor]:
+            batches = self._batches(mix_seed(self.run.seed, 'recalibrate'))
+            for i, batch in enumerate(islice(batches, number)):
+                seed_noise(self.run.seed, 'recalibrate', i, self.rank)
+                yield batch.x.to(self.device)
+
+        recalibrate_batch_norm(self.ema.module, images())
+        self.ema_recalibrated = self.step
+
     def _save(self) -> None:
+        self._recalibrate()
         if launch.is_main():
             save_checkpoint(self.folder / 'checkpoint.pt', {
-                'description': describe(self.args.model, self.model), 'args': _plain(vars(self.args)),
+                'description': describe(self.model), 'args': _plain(vars(self.args)),
                 'weights': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
-                'step': self.step, 'skipped': self.skipped, 'joint_batch': self.batch_size * self.world,
+                'step': self.step, 'skipped': self.skipped, 'joint_batch': self.batch_size * self.shares,
                 'ema': self.ema.module.state_dict() if self.ema is not None else None,
                 'ema_count': int(self.ema.n_averaged) if self.ema is not None else 0,
                 'torch': str(torch.__version__)})
@@ -374,6 +413,7 @@ class Trainer:
         part = self.data.val if len(self.data.val) else self.data.test
         if not len(part):
             return
+        self._recalibrate()
         result = evaluate_likelihood(
             self.evaluated, eval_batches(part, self.batch_size, rank=self.rank, world=self.world),
             num_iw_samples=self.config.val_iw_samples, seed=self.run.seed, device=self.device,
@@ -442,8 +482,25 @@ def work(args: argparse.Namespace) -> int:
     return Trainer(args).train()
 
 
+def dry_run(args: argparse.Namespace) -> int:
+    """One step of the run, alone, in a folder that is gone afterwards."""
+    wanted = read_flags(LaunchConfig, args)
+
+    def rehearsal(args: argparse.Namespace) -> int:
+        trainer = Trainer(args)
+        number = DATASETS[args.dataset].num_train if not args.data else 0
+        return rehearse(trainer, number or len(trainer.data.train),
+                        wanted.num_proc_node * wanted.num_process_per_node)
+
+    with tempfile.TemporaryDirectory() as folder:
+        args.root, args.cont_training = folder, False
+        return launch.launch(rehearsal, args, replace(wanted, **ALONE))
+
+
 def main() -> int:
     args = parse_args(sys.argv[1:])
+    if args.dry_run:
+        return dry_run(args)
     return launch.launch(work, args, read_flags(LaunchConfig, args))
 
 

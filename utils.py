@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 T = TypeVar('T')
@@ -108,6 +109,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically; numbers that are not finite become null."""
     write_atomically(path, lambda p: p.write_text(json.dumps(finite(value), indent=1) + '\n'))
+
+
+def write_npz(path: str | Path, **arrays: Any) -> None:
+    """Writes named arrays as a compressed npz file, atomically."""
+    def write(temporary: Path) -> None:
+        with temporary.open('wb') as f:
+            np.savez_compressed(f, **arrays)
+    write_atomically(path, write)
 
 
 def finite(value: Any) -> Any:

@@ -5,12 +5,14 @@ each; s features of the encoder, d state of the decoder, z latents; p prior and 
 count from the image: scale 0 is the finest latent resolution.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import launch
 from distributions import Normal, Pixels, full_precision, per_image, pixel_likelihood
 from families.nvae_flows import FlowCell
 from neural_operations import (
@@ -121,11 +123,11 @@ def balanced_kl(kl: Tensor, alpha: Tensor, weight: float) -> tuple[Tensor, Tenso
     """The KL term of the objective (B,), and the factor of each group (L,), from kl (B, L).
 
     While the weight is below 1, a group with little information per variable is charged less, so that it is
-    not switched off; then all count alike.
+    not switched off; then all count alike. The mean KL is that of the batches of all processes.
     """
     if weight >= 1:
         return kl.sum(1), torch.ones_like(alpha)
-    gamma = (kl.detach().abs().mean(0) + 0.01) / alpha
+    gamma = (launch.mean_over_ranks(kl.detach().abs().mean(0)) + 0.01) / alpha
     gamma = gamma / gamma.mean()
     return weight * (kl * gamma).sum(1), gamma
 
@@ -238,12 +240,12 @@ class NVAE(nn.Module):
         features[0] = self.top_features(features[0])
         return features
 
-    def _decode(self, batch: int, features: list[Tensor] | None, skip: int, temperature: float
-                ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-        """The last state d, and for each group from the top down its KL, log q and log p elementwise.
+    def _decode(self, batch: int, features: list[Tensor] | None, skip: int, temperature: float,
+                given: Sequence[Tensor] = ()) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+        """The last state d, and for each group from the top down its KL, log q, log p elementwise, and z.
 
         The first `num_groups - skip` groups are drawn from the posterior if there are features, the others
-        from the prior; those have zeros.
+        from the prior, but for the first ones that are `given`; these and the prior's have zeros.
         """
         d, groups = None if self.is_vanilla else self.initial_state.expand(batch, -1, -1, -1), []
         for i, group in enumerate(self.groups):
@@ -266,12 +268,12 @@ class NVAE(nn.Module):
                 log_p = p.log_prob(z)
                 kl = log_q - log_p if self.config.num_nf else q.kl(p)
             else:
-                z = p.sample(temperature)
+                z = given[i] if i < len(given) else p.sample(temperature)
                 kl = log_q = log_p = torch.zeros_like(z)
             d = group.into_decoder(z if self.is_vanilla else torch.cat([d, z.to(d.dtype)], dim=1))
             if i + 1 < self.num_groups and self.groups[i + 1].scale != group.scale:
                 d = self.up[group.scale - 1](d)
-            groups.append((kl, log_q, log_p))
+            groups.append((kl, log_q, log_p, z))
         return d, groups
 
     def _logits(self, d: Tensor) -> Tensor:
@@ -294,10 +296,10 @@ class NVAE(nn.Module):
         d, groups = self._decode(len(x), self._encode(x), skip, temperature)
         logits = self._logits(d)
         log_px = self._inside(self.likelihood.log_prob(logits, x))          # (B, 1, H, W)
-        kl = torch.stack([kl.flatten(2).sum(2) for kl, _, _ in groups], dim=1)           # (B, L, Z)
+        kl = torch.stack([kl.flatten(2).sum(2) for kl, *_ in groups], dim=1)             # (B, L, Z)
         return {'recon': -per_image(log_px), 'kl': kl.sum(2), 'kl_channels': kl, 'logits': logits,
-                'log_q': sum(per_image(log_q) for _, log_q, _ in groups),
-                'log_p': sum(per_image(log_p) for _, _, log_p in groups)}
+                'log_q': sum(per_image(log_q) for _, log_q, _, _ in groups),
+                'log_p': sum(per_image(log_p) for _, _, log_p, _ in groups)}
 
     # ---------------------------------------------------------------------------------------------- objective
 
@@ -344,24 +346,51 @@ class NVAE(nn.Module):
         """
         d, groups = self._decode(len(x), self._encode(x), skip, temperature=0.0)
         kl = []
-        for group_kl, _, _ in groups:
+        for group_kl, *_ in groups:
             area = x.shape[2] // group_kl.shape[2] * (x.shape[3] // group_kl.shape[3])
             kl.append(F.interpolate(group_kl.sum(1, keepdim=True), x.shape[2:], mode='nearest') / area)
         log_px = self.likelihood.log_prob(self._logits(d), x)
         padding = self.pixels.padding
         return {'recon': -F.pad(self._inside(log_px), (padding,) * 4), 'kl': torch.cat(kl, dim=1)}
 
-    def decode(self, batch: int, temperature: float = 1.0) -> Tensor:
-        """Logits (batch, num_params, H, W), latents drawn from the prior, noise scaled by `temperature`."""
-        return self._logits(self._decode(batch, None, 0, temperature)[0])
+    @property
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """(Z, h, w) of each group, from the top down."""
+        channels, height, width = self.latent_shape
+        finer = [2 ** (self.groups[0].scale - group.scale) for group in self.groups]
+        return [(channels, height * times, width * times) for times in finer]
 
-    def sample(self, n: int, temperature: float = 1.0) -> Tensor:
-        """Draws n images (n, C, H, W) in [0, 1] from the model.
+    def latents(self, x: Tensor, temperature: float = 0.0) -> list[Tensor]:
+        """Latents of images x (B, C, H, W) in [0, 1], from the top group down: each (B, Z, h, w).
+
+        `temperature` scales the noise of the posterior; 0 takes its means.
+        """
+        return [z for *_, z in self._decode(len(x), self._encode(x), 0, temperature)[1]]
+
+    def decode(self, latents: Sequence[Tensor], temperature: float = 0.0) -> Tensor:
+        """Mean of p(x|z) for latents of the top groups, one or more: (B, C, H, W) in [0, 1].
+
+        The groups that are not given are drawn from the prior, its noise scaled by `temperature`. Raises
+        UserError for latents of another shape than `latent_shapes`.
+        """
+        shapes = [tuple(z.shape[1:]) for z in latents]
+        if not shapes or shapes != self.latent_shapes[:len(shapes)] or len({len(z) for z in latents}) > 1:
+            raise UserError(f"latents of shapes {shapes}: expected the first of {self.latent_shapes}, one or "
+                            f"more, all for the same images.")
+        return self.likelihood.mean(self._logits(
+            self._decode(len(latents[0]), None, 0, temperature, given=latents)[0]))
+
+    def prior_logits(self, n: int, temperature: float = 1.0) -> Tensor:
+        """Logits (n, num_params, H, W), latents drawn from the prior, noise scaled by `temperature`."""
+        return self._logits(self._decode(n, None, 0, temperature)[0])
+
+    def sample(self, n: int, temperature: float = 1.0, mean: bool = False) -> Tensor:
+        """Draws n images (n, C, H, W) in [0, 1] from the model; with `mean`, the mean of p(x|z) of n latents.
 
         `temperature` scales the noise of the latents. Binary images are returned as probabilities.
         """
-        logits = self.decode(n, temperature)
-        if self.pixels.likelihood == 'bernoulli':
+        logits = self.prior_logits(n, temperature)
+        if mean or self.pixels.likelihood == 'bernoulli':
             return self.likelihood.mean(logits)
         return self.likelihood.sample(logits)
 

@@ -1,5 +1,6 @@
 """Images side by side, for people to look at."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,21 @@ def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
     return grid
 
 
+def as_picture(image: Tensor) -> Image.Image:
+    """An image (1 or 3, H, W) in [0, 1] with 8 bits."""
+    values = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()        # (C, H, W)
+    return Image.fromarray(values[0] if len(values) == 1 else np.moveaxis(values, 0, -1))
+
+
 def save_png(path: str | Path, image: Tensor) -> None:
     """Writes an image (1 or 3, H, W) in [0, 1] as an 8-bit PNG."""
-    values = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()        # (C, H, W)
-    picture = Image.fromarray(values[0] if len(values) == 1 else np.moveaxis(values, 0, -1))
+    picture = as_picture(image)
     write_atomically(path, lambda temporary: picture.save(temporary, format='PNG'))
+
+
+def save_gif(path: str | Path, frames: Sequence[Tensor], milliseconds: int = 120) -> None:
+    """Writes images (1 or 3, H, W) in [0, 1] as a GIF that plays to the end and back, for ever."""
+    pictures = [as_picture(frame) for frame in frames]
+    pictures += pictures[-2:0:-1]
+    write_atomically(path, lambda temporary: pictures[0].save(
+        temporary, format='GIF', save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0))

@@ -13,14 +13,15 @@ READJUST_PASSES, READJUST_BATCH = 500, 16
 
 @torch.no_grad()
 def samples(model: Any, number: int, batch_size: int, temperature: float, *, seed: int, rank: int = 0,
-            world: int = 1) -> Iterator[tuple[int, Tensor]]:
+            world: int = 1, mean: bool = False) -> Iterator[tuple[int, Tensor]]:
     """(batch number, images (B, C, *S) in [0, 1]): `number` images in all, batch i drawn by rank i % world.
 
-    An image depends on seed, batch number and the size of its batch alone.
+    An image depends on seed, batch number and the size of its batch alone; with `mean` it is the mean of
+    p(x|z) instead of a draw from it.
     """
     for index in range(rank, -(-number // batch_size), world):
         seed_noise(seed, 'sample', index)
-        yield index, model.sample(min(batch_size, number - index * batch_size), temperature)
+        yield index, model.sample(min(batch_size, number - index * batch_size), temperature, mean=mean)
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@
     <root>/<class>/masks/*.png      or    <root>/masks/<class>/*.png      same stem; not zero = anomalous
 
 Every file is opened, decoded to its end, hashed and resized before anything else happens: a damaged file is
-found here. H x W the size of a file, S the target size, C channels.
+found here. Images that are kept elsewhere (in records of an LMDB) take the same way: `scan` is told how to
+load one. H x W the size of a file, S the target size, C channels.
 """
 
 import errno
@@ -14,10 +15,11 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -31,6 +33,7 @@ FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # decided by content, not by
 MOST_PIXELS = 100_000_000                           # a larger one is a decompression bomb or a whole slide
 DARK = 1 / 15                                       # 4095 of 65535 is 1/16
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)               # ITU-R BT.601
+DTYPES = {8: np.uint8, 16: np.uint16}               # by the bits of a grey level
 FITS = ('pad', 'crop', 'stretch')
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
@@ -41,11 +44,21 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file found in a class folder; `mask` is '' where it has none."""
+    """A file found in a class folder; `mask` is '' where it has none. A record of an LMDB has no paths."""
     id: str
     path: str
     class_name: str
     mask: str = ''
+    part: str = ''
+    patient: str = ''
+
+
+class Picture(NamedTuple):
+    """What a file holds: image (H, W, C) and perhaps mask (H, W, 1), in [0, 1]; the file's hash and size."""
+    image: np.ndarray
+    mask: np.ndarray | None
+    sha256: str
+    num_bytes: int
 
 
 # --------------------------------------------------------------------------------------------- one image file
@@ -142,6 +155,20 @@ def to_size(x: np.ndarray, size: int, fit: str) -> np.ndarray:
     return out
 
 
+def to_integers(x: np.ndarray, size: int, channels: int, depth: int, fit: str) -> np.ndarray:
+    """(H, W, C) in [0, 1] as a model's image: (channels, S, S) uint8 or uint16, of `depth` 8 or 16 bits."""
+    dtype = DTYPES[depth]
+    return np.rint(to_size(to_channels(x, channels), size, fit) * np.iinfo(dtype).max).astype(dtype)
+
+
+def mask_to_integers(mask: np.ndarray, size: int, fit: str) -> np.ndarray:
+    """(H, W, 1) as (1, S, S) uint8 0 or 1: anomalous where at least half of the pixel is. 0/1 and 0/255 files
+    both do.
+    """
+    inside = (mask > mask.max() / 2).astype(np.float32)
+    return (to_size(inside, size, fit) >= 0.5).astype(np.uint8)
+
+
 def read_image(path: str | Path, size: int, channels: int = 1, fit: str = 'pad') -> np.ndarray:
     """One image file ready for a model: (C, S, S) float32 in [0, 1]. Raises UserError naming the file."""
     try:
@@ -162,7 +189,7 @@ def find_classes(folder: Path, normal: Sequence[str],
     where the data set comes from.
     """
     if not folder.is_dir():
-        what = 'is a file' if folder.is_file() else 'does not exist'
+        what = 'is a file, and no LMDB of scripts/create_lmdb.py' if folder.is_file() else 'does not exist'
         raise UserError(f"--data: the folder {str(folder)!r} {what}. {where}")
 
     def has_normal(root: Path) -> bool:
@@ -221,7 +248,7 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _with_masks(root: Path, class_name: str, files: list[ImageFile]) -> list[ImageFile]:
+def with_masks(root: Path, class_name: str, files: list[ImageFile]) -> list[ImageFile]:
     """The files of a class, each with its mask where one of the same stem is there."""
     masks = {}
     for folder in (root / 'masks' / class_name, root / class_name / 'masks'):
@@ -254,9 +281,9 @@ def read_folder(folder: str | Path, *, normal: Sequence[str], normal_wanted: Seq
     usual, abnormal = choose_classes(tuple(classes), usual, anomalous, True, str(root))
     files = [f for c in usual for f in classes[c]]
     for c in abnormal:
-        files += _with_masks(root, c, classes[c]) if masks else classes[c]
+        files += with_masks(root, c, classes[c]) if masks else classes[c]
     files.sort(key=lambda f: f.id)
-    stamps = [[f.id, *_stamp(f.path), *_stamp(f.mask)] for f in files]
+    stamps = [[f.id, *stamp(f.path), *stamp(f.mask)] for f in files]
     key = {'root': str(root.resolve()), 'size': size, 'channels': channels, 'depth': depth, 'fit': fit,
            'normal': usual, 'anomalous': abnormal, 'files': stamps}
 
@@ -268,7 +295,7 @@ def read_folder(folder: str | Path, *, normal: Sequence[str], normal_wanted: Seq
     return replace(source, notes=notes + source.notes)
 
 
-def _stamp(path: str) -> tuple[int, int]:
+def stamp(path: str) -> tuple[int, int]:
     """Size in bytes and time of change; zeros where there is no file."""
     try:
         status = os.stat(path)
@@ -277,22 +304,52 @@ def _stamp(path: str) -> tuple[int, int]:
         return 0, 0
 
 
-def scan(files: list[ImageFile], target: Path, *, size: int, channels: int, depth: int, fit: str) -> dict:
-    """Reads every file, on all cores, into `target`/pixels.npy and masks.npy; returns the other fields of a
+def load_file(file: ImageFile) -> Picture:
+    """An image file with its mask. Raises Unreadable."""
+    try:
+        data = Path(file.path).read_bytes()
+        image = decode(data)                                                             # (H, W, C)
+        mask = None
+        if file.mask:
+            mask = load_mask(lambda: decode(Path(file.mask).read_bytes()), os.path.basename(file.mask), image)
+    except OSError as error:
+        raise Unreadable(f'cannot be opened ({error.strerror or error})') from None
+    return Picture(image, mask, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def load_mask(read: Callable[[], np.ndarray], name: str, image: np.ndarray) -> np.ndarray:
+    """The mask (H, W, C) that `read` gives, as (H, W, 1). Raises Unreadable, also if the image has another
+    size.
+    """
+    try:
+        mask = to_channels(read(), 1)
+    except Unreadable as error:
+        raise Unreadable(f'has a mask {name} that {error}') from None
+    if mask.shape[:2] != image.shape[:2]:
+        raise Unreadable(f'is {image.shape[1]} x {image.shape[0]} pixels, its mask {name} {mask.shape[1]} x '
+                         f'{mask.shape[0]}')
+    return mask
+
+
+def scan(files: list[ImageFile], target: Path, *, size: int, channels: int, depth: int, fit: str,
+         load: Callable[[ImageFile], Picture] = load_file, border: int = 0, twins: bool = True) -> dict:
+    """Loads every image, on all cores, into `target`/pixels.npy and masks.npy; returns the other fields of a
     Source.
 
+    `border` black pixels go around images of `size`; near-duplicates are searched for if `twins`.
     Threads, not processes: decoding, hashing and resizing release Python's lock, and threads are safe beside
     CUDA, in spawned ranks and in notebooks, where new processes are not.
     """
     from tqdm import tqdm
-    dtype = {8: np.uint8, 16: np.uint16}[depth]
-    shape = (size, size)
-    need = len(files) * (channels * depth // 8 + 1) * size * size
+    side = size + 2 * border
+    inner = (slice(None), slice(border, border + size), slice(border, border + size))
+    need = len(files) * (channels * depth // 8 + 1) * side * side
     if need > shutil.disk_usage(target).free:    # a memory map on a full disk ends the process without a word
         raise OSError(errno.ENOSPC, f'{need / 2 ** 20:,.0f} MiB do not fit')
-    pixels = np.lib.format.open_memmap(target / 'pixels.npy', 'w+', dtype, (len(files), channels, *shape))
+    pixels = np.lib.format.open_memmap(target / 'pixels.npy', 'w+', DTYPES[depth],
+                                       (len(files), channels, side, side))
     with_mask = {f.id: i for i, f in enumerate(f for f in files if f.mask)}
-    mask_shape = (len(with_mask), 1, *shape)
+    mask_shape = (len(with_mask), 1, side, side)
     dark = []
     masks = np.lib.format.open_memmap(target / 'masks.npy', 'w+', np.uint8, mask_shape) if with_mask else None
 
@@ -301,22 +358,19 @@ def scan(files: list[ImageFile], target: Path, *, size: int, channels: int, dept
     def read(row: int) -> Entry | str:
         file = files[row]
         try:
-            data = Path(file.path).read_bytes()
-            x = decode(data)                                                         # (H, W, C)
-            if x.max() < DARK:
-                dark.append(file.id)
-            pixels[row] = np.rint(to_size(to_channels(x, channels), size, fit) * np.iinfo(dtype).max)
-            if file.mask:
-                masks[with_mask[file.id]] = _read_mask(file.mask, x.shape[:2], size, fit)
-        except OSError as error:
-            return f'cannot be opened ({error.strerror or error})'
+            picture = load(file)
         except Unreadable as error:
             return str(error)
-        return Entry(id=file.id, path=file.path, class_name=file.class_name,
-                     sha256=hashlib.sha256(data).hexdigest(), file_bytes=len(data), row=row,
-                     mask_row=with_mask.get(file.id, -1))
+        if picture.image.max() < DARK:
+            dark.append(file.id)
+        pixels[row][inner] = to_integers(picture.image, size, channels, depth, fit)
+        if picture.mask is not None:
+            masks[with_mask[file.id]][inner] = mask_to_integers(picture.mask, size, fit)
+        return Entry(id=file.id, path=file.path, class_name=file.class_name, sha256=picture.sha256,
+                     file_bytes=picture.num_bytes, row=row, mask_row=with_mask.get(file.id, -1),
+                     part=file.part, patient=file.patient)
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(_cores()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
         warnings.simplefilter('ignore')     # Pillow warns of odd metadata and of large images: no matter here
         results = list(tqdm(pool.map(read, range(len(files))), total=len(files), desc='reading images',
                             unit='image', disable=None, leave=False))
@@ -327,30 +381,14 @@ def scan(files: list[ImageFile], target: Path, *, size: int, channels: int, dept
     bad = [(f.id, r) for f, r in zip(files, results, strict=True) if isinstance(r, str)]
     ids = [e.id for e in entries]
     rows = [e.row for e in entries]
-    twins = near_duplicates(pixels if not bad else pixels[rows])
+    pairs = near_duplicates(pixels if not bad else pixels[rows]) if twins else []
     pixels.flush()
     if masks is not None:
         masks.flush()
-    return {'entries': entries, 'bad': bad, 'twins': [(ids[i], ids[j], c) for i, j, c in twins],
+    return {'entries': entries, 'bad': bad, 'twins': [(ids[i], ids[j], c) for i, j, c in pairs],
             'notes': notes}
 
 
-def _read_mask(path: str, shape: tuple[int, int], size: int, fit: str) -> np.ndarray:
-    """A mask file as (1, S, S) 0 or 1: anomalous where at least half of the pixel is. 0/1 and 0/255 files
-    both do.
-    """
-    name = os.path.basename(path)
-    try:
-        mask = to_channels(decode(Path(path).read_bytes()), 1)                          # (H, W, 1)
-    except Unreadable as error:
-        raise Unreadable(f'has a mask {name} that {error}') from None
-    if mask.shape[:2] != shape:
-        raise Unreadable(f'is {shape[1]} x {shape[0]} pixels, its mask {name} {mask.shape[1]} x '
-                         f'{mask.shape[0]}')
-    inside = (mask > mask.max() / 2).astype(np.float32)
-    return (to_size(inside, size, fit) >= 0.5).astype(np.uint8)
-
-
-def _cores() -> int:
+def cores() -> int:
     """The processor cores that this process may use, at most 16."""
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)

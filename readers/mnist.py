@@ -1,25 +1,76 @@
-"""MNIST in torchvision's layout, `<data>/MNIST/raw/*-ubyte` or `*-ubyte.gz`, read as it is.
+"""MNIST in torchvision's layout, `<data>/MNIST/raw/*-ubyte` or `*-ubyte.gz`, read as it is; and StackedMNIST.
 
 torchvision itself reads only the unpacked files and has to be installed; the packed ones in a read-only
 folder do here.
 """
 
 import gzip
-import hashlib
-import io
 import math
 import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from readers.source import Entry, Source, cached, choose_classes
+from readers.arrays import Parts, read_arrays
+from readers.source import Source
 from utils import UserError
 
 FILES = {'train': ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte'),
          'test': ('t10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')}
 IDX_UNSIGNED_BYTE = 8                 # third byte of an IDX file; the fourth is the number of dimensions
+STACK_SEEDS = {'train': 0, 'test': 1}       # the published ones are drawn anew every run
+
+
+def read_mnist(folder: str | Path, *, where: str, **options: object) -> Source:
+    """The digits of the chosen classes, '0' to '9'; `options` are those of read_arrays."""
+    paths = _find(folder, where)
+    return read_arrays('MNIST', lambda: _digits(paths), [p for pair in paths.values() for p in pair],
+                       classes=[str(d) for d in range(10)], **options)
+
+
+def read_stacked_mnist(folder: str | Path, *, where: str, **options: object) -> Source:
+    """Three random digits of a part as red, green and blue, twice as many as digits; '407' is a class.
+
+    Which three is fixed: they come from a seed, and so the data set is the same in every run.
+    """
+    paths = _find(folder, where)
+
+    def load() -> Parts:
+        return {part: stack(*digits, seed=STACK_SEEDS[part]) for part, digits in _digits(paths).items()}
+
+    return read_arrays('StackedMNIST', load, [p for pair in paths.values() for p in pair],
+                       classes=[f'{i:03d}' for i in range(1000)], **options)
+
+
+def stack(images: np.ndarray, names: list[str], seed: int) -> tuple[np.ndarray, list[str]]:
+    """2N random triples of the images (N, H, W) as (2N, H, W, 3), each named by the names of its three."""
+    # RandomState, because its numbers are promised never to change.
+    triples = np.random.RandomState(seed).randint(0, len(images), (2 * len(images), 3))
+    return images[triples].transpose(0, 2, 3, 1), [''.join(names[i] for i in t) for t in triples]
+
+
+def _find(folder: str | Path, where: str) -> dict[str, list[Path]]:
+    """The files of images and of labels of each part."""
+    if not folder:
+        raise UserError(f"--data is missing. {where}")
+    places = (Path(folder, 'MNIST', 'raw'), Path(folder, 'raw'), Path(folder))
+    raw = next((p for p in places if _is_there(p)), None)
+    if raw is None:
+        raise UserError(f"--data: {str(folder)!r} has no MNIST/raw with "
+                        f"{', '.join(FILES['train'] + FILES['test'])} "
+                        f"(or the same with .gz). {where}")
+    return {part: [_path(raw, name) for name in names] for part, names in FILES.items()}
+
+
+def _digits(paths: dict[str, list[Path]]) -> Parts:
+    parts = {}
+    for part, (image_path, label_path) in paths.items():
+        x, labels = read_idx(image_path), read_idx(label_path)                  # (N, 28, 28), (N,)
+        if x.ndim != 3 or labels.shape != x.shape[:1]:
+            raise UserError(f"{image_path} holds {x.shape} and {label_path.name} {labels.shape}: "
+                            f"they do not belong together, fetch both again.")
+        parts[part] = x, [str(digit) for digit in labels.tolist()]
+    return parts
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -40,59 +91,9 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-def read_mnist(folder: str | Path, *, normal: tuple[str, ...], anomalous: tuple[str, ...], padding: int,
-               cache_dir: str, where: str) -> Source:
-    """The digits of the chosen classes, '0' to '9', as (N, 1, 28 + 2 padding, 28 + 2 padding) uint8, black
-    around.
-
-    Anomalous digits come from the test part alone: no model has seen their writers.
-    """
-    if not folder:
-        raise UserError(f"--data is missing. {where}")
-    places = (Path(folder, 'MNIST', 'raw'), Path(folder, 'raw'), Path(folder))
-    raw = next((p for p in places if _is_there(p)), None)
-    if raw is None:
-        raise UserError(f"--data: {str(folder)!r} has no MNIST/raw with "
-                        f"{', '.join(FILES['train'] + FILES['test'])} "
-                        f"(or the same with .gz). {where}")
-    paths = {part: [_path(raw, name) for name in names] for part, names in FILES.items()}
-    usual, abnormal = choose_classes([str(d) for d in range(10)], normal, anomalous, False, 'MNIST')
-    stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for pair in paths.values() for p in pair]
-
-    def make(target: Path) -> dict:
-        entries, images = [], []
-        for part, (image_path, label_path) in paths.items():
-            x, labels = read_idx(image_path), read_idx(label_path)              # (N, 28, 28), (N,)
-            if x.ndim != 3 or labels.shape != x.shape[:1]:
-                raise UserError(f"{image_path} holds {x.shape} and {label_path.name} {labels.shape}: "
-                                f"they do not belong together, fetch both again.")
-            for i, digit in enumerate(labels.tolist()):
-                if str(digit) in usual or (str(digit) in abnormal and part == 'test'):
-                    sha256 = hashlib.sha256(x[i].tobytes()).hexdigest()
-                    entries.append(Entry(id=f'{part}/{i:05d}', path='', class_name=str(digit), sha256=sha256,
-                                         file_bytes=_png_bytes(x[i]), row=len(images), part=part))
-                    images.append(x[i])
-        if not images:
-            raise UserError(f"{raw} holds no digit of the classes {', '.join(usual + abnormal)}: choose "
-                            f"others.")
-        pixels = np.pad(np.stack(images), ((0, 0), (padding, padding), (padding, padding)))[:, None]
-        np.save(target / 'pixels.npy', pixels)                                  # (N, 1, H, W)
-        return {'entries': entries, 'normal_classes': usual, 'anomalous_classes': abnormal}
-
-    return cached(cache_dir, {'mnist': stamps, 'root': str(raw.resolve()), 'padding': padding,
-                              'normal': usual, 'anomalous': abnormal}, make)
-
-
 def _path(raw: Path, name: str) -> Path | None:
     return next((p for p in (raw / name, raw / f'{name}.gz') if p.is_file()), None)
 
 
 def _is_there(raw: Path) -> bool:
     return all(_path(raw, name) for names in FILES.values() for name in names)
-
-
-def _png_bytes(x: np.ndarray) -> int:
-    """The size of an image (H, W) as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(x).save(file, 'PNG')
-    return file.tell()

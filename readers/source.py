@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,16 +24,19 @@ from utils import UserError, write_json
 
 CACHE_VERSION = 1      # raise it when what the readers make of the same files changes
 CACHE_NAME = 'medical-anomaly'
+CLASSES_SHOWN = 20     # named in an error
+
+T = TypeVar('T')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One image: where it comes from, and what is known of it."""
     id: str                   # path relative to the data folder, with '/'; unique in the data set
     path: str                 # the file; empty where the data set is not kept in files
     class_name: str
-    sha256: str               # of the file's bytes; of the pixels where there is no file
-    file_bytes: int           # size of the file; as a PNG where there is no file
+    sha256: str               # of the file's bytes; of the pixels where there is no file; '' = not computed
+    file_bytes: int           # size of the file; as a PNG where there is no file; 0 = unknown
     row: int                  # its place in Source.pixels
     mask_row: int = -1        # its place in Source.masks; -1 = no mask file
     part: str = ''            # 'train' or 'test' where the data set has its own parts
@@ -69,13 +72,20 @@ class Array:
         return self[:].shape
 
 
+class Images(Protocol):
+    """N images: `images[rows]` is (B, C, *S) uint8 or uint16 for an array of B rows."""
+    shape: tuple[int, ...]            # (N, C, *S)
+
+    def __getitem__(self, rows: Any) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Source:
     """A data set as its reader found it: `pixels` (N, C, *S) uint8 or uint16, `masks` (M, 1, *S) uint8 0 or
-    1.
+    1. A large one has its entries and pixels made when asked for (readers/records.py).
     """
-    entries: list[Entry]
-    pixels: Array
+    entries: Sequence[Entry]
+    pixels: Images
     masks: Array | None
     normal_classes: tuple[str, ...]
     anomalous_classes: tuple[str, ...]
@@ -88,9 +98,11 @@ def same_name(a: str, b: str) -> bool:
     """Whether two class names differ only in case or in the sign between words ('Lung_Opacity', 'lung
     opacity').
     """
-    def plain(name: str) -> str:
-        return name.casefold().replace('_', ' ').replace('-', ' ')
-    return plain(a) == plain(b)
+    return _plain(a) == _plain(b)
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace('_', ' ').replace('-', ' ')
 
 
 def choose_classes(found: Sequence[str], normal: Sequence[str], anomalous: Sequence[str], others: bool,
@@ -100,12 +112,16 @@ def choose_classes(found: Sequence[str], normal: Sequence[str], anomalous: Seque
     An empty `normal` means all that is not anomalous; an empty `anomalous` means all that is not normal if
     `others`, else none. Raises UserError for a class that is not there and for one that is both.
     """
+    known = {_plain(f) for f in found}
+
     def pick(names: Sequence[str], kind: str) -> list[str]:
         for name in names:
-            if not any(same_name(name, f) for f in found):
-                raise UserError(f"{kind} class {name!r} is not in {where}: found {', '.join(sorted(found))}. "
+            if _plain(name) not in known:
+                some = sorted(found)[:CLASSES_SHOWN] + ['others'] * (len(found) > CLASSES_SHOWN)
+                raise UserError(f"{kind} class {name!r} is not in {where}: found {', '.join(some)}. "
                                 f"Check --data, or name the classes with --{kind}_classes.")
-        return sorted(f for f in found if any(same_name(name, f) for name in names))
+        wanted = {_plain(name) for name in names}
+        return sorted(f for f in found if _plain(f) in wanted)
 
     abnormal = pick(anomalous, 'anomalous')
     usual = pick(normal, 'normal') if normal else sorted(set(found) - set(abnormal))
@@ -153,48 +169,62 @@ def cached(cache_dir: str, key: Any, make: Callable[[Path], dict]) -> Source:
     `key` is JSON of all that the result depends on. `make` writes `pixels.npy` and perhaps `masks.npy` into
     the folder and returns the other fields of Source.
     """
+    def make_plain(folder: Path) -> dict:
+        fields = make(folder)
+        return fields | {'entries': [dataclasses.astuple(e) for e in fields['entries']]}
+
+    return cached_files(cache_dir, key, make_plain, _source)
+
+
+def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
+                 load: Callable[[Path, dict], T]) -> T:
+    """`load(folder, fields)` of a cache folder: its .npy files were written by `make(folder)`, which returned
+    the JSON `fields`, now or in an earlier run.
+    """
     digest = hashlib.sha256(json.dumps([CACHE_VERSION, key]).encode()).hexdigest()[:32]
     home = cache_folder(cache_dir)
     final = home / digest
     with locked(home / f'{digest}.lock') as alone:
-        source = _load(final)
-        if source is None:
+        found = _load(final, load)
+        if found is None:
             for left_over in [final, *(home.glob(f'{digest}.*.tmp') if alone else ())]:
                 shutil.rmtree(left_over, ignore_errors=True)
             temporary = Path(tempfile.mkdtemp(prefix=f'{digest}.', suffix='.tmp', dir=home))
             try:
                 fields = make(temporary)
-                fields['entries'] = [dataclasses.astuple(e) for e in fields['entries']]
                 fields['checksums'] = {p.name: _checksum(p) for p in sorted(temporary.glob('*.npy'))}
                 write_json(temporary / 'index.json', fields)
                 os.rename(temporary, final)
             except OSError as error:
-                if _load(final) is None:     # else another process, on a file system without locks, was first
+                if _load(final, load) is None:     # else another process, without locks here, was first
                     raise UserError(f"cannot write the cache folder {home} ({error.strerror or error}): "
                                     f"make room there or name another with --cache_dir.") from None
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-            source = _load(final)
-    if source is None:
+            found = _load(final, load)
+    if found is None:
         raise UserError(f"what was written to the cache folder {home} reads back wrongly: "
                         f"check that disk, or name another folder with --cache_dir.")
-    return source
+    return found
 
 
-def _load(folder: Path) -> Source | None:
-    """The Source kept in `folder`; None if there is none or it is damaged."""
+def _load(folder: Path, load: Callable[[Path, dict], T]) -> T | None:
+    """What is kept in `folder`; None if there is nothing or it is damaged."""
     try:
         fields = json.loads((folder / 'index.json').read_text())
         if any(_checksum(folder / name) != value for name, value in fields.pop('checksums').items()):
             return None
-        masks = folder / 'masks.npy'
-        return Source(entries=[Entry(*values) for values in fields.pop('entries')],
-                      pixels=Array(folder / 'pixels.npy'),
-                      masks=Array(masks) if masks.exists() else None,
-                      normal_classes=tuple(fields.pop('normal_classes')),
-                      anomalous_classes=tuple(fields.pop('anomalous_classes')), **fields)
+        return load(folder, fields)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _source(folder: Path, fields: dict) -> Source:
+    masks = folder / 'masks.npy'
+    return Source(entries=[Entry(*values) for values in fields.pop('entries')],
+                  pixels=Array(folder / 'pixels.npy'), masks=Array(masks) if masks.exists() else None,
+                  normal_classes=tuple(fields.pop('normal_classes')),
+                  anomalous_classes=tuple(fields.pop('anomalous_classes')), **fields)
 
 
 def _checksum(path: Path) -> int:

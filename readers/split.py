@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from readers.source import Entry
+import numpy as np
+
+from readers.records import Records
+from readers.source import CLASSES_SHOWN, Entry
 from utils import UserError, mix_seed
 
 PARTS = ('train', 'val', 'test')
@@ -47,7 +50,7 @@ def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
     """Images that belong together, directly or over others: the same patient or the same content. Sorted by
     id.
     """
-    parent = {}
+    parent: dict[tuple[str, str], tuple[str, str]] = {}
 
     def root(node: tuple[str, str]) -> tuple[str, str]:
         while parent.setdefault(node, node) != node:
@@ -55,13 +58,38 @@ def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
         return node
 
     for e in entries:
-        parent[root(('id', e.id))] = root(('sha256', e.sha256))
-        if e.patient:
-            parent[root(('patient', e.patient))] = root(('sha256', e.sha256))
+        for kind, value in (('sha256', e.sha256), ('patient', e.patient)):
+            if value:
+                parent[root(('id', e.id))] = root((kind, value))
     groups = defaultdict(list)
     for e in sorted(entries, key=lambda e: e.id):
         groups[root(('id', e.id))].append(e)
     return list(groups.values())
+
+
+def split_records(records: Records, val_fraction: float, test_fraction: float, seed: int,
+                  stored: Mapping[str, int] | None) -> dict[str, np.ndarray]:
+    """The places in `records` that go to each part: {part: (N,) sorted}.
+
+    A given test part stays; of the others those with the smallest hashes of `seed` and id go to test and val,
+    by the fractions, or as many as a stored split counts. Raises UserError if these are not the images that
+    it counted.
+    """
+    given = records.in_test()
+    free, test = np.flatnonzero(~given), np.flatnonzero(given)
+    more_test, val = round(test_fraction * len(free)), round(val_fraction * len(free))
+    if stored:
+        more_test, val = stored['test'] - len(test), stored['val']
+        if more_test < 0 or len(records) != sum(stored.values()):
+            raise UserError(f"the run's split.json counts {sum(stored.values()):,} images and at least "
+                            f"{stored['test']:,} for the test part, --data has {len(records):,} and "
+                            f"{len(test):,}: give the data of the run, or train anew.")
+    if more_test or val:
+        hashes = (mix_seed(seed, 'split', name) for name in records.ids())
+        free = free[np.argsort(np.fromiter(hashes, np.int64, len(records))[free], kind='stable')]
+    bounds = more_test, more_test + val
+    return {'train': np.sort(free[bounds[1]:]), 'val': np.sort(free[bounds[0]:bounds[1]]),
+            'test': np.sort(np.concatenate([test, free[:bounds[0]]]))}
 
 
 def stored_parts(entries: Sequence[Entry], split: dict[str, Any], report: list[str]) -> dict[str, str]:
@@ -153,7 +181,8 @@ def find_duplicates(entries: Sequence[Entry], twins: Sequence[tuple[str, str, fl
     """Pairs of images in two different parts that are the same file ('exact') or look the same ('near')."""
     pairs, same = [], defaultdict(list)
     for e in entries:
-        same[e.sha256].append(e.id)
+        if e.sha256:
+            same[e.sha256].append(e.id)
     content = {e.id: e.sha256 for e in entries}
     for ids in same.values():
         pairs += [('exact', ids[0], other, 1.0) for other in ids[1:]]
@@ -164,13 +193,22 @@ def find_duplicates(entries: Sequence[Entry], twins: Sequence[tuple[str, str, fl
 
 
 def part_counts(entries: Sequence[Entry], parts: Mapping[str, str]) -> list[str]:
-    """How many images of each class are in each part: a table, one line a class."""
-    counts = Counter((e.class_name, parts[e.id]) for e in entries)
-    labels = {e.class_name: e.label for e in entries}
+    """How many images of each class are in each part: a table, one line a class, or one for all normal and
+    one for all anomalous classes where they are many.
+    """
+    many = len({e.class_name for e in entries}) > CLASSES_SHOWN
+    names = {e.class_name: ('anomalous classes' if e.label else 'normal classes') if many else e.class_name
+             for e in entries}
+    return count_table(Counter((names[e.class_name], parts[e.id]) for e in entries),
+                       {names[e.class_name]: e.label for e in entries})
+
+
+def count_table(counts: Mapping[tuple[str, str], int], labels: Mapping[str, int]) -> list[str]:
+    """The table of {(class, part): images}, given the label of each class."""
     lines = [f"{'class':24}{'':10}" + ''.join(f'{part:>8}' for part in PARTS)]
     for name in sorted(labels, key=lambda n: (labels[n], n)):
         kind = 'anomalous' if labels[name] else 'normal'
-        lines.append(f'{name:24}{kind:10}' + ''.join(f'{counts[name, part]:8d}' for part in PARTS))
+        lines.append(f'{name:24}{kind:10}' + ''.join(f'{counts.get((name, part), 0):8d}' for part in PARTS))
     return lines
 
 
@@ -187,8 +225,8 @@ def warnings(entries: Sequence[Entry], parts: Mapping[str, str],
                          f"{named}")
     labels = defaultdict(set)
     for e in entries:
-        labels[e.sha256].add(e.label)
-    if conflicts := [e.id for e in entries if len(labels[e.sha256]) > 1]:
+        labels[e.sha256 or e.id].add(e.label)
+    if conflicts := [e.id for e in entries if len(labels[e.sha256 or e.id]) > 1]:
         lines.append(f"{count(len(conflicts), 'file')} of the same content are called normal and anomalous: "
                      f"{some(conflicts)}")
     places = defaultdict(set)

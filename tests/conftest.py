@@ -77,6 +77,19 @@ def train_flags(data_folder, cache):
     ]
 
 
+@pytest.fixture(scope='session')
+def undisturbed(train_flags, tmp_path_factory):
+    """Flags of a run of 24 steps on two processes that saves every third, and its last checkpoint."""
+    from processes import end, start
+
+    folder = tmp_path_factory.mktemp('undisturbed')
+    flags = [*train_flags, '--batch_size', '4', '--epochs', '6', '--val_every', '100', '--save_every', '3']
+    process = start([sys.executable, 'train.py', *flags, '--root', folder, '--num_process_per_node', '2'],
+                    folder / 'log')
+    assert end(process) == [0], (folder / 'log').read_text()
+    return flags, folder / 'eval-exp' / 'checkpoint.pt'
+
+
 @pytest.fixture
 def program():
     """program('train.py', *flags) runs a program of the project to its end."""

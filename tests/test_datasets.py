@@ -17,9 +17,10 @@ from pytest import approx
 
 import datasets
 import readers.images
-from datasets import DataConfig, eval_batches, grey_levels, load_data, steps_per_epoch, train_batches
+from datasets import DataConfig, eval_batches, load_data, steps_per_epoch, train_batches
 from readers.duplicates import near_duplicates
 from readers.images import decode, to_channels, to_size
+from readers.parts import grey_levels
 from readers.source import Entry
 from readers.split import split_parts
 from utils import UserError

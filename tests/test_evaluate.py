@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -220,7 +221,7 @@ def test_wrong_checkpoints(copy, monkeypatch, capsys):
 @pytest.mark.parametrize('flags, told', [
     (('--image_size', 32), r'images of shape (1, 16, 16), the data have (1, 32, 32)'),
     (('--num_x_bits', 5), '--num_x_bits'),
-    (('--num_samples', 0), '--num_samples 0'),
+    (('--num_samples', -1), '--num_samples -1'),
     (('--temp', -1), '--temp -1'),
     (('--data', '/no/where'), '/no/where'),
     (('--save', '/proc/no'), '--save'),
@@ -251,4 +252,5 @@ def test_help_shows_the_modes_and_that_the_runs_data_are_the_default(capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args(['--help'])
     text = ' '.join(capsys.readouterr().out.split())
-    assert '{sample,evaluate,reconstruct,anomaly}' in text and "(default: the run's)" in text
+    shown = re.search(r'--eval_mode {([\w,]+)}', text)[1].split(',')
+    assert set(shown) == set(evaluate.MODES) and "(default: the run's)" in text

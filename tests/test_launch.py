@@ -1,8 +1,7 @@
-"""Who a process is among many, as a table; and real processes that end well, badly, and not at all."""
+"""Devices; and real processes that end well, badly, and not at all."""
 
 import os
 import signal
-import socket
 import threading
 import time
 from multiprocessing import SimpleQueue
@@ -11,129 +10,10 @@ import pytest
 import torch
 
 import launch
-from launch import LaunchConfig as Flags
-from launch import Topology, resolve
+from launch import FAILURE, LOST, MISTAKE
+from topology import LaunchConfig as Flags
+from topology import Topology, free_port
 from utils import UserError
-
-TORCHRUN = {'RANK': '5', 'WORLD_SIZE': '8', 'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '4', 'MASTER_ADDR': 'n0',
-            'MASTER_PORT': '29500', 'TORCHELASTIC_RUN_ID': 'none'}
-SLURM = {'SLURM_PROCID': '3', 'SLURM_STEP_NUM_TASKS': '6', 'SLURM_LOCALID': '1',
-         'SLURM_STEP_TASKS_PER_NODE': '2(x3)', 'SLURM_STEP_NODELIST': 'node[003-007,012]',
-         'SLURM_JOB_ID': '123456', 'SLURM_NODEID': '1'}
-
-
-def mpirun(rank, world, local_rank, local_world):
-    return {'OMPI_COMM_WORLD_RANK': str(rank), 'OMPI_COMM_WORLD_SIZE': str(world),
-            'OMPI_COMM_WORLD_LOCAL_RANK': str(local_rank), 'OMPI_COMM_WORLD_LOCAL_SIZE': str(local_world)}
-
-
-@pytest.mark.parametrize('flags, env, expected', [
-    # one process, no group
-    (Flags(), {}, Topology(0, 1, 0, 1, '127.0.0.1', 0)),
-    (Flags(), {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0'}, Topology(0, 1, 0, 1, '127.0.0.1', 0)),
-    # started here
-    (Flags(num_process_per_node=2, master_port=7000), {}, Topology(0, 2, 0, 2, '127.0.0.1', 7000, 2)),
-    (Flags(num_process_per_node=8, node_rank=2, num_proc_node=3, master_address='A'), {},
-     Topology(16, 24, 0, 8, 'A', 6020, 8)),
-    # one GPU a node: the published code trained three models here
-    (Flags(node_rank=1, num_proc_node=3, master_address='A'), {}, Topology(1, 3, 0, 1, 'A', 6020)),
-    (Flags(node_rank=1, num_proc_node=3, master_address='A'), mpirun(1, 3, 0, 1),
-     Topology(1, 3, 0, 1, 'A', 6020)),
-    # torchrun
-    (Flags(), TORCHRUN, Topology(5, 8, 1, 4, 'n0', 29500)),
-    (Flags(num_process_per_node=4), TORCHRUN, Topology(5, 8, 1, 4, 'n0', 29500)),
-    (Flags(master_address='A'), TORCHRUN, Topology(5, 8, 1, 4, 'n0', 29500)),    # it listens there, not at A
-    (Flags(master_address='A', master_port=7), TORCHRUN, Topology(5, 8, 1, 4, 'A', 7)),
-    # mpirun, one process a slot
-    (Flags(), mpirun(1, 2, 1, 2), Topology(1, 2, 1, 2, '127.0.0.1', 6020)),
-    (Flags(master_address='A'), mpirun(3, 4, 1, 2), Topology(3, 4, 1, 2, 'A', 6020)),
-    (Flags(), {'PMI_RANK': '1', 'PMI_SIZE': '2', 'MPI_LOCALRANKID': '1', 'MPI_LOCALNRANKS': '2'},
-     Topology(1, 2, 1, 2, '127.0.0.1', 6020)),
-    # the published command: mpirun -npernode 1, each starts 8
-    (Flags(num_process_per_node=8, node_rank=2, num_proc_node=3, master_address='A'), mpirun(2, 3, 0, 1),
-     Topology(16, 24, 0, 8, 'A', 6020, 8)),
-    (Flags(num_process_per_node=8, num_proc_node=3, master_address='A'), mpirun(2, 3, 0, 1),
-     Topology(16, 24, 0, 8, 'A', 6020, 8)),
-    (Flags(num_process_per_node=8, master_address='A'), mpirun(0, 3, 0, 1),
-     Topology(0, 24, 0, 8, 'A', 6020, 8)),
-    # srun; port 10000 + job % 50000
-    (Flags(), SLURM, Topology(3, 6, 1, 2, 'node003', 33456)),
-    (Flags(), SLURM | {'PMI_RANK': '3', 'PMI_SIZE': '6'}, Topology(3, 6, 1, 2, 'node003', 33456)),
-    (Flags(), SLURM | {'SLURM_STEP_TASKS_PER_NODE': '4,2', 'SLURM_PROCID': '5'},
-     Topology(5, 6, 1, 2, 'node003', 33456)),
-    (Flags(), SLURM | {'SLURM_STEP_TASKS_PER_NODE': '6', 'SLURM_NODEID': '0'},
-     Topology(3, 6, 1, 6, '127.0.0.1', 33456)),
-    (Flags(num_process_per_node=4), SLURM | {'SLURM_STEP_TASKS_PER_NODE': '1(x6)', 'SLURM_LOCALID': '0'},
-     Topology(12, 24, 0, 4, 'node003', 33456, 4)),
-    # a batch script of Slurm without srun is one process
-    (Flags(), {'SLURM_PROCID': '0', 'SLURM_LOCALID': '0', 'SLURM_NTASKS': '8'},
-     Topology(0, 1, 0, 1, '127.0.0.1', 0)),
-    # RANK and WORLD_SIZE alone: a container a node, or by hand on one machine
-    (Flags(), {'RANK': '2', 'WORLD_SIZE': '4', 'MASTER_ADDR': 'pod0', 'MASTER_PORT': '23456'},
-     Topology(2, 4, 0, 1, 'pod0', 23456)),
-    (Flags(num_process_per_node=2), {'RANK': '2', 'WORLD_SIZE': '4', 'MASTER_ADDR': 'pod0'},
-     Topology(4, 8, 0, 2, 'pod0', 6020, 2)),
-    (Flags(), {'RANK': '1', 'WORLD_SIZE': '2'}, Topology(1, 2, 1, 2, '127.0.0.1', 6020)),
-    # by hand
-    (Flags(world_size=4, global_rank=3), {}, Topology(3, 4, 3, 4, '127.0.0.1', 6020)),
-    (Flags(world_size=4, local_rank=3), {}, Topology(3, 4, 3, 4, '127.0.0.1', 6020)),
-    (Flags(world_size=4, global_rank=3, num_proc_node=2, master_address='A'), {},
-     Topology(3, 4, 1, 2, 'A', 6020)),
-    (Flags(world_size=8, global_rank=5), TORCHRUN, Topology(5, 8, 5, 8, '127.0.0.1', 6020)),
-])
-def test_where_a_process_stands(flags, env, expected):
-    assert resolve(flags, env) == expected
-
-
-@pytest.mark.parametrize('flags, env, told', [
-    (Flags(num_process_per_node=0), {}, '--num_process_per_node 0'),
-    (Flags(num_proc_node=-1), {}, '--num_proc_node -1'),
-    (Flags(world_size=0), {}, '--world_size 0'),
-    (Flags(num_threads=-1), {}, '--num_threads -1'),
-    (Flags(master_port=70000), {}, '--master_port 70000'),
-    (Flags(node_rank=1), {}, '--node_rank 1 with --num_proc_node 1'),
-    (Flags(node_rank=3, num_proc_node=3, master_address='A'), {}, '0 to 2'),
-    (Flags(num_proc_node=2), {}, '--master_address'),
-    (Flags(num_proc_node=2, num_process_per_node=8), {}, '--master_address'),
-    (Flags(global_rank=1), {}, '--world_size'),
-    (Flags(local_rank=1), {}, '--world_size'),
-    (Flags(world_size=4, global_rank=4), {}, '0 to 3'),
-    (Flags(world_size=4, global_rank=1, local_rank=2), {}, '--local_rank is 2'),
-    (Flags(world_size=4, num_proc_node=2, local_rank=1, master_address='A'), {}, '--local_rank is 1'),
-    (Flags(world_size=4, num_proc_node=2, global_rank=1), {}, '--master_address'),
-    (Flags(world_size=4, num_process_per_node=2), {}, 'started by hand'),
-    (Flags(world_size=4, num_proc_node=3), {}, 'same number on each node'),
-    (Flags(world_size=8), TORCHRUN, 'torchrun started this process as 5 of 8'),
-    (Flags(num_process_per_node=3), TORCHRUN, 'torchrun started 8 processes, 4 on this node'),
-    (Flags(num_proc_node=3), TORCHRUN, '--num_proc_node is 3'),
-    (Flags(num_process_per_node=8, num_proc_node=2, master_address='A'), mpirun(0, 3, 0, 1),
-     '--num_proc_node is 2'),
-    # hosts in another order than --node_rank: two processes would both be number 1
-    (Flags(num_process_per_node=8, node_rank=1, num_proc_node=2, master_address='A'), mpirun(0, 2, 0, 1),
-     '--node_rank is 1'),
-    (Flags(node_rank=2, num_proc_node=3, master_address='A'), mpirun(1, 3, 0, 1), '--node_rank is 2'),
-    (Flags(node_rank=5), TORCHRUN, '--node_rank is 5'),
-    (Flags(), mpirun(2, 4, 0, 2), 'need --master_address'),
-    (Flags(), TORCHRUN | {'RANK': '8'}, 'count from 0'),
-])
-def test_what_contradicts_is_refused(flags, env, told):
-    with pytest.raises(UserError, match=told):
-        resolve(flags, env)
-
-
-def test_a_free_port_on_one_node():
-    ports = {resolve(Flags(num_process_per_node=2), {}).port for _ in range(8)}
-    assert len(ports) > 1 and all(1024 <= port < 65536 for port in ports)
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', ports.pop()))
-
-
-@pytest.mark.parametrize('nodes, first', [
-    ('node[003-007,012]', 'node003'), ('a,b[1-2]', 'a'), ('b[1-2],a', 'b1'), ('gpu7', 'gpu7'),
-    ('rack-2-[10,12]-ib,x', 'rack-2-10-ib'), ('n[9]', 'n9'),
-])
-def test_first_host_of_a_slurm_list(nodes, first):
-    assert launch._first_host(nodes) == first
 
 
 def test_devices_of_processes(monkeypatch):
@@ -232,27 +112,44 @@ def test_two_processes_agree_and_a_signal_reaches_both_who_end_in_their_own_time
 
 
 def test_what_is_said_of_failures(capfd):
-    """A user's mistake before all else, once; else the first traceback, and not those that follow from it."""
+    """A user's mistake before all else, once; then the first traceback, and not what follows from it."""
     told = SimpleQueue()
-    for message in ((False, 'connection lost'), (True, 'wrong folder'), (True, 'wrong folder')):
+    for message in ((LOST, 'touch lost'), (MISTAKE, 'wrong folder'), (MISTAKE, 'wrong folder')):
         told.put(message)
-    assert launch._explain(1, told) == 2 and capfd.readouterr().err == 'error: wrong folder\n'
-    for message in ((False, 'a bug'), (False, 'connection lost')):
+    assert launch._explain(75, told) == 2 and capfd.readouterr().err == 'error: wrong folder\n'
+    for message in ((LOST, 'touch lost'), (FAILURE, 'a bug'), (FAILURE, 'another')):
         told.put(message)
-    assert launch._explain(1, told) == 1 and capfd.readouterr().err == 'a bug\n'
+    assert launch._explain(75, told) == 1 and capfd.readouterr().err == 'a bug\n'
+    for message in ((LOST, 'touch lost'), (LOST, 'gone')):
+        told.put(message)
+    assert launch._explain(75, told) == 75 and capfd.readouterr().err == 'error: touch lost\n'
     assert launch._explain(-9, told) == 137 and 'SIGKILL' in capfd.readouterr().err
 
 
-def test_a_taken_port_is_one_line(tmp_path):
-    with socket.socket() as s:
-        s.bind(('', 0))
-        s.listen()
-        topology = Topology(0, 2, 0, 2, '127.0.0.1', s.getsockname()[1])
-        with pytest.raises(UserError, match='--master_port'):
-            launch._join_group(topology)
+def alone(rank, port, folder):
+    """A process that was started by hand; rank 1 takes longer."""
+    def slowly(_):
+        time.sleep(2 * rank)
+        (folder / f'worked{rank}').touch()
+
+    launch.launch(slowly, None, Flags(world_size=2, global_rank=rank, master_port=port, device='cpu',
+                                      num_threads=1))
+    (folder / f'left{rank}').write_text(str((folder / 'worked1').exists()))
 
 
-def test_nobody_comes_is_said(monkeypatch):
-    monkeypatch.setattr(launch, 'MEETING_TIME', launch.timedelta(seconds=1))
-    with pytest.raises(UserError, match='process 0 of 2 cannot meet the others'):
-        launch._join_group(Topology(0, 2, 0, 2, '127.0.0.1', launch.free_port()))
+def test_nobody_leaves_before_all_are_done(tmp_path):
+    """Process 0 serves the meeting point: it must outlast the others."""
+    torch.multiprocessing.spawn(alone, (free_port(), tmp_path), nprocs=2)
+    assert (tmp_path / 'left0').read_text() == (tmp_path / 'left1').read_text() == 'True'
+
+
+@pytest.mark.parametrize('text, told', [
+    ('[/a/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:99: Connection reset by peer. Often so.',
+     'Read error [10.0.0.2]:99: Connection reset by peer'),
+    ('[/a/gloo/transport/tcp/b.cc:78] Timed out waiting 12000ms for recv operation to complete',
+     'Timed out waiting 12000ms for recv operation to complete')])
+def test_errors_of_the_group_are_told_from_bugs(text, told):
+    error = RuntimeError(text)
+    assert launch._of_the_group(error) and launch._reason(error) == told
+    assert launch._of_the_group(torch.distributed.DistBackendError('NCCL error'))
+    assert not launch._of_the_group(RuntimeError('shape')) and not launch._of_the_group(OSError(text))

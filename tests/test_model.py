@@ -43,8 +43,8 @@ def noisy(function, seed=2):
     return function()
 
 
-def content(name, model, **more):
-    return {'description': describe(name, model), 'weights': model.state_dict(), 'ema': None,
+def content(model, **more):
+    return {'description': describe(model), 'weights': model.state_dict(), 'ema': None,
             'args': {'batch_size': 8}, **more}
 
 
@@ -107,7 +107,7 @@ def test_a_restored_model_gives_the_same_numbers(name, tmp_path):
     """From the file and from its folder, whatever is drawn in between; for every kind of pixels."""
     for pixels in (Pixels(bits=5), Pixels('bernoulli', 1, padding=2)):
         model, x = build(name, pixels), images(bits=pixels.bits)
-        save_checkpoint(tmp_path / 'checkpoint.pt', content(name, model))
+        save_checkpoint(tmp_path / 'checkpoint.pt', content(model))
         for path in (tmp_path, str(tmp_path / 'checkpoint.pt')):
             loaded = load_model(path)
             assert not loaded.training and loaded.pixels == pixels and loaded.config == model.config
@@ -118,7 +118,7 @@ def test_a_restored_model_gives_the_same_numbers(name, tmp_path):
 
 def test_the_averaged_weights_are_taken_where_there_are_any(name, tmp_path):
     last, average = build(name), build(name, seed=1)
-    save_checkpoint(tmp_path / 'checkpoint.pt', content(name, last, ema=average.state_dict()))
+    save_checkpoint(tmp_path / 'checkpoint.pt', content(last, ema=average.state_dict()))
     key = next(n for n, _ in last.named_parameters())
     assert torch.equal(load_model(tmp_path).state_dict()[key], average.state_dict()[key])
     assert torch.equal(load_model(tmp_path, ema=False).state_dict()[key], last.state_dict()[key])
@@ -126,7 +126,7 @@ def test_the_averaged_weights_are_taken_where_there_are_any(name, tmp_path):
 
 
 def test_what_is_not_a_checkpoint_of_ours_is_said(tmp_path):
-    good = content('nvae', build('nvae'))
+    good = content(build('nvae'))
     for bad, told in (({'net': 1, 'epoch': 2}, r"keys are \['epoch', 'net'\]"),
                       (good | {'description': good['description'] | {'model': 'gan'}}, "'gan'; known are"),
                       (good | {'weights': {}}, 'do not fit')):

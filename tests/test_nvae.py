@@ -121,7 +121,7 @@ def test_skipping_everything_ignores_the_image_and_skip_is_checked():
         first, second = (model(x, skip=model.num_groups, temperature=0.0) for x in (a, 1 - a))
         torch.testing.assert_close(first['logits'], second['logits'])
         assert first['kl'].abs().max() == 0
-        torch.testing.assert_close(first['logits'], model.decode(2, temperature=0.0))
+        torch.testing.assert_close(first['logits'], model.prior_logits(2, temperature=0.0))
     with pytest.raises(UserError, match='skip 5'):
         model(a, skip=5)
 

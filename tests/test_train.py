@@ -239,8 +239,8 @@ def test_gradients_of_two_processes_equal_those_of_one_and_noise_differs(tmp_pat
 
 
 def test_learning_rate_of_the_published_schedule():
-    config = train.TrainConfig(epochs=10, warmup_epochs=2, learning_rate=1e-2, learning_rate_min=1e-4)
-    rates = [train.learning_rate(step, 5, config) for step in range(50)]
+    rates = [train.learning_rate(step, 5, epochs=10, warmup_epochs=2, highest=1e-2, lowest=1e-4)
+             for step in range(50)]
     assert rates[0] == 0 and rates[5] == approx(5e-3) and rates[10] == rates[14] == approx(1e-2)
     cosine = 1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * 3 / 7)) / 2
     assert rates[25] == rates[29] == approx(cosine)  # epoch 5 is 3 of 7 steps down
@@ -252,9 +252,11 @@ def test_a_step_that_is_not_finite_changes_nothing():
     optimizer = torch.optim.Adamax(model.parameters(), lr=0.1)
     safe = train.SafeBuffers(model)
     good, bad = torch.randn(4, 2), torch.full((4, 2), math.nan)
-    train.optimizer_step(model(good).sum(), model, optimizer, safe, grad_clip=0.0)
+    model(good).sum().backward()
+    train.optimizer_step(model, optimizer, safe, grad_clip=0.0)
     before = {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
-    applied, _ = train.optimizer_step(model(bad).sum(), model, optimizer, safe, grad_clip=0.0)
+    model(bad).sum().backward()
+    applied, _ = train.optimizer_step(model, optimizer, safe, grad_clip=0.0)
     assert not applied
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
@@ -264,9 +266,8 @@ def test_gradient_clipping_bounds_the_update():
     with torch.no_grad():
         weight.weight.fill_(0)
     optimizer = torch.optim.SGD(weight.parameters(), lr=1.0)
-    _, norm = train.optimizer_step(
-        100 * weight(torch.ones(1, 1)).sum(), weight, optimizer, train.SafeBuffers(weight), 2.0
-    )
+    (100 * weight(torch.ones(1, 1)).sum()).backward()
+    _, norm = train.optimizer_step(weight, optimizer, train.SafeBuffers(weight), 2.0)
     assert norm.item() == approx(100) and weight.weight.item() == approx(-2, rel=1e-4)
 
 

@@ -8,7 +8,7 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 ROOT=${ROOT:-runs}
 : "${DATA:?set DATA to the folder that holds Normal, COVID, Viral Pneumonia}"
 
-"$PYTHON" "$REPOSITORY/train.py" --dataset covid --data "$DATA" --root "$ROOT" --save chest_cpu --cont_training \
+"$PYTHON" "$REPOSITORY/train.py" --dataset covid --data "${DATA:-}" --root "$ROOT" --save chest_cpu --cont_training \
     --batch_size 32 --epochs 60 --warmup_epochs 5 --fast_adamax --amp bf16 \
     --arch_instance res_bnswish --use_se --res_dist --weight_decay_norm 1e-2 --weight_decay_norm_anneal \
     --num_latent_scales 2 --num_groups_per_scale 6 --ada_groups --num_latent_per_group 8 \

@@ -11,11 +11,10 @@
 #   python evaluate.py --checkpoint runs/eval-nvae_chest_xray/checkpoint.pt --eval_mode anomaly
 set -euo pipefail
 PYTHON=${PYTHON:-python}
-DATA=${DATA:?set DATA to the folder that holds Normal and COVID}
 ROOT=${ROOT:-runs}
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
-"$PYTHON" "$REPOSITORY/train.py" --dataset covid --data "$DATA" --root "$ROOT" --save nvae_chest_xray \
+"$PYTHON" "$REPOSITORY/train.py" --dataset covid --data "${DATA:-}" --root "$ROOT" --save nvae_chest_xray \
     --batch_size 200 --epochs 400 --fast_adamax --weight_decay_norm 1e-2 \
     --num_latent_scales 2 --num_groups_per_scale 10 --ada_groups --num_latent_per_group 20 --num_nf 0 \
     --num_channels_enc 32 --num_preprocess_blocks 2 --num_preprocess_cells 3 --num_cell_per_cond_enc 2 \

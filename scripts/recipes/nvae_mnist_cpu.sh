@@ -8,7 +8,7 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 ROOT=${ROOT:-runs}
 : "${DATA:?set DATA to the folder that holds MNIST/raw}"
 
-"$PYTHON" "$REPOSITORY/train.py" --dataset mnist --data "$DATA" --root "$ROOT" --save mnist_cpu --cont_training \
+"$PYTHON" "$REPOSITORY/train.py" --dataset mnist --data "${DATA:-}" --root "$ROOT" --save mnist_cpu --cont_training \
     --batch_size 100 --epochs 3 --warmup_epochs 1 --learning_rate 1e-2 --learning_rate_min 1e-3 \
     --fast_adamax --amp bf16 --arch_instance res_bnswish --use_se --res_dist --weight_decay_norm 1e-2 --weight_decay_norm_anneal \
     --num_latent_scales 2 --num_groups_per_scale 4 --ada_groups --num_latent_per_group 8 \

@@ -1,0 +1,155 @@
+"""LMDB files: read with one open environment a process, written in transactions that make room as they go.
+
+A path is the folder that holds data.mdb, or the file itself.
+"""
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import lmdb
+
+from utils import UserError
+
+PAGE_SIZE_AT, LAST_PAGE_AT = 40, 136     # bytes into an LMDB, and into each of its first two pages
+FIRST_MAP = 64 << 20                    # bytes; doubled whenever a transaction does not fit
+_open: dict[str, lmdb.Environment] = {}      # by real path: LMDB forbids opening a file twice in one process
+
+
+def _close_all() -> None:
+    for environment in _open.values():
+        environment.close()
+    _open.clear()
+
+
+# A child made by fork must not use what its parent opened: it lets go of that and opens its own.
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_close_all)
+
+
+def is_lmdb(path: str | Path) -> bool:
+    """Whether there is an LMDB at `path`: a folder with data.mdb, or a file that begins like one."""
+    path = Path(path)
+    file = path / 'data.mdb' if path.is_dir() else path
+    try:
+        with file.open('rb') as f:
+            return f.read(20)[16:20] == bytes.fromhex('dec0efbe')       # the magic number of its first page
+    except OSError:
+        return False
+
+
+def check_whole(path: str | Path) -> None:
+    """Raises UserError if an LMDB ends before its last page: reading there ends the process (SIGBUS).
+
+    Of the two pages that describe it (MDB_meta in LMDB's mdb.c), the one of the later transaction counts.
+    """
+    path = Path(path, 'data.mdb') if Path(path).is_dir() else Path(path)
+    with path.open('rb') as file:
+        head = file.read(PAGE_SIZE_AT + 4).ljust(PAGE_SIZE_AT + 4, b'\0')
+        page_size, = struct.unpack_from('<I', head, PAGE_SIZE_AT)
+        described = []
+        for start in (0, page_size):
+            file.seek(start + LAST_PAGE_AT)
+            last, transaction = struct.unpack('<QQ', file.read(16).ljust(16, b'\0'))
+            described.append((transaction, last))
+        expected, found = (max(described)[1] + 1) * page_size, file.seek(0, os.SEEK_END)
+    if found < max(expected, 2 * page_size, 1):
+        raise UserError(f"{path} is cut off: it has {found:,} of {expected:,} bytes. Copy or make it anew.")
+
+
+class Lmdb:
+    """A read-only LMDB. It opens at first use in each process, so it pickles, forks and spawns freely."""
+
+    def __init__(self, path: str | Path):
+        """Raises UserError if there is no LMDB at `path`, or if it is cut off."""
+        self.path = str(path)
+        if not is_lmdb(path):
+            raise UserError(f"{path} is not an LMDB: expected a folder with data.mdb, or such a file.")
+        check_whole(path)
+
+    def _environment(self) -> lmdb.Environment:
+        real = os.path.realpath(self.path)
+        if real not in _open:
+            _open[real] = lmdb.open(real, subdir=os.path.isdir(real), readonly=True, lock=False,
+                                    readahead=False, meminit=False)
+        return _open[real]
+
+    def _begin(self) -> lmdb.Transaction:
+        try:
+            return self._environment().begin()
+        except lmdb.Error as error:
+            raise UserError(f"{self.path} cannot be opened ({error}): it is damaged or still being written. "
+                            f"Make it anew.") from None
+
+    def __len__(self) -> int:
+        with self._begin() as transaction:
+            return transaction.stat()['entries']
+
+    def __contains__(self, key: bytes) -> bool:
+        return self.get(key) is not None
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key; None if it is not there. Raises UserError if the file is damaged."""
+        try:
+            with self._begin() as transaction:
+                return transaction.get(key)
+        except lmdb.Error as error:
+            raise UserError(f"{self.path}: record {key!r} cannot be read ({error}): the file is damaged.") \
+                from None
+
+    def items(self, prefix: bytes = b'') -> Iterator[tuple[bytes, bytes]]:
+        """The keys that begin with `prefix`, in their order, each with its value."""
+        with self._begin() as transaction, transaction.cursor() as cursor:
+            found = cursor.set_range(prefix) if prefix else cursor.first()
+            while found and cursor.key().startswith(prefix):
+                yield cursor.item()
+                found = cursor.next()
+
+    def keys(self) -> Iterator[bytes]:
+        """All keys, in their order; values are not read."""
+        with self._begin() as transaction, transaction.cursor() as cursor:
+            yield from cursor.iternext(keys=True, values=False)
+
+
+class LmdbWriter:
+    """Puts records into a new or existing LMDB; what a finished `put` wrote survives a kill."""
+
+    def __init__(self, path: str | Path, subdir: bool = True):
+        """`subdir`: a folder with data.mdb, as the published scripts leave it; else one file."""
+        self.path = str(path)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            # An existing file keeps its size: the map is never made smaller than what it holds.
+            self.environment = lmdb.open(self.path, subdir=subdir, map_size=FIRST_MAP, meminit=False)
+        except (lmdb.Error, OSError) as error:
+            raise UserError(f"{path} cannot be written as an LMDB ({error}): choose another place.") from None
+
+    def put(self, items: Iterable[tuple[bytes, bytes]]) -> None:
+        """Writes all (key, value) in one transaction: all of them or none."""
+        items = list(items)
+        while True:
+            try:
+                with self.environment.begin(write=True) as transaction:
+                    for key, value in items:
+                        transaction.put(key, value)
+                return
+            except lmdb.MapFullError:
+                self.environment.set_mapsize(2 * self.environment.info()['map_size'])
+            except (lmdb.Error, OSError) as error:
+                raise UserError(f"cannot write {self.path} ({error}): make room there or choose another "
+                                f"place.") from None
+
+    def get(self, key: bytes) -> bytes | None:
+        with self.environment.begin() as transaction:
+            return transaction.get(key)
+
+    def close(self) -> None:
+        self.environment.sync(True)
+        self.environment.close()
+
+    def __enter__(self) -> 'LmdbWriter':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

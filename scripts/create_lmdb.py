@@ -1,0 +1,378 @@
+"""Packs a data set into one self-describing LMDB (docs/lmdb.md), and checks one.
+
+    python scripts/create_lmdb.py --data FOLDER --out chest.lmdb             the files of a folder of classes
+    python scripts/create_lmdb.py ... --image_size 64                        resized to 64 x 64, as arrays
+    python scripts/create_lmdb.py --dataset mnist --data FOLDER --out m.lmdb        any row of DATASETS
+    python scripts/create_lmdb.py --verify chest.lmdb                        every byte that a reader uses
+    python train.py --dataset folder --data chest.lmdb ...
+
+All classes go in, whatever is trained on later. A stopped command goes on when it is given again.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import hashlib
+import json
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from datasets import DATASETS, DataConfig, check
+from readers.images import (
+    ImageFile,
+    Unreadable,
+    cores,
+    find_classes,
+    load_file,
+    mask_to_integers,
+    stamp,
+    to_integers,
+    with_masks,
+)
+from readers.lmdb_file import LmdbWriter, is_lmdb
+from readers.packed import (
+    FORMAT,
+    META,
+    VERSION,
+    GuardedLmdb,
+    Packed,
+    Record,
+    array_record,
+    file_record,
+    is_packed,
+    key_of,
+    payload,
+    read_meta,
+    seal,
+)
+from readers.source import CLASSES_SHOWN
+from readers.split import count, some, with_patients
+from utils import UserError, add_flags, flag, read_flags, run_program
+
+MOST_ROWS, MOST_BYTES = 512, 32 << 20            # in a transaction: what a kill can lose
+AHEAD = 4                                        # images prepared ahead, for each thread
+DATA_FLAGS = ('dataset', 'data', 'image_size', 'channels', 'num_x_bits', 'fit', 'normal_classes',
+              'patient_pattern', 'patient_metadata', 'skip_corrupt', 'num_phantoms', 'cache_dir')
+PIXEL_FLAGS = ('channels', 'num_x_bits', 'fit')  # say nothing of files that are stored as they are
+
+T = TypeVar('T')
+
+
+@dataclass(frozen=True)
+class FolderConfig(DataConfig):
+    """Data: which images, stored how"""
+    dataset: str = flag('folder', 'data set', choices=tuple(DATASETS))
+    image_size: int = flag(0, 'store arrays of this height and width; 0 = files as they are, or the arrays '
+                              "at the data set's own size")
+    normal_classes: tuple = flag((), 'a class that tells the folder of classes from the one above; none '
+                                     "given = the data set's own. All classes are stored")
+
+
+@dataclass(frozen=True)
+class LmdbConfig:
+    """LMDB"""
+    out: str = flag('', 'file to make')
+    workers: int = flag(0, 'threads that read and decode; 0 = one a core')
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be packed: images by their numbers, and what `meta` says of them all."""
+    total: int
+    file: Callable[[int], ImageFile]
+    load: Callable[[int], Record]                    # raises Unreadable
+    state: Callable[[int], Any]                      # another one if the image has changed
+    facts: dict[str, Any]
+    settings: dict[str, Any]                         # the flags that decide what is stored
+    notes: list[str]
+
+    def stamp(self, number: int) -> bytes:
+        """Tells whether an image is the same as when an earlier run stored it."""
+        f = self.file(number)
+        return json.dumps([f.id, f.class_name, f.part, f.patient, self.state(number)]).encode()
+
+
+# ------------------------------------------------------------------------------------------------------- jobs
+
+def plan(config: DataConfig) -> Job:
+    """The job that the flags describe. Raises UserError."""
+    row = DATASETS[config.dataset]
+    check(config, row)
+    if is_packed(config.data):
+        raise UserError(f"--data {config.data} is such an LMDB already: use it as it is.")
+    return (plan_files if row.folder else plan_arrays)(config)
+
+
+def plan_files(config: DataConfig) -> Job:
+    """From class folders: files as they are, or the arrays that the reader makes of them."""
+    row = DATASETS[config.dataset]
+    given = [f'--{name}' for name in PIXEL_FLAGS if getattr(config, name) != getattr(DataConfig, name)]
+    if given and not config.image_size:
+        raise UserError(f"{', '.join(given)} would change images that are stored as they are: leave it out, "
+                        f"or give --image_size.")
+    folder = row.folder(config)
+    if not folder:
+        raise UserError(f"--data is missing. {row.where}")
+    root, classes, notes = find_classes(Path(folder), config.normal_classes or row.normal, row.where)
+    files = [f for name, found in classes.items()
+             for f in (with_masks(root, name, found) if row.masks else found)]
+    files.sort(key=lambda f: f.id)
+    files = with_patients(files, config.patient_metadata, config.patient_pattern, notes)
+    settings = {'dataset': config.dataset, 'image_size': config.image_size}
+    if config.image_size:
+        settings |= {name: getattr(config, name) for name in PIXEL_FLAGS}
+
+    def load(number: int) -> Record:
+        file = files[number]
+        return resized_record(file, config) if config.image_size else file_record(file)
+
+    def state(number: int) -> Any:
+        return stamp(files[number].path), stamp(files[number].mask)
+
+    facts = {'dataset': config.dataset, 'classes': sorted(classes), 'near_duplicates': True,
+             'made_from': root.resolve().name}
+    return Job(len(files), files.__getitem__, load, state, facts, settings, notes)
+
+
+def plan_arrays(config: DataConfig) -> Job:
+    """From any other data set: the arrays that its reader makes, without the border that the model sees."""
+    row = DATASETS[config.dataset]
+    own = row.size - 2 * row.padding
+    size = config.image_size or own
+    if row.padding and size != own:
+        raise UserError(f"--image_size {size}: images of {config.dataset} are stored without border, {own} x "
+                        f"{own}: leave it out. Programs that read them make the border.")
+    if config.patient_pattern or config.patient_metadata:
+        raise UserError(f"patients are found by file names, {config.dataset} is not kept in files: leave "
+                        f"--patient_pattern and --patient_metadata out.")
+    source = row.read(replace(config, image_size=size, normal_classes=(), anomalous_classes=()), row)
+    classes = sorted({*source.normal_classes, *source.anomalous_classes})
+
+    def file(number: int) -> ImageFile:
+        entry = source.entries[number]               # made when asked for, where there are millions
+        return ImageFile(entry.id, '', entry.class_name, '', entry.part, entry.patient)
+
+    def load(number: int) -> Record:
+        entry = source.entries[number]
+        try:
+            x = source.pixels[np.array([entry.row])][0]                          # (C, H, W)
+        except UserError as error:
+            raise Unreadable(f'cannot be read ({error})') from None
+        original = {'sha256': entry.sha256, 'num_bytes': entry.file_bytes} if entry.sha256 else {}
+        return array_record(file(number), x, original)
+
+    facts = {'dataset': config.dataset, 'classes': classes, 'near_duplicates': False,
+             'made_from': Path(config.data).resolve().name}
+    settings = {'dataset': config.dataset, 'image_size': size, 'channels': config.channels}
+    if source.entries:                               # large sets keep no hash of each image
+        settings['first_sha256'] = hashlib.sha256(source.pixels[np.array([0])].tobytes()).hexdigest()
+    return Job(len(source.entries), file, load, lambda number: source.entries[number].sha256, facts, settings,
+               source.notes)
+
+
+def resized_record(file: ImageFile, config: DataConfig) -> Record:
+    """An image file as the reader would hand it over at the size that the flags name. Raises Unreadable."""
+    row, picture = DATASETS[config.dataset], load_file(file)
+    x = to_integers(picture.image, config.image_size, config.channels or row.channels,
+                    16 if config.num_x_bits > 8 else 8, config.fit)              # (C, S, S)
+    record = array_record(file, x, {'sha256': picture.sha256, 'num_bytes': picture.num_bytes})
+    if picture.mask is None:
+        return record
+    mask = mask_to_integers(picture.mask, config.image_size, config.fit)[0] * np.uint8(255)     # (S, S)
+    facts = {'name': Path(file.mask).name, **payload(mask.tobytes(), 'raw', mask.shape, 'uint8')}
+    return Record(record.info | {'mask': facts}, record.data, mask.tobytes())
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+def pack(job: Job, out: Path, workers: int, skip_corrupt: bool) -> None:
+    """Makes the LMDB, or goes on with it. Raises UserError for unreadable images unless they are left out."""
+    meta, digest = start(job, out)
+    if meta['complete']:
+        print(f"{out} is there already: {count(meta['count'], 'image')}. Delete it to make it anew.")
+        return
+    began, bad = time.monotonic(), []
+    numbers = range(meta['origin']['done'], job.total)
+    with LmdbWriter(out, subdir=False) as writer, \
+            tqdm(desc=f'packing {out.name}', total=job.total, initial=numbers.start, unit='image',
+                 disable=None, leave=False) as bar:
+        rows: list[tuple[bytes, bytes]] = []
+        stored = writer.get(META)
+
+        def write() -> bytes:
+            if writer.get(META) != stored:
+                raise UserError(f"another process writes {out} too: let one of them do it.")
+            meta['origin']['digest'] = digest.hexdigest()
+            sealed = seal(META, meta)
+            writer.put([*rows, (META, sealed)])
+            rows.clear()
+            return sealed
+
+        for number, record in zip(numbers, in_order(job.load, numbers, workers), strict=True):
+            bar.update()
+            if isinstance(record, str):
+                bad.append([job.file(number).id, record])
+            if bad and not skip_corrupt:
+                continue                              # nothing more goes in, but every bad file is found
+            if isinstance(record, str):
+                meta['left_out'].append(bad[-1])
+            else:
+                rows += add(meta, record)
+            meta['origin']['done'] = number + 1
+            digest.update(job.stamp(number))
+            if len(rows) >= MOST_ROWS or sum(len(value) for _, value in rows) >= MOST_BYTES:
+                stored = write()
+        meta['complete'] = meta['count'] > 0 and meta['origin']['done'] == job.total
+        write()
+    report(job, out, meta, bad, time.monotonic() - began)
+
+
+def add(meta: dict[str, Any], record: Record) -> list[tuple[bytes, bytes]]:
+    """Counts an image in `meta`; its keys and values."""
+    key = key_of('info', meta['count'])
+    rows = [(key, seal(key, record.info)), (key_of('data', meta['count']), record.data)]
+    rows += [(key_of('mask', meta['count']), record.mask)] if record.mask else []
+    meta['count'] += 1
+    meta['channels'] = sorted({*meta['channels'], *(record.info['shape'][2:] or [1])})
+    meta['dtypes'] = sorted({*meta['dtypes'], record.info['dtype']})
+    return rows
+
+
+def start(job: Job, out: Path) -> tuple[dict[str, Any], Any]:
+    """The `meta` to go on from, and the hash of what is stored. Raises UserError if `out` is something else.
+    """
+    digest = hashlib.sha256(json.dumps(job.settings, sort_keys=True).encode())
+    meta = {'format': FORMAT, 'version': VERSION, 'complete': False, 'count': 0, **job.facts, 'channels': [],
+            'dtypes': [], 'left_out': [], 'made_by': Path(__file__).name,
+            'origin': {'done': 0, 'digest': digest.hexdigest(), **job.settings}}
+    if not out.exists() or (out.is_file() and out.stat().st_size == 0):
+        return meta, digest
+    if not out.is_file() or not is_lmdb(out):
+        raise UserError(f"--out {out} is there and is no LMDB file: choose another name.")
+    with GuardedLmdb(out) as records:
+        try:
+            if len(records) == 0:                     # stopped before its first record
+                return meta, digest
+            if not is_packed(out):
+                raise UserError(f"--out {out} is an LMDB of something else: choose another name.")
+        except Unreadable as error:
+            raise UserError(f"--out {out} {error}: delete it.") from None
+        found = read_meta(records)
+    origin = found.get('origin', {})
+    for number in range(min(origin.get('done', 0), job.total)):
+        digest.update(job.stamp(number))
+    grown = found['complete'] and origin.get('done') != job.total
+    if origin.get('digest') != digest.hexdigest() or grown:
+        state = 'finished' if found['complete'] else 'begun'
+        raise UserError(f"--out {out} was {state} with other images or flags "
+                        f"({count(found['count'], 'image')} from {found.get('made_from')!r}): choose another "
+                        f"name, or delete it.")
+    return (found if found['complete'] else found | job.facts), digest
+
+
+def in_order(work: Callable[[int], T], numbers: Iterable[int], workers: int) -> Iterator[T | str]:
+    """What `work` makes of each number, or why it could not: in order, a few ahead on threads.
+
+    Threads, not processes: decoding and hashing release Python's lock.
+    """
+    def attempt(number: int) -> T | str:
+        try:
+            return work(number)
+        except Unreadable as error:
+            return str(error)
+
+    Image.init()                                     # all decoders, before threads ask for them at once
+    waiting: deque[Future] = deque()
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+        warnings.simplefilter('ignore')              # Pillow warns of odd metadata: no matter here
+        for number in numbers:
+            waiting.append(pool.submit(attempt, number))
+            if len(waiting) > AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def report(job: Job, out: Path, meta: dict[str, Any], bad: list[tuple[str, str]], seconds: float) -> None:
+    """Says what was made. Raises UserError if it could not be finished."""
+    for note in job.notes:
+        print(note)
+    if meta['origin']['done'] < job.total:
+        for name, reason in bad:
+            print(f'unreadable: {name} {reason}', file=sys.stderr)
+        raise UserError(f"{count(len(bad), 'file')} of {job.total} cannot be used: "
+                        f"{some([f'{name} {reason}' for name, reason in bad])}. Replace or remove them and "
+                        f"give the command again, or pass --skip_corrupt to leave them out.")
+    for name, reason in meta['left_out']:
+        print(f'left out: {name} {reason}')
+    if not meta['complete']:
+        raise UserError(f"no image of {meta['made_from']} can be used: delete {out}.")
+    out.with_name(f'{out.name}-lock').unlink(missing_ok=True)         # LMDB's, of use to writers only
+    names = ', '.join(meta['classes'][:CLASSES_SHOWN])
+    print(f"{out}: {count(meta['count'], 'image')} of the classes {names}; "
+          f"{out.stat().st_size / 2 ** 20:,.1f} MiB, {seconds:.1f} s")
+
+
+# --------------------------------------------------------------------------------------------------- checking
+
+def verify(path: Path, workers: int) -> int:
+    """Looks at every record of an LMDB; prints `OK`, or each damage. 0 if it is whole, 1 if it is not."""
+    damages, ids, masks = [], set(), 0
+    with Packed(path) as packed:
+        numbers = tqdm(range(len(packed)), f'checking {path.name}', unit='image', disable=None, leave=False)
+        for info, found in in_order(packed.examine, numbers, workers):
+            name = info['id'] if info else 'an image'
+            damages += [f'{name}, record {key.decode()} {what}' for key, what in found]
+            if info and name in ids:
+                damages.append(f'{name} is the id of two images')
+            ids.add(name)
+            masks += 'mask' in (info or {})
+        expected = 1 + 2 * len(packed) + masks
+        try:
+            if not damages and (entries := len(packed.records)) != expected:
+                damages.append(f'it has {entries:,} records, expected {expected:,}')
+        except Unreadable as error:
+            damages.append(str(error))
+    for line in damages:
+        print(f'damaged: {line}')
+    print(f"{path}: {count(len(damages), 'damage')}" if damages else f"OK: {count(len(packed), 'record')}")
+    return 1 if damages else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, FolderConfig, only=DATA_FLAGS)
+    add_flags(parser, LmdbConfig)
+    parser.add_argument('--verify', nargs='?', const='', metavar='LMDB',
+                        help='check this LMDB, or after --data the one just made')
+    args = parser.parse_args()
+    workers = args.workers or cores()
+    if workers < 1:
+        raise UserError(f"--workers {workers}: expected a number of threads, or 0 for one a core.")
+    if args.verify is None or args.data:
+        if not args.out:
+            raise UserError("--out is missing: name the LMDB to make, such as --out images.lmdb.")
+        config = read_flags(FolderConfig, args)
+        pack(plan(config), Path(args.out), workers, config.skip_corrupt)
+    if args.verify is None:
+        return 0
+    if not (args.verify or args.out):
+        raise UserError("--verify: name the LMDB to check.")
+    return verify(Path(args.verify or args.out), workers)
+
+
+if __name__ == '__main__':
+    run_program(main)

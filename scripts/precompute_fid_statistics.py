@@ -1,0 +1,92 @@
+r"""Mean and covariance of the features of a data set's training images: evaluate_fid compares with them.
+
+    python scripts/precompute_fid_statistics.py --dataset covid --data FOLDER --fid_dir statistics \
+        --inception_weights weights-inception-2015-12-05-6726825d.pth
+
+Writes <fid_dir>/<dataset>.npz. The images are the normal ones of the training part, as grey levels of 8 bits
+also where models see them binarized, each once, none flipped; of more than --max_samples, evenly spaced ones.
+"""
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
+
+import launch
+from datasets import DataConfig, load_data
+from generative.fid import (
+    GREY_LEVELS,
+    MAX_REFERENCE,
+    FidConfig,
+    load_features,
+    measure_part,
+    statistics_file,
+    write_statistics,
+)
+from launch import LaunchConfig
+from utils import UserError, add_flags, flag, read_flags, run_program
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """Statistics"""
+    fid_dir: str = flag('', 'folder to write <dataset>.npz to')
+    max_samples: int = flag(MAX_REFERENCE, 'most images to use')
+    batch_size: int = flag(64, 'images a batch')
+
+    def __post_init__(self):
+        for name, least in {'max_samples': 2, 'batch_size': 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
+        if not self.fid_dir:
+            raise UserError("--fid_dir is needed: the folder to write the statistics to.")
+
+
+NOT_FOR_FID = {'binarize', 'flip', *GREY_LEVELS}
+DATA_FLAGS = [name for name in DataConfig.__dataclass_fields__ if name not in NOT_FOR_FID]
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, StatisticsConfig)
+    add_flags(parser, FidConfig, only=('inception_weights', 'fid_features'))
+    add_flags(parser, DataConfig, only=DATA_FLAGS)
+    add_flags(parser, LaunchConfig)
+    return parser.parse_args(argv)
+
+
+def work(args: argparse.Namespace) -> int:
+    config = read_flags(StatisticsConfig, args)
+    path = statistics_file(config.fid_dir, args.dataset)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()                # known now, not after hours
+    except OSError as error:
+        raise UserError(f"--fid_dir {path.parent} cannot be written ({error.strerror}).") from None
+    with launch.main_first():
+        data = load_data(replace(read_flags(DataConfig, args), **GREY_LEVELS))
+    say = print if launch.is_main() else (lambda line: None)
+    for line in data.report:
+        say(line)
+    features = load_features(read_flags(FidConfig, args), data.shape, launch.device())
+    statistics = measure_part(data, features, config.batch_size, config.max_samples)
+    if launch.is_main():
+        write_statistics(path, statistics, features, data)
+    for line in statistics.notes:
+        say(line)
+    say(f"{path}: {statistics.num_images} images, {features.dimensions} features")
+    return 0
+
+
+def main() -> int:
+    args = parse_args(sys.argv[1:])
+    read_flags(StatisticsConfig, args)                 # a wrong value is said before anything starts
+    return launch.launch(work, args, read_flags(LaunchConfig, args))
+
+
+if __name__ == '__main__':
+    run_program(main)

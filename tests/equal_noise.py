@@ -1,0 +1,56 @@
+"""train.py in float64, with noise that belongs to an image of the joint batch and not to a process.
+
+    python tests/equal_noise.py FLAGS OF TRAIN.PY
+
+So several processes must end with the weights of one process on the joint batch, up to rounding. All else is
+the real training path. To be started by any launcher.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import distributions
+import train
+from utils import mix_seed, run_program
+
+drawing = {'key': (), 'share': 0, 'draw': 0}
+
+
+def seed_noise(*parts):
+    """Notes what noise is for: (seed, 'train', step) of one share of the joint batch, or anything else."""
+    shared = parts[1] in ('train', 'initialize')
+    drawing.update(key=parts[:-1] if shared else parts, share=parts[-1] if shared else 0, draw=0)
+    torch.manual_seed(mix_seed(*parts))
+
+
+def sample(self, temperature=1.0):
+    """Normal.sample with the rows of the joint batch's noise that belong to this share."""
+    generator = torch.Generator().manual_seed(mix_seed(*drawing['key'], 'draw', drawing['draw']))
+    drawing['draw'] += 1
+    rows = len(self.mean)
+    first = drawing['share'] * rows
+    noise = torch.randn(first + rows, *self.mean.shape[1:], generator=generator)[first:]
+    return self.mean + temperature * self.std * noise.to(self.mean.device)
+
+
+def in_double(batches):
+    def made(*args, **kwargs):
+        for batch in batches(*args, **kwargs):
+            number, images = batch if isinstance(batch[0], int) else (None, batch)
+            images = images._replace(x=images.x.double())
+            yield images if number is None else (number, images)
+    return made
+
+
+# At import, so that processes that train.py spawns do the same.
+torch.set_default_dtype(torch.float64)
+distributions.Normal.sample = sample
+train.seed_noise = seed_noise
+train.train_batches, train.eval_batches = in_double(train.train_batches), in_double(train.eval_batches)
+
+if __name__ == '__main__':
+    run_program(train.main)

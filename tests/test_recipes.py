@@ -1,0 +1,100 @@
+"""Every recipe: its flags are known, the published ones build the published networks and take a step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from standins import make_standin
+
+import train
+from datasets import DATASETS, DataConfig, stand_in
+from model import MODELS, build_model
+from utils import read_flags
+
+FOLDER = ROOT / 'scripts' / 'recipes'
+RECIPES = sorted(path.stem for path in FOLDER.glob('nvae_*.sh'))
+PUBLISHED = {   # millions of parameters, latent groups (NVAE, and its chest X-ray variant)
+    'nvae_mnist': (33.36, 15), 'nvae_cifar10': (130.85, 30), 'nvae_celeba64': (153.28, 35),
+    'nvae_imagenet32': (268.51, 28), 'nvae_celebahq256': (330.80, 36), 'nvae_ffhq256': (330.80, 36),
+    'nvae_chest_xray_published': (33.38, 15)}
+SMALL = '''--num_channels_enc 4 --num_channels_dec 4 --num_process_per_node 1 --num_proc_node 1 --node_rank 0
+    --batch_size 2 --max_steps 1 --epochs 1 --val_iw_samples 1 --image_every 0 --save_every 1 --device cpu
+    --num_threads 1 --num_latent_per_group 2 --num_mixture_dec 2'''.split()
+
+
+@pytest.fixture(scope='module')
+def recorder(tmp_path_factory):
+    """A python that writes down its arguments instead of running."""
+    path = tmp_path_factory.mktemp('bin') / 'python'
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -c '
+                    f'"import json, sys; print(json.dumps(sys.argv[1:]))" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def commands(name, recorder, **env):
+    """The argument lists of the commands that a recipe runs."""
+    done = subprocess.run(['bash', str(FOLDER / f'{name}.sh')], capture_output=True, text=True, check=True,
+                          cwd='/', env={**os.environ, 'PYTHON': str(recorder), 'DATA': 'somewhere', **env})
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def network(argv):
+    """The model that these flags build, without memory, and the arguments."""
+    args = train.parse_args(argv)
+    data = stand_in(read_flags(DataConfig, args), 1)
+    with torch.device('meta'):
+        return build_model(args.model, data.shape, read_flags(MODELS[args.model].Config, args),
+                           data.pixels), args
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_flags_are_known_and_build_the_model(name, recorder):
+    program, *argv = commands(name, recorder)[0]
+    assert Path(program) == ROOT / 'train.py'
+    model, args = network(argv)
+    if name in PUBLISHED:
+        number = sum(p.numel() for p in model.parameters())
+        assert (round(number / 1e6, 2), model.num_groups) == PUBLISHED[name]
+    assert args.data == 'somewhere' and args.root == 'runs' and args.save != 'exp'
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_commands_take_a_step(name, recorder, tmp_path, cache):
+    """On a stand-in in the published layout on disk, at reduced width."""
+    dataset = train.parse_args(commands(name, recorder)[0][1:]).dataset
+    data = make_standin(dataset, tmp_path / 'data')
+    done = subprocess.run(
+        ['bash', str(FOLDER / f'{name}.sh'), *SMALL, '--cache_dir', str(cache)], text=True, timeout=300,
+        capture_output=True, cwd=tmp_path,
+        env={**os.environ, 'PYTHON': sys.executable, 'DATA': str(data), 'NODES': '1'})
+    assert done.returncode == 0, done.stdout + done.stderr
+    run, = (tmp_path / 'runs').iterdir()
+    assert 'done: 1 steps, 0 skipped' in (run / 'log.txt').read_text()
+    first = json.loads((run / 'metrics.jsonl').read_text().splitlines()[0])
+    assert first['step'] == 1 and first['train/nelbo_iter'] > 0
+
+
+def test_three_nodes_need_an_address(recorder):
+    argv = commands('nvae_ffhq256', recorder, IP_ADDR='10.1.2.3', NODE_RANK='2')[0]
+    args = train.parse_args(argv[1:])
+    assert (args.num_proc_node, args.node_rank, args.master_address) == (3, 2, '10.1.2.3')
+
+
+@pytest.mark.parametrize('dataset', DATASETS)
+def test_every_data_set_trains_a_step(dataset, tmp_path, cache):
+    """Rows that no published recipe covers too: LSUN, Omniglot, stacked MNIST, folders."""
+    data = make_standin(dataset, tmp_path / 'data')
+    args = train.parse_args(['--dataset', dataset, '--data', str(data), '--root', str(tmp_path),
+                             '--cache_dir', str(cache), *SMALL, '--num_groups_per_scale', '1',
+                             '--num_preprocess_blocks', '1', '--num_postprocess_blocks', '1',
+                             '--num_preprocess_cells', '1', '--num_postprocess_cells', '1'])
+    trainer = train.Trainer(args)
+    assert trainer.data.shape[0] == DATASETS[dataset].channels
+    trainer.take_step()
+    assert trainer.step == 1 and trainer.skipped == 0

@@ -1,0 +1,176 @@
+"""What a training step can do besides: accumulate batches, batch norms of averaged weights, the dry run."""
+
+import re
+from itertools import islice
+
+import pytest
+import torch
+from torch import nn
+
+import launch
+import train
+from checkpoint import read_checkpoint
+from distributions import Pixels
+from families.nvae import NVAE, NVAEConfig
+from neural_operations import activation_bytes, checkpoint_activations
+from training.optimization import recalibrate_batch_norm
+from training.rehearsal import Memory, advice
+from utils import UserError, read_flags
+
+
+def run(flags, root, name, *more):
+    args = train.parse_args([*flags, '--root', str(root), '--save', name, *more])
+    assert launch.launch(train.work, args, read_flags(launch.LaunchConfig, args)) == 0
+    return root / f'eval-{name}'
+
+
+# ----------------------------------------------------------------------------------------------- accumulation
+
+def gradient(train_flags, root, *flags, rank=0, world=1):
+    """The gradient of the second step of process `rank` of `world`: its own, before ranks are averaged."""
+    args = train.parse_args([*train_flags, '--root', str(root), '--save', 'a', '--batch_size', '4',
+                             '--weight_decay_norm', '0', *flags])
+    trainer = train.Trainer(args)
+    trainer.rank, trainer.world, trainer.shares = rank, world, world * trainer.config.accumulate
+    trainer.steps, trainer.total, trainer.step = 4, 8, 1
+    trainer.ddp = trainer.model.train()
+    for share, batch in enumerate(islice(trainer._batches(1, 1), trainer.config.accumulate)):
+        trainer._backward(batch.x, share)
+    return [p.grad for p in trainer.model.parameters()]
+
+
+def test_accumulated_batches_are_those_of_as_many_processes(train_flags, tmp_path):
+    """Same images, same noise: the accumulated gradient is the mean of what two ranks would compute."""
+    accumulated = gradient(train_flags, tmp_path, '--accumulate', '2')
+    ranks = [gradient(train_flags, tmp_path, rank=rank, world=2) for rank in (0, 1)]
+    assert (ranks[0][0] - ranks[1][0]).abs().max() > 1e-3, 'ranks see other images'
+    for a, b, c in zip(accumulated, *ranks):
+        assert (a - (b + c) / 2).norm() <= 1e-4 * b.norm(), 'rounding aside'
+
+
+def test_resume_with_accumulation_is_exact(train_flags, tmp_path, same_weights):
+    flags = [*train_flags, '--batch_size', '4', '--accumulate', '2']
+    whole = run(flags, tmp_path, 'whole')
+    run(flags, tmp_path, 'part', '--max_steps', '3')
+    part = run(flags, tmp_path, 'part', '--cont_training')
+    assert same_weights(whole / 'checkpoint.pt', part / 'checkpoint.pt')
+
+
+# -------------------------------------------------------------------------------------- averaged batch norms
+
+def test_recalibrated_statistics_are_those_of_the_batches():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, momentum=0.05))
+    batches = [torch.randn(8, 1, 4, 4) * 3 + 1 for _ in range(5)]
+    recalibrate_batch_norm(model, batches)
+    with torch.no_grad():
+        seen = [model[0](x) for x in batches]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
+    var = torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, mean)
+    torch.testing.assert_close(model[1].running_var, var)
+    assert model[1].momentum == 0.05 and not model.training
+
+
+def test_averaged_weights_get_statistics_of_their_own(train_flags, tmp_path, same_weights):
+    """Of what the average itself computes; and a resumed run is the same to the bit."""
+    flags = [*train_flags, '--ema_decay', '0.9', '--ema_bn_batches', '4']
+    whole = run(flags, tmp_path, 'whole')
+    averaged = run(flags[:-2], tmp_path, 'averaged')
+    a, b = read_checkpoint(whole)['ema'], read_checkpoint(averaged)['ema']
+    differing = {name.rsplit('.', 1)[1] for name in a if not torch.equal(a[name], b[name])}
+    assert differing <= {'running_mean', 'running_var', 'num_batches_tracked'} | {
+        n for n in differing if re.fullmatch(r'[uv]\d+', n)}
+    assert 'running_mean' in differing
+    run(flags, tmp_path, 'part', '--max_steps', '3')
+    part = run(flags, tmp_path, 'part', '--cont_training')
+    assert same_weights(whole / 'checkpoint.pt', part / 'checkpoint.pt')
+    # By hand: the first batch norm sees what the stem of the averaged weights puts out, over these batches.
+    args = train.parse_args([*flags, '--root', str(tmp_path), '--save', 'whole', '--cont_training'])
+    trainer = train.Trainer(args)
+    norm = next(m for m in trainer.ema.module.modules() if isinstance(m, nn.BatchNorm2d))
+    stored, seen = norm.running_mean.clone(), []
+    handle = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3))))
+    trainer.ema_recalibrated = -1
+    trainer._recalibrate()
+    handle.remove()
+    assert len(seen) == 4
+    torch.testing.assert_close(stored, torch.stack(seen).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_for_an_average_that_is_not_kept_are_refused():
+    with pytest.raises(UserError, match='--ema_decay too'):
+        train.TrainConfig(ema_bn_batches=3)
+
+
+# ------------------------------------------------------------------------------------------------ the dry run
+
+MNIST = '''--dataset mnist --batch_size 3 --epochs 400 --num_latent_scales 2 --num_groups_per_scale 10
+    --ada_groups --num_channels_enc 32 --num_channels_dec 32 --num_cell_per_cond_enc 2
+    --num_cell_per_cond_dec 2 --use_se --res_dist --weight_decay_norm 1e-2 --num_process_per_node 2
+    --device cpu --num_threads 1'''.split()
+
+
+def test_a_dry_run_needs_no_data_and_leaves_nothing(program, tmp_path):
+    done = program('train.py', '--dry_run', *MNIST, '--root', tmp_path / 'runs')
+    assert '33.36 M (33,363,134)' in done.stdout and re.search(r'latent groups +15\n', done.stdout)
+    assert re.search(r'images +1 x 32 x 32, bernoulli, 60,000 to train on', done.stdout)
+    assert re.search(r'memory +[\d.]+ GB at most of [\d.]+ GB free on cpu', done.stdout)
+    speed = float(re.search(r'speed +([\d.]+) images/s', done.stdout)[1])
+    time = r'time +([\d.]+) (days|h) for 4,000,000 steps of 6 images on 2 processes'
+    value, unit = re.search(time, done.stdout).groups()
+    hours = float(value) * {'days': 24, 'h': 1}[unit]
+    assert hours == pytest.approx(4e6 * 3 / speed / 3600, rel=0.05)
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_a_dry_run_with_data_counts_their_images(program, train_flags, tmp_path):
+    done = program('train.py', '--dry_run', *train_flags, '--root', tmp_path / 'runs')
+    assert '32 to train on' in done.stdout and '8 steps of 8 images' in done.stdout
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_a_dry_run_that_does_not_fit_says_what_to_change(program, train_flags):
+    done = program('train.py', '--dry_run', '--dataset', 'ffhq', '--num_preprocess_blocks', 1,
+                   '--num_postprocess_blocks', 1, '--batch_size', 5000, '--checkpoint_activations', 'off',
+                   '--device', 'cpu', check=False)
+    assert done.returncode == 1 and 'does not fit' in done.stdout
+    assert re.search(r'--batch_size \d+ --accumulate \d+', done.stdout)
+
+
+def test_advice():
+    memory = Memory(fixed=1000, image=100, image_recomputed=10)
+    assert memory.need(10, recomputed=False) == 1000 + 10 * 1.3 * 100
+    assert memory.largest_batch(2400, recomputed=False) == 10
+    assert advice(memory, 2400, 20, 1, recomputed=False) == [
+        '--checkpoint_activations on: the same numbers, about a third slower',
+        '--batch_size 10 --accumulate 2: the joint batch stays as it is']
+    assert advice(memory, 1200, 20, 2, recomputed=True) == [
+        '--batch_size 15 --accumulate 3: the joint batch stays as it is']
+    assert 'fewer --num_channels_enc' in advice(memory, 900, 20, 1, recomputed=False)[0]
+
+
+def test_estimated_activations_are_what_autograd_keeps():
+    """Against the storages that a real forward pass saves, with and without recomputation."""
+    torch.manual_seed(0)
+    model = NVAE((1, 32, 32), NVAEConfig(num_channels_enc=8, num_channels_dec=8, use_se=True), Pixels())
+
+    def kept(images):
+        storages = {}
+
+        def note(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        model.train()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            terms = model(torch.rand(images, 1, 32, 32))
+        del terms
+        return sum(storage.nbytes() for storage in storages.values())
+
+    plain, recomputed = activation_bytes(model, (1, 32, 32))
+    assert plain == pytest.approx((kept(4) - kept(2)) / 2, rel=0.02)
+    checkpoint_activations(model)
+    assert activation_bytes(model, (1, 32, 32)) == (plain, recomputed) and model.training
+    inputs = (kept(4) - kept(2)) / 2
+    assert inputs < recomputed < 0.35 * plain, 'the inputs of the cells, and one cell'

@@ -1,0 +1,72 @@
+"""The update of the weights: learning rate, steps that are not finite, batch norms of averaged weights."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+import launch
+
+
+def learning_rate(step: int, steps: int, *, epochs: int, warmup_epochs: int, highest: float,
+                  lowest: float) -> float:
+    """Linear warm-up per step, then a cosine per epoch from the highest to the lowest rate.
+
+    `steps` are those of an epoch.
+    """
+    warm_up = warmup_epochs * steps
+    if step < warm_up:
+        return highest * step / warm_up
+    last = epochs - warmup_epochs - 1
+    done = min((step // steps - warmup_epochs) / last, 1.0) if last > 0 else 0.0
+    return lowest + (highest - lowest) * (1 + math.cos(math.pi * done)) / 2
+
+
+class SafeBuffers:
+    """A copy of the model's floating-point buffers as they were after the last good step."""
+
+    def __init__(self, model: nn.Module):
+        self.buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self.copies = [b.clone() for b in self.buffers]
+
+    def keep(self) -> None:
+        for copy, buffer in zip(self.copies, self.buffers):
+            copy.copy_(buffer)
+
+    def restore(self) -> None:
+        for copy, buffer in zip(self.copies, self.buffers):
+            buffer.copy_(copy)
+
+
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, safe: SafeBuffers,
+                   grad_clip: float) -> tuple[bool, Tensor]:
+    """Updates the weights from their gradients. Returns whether it did, and the gradient norm before
+    clipping.
+
+    A gradient that is not finite changes nothing: neither weights nor running statistics. Gradients are
+    averaged over ranks, so all ranks come to the same verdict.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        optimizer.step()
+        safe.keep()
+    else:
+        safe.restore()
+    return finite, norm
+
+
+def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Sets the batch-norm statistics to the means over these batches (B, C, *S), and over all ranks.
+
+    An average of weights has never seen its own activations: the average of the statistics is not the
+    statistics of the average (Izmailov et al. 2018).
+    """
+    update_bn(batches, model)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            for statistic in (norm.running_mean, norm.running_var):
+                statistic.copy_(launch.mean_over_ranks(statistic))
+    model.eval()
