@@ -59,12 +59,13 @@ class WeightNormConv2d(nn.Conv2d):
     def _initialize(self, x: Tensor) -> None:
         self.log_weight_norm.zero_()
         y = self._conv_forward(x, self.effective_weight(), None)                            # (B, C_out, H, W)
-        own, count, world = y.mean((0, 2, 3)), y.numel() // y.shape[1], launch.world()
+        own, spread = y.mean((0, 2, 3)), y.double().var((0, 2, 3))
+        count, world = y.numel() // y.shape[1], launch.world()
         mean = launch.mean_over_ranks(own)
         # The variance of the joint batch is the mean variance within ranks and that of their means.
-        within = launch.mean_over_ranks(y.var((0, 2, 3))) * (world * (count - 1) / (world * count - 1))
+        within = launch.mean_over_ranks(spread) * (world * (count - 1) / (world * count - 1))
         between = launch.mean_over_ranks((own - mean) ** 2) * (world * count / (world * count - 1))
-        std = 5 * (within + between).sqrt()
+        std = 5 * (within + between).sqrt().to(y.dtype)
         self.bias.copy_(-mean / (std + WEIGHT_NORM_EPS))
         self.log_weight_norm.copy_(-torch.log(std + WEIGHT_NORM_EPS).view(-1, 1, 1, 1))
 

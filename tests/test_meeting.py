@@ -42,8 +42,9 @@ def wait_for(condition, seconds=10):
     assert meeting.poll(condition, seconds)
 
 
-def test_a_start_has_a_prefix_of_its_own_in_a_store_that_remembers():
+def test_a_start_has_a_prefix_of_its_own_in_a_store_that_remembers(monkeypatch):
     """As torchrun's store after a restart: keys of the processes before are still there."""
+    monkeypatch.setattr(meeting, 'MEETING_TIME', 5.0)
     store, prefixes = HashStore(), []
     for _ in range(3):
         found = together(*(lambda rank=rank: fresh_prefix(store, Topology(rank, 3)) for rank in range(3)))
@@ -80,7 +81,8 @@ def test_a_taken_port_is_one_line():
 def test_all_wait_for_the_last_however_late(meet):
     (a, b, c), told = meet(3, timeout=0.4)              # one that works for longer than that still lives
     passed = []
-    threads = [threading.Thread(target=lambda one=one: (one.assemble(), passed.append(one))) for one in (a, b)]
+    threads = [threading.Thread(target=lambda one=one: (one.assemble(), passed.append(one)))
+               for one in (a, b)]
     for thread in threads:
         thread.start()
     time.sleep(1.5)
