@@ -88,14 +88,14 @@ def test_a_cable_that_is_out_for_seconds_changes_nothing(hosts, undisturbed, tmp
 
 
 def test_a_host_that_is_gone_for_good_ends_the_run_in_minutes(hosts, undisturbed, tmp_path):
-    """Of which there are 0.1 here; with one line, a status that asks for another try, and the checkpoint."""
+    """Of which there are 0.2 here; with one line, a status that asks for another try, and the checkpoint."""
     flags, _ = undisturbed
-    processes = published(hosts, [*flags, '--root', tmp_path, '--timeout', '0.1'], tmp_path / 'log')
+    processes = published(hosts, [*flags, '--root', tmp_path, '--timeout', '0.2'], tmp_path / 'log')
     wait_for_step(tmp_path / 'eval-exp', 5, *processes)
     hosts.cable('down')
     since = time.monotonic()
     assert end(*processes) == [launch.LOST_STATUS] * 2
-    assert time.monotonic() - since < 60
+    assert time.monotonic() - since < 150, 'minutes, not hours'
     for rank in range(2):
         errors = [line for line in (tmp_path / f'log.{rank}').read_text().splitlines() if 'error' in line]
         assert len(errors) == 1 and '--cont_training' in errors[0], errors

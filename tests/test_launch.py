@@ -89,7 +89,7 @@ def test_a_process_that_fails_takes_the_others_with_it(name, status, told, tmp_p
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     since = time.monotonic()
     assert launch.launch(work, (name, tmp_path), TWO) == status
-    assert time.monotonic() - since < 40
+    assert time.monotonic() - since < 150, "it waited for the one that hangs"
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     errors = capfd.readouterr().err
     assert told in errors
