@@ -5,7 +5,7 @@ the part `train`, choose thresholds on the normal images of `val`, and are judge
 anomalous.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,11 +19,14 @@ from readers.cifar10 import read_cifar10
 from readers.images import FITS, read_folder
 from readers.layouts import Layout, read_records
 from readers.mnist import read_mnist, read_stacked_mnist
+from readers.notmnist import read_notmnist
 from readers.omniglot import read_omniglot
+from readers.ood import OWN, Changed, Wanted, as_anomalies, drawn, parse, read_images, with_sizes
 from readers.packed import is_packed, read_packed
-from readers.parts import Batch, Part
+from readers.parts import Batch, JoinedPart, Part
 from readers.phantom import write_phantoms
 from readers.records import Decoding, Records
+from readers.smallnorb import read_smallnorb
 from readers.source import Entry, Source
 from readers.split import (
     PARTS,
@@ -38,6 +41,7 @@ from readers.split import (
     warnings,
     with_patients,
 )
+from readers.svhn import read_svhn
 from utils import UserError, flag, mix_seed
 
 # ------------------------------------------------------------------------------------------------------ table
@@ -59,6 +63,7 @@ class DataSet:
     val_always: bool = True                  # False: a validation part only where there are anomalies to find
     flip: bool = False                       # trained on mirror images too
     num_train: int = 0                       # training images of the published set; 0 = any number
+    parts: tuple[str, ...] = ('train', 'test')               # of a set with parts of its own: those to read
     layout: Layout | None = None             # of a set that is read as it is trained on
     where: str = ''                          # for errors: the layout, and where the data comes from
 
@@ -79,9 +84,10 @@ def _phantom_folder(config: 'DataConfig') -> str:
 
 
 def _read_arrays(read: Callable[..., Source], config: 'DataConfig', row: DataSet) -> Source:
-    return read(config.data, normal=config.normal_classes, anomalous=config.anomalous_classes,
-                size=config.image_size or row.size, channels=config.channels or row.channels,
-                padding=_padding(config, row), cache_dir=config.cache_dir, where=row.where)
+    return read(config.data, parts=row.parts, normal=config.normal_classes,
+                anomalous=config.anomalous_classes, size=config.image_size or row.size,
+                channels=config.channels or row.channels, padding=_padding(config, row),
+                cache_dir=config.cache_dir, where=row.where)
 
 
 def _read_records(config: 'DataConfig', row: DataSet) -> Source:
@@ -102,6 +108,8 @@ def _read_packed(config: 'DataConfig', row: DataSet) -> Source:
 
 # Published 8-bit sets whose test part is given; validation during training watches it, as published.
 PUBLISHED = {'bits': 8, 'val_fraction': 0.1, 'test_fraction': 0, 'val_always': False}
+# Binary pictures of 28 x 28 in a frame of 2, which --image_size 28 takes off.
+BINARY = PUBLISHED | {'size': 32, 'likelihood': 'bernoulli', 'padding': 2}
 # Photographs: large, in colour, read as they are trained on, and mirrored.
 PHOTOGRAPHS = PUBLISHED | {'read': _read_records, 'channels': 3, 'flip': True}
 LSUN = Decoding(encoded=True, crop=True)
@@ -111,20 +119,39 @@ LSUN_CHURCH = Layout(LSUN, 'church', 'church_outdoor_train_lmdb', 'church_outdoo
 
 DATASETS = {
     'mnist': DataSet(
-        partial(_read_arrays, read_mnist), size=32, likelihood='bernoulli', padding=2, num_train=60_000,
+        partial(_read_arrays, read_mnist), num_train=60_000,
         where='Get it with torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.',
-        **PUBLISHED),
+        **BINARY),
+    'fashion_mnist': DataSet(
+        partial(_read_arrays, partial(read_mnist, name='FashionMNIST')), num_train=60_000,
+        where='Get it with torchvision.datasets.FashionMNIST(FOLDER, download=True), then --data FOLDER.',
+        **BINARY),
+    'kmnist': DataSet(
+        partial(_read_arrays, partial(read_mnist, name='KMNIST')), num_train=60_000,
+        where='Get it with torchvision.datasets.KMNIST(FOLDER, download=True), then --data FOLDER.',
+        **BINARY),
+    'notmnist': DataSet(
+        partial(_read_arrays, read_notmnist), num_train=529_114,
+        where='Expected the folders notMNIST_large and notMNIST_small, A to J in each, as their archives '
+              'unpack (yaroslavvb.blogspot.com, notMNIST dataset).', **BINARY),
     'stacked_mnist': DataSet(
         partial(_read_arrays, read_stacked_mnist), size=32, channels=3, padding=2, num_train=120_000,
         where='It is made from MNIST: torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.',
         **PUBLISHED),
     'omniglot': DataSet(
-        partial(_read_arrays, read_omniglot), size=32, likelihood='bernoulli', padding=2, num_train=24_345,
-        where='Expected chardata.mat of github.com/yburda/iwae (datasets/OMNIGLOT).', **PUBLISHED),
+        partial(_read_arrays, read_omniglot), num_train=24_345,
+        where='Expected chardata.mat of github.com/yburda/iwae (datasets/OMNIGLOT).', **BINARY),
     'cifar10': DataSet(
         partial(_read_arrays, read_cifar10), size=32, channels=3, flip=True, num_train=50_000,
         where='Get it with torchvision.datasets.CIFAR10(FOLDER, download=True), then --data FOLDER.',
         **PUBLISHED),
+    'svhn': DataSet(
+        partial(_read_arrays, read_svhn), size=32, channels=3, num_train=73_257,
+        where='Get it with torchvision.datasets.SVHN(FOLDER, split, download=True) for the splits train and '
+              'test, then --data FOLDER.', **PUBLISHED),
+    'smallnorb': DataSet(
+        partial(_read_arrays, read_smallnorb), size=96, num_train=24_300,
+        where='Expected the files of cs.nyu.edu/~ylclab/data/norb-v1.0-small.', **PUBLISHED),
     'celeba_64': DataSet(
         size=64, num_train=162_770,
         layout=Layout(Decoding(encoded=True, box=(15, 40, 163, 188)), 'face', celeba=True),
@@ -191,8 +218,11 @@ class DataConfig:
     skip_corrupt: bool = flag(False, 'leave out files that cannot be read, and report each; else stop')
     likelihood: str = flag('auto', "grey levels, or binary: a grey value is the chance of white; auto = the "
                                    "data set's own", choices=('auto', 'discretized', 'bernoulli'))
-    binarize: str = flag('dynamic', 'binary data: draw each pixel anew every epoch, or once for ever',
+    binarize: str = flag('dynamic', 'binary and dequantized data: draw each pixel anew every epoch, or once '
+                                    'for ever',
                          choices=('dynamic', 'static'))
+    dequantize: bool = flag(False, 'grey levels: add noise, (level + u) / levels with u uniform in [0, 1)')
+    invert: bool = flag(False, 'light for dark: 1 - x, before it is made binary or dequantized')
     num_phantoms: int = flag(1200, 'phantom: normal images to make; a quarter as many abnormal ones')
     num_workers: int = flag(0, 'processes that prepare batches; 0 = none besides the program')
     cache_dir: str = flag('', "folder for decoded images; '' = a folder in $XDG_CACHE_HOME or ~/.cache")
@@ -228,6 +258,9 @@ def check(config: DataConfig, row: DataSet) -> None:
     if row.likelihood == 'bernoulli' and config.channels not in (0, row.channels):
         raise UserError(f"--channels {config.channels}: the binary images of {config.dataset} have "
                         f"{row.channels}.")
+    if config.dequantize and _pixels(config, row).likelihood == 'bernoulli':
+        raise UserError(f"--dequantize: the pixels of {config.dataset} are binary here, without grey levels: "
+                        f"add --likelihood discretized, or leave it out.")
     val, test = _fractions(config, row)
     for name, value in {'val_fraction': val, 'test_fraction': test}.items():
         if not 0 <= value < 1:
@@ -275,15 +308,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     if split and not config.normal_classes:
         config = replace(config, normal_classes=tuple(split['normal_classes']))
     source = (_read_packed if is_packed(config.data) else row.read)(config, row)
-    report = list(source.notes)
-    if source.bad:
-        lines = [f'{name} {reason}' for name, reason in source.bad]
-        if not config.skip_corrupt:
-            total = len(lines) + len(source.entries)
-            raise UserError(f"{count(len(lines), 'file')} of {total} cannot be used: {some(lines)}. Replace "
-                            f"or remove them, or pass --skip_corrupt to leave them out.")
-        report += [f'left out: {line}' for line in lines]
-
+    report = list(source.notes) + _left_out(source, config.skip_corrupt)
     are_records = isinstance(source.entries, Records)
     if split and are_records != ('records' in split):
         raise UserError(f"{config.data} is kept in another form than the data that the run's split.json "
@@ -295,13 +320,23 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     pixels = _pixels(config, row)
     flip = {'auto': row.flip, 'on': True, 'off': False}[config.flip]
     made = {part: Part(entries[part], source, pixels, _depth(config), static=config.binarize == 'static',
-                       flip=flip) for part in PARTS}
+                       flip=flip, dequantize=config.dequantize, invert=config.invert) for part in PARTS}
     stored = {'dataset': config.dataset, 'split_seed': config.split_seed,
               'normal_classes': list(source.normal_classes),
               'anomalous_classes': list(source.anomalous_classes), **stored}
     return Data(**made, shape=tuple(source.pixels.shape[1:]), pixels=pixels,
                 normal_classes=source.normal_classes, anomalous_classes=source.anomalous_classes,
                 split=stored, report=report, config=config)
+
+
+def _left_out(source: Source, skip_corrupt: bool) -> list[str]:
+    """A line for each unreadable file. Raises UserError if there is one and none may be left out."""
+    lines = [f'{name} {reason}' for name, reason in source.bad]
+    if lines and not skip_corrupt:
+        total = len(lines) + len(source.entries)
+        raise UserError(f"{count(len(lines), 'file')} of {total} cannot be used: {some(lines)}. Replace "
+                        f"or remove them, or pass --skip_corrupt to leave them out.")
+    return [f'left out: {line}' for line in lines]
 
 
 def _part_files(config: DataConfig, row: DataSet, source: Source, split: dict[str, Any] | None,
@@ -338,6 +373,82 @@ def _part_records(config: DataConfig, row: DataSet, source: Source, split: dict[
     name = source.entries.class_name
     report += count_table({(name, part): number for part, number in counts.items()}, {name: 0})
     return made, {'split_seed': seed, 'duplicates': [], 'records': counts}
+
+
+# -------------------------------------------------------------------------------------- out of distribution
+
+def with_ood(data: Data, sets: Sequence[str], most: int = 0, seed: int = 0) -> Data:
+    """The same with more anomalous images in the part `test`, a class for each of `sets`: NAME=PATH[:CHANGE].
+
+    They are brought to the shape, the bits and the likelihood of `data`. At most `most` images of each set,
+    drawn by `seed`; 0 = all. Raises UserError. What the run stores of its split does not change.
+    """
+    wanted, report = [parse(text) for text in sets], list(data.report)
+    parts = {'': data.test}
+    for one in wanted:
+        if one.name in parts or one.name in {*data.normal_classes, *data.anomalous_classes}:
+            raise UserError(f"--ood {one.name}: there is a class of this name already. Take another name.")
+        read = _own_part if one.path == OWN else _foreign_part
+        parts[one.name] = part = read(data, one, most, seed, report)
+        if not len(part):
+            raise UserError(f"--ood {one.name}: there is no image in {one.path} to take.")
+        changed = f", {', '.join(one.changes)}" if one.changes else ''
+        report.append(f'out of distribution: {one.name}, {count(len(part), "image")} of {one.path}{changed}')
+    return replace(data, test=JoinedPart(list(parts.values())), report=report,
+                   anomalous_classes=(*data.anomalous_classes, *(one.name for one in wanted)))
+
+
+def _own_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
+    """The run's own normal test images, changed; their border is the same on all sides and turns with them.
+    """
+    part = data.test
+    entries = drawn([e for e in part.entries if not e.label], most, seed)
+    images = Changed(part.images, wanted.turns, part.depth)
+    return _ood_part(data, wanted, entries, images, data.config.invert != wanted.inverted)
+
+
+def _foreign_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
+    """Images that the run does not know; of a published data set its test part."""
+    channels, size, _ = data.shape
+    config = replace(data.config, data=wanted.path, image_size=0, channels=0, normal_classes=(),
+                     anomalous_classes=())
+    inner = {'size': size - 2 * data.pixels.padding, 'channels': channels}
+    row = DATASETS.get(wanted.name)
+    if is_packed(wanted.path):
+        source = read_packed(wanted.path, normal=(), normal_wanted=(), anomalous=(), border=0, **inner,
+                             depth=_depth(config), fit=config.fit, masks=False, cache_dir=config.cache_dir)
+    elif row and not row.folder:
+        try:
+            source = row.read(config, replace(row, **inner, padding=0, parts=('test',)))
+        except UserError as error:
+            raise UserError(f"--ood {wanted.name}: {error}") from None
+    else:
+        source = read_images(wanted.path, wanted.name, most=most, seed=seed, **inner, depth=_depth(config),
+                             fit=config.fit, cache_dir=config.cache_dir)
+    report += [f'{wanted.name}: {line}' for line in (*source.notes, *_left_out(source, config.skip_corrupt))]
+    entries = source.entries
+    if isinstance(entries, Records):
+        entries = entries.at(np.flatnonzero(entries.in_test()))
+    elif any(e.part for e in entries):
+        entries = [e for e in entries if e.part == 'test']
+    entries = drawn(entries, most, seed)
+    if row and not is_packed(wanted.path):       # a PNG of its own size and colours would give a set away
+        entries = [e if e.path else replace(e, file_bytes=0) for e in entries]
+    known = {file['sha256'] for file in data.split.get('files', ()) if file['sha256']}
+    if same := [e.id for e in entries if e.sha256 in known]:
+        report.append(f"{count(len(same), 'image')} of {wanted.name} are images of the run's own data: "
+                      f"{some(same)}")
+    images = Changed(source.pixels, wanted.turns, _depth(config), data.pixels.padding)
+    return _ood_part(data, wanted, entries, images, wanted.inverted)
+
+
+def _ood_part(data: Data, wanted: Wanted, entries: Sequence[Entry], images: Changed, invert: bool) -> Part:
+    # A size that only one side has would be a perfect baseline.
+    known = len(data.test) and data.test.entries[0].file_bytes
+    entries = with_sizes(as_anomalies(entries, wanted.name), images if known else None)
+    source = Source(entries, images, None, (), (wanted.name,))
+    return Part(entries, source, data.pixels, _depth(data.config), dequantize=data.config.dequantize,
+                invert=invert)
 
 
 class _Noise:

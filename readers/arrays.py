@@ -42,7 +42,7 @@ def read_arrays(name: str, load: Callable[[], Parts], files: Sequence[Path], *, 
             for i in tqdm(keep, f'reading {name}, {part}', unit='image', disable=None, leave=False):
                 entries.append(Entry(id=f'{part}/{i:05d}', path='', class_name=names[i],
                                      sha256=hashlib.sha256(images[i].tobytes()).hexdigest(),
-                                     file_bytes=_png_bytes(images[i]), row=len(entries), part=part))
+                                     file_bytes=png_bytes(images[i]), row=len(entries), part=part))
             chosen.append((images, keep))
         if not entries:
             raise UserError(f"{name} in {files[0].parent} has no image of the classes "
@@ -76,7 +76,7 @@ def _fitted(image: np.ndarray, size: int, channels: int) -> np.ndarray:
     return to_array(picture.resize((size, size), Image.Resampling.BILINEAR), channels)
 
 
-def _png_bytes(x: np.ndarray) -> int:
+def png_bytes(x: np.ndarray) -> int:
     """The size of an image (H, W) or (H, W, 3) as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(x).save(file, 'PNG')

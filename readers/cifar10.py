@@ -8,6 +8,7 @@ the published size must have the published MD5: a flipped bit shows nowhere else
 import hashlib
 import io
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,14 @@ ALLOWED = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('numpy.core.multiarray', '
            ('numpy._core.multiarray', '_reconstruct'), ('_codecs', 'encode')}
 
 
-def read_cifar10(folder: str | Path, *, where: str, **options: object) -> Source:
-    """The images of the chosen classes, 'airplane' to 'truck'; `options` are those of read_arrays."""
+def read_cifar10(folder: str | Path, *, where: str, parts: Sequence[str], **options: object) -> Source:
+    """The images of the chosen classes, 'airplane' to 'truck'; `options` are those of read_arrays.
+
+    Only the files of `parts` are looked for.
+    """
     if not folder:
         raise UserError(f"--data is missing. {where}")
-    names = [name for batches in BATCHES.values() for name in batches]
+    names = [name for part in parts for name in BATCHES[part]]
     places = (Path(folder, 'cifar-10-batches-py'), Path(folder))
     base = next((p for p in places if all((p / name).is_file() for name in names)), None)
     if base is None:
@@ -38,11 +42,11 @@ def read_cifar10(folder: str | Path, *, where: str, **options: object) -> Source
                         f"{where}")
 
     def load() -> Parts:
-        parts = {}
-        for part, batches in BATCHES.items():
-            images, labels = zip(*(read_batch(base / name) for name in batches), strict=True)
-            parts[part] = np.concatenate(images), [CLASSES[i] for batch in labels for i in batch]
-        return parts
+        made = {}
+        for part in parts:
+            images, labels = zip(*(read_batch(base / name) for name in BATCHES[part]), strict=True)
+            made[part] = np.concatenate(images), [CLASSES[i] for batch in labels for i in batch]
+        return made
 
     return read_arrays('CIFAR-10', load, [base / name for name in names], classes=CLASSES, **options)
 

@@ -208,7 +208,7 @@ def find_classes(folder: Path, normal: Sequence[str],
         if sub.name.lower() == 'masks':
             continue
         images = next((s for s in _subfolders(sub) if s.name.lower() == 'images'), sub)
-        files = _image_files(images)
+        files = image_files(images)
         is_normal = any(same_name(sub.name, name) for name in normal)
         if not files and images is sub and next(sub.iterdir(), None) and not is_normal:
             notes.append(f"folder {sub.name} holds no {', '.join(SUFFIXES)} file: it is not taken for a "
@@ -234,7 +234,7 @@ def _subfolders(folder: Path) -> list[Path]:
                         f"permissions.") from None
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """All image files below `folder`, sorted, without hidden ones and those below a folder `masks`."""
     found = []
 
@@ -253,7 +253,7 @@ def with_masks(root: Path, class_name: str, files: list[ImageFile]) -> list[Imag
     masks = {}
     for folder in (root / 'masks' / class_name, root / class_name / 'masks'):
         if folder.is_dir():
-            masks |= {_stem(p.relative_to(folder).as_posix()): str(p) for p in _image_files(folder)}
+            masks |= {_stem(p.relative_to(folder).as_posix()): str(p) for p in image_files(folder)}
     prefix = re.compile(re.escape(class_name) + r'/(images/)?', re.IGNORECASE)
     return [replace(f, mask=masks.get(_stem(prefix.sub('', f.id, count=1)), '')) for f in files]
 

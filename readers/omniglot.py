@@ -5,6 +5,7 @@
 published reader cuts them off: they differ by 1 of 255 at most.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,11 @@ ALPHABETS = 50
 SIDE = 28
 
 
-def read_omniglot(folder: str | Path, *, where: str, **options: object) -> Source:
-    """The characters of the chosen alphabets, '0' to '49'; `options` are those of read_arrays."""
+def read_omniglot(folder: str | Path, *, where: str, parts: Sequence[str], **options: object) -> Source:
+    """The characters of the chosen alphabets, '0' to '49'; `options` are those of read_arrays.
+
+    `parts` is not used: one file holds them all.
+    """
     if not folder:
         raise UserError(f"--data is missing. {where}")
     places = (Path(folder), Path(folder, FILE), Path(folder, 'omniglot', FILE))

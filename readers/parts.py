@@ -33,9 +33,10 @@ class Part(Dataset):
     """The images of one part, in the order of their ids; `part[i]` is its (x, y, mask, id) for evaluation."""
 
     def __init__(self, entries: Sequence[Entry], source: Source, pixels: Pixels, depth: int = 8,
-                 static: bool = True, flip: bool = False):
+                 static: bool = True, flip: bool = False, dequantize: bool = False, invert: bool = False):
         self.entries = entries if isinstance(entries, Records) else list(entries)
         self.pixels, self.depth, self.static, self.flip = pixels, depth, static, flip
+        self.dequantize, self.invert = dequantize, invert
         self.images, self.masks = source.pixels, source.masks
         self.crops = isinstance(self.images, LazyImages) and self.images.decoding.crop
         labels, self.rows, self.mask_rows = columns(self.entries)
@@ -69,9 +70,16 @@ class Part(Dataset):
             values = self.images.cropped(rows, [_place(draw, name) for name in ids])
         else:
             values = self.images[rows]                                          # (B, C, H, W) uint8 or uint16
+        if self.invert:
+            values = np.where(self._inside(values.shape), ~values, values)      # ~v is the largest value - v
+        noise = 0 if self.static else draw
         if self.pixels.likelihood == 'bernoulli':
             chance = grey_levels(values, self.depth, self.depth)
-            x = (_uniform(chance.shape, 0 if self.static else draw, ids) < chance).float()
+            x = (_uniform(chance.shape, 'binarize', noise, ids) < chance).float()
+        elif self.dequantize:
+            u = _uniform(values.shape, 'dequantize', noise, ids)
+            x = dequantized(values, self.depth, self.pixels.bits, u)
+            x *= torch.from_numpy(self._inside(values.shape))
         else:
             x = grey_levels(values, self.depth, self.pixels.bits)
         masks = self._masks(self.mask_rows[indices])
@@ -80,6 +88,13 @@ class Part(Dataset):
             for images in (x,) if masks is None else (x, masks):
                 images[mirrored] = images[mirrored].flip(-1)
         return Batch(x, self.labels[indices], masks, ids)
+
+    def _inside(self, shape: Sequence[int]) -> np.ndarray:
+        """(H, W) bool: False on the border, which stays black whatever is done to the image."""
+        (height, width), border = shape[-2:], self.pixels.padding
+        inside = np.zeros((height, width), bool)
+        inside[border:height - border, border:width - border] = True
+        return inside
 
     def _masks(self, rows: np.ndarray) -> Tensor | None:
         if not self.has_masks:
@@ -90,17 +105,53 @@ class Part(Dataset):
         return masks
 
 
+class JoinedPart(Part):
+    """Several parts as one, each with its own images and what is done to them: one after the other."""
+
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = list(parts)
+        self.entries = [e for part in self.parts for e in part.entries]
+        self.labels = torch.cat([part.labels for part in self.parts])
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        self.has_masks = any(part.has_masks for part in self.parts)
+
+    def items(self, indices: Sequence[int], draw: int = 0) -> Batch:
+        indices = np.asarray(indices, np.int64)
+        x, masks, owners = None, None, np.searchsorted(self.ends, indices, 'right')
+        for owner in np.unique(owners):
+            part, places = self.parts[owner], np.flatnonzero(owners == owner)
+            batch = part.items(indices[places] - (self.ends[owner] - len(part)), draw)
+            if x is None:
+                x = batch.x.new_empty(len(indices), *batch.x.shape[1:])
+            x[places] = batch.x
+            if batch.mask is not None:
+                if masks is None:
+                    masks = batch.mask.new_zeros(len(indices), *batch.mask.shape[1:])
+                masks[places] = batch.mask
+        if masks is None and self.has_masks:
+            masks = torch.zeros(len(indices), 1, *x.shape[2:], dtype=torch.bool)
+        return Batch(x, self.labels[indices], masks, [self.entries[i].id for i in indices])
+
+
+def dequantized(values: np.ndarray, depth: int, bits: int, u: Tensor) -> Tensor:
+    """Integers of `depth` bits as (k + u) / 2^bits in [0, 1); k is the grey level, u uniform in [0, 1)."""
+    level = torch.from_numpy((values >> (depth - bits)).astype(np.float32))
+    end = (level + 1) / 2 ** bits
+    # In float32 a u near 1 may round up to the next level.
+    return torch.minimum((level + u) / 2 ** bits, torch.nextafter(end, torch.zeros_like(end)))
+
+
 def grey_levels(values: np.ndarray, depth: int, bits: int) -> Tensor:
     """Integers of `depth` bits as grey levels k / (2^bits - 1), where k = floor(value / 2^(depth - bits))."""
     return torch.from_numpy((values >> (depth - bits)).astype(np.float32) / np.float32(2 ** bits - 1))
 
 
-def _uniform(shape: Sequence[int], draw: int, ids: list[str]) -> Tensor:
+def _uniform(shape: Sequence[int], purpose: str, draw: int, ids: list[str]) -> Tensor:
     """Uniform numbers (B, *shape[1:]), each image's own whatever batch it is in."""
     u = torch.empty(shape)
     generator = torch.Generator()
     for image, name in zip(u, ids, strict=True):
-        image.uniform_(generator=generator.manual_seed(mix_seed('binarize', draw, name)))
+        image.uniform_(generator=generator.manual_seed(mix_seed(purpose, draw, name)))
     return u
 
 

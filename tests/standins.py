@@ -93,18 +93,56 @@ def phantom(folder: Path, count: int, test_count: int) -> Path:
 
 # ---------------------------------------------------------------------------------------- small sets
 
-def mnist(folder: Path, count: int, test_count: int) -> Path:
+def idx(name: str) -> Callable[[Path, int, int], Path]:
     """IDX files in torchvision's layout, the test files packed and the training files not."""
-    raw = folder / 'MNIST' / 'raw'
-    raw.mkdir(parents=True, exist_ok=True)
-    for name, number, first, pack in (('train', count, 0, False), ('t10k', test_count, 1000, True)):
-        pixels = np.stack([image(first + i, 28, 28, 1)[..., 0] for i in range(number)])
-        files = {
-            f'{name}-images-idx3-ubyte': struct.pack('>4I', 0x803, number, 28, 28) + pixels.tobytes(),
-            f'{name}-labels-idx1-ubyte': struct.pack('>2I', 0x801, number)
-            + bytes(i % 10 for i in range(number))}
-        for file, data in files.items():
-            (raw / (file + '.gz' * pack)).write_bytes(gzip.compress(data) if pack else data)
+    def make(folder: Path, count: int, test_count: int) -> Path:
+        raw = folder / name / 'raw'
+        raw.mkdir(parents=True, exist_ok=True)
+        for part, number, first, pack in (('train', count, 0, False), ('t10k', test_count, 1000, True)):
+            pixels = np.stack([image(first + i, 28, 28, 1)[..., 0] for i in range(number)])
+            files = {
+                f'{part}-images-idx3-ubyte': struct.pack('>4I', 0x803, number, 28, 28) + pixels.tobytes(),
+                f'{part}-labels-idx1-ubyte': struct.pack('>2I', 0x801, number)
+                + bytes(i % 10 for i in range(number))}
+            for file, data in files.items():
+                (raw / (file + '.gz' * pack)).write_bytes(gzip.compress(data) if pack else data)
+        return folder
+    return make
+
+
+def notmnist(folder: Path, count: int, test_count: int) -> Path:
+    """A letter a folder, in turn; at least one of each."""
+    for part, number, first in (('large', count, 0), ('small', test_count, 1000)):
+        for i in range(number):
+            path = folder / f'notMNIST_{part}' / 'ABCDEFGHIJ'[i % 10] / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(image(first + i, 28, 28, 1), 'PNG'))
+    return folder
+
+
+def svhn(folder: Path, count: int, test_count: int) -> Path:
+    """MATLAB files: images along the last axis; the digit 0 has the label 10."""
+    for part, number, first in (('train', count, 0), ('test', test_count, 1000)):
+        pixels = np.stack([image(first + i, 32, 32) for i in range(number)], axis=-1)
+        labels = np.array([[i % 10 or 10] for i in range(number)], np.uint8)
+        scipy.io.savemat(folder / f'{part}_32x32.mat', {'X': pixels, 'y': labels})
+    return folder
+
+
+def smallnorb(folder: Path, count: int, test_count: int) -> Path:
+    """Matrices by the book of the page: left image(i), right black; the test part packed."""
+    for part, number, first in (('5x46789x9x18x6x2x96x96-training', count, 0),
+                                ('5x01235x9x18x6x2x96x96-testing', test_count, 1000)):
+        files = {'cat': struct.pack('<2i3i', 0x1E3D4C54, 1, number, 1, 1)
+                 + struct.pack(f'<{number}i', *(i % 5 for i in range(number))),
+                 'dat': struct.pack('<2i4i', 0x1E3D4C55, 4, number, 2, 96, 96)
+                 + b''.join(image(first + i, 96, 96, 1).tobytes() + bytes(96 * 96) for i in range(number))}
+        for kind, data in files.items():
+            name = f'smallnorb-{part}-{kind}.mat'
+            if first:
+                (folder / f'{name}.gz').write_bytes(gzip.compress(data))
+            else:
+                (folder / name).write_bytes(data)
     return folder
 
 
@@ -183,8 +221,13 @@ def celeba_files(folder: Path, count: int, test_count: int) -> Path:
 
 
 STANDINS = {
-    'mnist': mnist,
-    'stacked_mnist': mnist,
+    'mnist': idx('MNIST'),
+    'fashion_mnist': idx('FashionMNIST'),
+    'kmnist': idx('KMNIST'),
+    'notmnist': notmnist,
+    'svhn': svhn,
+    'smallnorb': smallnorb,
+    'stacked_mnist': idx('MNIST'),
     'cifar10': cifar10,
     'omniglot': omniglot,
     'covid': class_folders('Normal', 'COVID'),
