@@ -2,8 +2,8 @@
 
     python evaluate.py --checkpoint runs/eval-chest/checkpoint.pt --eval_mode anomaly --save OUT
 
-Reads checkpoints of train.py and of the published NVAE. The data set and its split are those of the run;
-flags given here win over the run's. Writes OUT/metrics.json and what the mode adds.
+Reads what train.py and the published NVAE, HVAE, LVAE and BIVA leave. The data set and its split are those
+of the run; flags given here win over the run's. Writes OUT/metrics.json and what the mode adds.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from tqdm import tqdm
 import launch
 from anomaly.detect import detect
 from anomaly.scores import ScoreConfig
-from checkpoint import read_checkpoint, save_checkpoint
-from datasets import Batch, Data, DataConfig, eval_batches, load_data
+from checkpoint import save_checkpoint
+from datasets import Batch, Data, DataConfig, eval_batches, load_data, with_ood
 from distributions import Pixels
 from generative.fid import (
     GREY_LEVELS,
@@ -41,7 +41,7 @@ from generative.likelihood import count_dims, evaluate_likelihood
 from generative.pictures import image_grid, save_png
 from generative.sampling import readjust_batch_norm, samples
 from launch import LaunchConfig
-from model import describe, restore
+from model import describe, open_model
 from utils import (
     UserError,
     add_flags,
@@ -65,7 +65,8 @@ _DEFAULTS = ', '.join(f'{mode} {number}' for mode, number in DEFAULT_NUM_SAMPLES
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluation"""
-    checkpoint: str = flag('', 'checkpoint.pt of a run, or its folder; or a checkpoint of the published NVAE')
+    checkpoint: str = flag('', 'checkpoint.pt of a run, or its folder; or what the published '
+                              'NVAE, HVAE, LVAE and BIVA leave')
     save: str = flag('', "folder for the results; '' = a folder named after the mode, beside the checkpoint")
     eval_mode: str = flag('sample', 'what to do', choices=(
         'sample', 'evaluate', 'evaluate_fid', 'anomaly', 'reconstruct', 'latents', 'decode', 'interpolate',
@@ -82,6 +83,12 @@ class EvalConfig:
     groups: tuple = flag((), 'traverse: groups to walk in, 0 is the top; none given = all', type=int)
     channel: int = flag(-1, 'traverse: latent channel; -1 = in each group the one with most information')
     reach: float = flag(3.0, 'traverse: farthest shift of the channel, to both sides')
+    ood: tuple = flag((), 'anomaly: sets of images to tell from the normal ones, each a class NAME, brought '
+                          'to the shape of the run. NAME is a data set of --dataset, of which the test part '
+                          "is taken, or any name with a folder of images or an LMDB; PATH 'test' is the "
+                          "run's own normal test images. A CHANGE is rot90, rot180, rot270, flip or invert",
+                      metavar='NAME=PATH[:CHANGE]')
+    max_ood: int = flag(0, 'anomaly: at most so many images of each set of --ood, drawn by --seed; 0 = all')
     max_images: int = flag(0, 'evaluate: only the first so many images, in whole batches; 0 = all')
     num_iw_samples: int = flag(0, 'importance samples an image; 0 = 1000 for evaluate, 16 for anomaly')
     batch_size: int = flag(0, "images a batch; 0 = the training's (sample, evaluate_fid: 100)")
@@ -90,12 +97,15 @@ class EvalConfig:
 
     def __post_init__(self):
         least_of = {'num_samples': 0, 'max_images': 0, 'num_iw_samples': 0, 'batch_size': 0, 'temp': 0,
-                    'num_frames': 2, 'channel': -1}
+                    'num_frames': 2, 'channel': -1, 'max_ood': 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
         if self.save_bn and not self.readjust_bn:
             raise UserError("--save_bn keeps readjusted batch-norm statistics: give --readjust_bn too.")
+        if self.ood and self.eval_mode != 'anomaly':
+            raise UserError(f"--ood with --eval_mode {self.eval_mode}: only the mode anomaly takes such "
+                            f"sets.")
         if (self.eval_mode == 'decode') != bool(self.latents):
             raise UserError(f"--eval_mode {self.eval_mode} with --latents {self.latents!r}: decode needs the "
                             f"file or folder that the mode latents wrote, and no other mode takes it.")
@@ -341,6 +351,12 @@ def reconstruct(run: Evaluation) -> None:
 def anomaly(run: Evaluation) -> None:
     """Scores, thresholds, metrics and the report."""
     data = run.data()
+    if run.config.ood:
+        said = len(data.report)
+        with launch.main_first():
+            data = with_ood(data, run.config.ood, run.config.max_ood, run.config.seed)
+        for line in data.report[said:]:
+            run.say(line)
     keeps = run.run_folder if os.access(run.run_folder, os.W_OK) else None
     detect(run.model, data, run.out, read_flags(ScoreConfig, run.args), num_iw_samples=run.num_iw_samples,
            batch_size=run.batch_size, seed=run.config.seed, command='python ' + shlex.join(sys.argv),
@@ -355,7 +371,7 @@ MODES = {'evaluate': evaluate, 'evaluate_fid': evaluate_fid, 'anomaly': anomaly,
 def work(args: argparse.Namespace) -> int:
     config = read_flags(EvalConfig, args)
     say = print if launch.is_main() else (lambda line: None)
-    model, run_args = restore(read_checkpoint(config.checkpoint), ema=not config.no_ema)
+    model, run_args = open_model(config.checkpoint, ema=not config.no_ema)
     run = Evaluation(model.to(launch.device()), run_args, args, config, say)
     try:
         run.out.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint
 from distributions import Pixels
+from families.hvae import BIVA, HVAE, LVAE
+from families.hvae_official import official_folder
+from families.hvae_official import read_official as read_official_folder
 from families.nvae import NVAE
 from families.nvae_official import is_official, read_official
 from utils import UserError, read_flags
@@ -32,7 +35,7 @@ class Model(Protocol):
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-MODELS: dict[str, type] = {'nvae': NVAE}
+MODELS: dict[str, type] = {'nvae': NVAE, 'hvae': HVAE, 'lvae': LVAE, 'biva': BIVA}
 
 
 def build_model(name: str, shape: tuple[int, ...], config: Any, pixels: Pixels) -> Model:
@@ -73,9 +76,18 @@ def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[s
     return model.eval(), dict(checkpoint['args'])
 
 
+def open_model(path: str | Path, ema: bool = True) -> tuple[Model, dict[str, Any]]:
+    """The model of a run folder or checkpoint file, ours or published, on the CPU, and its flags.
+
+    A run folder of the published HVAE, LVAE or BIVA is one too. Raises UserError as `load_model` does.
+    """
+    folder = official_folder(path)
+    return read_official_folder(folder) if folder else restore(read_checkpoint(path), ema)
+
+
 def load_model(path: str | Path, device: str | torch.device = 'cpu', ema: bool = True) -> Model:
     """The trained model of a run folder or checkpoint file, ready for `model(x, temperature=0.0)`.
 
     Raises UserError if the file is missing, damaged or unknown.
     """
-    return restore(read_checkpoint(path), ema)[0].to(device)
+    return open_model(path, ema)[0].to(device)

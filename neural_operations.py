@@ -219,7 +219,7 @@ def checkpoint_activations(model: nn.Module, on: bool = True) -> None:
     About a third more time for a fraction of the memory; the numbers are the same.
     """
     for module in model.modules():
-        if isinstance(module, Cell):
+        if hasattr(module, 'recomputes'):
             module.recomputes = on
 
 
@@ -232,7 +232,7 @@ def activation_bytes(model: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
     """
     state = {name: tensor.detach().to('meta').requires_grad_(tensor.requires_grad)
              for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    cells = [m for m in model.modules() if isinstance(m, Cell)]
+    cells = [m for m in model.modules() if hasattr(m, 'recomputes')]
     before = [cell.recomputes for cell in cells]
     training = model.training
 

@@ -204,7 +204,10 @@ class Trainer:
         """Raises UserError if the flags build another model, or read other data, than the run had."""
         fixed = [f.name for f in dataclasses.fields(MODELS[self.args.model].Config)] + ['model', 'seed']
         fixed += [f.name for f in dataclasses.fields(DataConfig) if f.name not in FREE_DATA_FLAGS]
-        before, now = saved['args'], _plain(vars(self.args))
+        # A family may resolve its flags, a file to what it holds: then that counts, not the name.
+        family = read_flags(MODELS[self.args.model].Config, self.args)
+        before = _plain(saved['args'] | saved['description']['config'])
+        now = _plain(vars(self.args) | dataclasses.asdict(family))
         differing = [f"--{name} {before[name]} then, {now[name]} now" for name in fixed
                      if name in before and before[name] != now[name]]
         if differing:

@@ -380,6 +380,14 @@ class NVAE(nn.Module):
         return self.likelihood.mean(self._logits(
             self._decode(len(latents[0]), None, 0, temperature, given=latents)[0]))
 
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """The weights that only the posteriors depend on: likelihood and prior stay if they change."""
+        parts = [self.stem, self.pre_process, self.down, self.top_features]
+        for group in self.groups:
+            parts += [group.encode, group.posterior, *([group.into_encoder] if hasattr(group, 'into_encoder')
+                                                       else [])]
+        return [parameter for part in parts for parameter in part.parameters()]
+
     def prior_logits(self, n: int, temperature: float = 1.0) -> Tensor:
         """Logits (n, num_params, H, W), latents drawn from the prior, noise scaled by `temperature`."""
         return self._logits(self._decode(n, None, 0, temperature)[0])

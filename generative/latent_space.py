@@ -71,7 +71,8 @@ def traverse(model: Any, x: Tensor, groups: Sequence[int], channel: int,
     """
     latents = model.latents(x)
     information = model(x, temperature=0.0)['kl_channels'].mean(0)                       # (L, Z)
-    chosen = [int(information[group].argmax()) if channel < 0 else channel for group in groups]
+    sizes = [shape[0] for shape in model.latent_shapes]
+    chosen = [int(information[group, :sizes[group]].argmax()) if channel < 0 else channel for group in groups]
 
     def shifted(group: int, channel: int, shift: float) -> Tensor:
         edited = list(latents)
@@ -149,7 +150,7 @@ def traversal(run: Any) -> None:
     """Shifts one latent channel at a time: traversal_<image>.png, one row a group, and .gif and .npz."""
     run.need('latents', 'decode')
     groups = run.checked('groups', 0, run.model.num_groups - 1) or list(range(run.model.num_groups))
-    channel, channels = run.config.channel, run.model.latent_shapes[0][0]
+    channel, channels = run.config.channel, min(run.model.latent_shapes[group][0] for group in groups)
     if channel >= channels:
         raise UserError(f"--channel {channel}: a group has {channels}, give 0 to {channels - 1}, or -1.")
     x, ids = run.first_images(run.num_samples)

@@ -1,6 +1,7 @@
 """What every family promises, and how a model comes back from a checkpoint."""
 
 import dataclasses
+import json
 from functools import partial
 
 import pytest
@@ -12,7 +13,13 @@ from model import MODELS, build_model, describe, load_model, restore
 from utils import UserError, read_flags
 
 SHAPE = (1, 16, 16)
+HIERARCHY = {'config_deterministic': json.dumps([
+                 [{'block': 'ResBlockConv2d', 'out_channels': 4, 'kernel_size': 3, 'stride': stride}]
+                 for stride in (2, 2)]),
+             'config_stochastic': json.dumps([{'block': 'GaussianConv2d', 'latent_features': 2},
+                                              {'block': 'GaussianDense', 'latent_features': 3}])}
 SMALL = {   # flags of a small model of each family: a new family needs a row
+    'hvae': HIERARCHY, 'lvae': HIERARCHY, 'biva': HIERARCHY,
     'nvae': {'num_channels_enc': 4, 'num_channels_dec': 4, 'num_preprocess_blocks': 1,
              'num_postprocess_blocks': 1, 'num_preprocess_cells': 1, 'num_postprocess_cells': 1,
              'num_latent_scales': 2, 'num_groups_per_scale': 1, 'num_latent_per_group': 2,

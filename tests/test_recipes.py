@@ -17,7 +17,7 @@ from model import MODELS, build_model
 from utils import read_flags
 
 FOLDER = ROOT / 'scripts' / 'recipes'
-RECIPES = sorted(path.stem for path in FOLDER.glob('nvae_*.sh'))
+RECIPES = sorted(path.stem for path in FOLDER.glob('[nh]vae_*.sh'))
 PUBLISHED = {   # millions of parameters, latent groups (NVAE, and its chest X-ray variant)
     'nvae_mnist': (33.36, 15), 'nvae_cifar10': (130.85, 30), 'nvae_celeba64': (153.28, 35),
     'nvae_imagenet32': (268.51, 28), 'nvae_celebahq256': (330.80, 36), 'nvae_ffhq256': (330.80, 36),
