@@ -1,7 +1,7 @@
 """How well scores tell normal from anomalous: AUROC, AUPRC, FPR at a TPR, intervals, thresholds, percentiles.
 
-n normal and m anomalous images, R resamples, U distinct score values. Anomalous is the positive class; larger
-score = more anomalous. Point estimates are scikit-learn's, on float64.
+n normal and m anomalous images, R resamples, U distinct scores of anomalous images. Anomalous is the positive
+class; larger score = more anomalous. Point estimates are scikit-learn's, on float64.
 """
 
 import math
@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from utils import UserError
 
 METRICS = ('auroc', 'auprc', 'fpr80', 'fpr95')
-CHUNK = 2 ** 21          # resampled values held at once, which bounds the memory of the bootstrap
+CHUNK = 2 ** 17          # resampled counts worked on at once: they stay in the processor's cache
 
 
 def fpr_at_tpr(labels: np.ndarray, scores: np.ndarray, tpr: float) -> float:
@@ -41,38 +41,49 @@ class Resamples:
     def draw(cls, n: int, m: int, number: int, seed: int) -> 'Resamples':
         """Stratified bootstrap: n of the n normal and m of the m anomalous images, with replacement."""
         random = np.random.default_rng(seed)
-        return cls(random.multinomial(n, np.full(n, 1 / n), number).astype(np.int32),
-                   random.multinomial(m, np.full(m, 1 / m), number).astype(np.int32))
+
+        def counts(size: int) -> np.ndarray:
+            # One byte a count: that an image is drawn 256 times has a probability below 1e-500.
+            drawn = np.empty((number, size), np.uint8)
+            for row in drawn:
+                row[:] = np.bincount(random.integers(0, size, size), minlength=size)
+            return drawn
+        return cls(counts(n), counts(m))
 
 
 def bootstrap(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples) -> dict[str, np.ndarray]:
     """The four metrics on every resample: each (R,). Equal to `point_estimates` of the resampled scores.
 
     Scores are sorted once; a resample only changes how often each counts, so curves are cumulative sums of
-    counts.
+    counts. All metrics change at anomalous scores only, so curves are followed at their U distinct values.
     """
-    scores = np.concatenate([normal, anomalous])
-    order = np.argsort(-scores, kind='stable')
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])           # first of each distinct value
     n, m = len(normal), len(anomalous)
-    values: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
-    rows = max(1, CHUNK // len(scores))
+    falling_normal, falling = np.argsort(-normal, kind='stable'), np.argsort(-anomalous, kind='stable')
+    values = anomalous[falling]
+    starts = np.flatnonzero(np.r_[True, np.diff(values) != 0])                  # first of each distinct value
+    # how many normal scores are above each value (U,), and how many at or above it
+    above = np.searchsorted(-normal[falling_normal], -values[starts], 'left')
+    at = np.searchsorted(-normal[falling_normal], -values[starts], 'right')
+    results: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
+    rows = max(1, CHUNK // (n + m))
     for first in range(0, len(resamples.normal), rows):
-        zeros = (resamples.normal[first:first + rows], resamples.anomalous[first:first + rows])
-        counts = np.concatenate([zeros[0], np.zeros_like(zeros[1])], 1)[:, order]
-        negative = np.add.reduceat(counts, starts, 1)                                 # (r, U), falling scores
-        counts = np.concatenate([np.zeros_like(zeros[0]), zeros[1]], 1)[:, order]
-        positive = np.add.reduceat(counts, starts, 1)
-        false_positive, true_positive = negative.cumsum(1), positive.cumsum(1)          # (r, U)
+        positive = resamples.anomalous[first:first + rows].take(falling, 1)                     # (r, m)
+        if len(starts) < m:
+            positive = np.add.reduceat(positive, starts, 1, dtype=np.int32)                   # (r, U)
+        true_positive = positive.cumsum(1, dtype=np.int32)
+        # how often the 0 .. n normal images with the highest scores are drawn: (r, n + 1)
+        drawn = np.zeros((len(positive), n + 1), np.int32)
+        resamples.normal[first:first + rows].take(falling_normal, 1).cumsum(1, out=drawn[:, 1:])
+        false_positive = drawn.take(at, 1)                                               # (r, U)
         # Mann-Whitney: an anomalous image beats the normal ones below it, and ties with half of its equals.
-        wins = positive * (n - false_positive + 0.5 * negative)
-        values['auroc'].append(wins.sum(1) / (n * m))
+        beaten_by = false_positive + drawn.take(above, 1)
+        results['auroc'].append(1 - 0.5 * (positive * beaten_by).sum(1, dtype=np.int64) / (n * m))
         precision = true_positive / np.maximum(true_positive + false_positive, 1)
-        values['auprc'].append((positive * precision).sum(1) / m)
+        results['auprc'].append(np.einsum('ru,ru->r', positive, precision) / m)
         for name, tpr in (('fpr80', 0.80), ('fpr95', 0.95)):
             vertex = np.argmax(true_positive >= tpr * m - 1e-9 * m, axis=1)
-            values[name].append(false_positive[np.arange(len(vertex)), vertex] / n)
-    return {name: np.concatenate(chunks) for name, chunks in values.items()}
+            results[name].append(false_positive[np.arange(len(vertex)), vertex] / n)
+    return {name: np.concatenate(chunks) for name, chunks in results.items()}
 
 
 def evaluate_score(normal: np.ndarray, anomalous: np.ndarray,

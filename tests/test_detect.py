@@ -12,13 +12,16 @@ import torch
 from test_scores import LinearGaussian, seeded
 
 import launch
-from anomaly.detect import Cases, detect
+from anomaly import scorer
+from anomaly.detect import detect
 from anomaly.metrics import threshold
-from anomaly.scores import ScoreConfig
+from anomaly.scorer import Cases
+from anomaly.scores import SCORES, Passes, ScoreConfig
 from datasets import Batch
 from utils import UserError
 
 CONFIG = ScoreConfig(num_draws=2, num_bootstrap=50, num_cases=2)
+FEW = ScoreConfig(scores=('nelbo', 'typicality', 'kl_knn'), num_draws=2, num_bootstrap=20, num_cases=2)
 
 
 class Part:
@@ -81,7 +84,7 @@ def finished(tmp_path_factory):
 def test_everything_is_written(finished):
     names = {p.relative_to(finished.out).as_posix() for p in finished.out.rglob('*') if p.is_file()}
     assert names == {'scores.csv', 'metrics.json', 'thresholds.json', 'report.html', 'figures/roc.png',
-                     'figures/histograms.png', 'figures/cases.png'}
+                     'figures/histograms.png', 'figures/levels.png', 'figures/cases.png'}
     assert (finished.run / 'thresholds.json').read_text() == (finished.out / 'thresholds.json').read_text()
 
 
@@ -110,6 +113,58 @@ def test_every_image_has_one_row_with_its_percentile_and_call(finished):
             assert row[f'{name}_called'] == str(int(score > kept['scores'][name]['threshold']))
             below = 100 * ((validation < score).mean() + (validation <= score).mean()) / 2
             assert float(row[f'{name}_percentile']) == pytest.approx(below, abs=0.01)
+
+
+def test_what_densities_learned_is_kept_and_read_again(finished):
+    kept = json.loads((finished.run / 'thresholds.json').read_text())['fitted']
+    assert list(kept) == ['typicality', 'kl_profile', 'kl_knn', 'kl_gmm']
+    model = make_model()
+    for name in kept:
+        score, = SCORES[name](2)
+        score.load(kept)
+        assert torch.isfinite(score(model, torch.rand(4, 1, 4, 4)).image).all()
+
+
+@pytest.mark.parametrize('scores, skips', [
+    (('lk_1',), [1] * 2), (('nelbo',), [0] * 2), (('llr_1', 'nelbo'), [0] * 6 + [1] * 2),
+    (('reconstruction',), [])])
+def test_no_pass_is_made_that_no_chosen_score_needs(tmp_path, scores, skips):
+    model = make_model()
+    run(tmp_path, model=model, config=ScoreConfig(scores=scores, num_draws=2, iw_samples_elbo=3,
+                                                  num_bootstrap=5, num_cases=0))
+    batches = 4 + 5                                               # of 8: 30 validation and 36 test images
+    assert sorted(model.calls) == sorted(skips * batches)
+
+
+def test_flags_reach_the_passes(tmp_path, monkeypatch):
+    config = ScoreConfig(scores=('lk_1',), num_draws=1, iw_samples_elbo=5, iw_samples_lk=2, num_cases=0,
+                         llr_noise='shared', regret_steps=7, regret_learning_rate=0.5, num_bootstrap=5)
+    given = []
+
+    def watched(*args, **options):
+        given.append(options)
+        return Passes(*args, **options)
+    monkeypatch.setattr(scorer, 'Passes', watched)
+    run(tmp_path, config=config)
+    wanted = {**vars(config), 'draws': 1, 'iw_samples': 3, 'bits': 8}
+    same = set(given[0]) - {'file_bytes', 'noise'}
+    assert len(same) == 8 and {name: given[0][name] for name in same} == {name: wanted[name] for name in same}
+    assert [options['noise'] for options in given] == [(1, 'score', 'val', i) for i in range(4)] + [
+        (1, 'score', 'test', i) for i in range(5)]
+
+
+def test_the_settings_that_scores_depend_on_are_written(tmp_path):
+    config = ScoreConfig(scores=('llr_1',), num_draws=1, iw_samples_lk=2, llr_noise='shared', num_bootstrap=5)
+    result = run(tmp_path, config=config)
+    kept = json.loads((tmp_path / 'thresholds.json').read_text())
+    for where in (result, kept):
+        assert (where['iw_samples_elbo'], where['iw_samples_lk'], where['llr_noise']) == (1, 2, 'shared')
+    assert 'shared noise' in (tmp_path / 'report.html').read_text()
+
+
+def test_too_few_validation_images_for_a_density_are_one_line(tmp_path):
+    with pytest.raises(UserError, match='score kl_gmm: GMM learns from at least 4 normal images, not 2'):
+        run(tmp_path, make_data(val=3), config=ScoreConfig(scores=('kl_gmm',)))
 
 
 def test_a_good_score_finds_the_anomalies_and_the_verdict_says_so(finished):
@@ -152,9 +207,9 @@ def test_two_ranks_give_what_one_gives(tmp_path):
 
 def test_the_threshold_does_not_depend_on_test_images(tmp_path):
     data = make_data()
-    run(tmp_path / 'a', data)
+    run(tmp_path / 'a', data, config=FEW)
     data.test.x = data.test.x.flip(0) * 0.5
-    run(tmp_path / 'b', data)
+    run(tmp_path / 'b', data, config=FEW)
     before, after = ((tmp_path / name / 'thresholds.json').read_bytes() for name in 'ab')
     assert before == after
 
@@ -171,7 +226,7 @@ class Broken(LinearGaussian):
 def test_a_score_that_is_nan_is_named_called_and_kept_out_of_json(tmp_path):
     data, lines = make_data(), []
     data.test.x[3, 0, 3, 3] = 0.875
-    run(tmp_path, data, Broken(tau2=0.01, sigma2=0.01), log=lines.append)
+    run(tmp_path, data, Broken(tau2=0.01, sigma2=0.01), FEW, log=lines.append)
     row = rows_of(tmp_path / 'scores.csv')[30 + 3]
     assert math.isnan(float(row['nelbo']))
     assert row['nelbo_called'] == '1' and row['nelbo_percentile'] == '100.00'
@@ -203,7 +258,7 @@ def test_one_class_and_few_validation_images(tmp_path):
 
 def test_a_test_part_without_anomalies_gives_scores_and_calls_only(tmp_path):
     lines = []
-    result = run(tmp_path, make_data(classes=()), log=lines.append)
+    result = run(tmp_path, make_data(classes=()), config=FEW, log=lines.append)
     assert result['scores']['nelbo']['metrics'] == {} and result['verdict'] == []
     assert len(rows_of(tmp_path / 'scores.csv')) == 50 and (tmp_path / 'report.html').exists()
     assert any('lacks normal or anomalous images' in line for line in lines)

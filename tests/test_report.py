@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from test_detect import make_data, make_model, run
 
-from anomaly.report import figure_scores, map_scale, share, shorten, shown_groups, text_tables
+from anomaly.figures import figure_scores, level_figure, levels, map_scale, shorten, shown_groups
+from anomaly.report import shade, share, text_tables
 from anomaly.scores import ScoreConfig
 
 
@@ -83,7 +84,7 @@ def test_ids_in_the_page_are_unique(made):
 
 def test_figures_are_pictures_of_a_readable_size(made):
     from PIL import Image
-    for name in ('roc', 'histograms', 'cases'):
+    for name in ('roc', 'histograms', 'levels', 'cases'):
         with Image.open(made.out / 'figures' / f'{name}.png') as picture:
             assert picture.width >= 800 and picture.height >= 400
             assert np.asarray(picture.convert('L')).std() > 10             # something is drawn
@@ -106,7 +107,75 @@ def test_figure_scores_are_fixed_beforehand_and_begin_with_the_primary_score():
     assert found == ['kl', 'reconstruction', 'complexity', 'kl_profile']
 
 
+def hierarchy(classes=('COVID', 'Other'), iw_samples_lk=1):
+    """Scores of four levels, worked by hand: LLR>k of image i is 10 k + i, of anomalous images twice that."""
+    names = ['Normal'] * 5 + [name for name in classes for _ in range(5)]
+    label = np.array([name != 'Normal' for name in names], int)
+    within = np.tile(np.arange(5.0), 1 + len(classes))
+    values = {f'llr_{k}': (10 * k + within) * (1 + label) for k in (2, 10, 3, 1)}       # in no order
+    values |= {f'lk_{k}': 100 + value for k, value in ((1, within), (2, within), (3, within), (10, within))}
+    values['nelbo'] = within
+    auroc = {'auroc': {'value': 0.75, 'low': 0.5, 'high': 0.9}}
+    groups = [*classes, 'all']
+    result = {'groups': groups, 'iw_samples_lk': iw_samples_lk, 'scores': {
+        name: {'kind': 'model', 'metrics': {group: auroc for group in groups if classes}} for name in values}}
+    return result, SimpleNamespace(values=values, labels=label, classes=np.array(names, object))
+
+
+def test_levels_are_in_the_order_of_their_numbers():
+    result, _ = hierarchy()
+    assert list(levels(result, 'llr').items()) == [(1, 'llr_1'), (2, 'llr_2'), (3, 'llr_3'), (10, 'llr_10')]
+    assert list(levels(result, 'lk')) == [0, 1, 2, 3, 10] and levels(result, 'lk')[0] == 'nelbo'
+    assert 0 not in levels(hierarchy(iw_samples_lk=9)[0], 'lk')           # then it is another kind of bound
+    assert levels({'scores': {'kl': {}, 'llr': {}}}, 'llr') == {}
+
+
+def test_the_figure_of_levels_shows_medians_quartiles_and_intervals():
+    result, test = hierarchy()
+    figure = level_figure(result, test)
+    panels = np.array(figure.axes).reshape(3, 2)                             # LLR>k, -L>k, AUROC; two classes
+    assert [panel.get_title(loc='left') for panel in panels[0]] == ['COVID', 'Other']
+    normal, anomalous = panels[0, 1].get_lines()
+    assert normal.get_xdata().tolist() == [1, 2, 3, 10]
+    assert normal.get_ydata().tolist() == [12, 22, 32, 102] and normal.get_label() == 'normal'
+    assert anomalous.get_ydata().tolist() == [24, 44, 64, 204] and anomalous.get_label() == 'Other'
+    bands = [band.get_paths()[0].vertices for band in panels[0, 1].collections]
+    # of 0, 1, 2, 3, 4 the quartiles are 1 and 3
+    assert [(v[v[:, 0] == 1, 1].min(), v[v[:, 0] == 1, 1].max()) for v in bands] == [(11, 13), (22, 26)]
+    assert panels[1, 0].get_lines()[0].get_xdata().tolist() == [0, 1, 2, 3, 10]
+    low, high = panels[2, 0].collections[0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((0.5, 0.9))
+
+
+def test_the_figure_of_levels_of_odd_data():
+    result, test = hierarchy(classes=())
+    assert len(level_figure(result, test).axes) == 2                          # no AUROC of nothing
+    test.values['llr_2'][:] = np.nan
+    lines = level_figure(result, test).axes[0].get_lines()
+    assert lines[0].get_xdata().tolist() == [1, 3, 10]
+    result['scores'] = {name: result['scores'][name] for name in ('nelbo', 'llr_2')}
+    assert level_figure(result, test) is None                                 # one level is no curve
+
+
+def test_many_classes_share_one_table(tmp_path):
+    classes = ('A', 'B', 'Viral Pneumonia', 'D', 'E')
+    result = run(tmp_path, make_data(classes=classes), make_model(), ScoreConfig(
+        scores=('nelbo', 'lk', 'llr'), num_draws=1, num_bootstrap=10, num_cases=0))
+    lines = text_tables(result)
+    head = next(i for i, line in enumerate(lines) if line.startswith('AUROC of normal (20)'))
+    assert re.split(r' {2,}', lines[head + 1].strip()) == [
+        'A (8)', 'B (8)', 'Viral Pneumonia (8)', 'D (8)', 'E (8)', 'all (40)', 'FPR']
+    row = next(line.split() for line in lines if line.startswith('  nelbo *'))
+    value = lambda group: result['scores']['nelbo']['metrics'][group]['auroc']['value']
+    assert row[2:8] == [f'{value(group):.3f}' for group in (*classes, 'all')]
+    assert len(lines) < 30 and sum(line == '  trivial baselines' for line in lines) == 1
+    page = Page((tmp_path / 'report.html').read_text())
+    assert page.open == [] and sum(tag == 'summary' for tag, _ in page.tags) == len(classes) + 1 + 2
+    assert 'AUROC against each class' in page.text
+
+
 def test_small_things():
+    assert '60%' in shade(1.0) and '60%' in shade(0.0) and ' 0%' in shade(0.5) and shade(1.0) != shade(0.0)
     assert shown_groups({'groups': ['COVID', 'all']}) == ['COVID']
     assert shown_groups({'groups': ['A', 'B', 'all']}) == ['A', 'B', 'all']
     assert share([1, 8]) == '12.5 %' and share([0, 0]) == '-'

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,6 @@ from anomaly.scores import (
     ScoreConfig,
     choose_scores,
     compressed_bits,
-    cross_fit,
     elbo,
     iw_bound,
     log_weight,
@@ -35,7 +33,7 @@ class LinearGaussian(torch.nn.Module):
 
     def __init__(self, tau2=0.5, sigma2=0.4, spread=1.0):
         super().__init__()
-        self.tau2, self.sigma2, self.spread, self.calls = tau2, sigma2, spread, []
+        self.tau2, self.sigma2, self.spread, self.calls, self.noises = tau2, sigma2, spread, [], []
 
     def posteriors(self, x):
         """Mean and variance of z1 given x, and of z2 given x as a function of z1."""
@@ -47,6 +45,7 @@ class LinearGaussian(torch.nn.Module):
 
     def forward(self, x, skip=0, temperature=1.0):
         self.calls.append(skip)
+        self.noises.append(torch.random.get_rng_state())
         m1, v1, m2_of, v2 = self.posteriors(x)
         prior1, prior2 = skip > 1, skip > 0
         z1 = temperature * torch.randn_like(m1) * (1 if prior1 else v1 ** 0.5) + (0 if prior1 else m1)
@@ -85,6 +84,31 @@ class LinearGaussian(torch.nn.Module):
 class Autoencoder(torch.nn.Module):
     def reconstruct(self, x):
         return x.flip(-1)
+
+
+class Amortised(torch.nn.Module):
+    """z ~ N(0, 1), each of D pixels ~ N(z + shift, 0.4); q = N(slope mean(x) + offset, exp(log_std)^2)."""
+    num_groups, variance = 1, 0.4
+
+    def __init__(self, dims=6, offset=0.0):
+        """With `offset` 0 the posterior is exact."""
+        super().__init__()
+        self.precision = 1 + dims / self.variance                # of the posterior
+        parameter = lambda value: torch.nn.Parameter(torch.tensor(value, dtype=torch.float64))
+        self.slope, self.offset = parameter(dims / self.variance / self.precision), parameter(offset)
+        self.log_std, self.shift = parameter(-0.5 * math.log(self.precision)), parameter(0.0)
+        self.norm = torch.nn.BatchNorm1d(1, affine=False, dtype=torch.float64)
+
+    def encoder_parameters(self):
+        return [self.slope, self.offset, self.log_std]
+
+    def forward(self, x, skip=0, temperature=1.0):
+        self.norm(torch.ones(len(x), 1, dtype=torch.float64))    # in training mode it would learn
+        mean, std = self.slope * x.double().mean((1, 2, 3)) + self.offset, self.log_std.exp()
+        z = mean + std * torch.randn(len(x), dtype=torch.float64)
+        kl = 0.5 * (std ** 2 + mean ** 2 - 1) - self.log_std
+        recon = -log_normal(x.double(), (z + self.shift)[:, None, None, None], self.variance).sum((1, 2, 3))
+        return {'recon': recon, 'kl': kl[:, None], 'log_q': recon * 0, 'log_p': recon * 0}
 
 
 def seeded(seed):
@@ -128,41 +152,99 @@ def test_iw_bound_of_a_wrong_posterior_converges_from_below():
     assert iw_bound(weights[:5]).mean() < iw_bound(weights).mean()
 
 
-def test_nelbo_and_llr_are_the_closed_forms():
-    model, x = LinearGaussian(), images()
-    passes = Passes(model, x.repeat(1000, 1, 1, 1), draws=4)              # 4000 draws of each of 3 images
-    nelbo = score('nelbo', passes).image.view(-1, 3).mean(0)
-    torch.testing.assert_close(nelbo, -model.log_prob(x), rtol=0, atol=0.05)
-    # L>1: z1 from its posterior N(m, v), z2 from N(z1, tau2), so that z2 is N(m, v + tau2)
+def bound_without_group_2(model, x):
+    """L>1 in closed form: z1 from its posterior N(m, v), z2 from N(z1, tau2): z2 is N(m, v + tau2)."""
     m, v, _, _ = model.posteriors(x)
     square = ((x.double() - m[:, None, None, None]) ** 2 + v + model.tau2).sum((1, 2, 3))
-    d = x[0].numel()
     kl1 = 0.5 * (v + m ** 2 - 1 - math.log(v))
-    l1 = -d / 2 * math.log(2 * math.pi * model.sigma2) - square / (2 * model.sigma2) - kl1
-    llr = score('llr_1', passes).image.view(-1, 3).mean(0)
-    torch.testing.assert_close(llr, model.log_prob(x) - l1, rtol=0, atol=0.3)
-    assert (llr > 1).all()
+    return -x[0].numel() / 2 * math.log(2 * math.pi * model.sigma2) - square / (2 * model.sigma2) - kl1
 
 
-def test_llr_of_no_skipped_group_is_zero_and_draws_are_shared():
-    passes = Passes(LinearGaussian(), images(), draws=3)
-    assert (passes.mean(elbo) - passes.mean(elbo, skip=0)).abs().max() == 0
-    # the top group is sampled first, so it takes the same values whether or not group 2 is skipped: equal KL
-    assert torch.equal(passes.terms(1, 0)['kl'][:, 0], passes.terms(1, 1)['kl'][:, 0])
-    assert 'logits' not in passes.terms(1)
+@pytest.mark.parametrize('llr_noise', ['separate', 'shared'])
+def test_nelbo_lk_and_llr_are_the_closed_forms(llr_noise):
+    model, x = LinearGaussian(), images()
+    passes = Passes(model, x.repeat(1000, 1, 1, 1), draws=4, llr_noise=llr_noise)      # 4000 draws an image
+    mean_of = lambda name: score(name, passes).image.view(-1, 3).mean(0)
+    l1 = bound_without_group_2(model, x)
+    torch.testing.assert_close(mean_of('nelbo'), -model.log_prob(x), rtol=0, atol=0.05)
+    torch.testing.assert_close(mean_of('lk_1'), -l1, rtol=0, atol=0.3)
+    torch.testing.assert_close(mean_of('llr_1'), model.log_prob(x) - l1, rtol=0, atol=0.3)
+    assert (mean_of('llr_1') > 1).all()                          # what group 2 explains is not nothing
 
 
-def test_all_scores_of_a_batch_share_their_passes():
-    model = LinearGaussian()
-    model.maps = lambda x, skip=0: {'recon': x, 'kl': x.expand(-1, 2, -1, -1)}
-    passes = Passes(model, images(), draws=3, iw_samples=5)
-    chosen, lines = choose_scores(('all',), model, 5)
+def test_importance_samples_lift_both_bounds_to_log_p_of_x():
+    """Skipped groups are proposed by the prior: L>k from many samples is log p(x) too, and LLR>k vanishes."""
+    model, x = LinearGaussian(spread=2.0), images()
+    truth, repeated = model.log_prob(x), x.repeat(50, 1, 1, 1)
+    bounds = {samples: Passes(model, repeated, iw_samples_elbo=samples, iw_samples_lk=samples)
+              for samples in (1, 10, 300)}
+    mean_of = lambda values: values.view(-1, 3).mean(0)
+    for skip in (0, 1):
+        one, ten, many = (mean_of(passes.bound(skip)) for passes in bounds.values())
+        assert (one < ten - 0.05).all() and (one < truth - 0.2).all() and ((many - truth).abs() < 0.1).all()
+    assert (mean_of(score('llr_1', bounds[300]).image).abs() < 0.1).all()
+    # the two numbers of samples are apart: 300 for L, 1 for L>1
+    apart = Passes(model, x.repeat(500, 1, 1, 1), draws=4, iw_samples_elbo=50, iw_samples_lk=1)
+    expected = truth - bound_without_group_2(model, x)
+    torch.testing.assert_close(mean_of(score('llr_1', apart).image), expected, rtol=0, atol=0.8)
+    assert (expected > 4).all()
+
+
+def test_one_sample_of_a_bound_is_the_elbo_and_several_are_log_weights():
+    model, x = LinearGaussian(spread=1.5), images()
+    passes = Passes(model, x, draws=2, iw_samples_elbo=3, iw_samples_lk=1)
+    assert torch.equal(passes.bound(1), passes.mean(elbo, 1))
+    weights = torch.stack([log_weight(passes.run(number, 0)) for number in range(6)])
+    # draws 0 and 1 have samples 0, 2, 4 and 1, 3, 5: each draw is among its own samples
+    torch.testing.assert_close(passes.bound(), (iw_bound(weights[::2]) + iw_bound(weights[1::2])) / 2)
+
+
+def test_separate_noise_is_separate_and_shared_noise_is_shared():
+    def noises(llr_noise):
+        """The state of the noise at the start of pass 1 that skips 0, 1 and 2 groups."""
+        model = LinearGaussian()
+        passes = Passes(model, images(), llr_noise=llr_noise)
+        for skip in (0, 1, 2):
+            assert passes.terms(1, skip).keys() == {'recon', 'kl', 'log_q', 'log_p'}       # no logits
+        return model.noises
+    full, one, two = noises('shared')
+    assert torch.equal(full, one) and torch.equal(full, two)
+    same, one, two = noises('separate')
+    assert not torch.equal(full, one) and not torch.equal(full, two) and not torch.equal(one, two)
+    assert torch.equal(full, same)                               # L itself does not change
+    # so that separate bounds vary independently: Var(L - L>1) = Var L + Var L>1
+    passes = Passes(LinearGaussian(spread=1.5), images(1).repeat(4000, 1, 1, 1))
+    difference = passes.bound() - passes.bound(1)
+    alone = passes.bound().var() + passes.bound(1).var()
+    assert difference.var().item() == pytest.approx(alone.item(), rel=0.1)
+
+
+# scores asked for -> passes that skip nothing, and that skip group 2; D = 2, K = 5, S = 3, S' = 4
+PASSES = {
+    'nelbo': (2, 0), 'recon_nll': (2, 0), 'kl': (2, 0), 'kl_1': (2, 0), 'complexity': (2, 0), 'iw': (5, 0),
+    'typicality': (2, 0), 'kl_gmm': (2, 0), 'reconstruction': (0, 0), 'lk': (0, 8), 'llr': (6, 8),
+    'lk llr': (6, 8), 'llr nelbo iw': (6, 8), 'all': (6, 8)}
+
+
+@pytest.mark.parametrize('names', PASSES)
+def test_only_passes_that_a_chosen_score_needs_are_made_and_scores_share_them(names):
+    model, x = LinearGaussian(tau2=0.01, sigma2=0.01), images()
+    chosen, lines = choose_scores(names.split(), model, 5)
     for one in chosen:
-        if not hasattr(one, 'state'):
-            one(passes)
-    passes.features()
-    assert sorted(model.calls) == [0] * 5 + [1] * 3               # 5 draws, of which 3 serve all; 3 for LLR>1
-    assert not lines
+        one.fit(model, images(8).split(4))
+    model.calls.clear()
+    passes = Passes(model, x, draws=2, iw_samples=5, iw_samples_elbo=3, iw_samples_lk=4)
+    for one in chosen:
+        one(passes, with_map=False)
+    full, skipping = PASSES[names]
+    assert sorted(model.calls) == [0] * full + [1] * skipping and not lines
+
+
+def test_no_terms_are_kept_but_those_of_the_draws():
+    passes = Passes(LinearGaussian(), images(), draws=2, iw_samples=6, iw_samples_elbo=3, iw_samples_lk=3)
+    score('iw', passes), score('llr_1', passes)
+    kept = [key[1:] for key in passes.memory if key[0] == 'terms']
+    assert sorted(kept) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_noise_depends_on_the_counters_alone():
@@ -176,7 +258,38 @@ def test_noise_depends_on_the_counters_alone():
     assert not torch.equal(score('nelbo', first).image, score('nelbo', other).image)
 
 
-OUTLIER_SCORES = ['reconstruction', 'recon_nll', 'nelbo', 'iw', 'kl_1', 'typicality', 'kl_profile']
+def test_regret_is_what_an_optimal_posterior_of_the_image_gains():
+    x, options = images(1), {'draws': 300, 'regret_steps': 100, 'regret_learning_rate': 0.03}
+    regret = lambda model, **changes: score('regret', Passes(model, x, **options | changes)).image.item()
+    assert abs(regret(Amortised())) < 0.1                        # nothing to gain
+    model = Amortised(offset=1.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    # KL of two normals whose means are 1 apart; a decoder that learned along would gain more
+    assert regret(model) == pytest.approx(1.0 ** 2 * model.precision / 2, abs=0.6)
+    assert 0 < regret(model, regret_steps=5, draws=4) < 4
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_regret_follows_from_the_noise_and_an_image_from_its_own_steps():
+    model, x = Amortised(offset=0.5), images()
+    regret = lambda x, noise: score('regret', Passes(model.train(), x, draws=2, noise=noise,
+                                                     regret_learning_rate=0.1)).image
+    assert torch.equal(regret(x, (1,)), regret(x, (1,))) and not torch.equal(regret(x, (1,)), regret(x, (2,)))
+    # each image starts from the trained encoder, whatever came before; and batch norms are left alone
+    torch.testing.assert_close(regret(x[[2, 1]], (1,))[1], regret(x, (1,))[1])
+    assert model.norm.num_batches_tracked == 0
+
+
+def test_regret_is_made_only_if_asked_for_by_name():
+    model = Amortised()
+    names = lambda *asked: [s.name for s in choose_scores(asked, model)[0]]
+    assert 'regret' not in names('all') and 'regret' in names('all', 'regret')
+    assert names('regret') == ['regret']
+
+
+OUTLIER_SCORES = ['reconstruction', 'recon_nll', 'nelbo', 'iw', 'kl_1', 'typicality', 'kl_profile',
+                  'kl_knn', 'kl_gmm']
 
 
 @pytest.mark.parametrize('name', OUTLIER_SCORES)
@@ -197,7 +310,12 @@ def test_maps_sum_to_their_scores_at_posterior_means():
     close(score('nelbo', passes).map.sum((1, 2, 3)), -elbo(means))
     close(score('kl_2', passes).map.sum((1, 2, 3)), means['kl'][:, 1])
     assert score('reconstruction', passes).map.shape == (3, 1, 2, 3)
-    # z2 from the posterior explains the pixels better, so log p(x|z posterior) - log p(x|z prior) sums to > 0
+    without = model(x, skip=1, temperature=0.0)
+    close(score('lk_1', passes).map.sum((1, 2, 3)), -elbo(without))
+    # the map of LLR>1 is log p(x|z posterior) - log p(x|z prior), pixel by pixel; here it sums to > 0
+    close(score('llr_1', passes).map.sum((1, 2, 3)), without['recon'] - means['recon'])
+    log_p = {skip: log_normal(x.double(), model.means(x, skip), model.sigma2) for skip in (0, 1)}
+    close(score('llr_1', passes).map, log_p[0] - log_p[1])
     assert (score('llr_1', passes).map.sum((1, 2, 3)) > 0).all()
     assert score('complexity', passes).map is None and score('iw', passes).map is None
 
@@ -221,42 +339,6 @@ def test_fewer_bits_compress_better():
     assert compressed_bits(noise, 2) < compressed_bits(noise, 5) < compressed_bits(noise, 8)
 
 
-def test_typicality_of_features_worked_by_hand():
-    one = SCORES['typicality'](2)[0]
-    one.fit_features(np.array([[1.0, 2, 3], [3, 4, 5]]))                  # NELBO 6 and 12, mean 9
-    assert one.score_features(np.array([[0.0, 0, 4], [9, 9, 0]])).tolist() == [5, 9]
-
-
-def test_kl_profile_is_the_mahalanobis_distance():
-    random = np.random.default_rng(0)
-    mixing = np.array([[2.0, 0, 0], [1, 1, 0], [0, 0, 3]])
-    features = random.normal(size=(20000, 3)) @ mixing.T + 5
-    one = SCORES['kl_profile'](2)[0]
-    one.fit_features(features)
-    probe = np.array([[5.0, 5, 5], [9, 9, 5], [5, 5, 14]])
-    exact = np.linalg.norm(np.linalg.solve(mixing, (probe - 5).T), axis=0)
-    np.testing.assert_allclose(one.score_features(probe), exact, atol=0.08)
-    constant = np.column_stack([features[:50], np.zeros(50)])             # a collapsed group
-    one.fit_features(constant)
-    assert np.isfinite(one.score_features(constant)).all()
-
-
-def test_cross_fitted_scores_are_those_of_images_that_were_not_fitted():
-    random = np.random.default_rng(0)
-    features, fresh = random.normal(size=(30, 12)), random.normal(size=(3000, 12))
-    one = SCORES['kl_profile'](11)[0]
-    crossed = cross_fit(one, features)
-    in_sample = one.score_features(features)
-    # a fit flatters its own images, and crossed scores are those of images that it has not seen
-    assert in_sample.mean() < one.score_features(fresh).mean() < crossed.mean() * 1.1
-    one.fit_features(np.delete(features, 4, 0))
-    assert crossed[4] == pytest.approx(one.score_features(features[4:5])[0])
-    grouped = cross_fit(one, features, ['a', 'b', 'a', *range(27)])       # a patient's images go together
-    one.fit_features(np.delete(features, [0, 2], 0))
-    np.testing.assert_allclose(grouped[[0, 2]], one.score_features(features[[0, 2]]))
-    assert len(cross_fit(one, np.repeat(features, 5, 0), folds=7)) == 150
-
-
 def test_a_model_without_the_capability_is_told_which():
     model = Autoencoder()
     chosen, lines = choose_scores(('all',), model)
@@ -266,19 +348,23 @@ def test_a_model_without_the_capability_is_told_which():
         choose_scores(('nelbo',), model)
     with pytest.raises(UserError, match='reconstruct'):
         SCORES['reconstruction'](0)[0](torch.nn.Identity(), images())
-    with pytest.raises(UserError, match='has not been fitted'):
-        SCORES['typicality'](2)[0](LinearGaussian(), images())
+    with pytest.raises(UserError, match='regret needs a model with encoder_parameters, which LinearGaussian'):
+        choose_scores(('regret',), LinearGaussian())
 
 
 def test_scores_are_chosen_by_row_or_by_member():
     model = LinearGaussian()
     assert [s.name for s in choose_scores(('kl',), model)[0]] == ['kl', 'kl_1', 'kl_2']
     assert [s.name for s in choose_scores(('llr_1', 'nelbo'), model)[0]] == ['nelbo', 'llr_1']
-    with pytest.raises(UserError, match='llr_2'):
+    several = [s.name for row in ('lk', 'llr') for s in SCORES[row](11)]
+    assert several[8:12] == ['lk_9', 'lk_10', 'llr_1', 'llr_2']
+    with pytest.raises(UserError, match=r'llr_2: no such score.* kl_1 to kl_2, lk_1, llr_1'):
         choose_scores(('llr_2',), model)
     assert 'iw' not in [s.name for s in choose_scores(('all',), model, 0)[0]]
-    with pytest.raises(UserError, match='target_fpr'):
-        ScoreConfig(target_fpr=1.5)
+    for wrong in ({'target_fpr': 1.5}, {'iw_samples_lk': 0}, {'regret_steps': 0},
+                  {'regret_learning_rate': 0.0}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            ScoreConfig(**wrong)
 
 
 def test_baselines_worked_by_hand():

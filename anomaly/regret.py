@@ -1,0 +1,66 @@
+"""Likelihood regret: what the bound of one image gains when the encoder is fitted to that image alone.
+
+Xiao, Yan, Amit 2020, "Likelihood regret: an out-of-distribution detection score for variational
+auto-encoder". A normal image has little to gain, because the encoder has learned to serve its like; an
+unusual one gains what the encoder falls short of on it, however likely or unlikely the image is. What
+generates images stays as it is.
+
+B images, C channels, H x W pixels, D draws behind the bounds before and after.
+"""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anomaly.passes import Passes, elbo
+from utils import seed_noise
+
+
+def likelihood_regret(passes: Passes) -> Tensor:
+    """ELBO after minus ELBO before, nats: (B,). The model has `encoder_parameters() -> [Parameter, ...]`.
+
+    Every image starts from the trained encoder and takes `regret_steps` steps of Adam, each with noise of
+    its own: fitted to one noise, the posterior would move to where that noise does no harm, and gain without
+    cause. Both bounds take the same D draws, so that their difference varies less. Where there is nothing to
+    gain it is 0 but for the noise of the steps, and may be slightly negative.
+    """
+    def make() -> Tensor:
+        model = deepcopy(passes.model).eval().requires_grad_(False)      # eval: batch norms stay as they are
+        encoder = list(model.encoder_parameters())
+        trained = [parameter.clone() for parameter in encoder]
+        for parameter in encoder:
+            parameter.requires_grad_(True)
+        regrets = []
+        for i, image in enumerate(passes.x.split(1)):                    # (1, C, H, W)
+            for parameter, value in zip(encoder, trained):
+                parameter.copy_(value)
+            noise = (*passes.noise, 'regret', i)
+            before = bound(model, image, passes.draws, noise)
+            fit_encoder(model, encoder, image, passes.regret_steps, passes.regret_learning_rate, noise)
+            regrets.append(bound(model, image, passes.draws, noise) - before)
+        return torch.cat(regrets)
+    return passes.once(('regret',), make)
+
+
+def bound(model: Any, image: Tensor, draws: int, noise: tuple) -> Tensor:
+    """The ELBO of an image (1, C, H, W), mean over the draws, nats: (1,) float64 on the CPU."""
+    values = []
+    for draw in range(draws):
+        seed_noise(*noise, draw)
+        values.append(elbo(model(image)).double().cpu())
+    return torch.stack(values).mean(0)
+
+
+@torch.enable_grad()
+def fit_encoder(model: Any, encoder: Iterable[Tensor], image: Tensor, steps: int, learning_rate: float,
+                noise: tuple) -> None:
+    """Raises the ELBO of an image (1, C, H, W) by steps of Adam on the encoder's parameters, in place."""
+    optimizer = torch.optim.Adam(encoder, lr=learning_rate)
+    for step in range(steps):
+        seed_noise(*noise, 'step', step)
+        optimizer.zero_grad()
+        (-elbo(model(image))).sum().backward()
+        optimizer.step()

@@ -1,0 +1,174 @@
+"""Densities of features against distances worked by hand and scikit-learn; what they keep."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.mixture import GaussianMixture
+from test_scores import LinearGaussian, seeded
+
+from anomaly.density import GMM, KNN, DensityScore, Mahalanobis, Typicality, cross_fit
+from anomaly.passes import Passes
+from anomaly.scores import SCORES
+from utils import UserError
+
+DENSITIES = {'typicality': Typicality, 'kl_profile': Mahalanobis, 'kl_knn': KNN, 'kl_gmm': GMM}
+
+
+def correlated(number, dims=3, seed=0):
+    random = np.random.default_rng(seed)
+    return random.normal(size=(number, dims)) @ random.normal(size=(dims, dims)) + 5
+
+
+def two_clusters(number=400, seed=0):
+    random = np.random.default_rng(seed)
+    centres = np.where(random.random((number, 1)) < 0.5, -4, 4)
+    return centres + random.normal(size=(number, 2))
+
+
+def test_typicality_worked_by_hand():
+    fitted = Typicality().fit(np.array([[1.0, 2, 3], [3, 4, 5]]))                # sums 6 and 12, mean 9
+    assert fitted.score(np.array([[0.0, 0, 4], [9, 9, 0]])).tolist() == [5, 9]
+
+
+def test_mahalanobis_is_the_distance_in_standard_deviations():
+    random = np.random.default_rng(0)
+    mixing = np.array([[2.0, 0, 0], [1, 1, 0], [0, 0, 3]])
+    fitted = Mahalanobis().fit(random.normal(size=(20000, 3)) @ mixing.T + 5)
+    probe = np.array([[5.0, 5, 5], [9, 9, 5], [5, 5, 14]])
+    exact = np.linalg.norm(np.linalg.solve(mixing, (probe - 5).T), axis=0)
+    np.testing.assert_allclose(fitted.score(probe), exact, atol=0.08)
+
+
+def test_knn_distances_worked_by_hand():
+    normal = np.array([[0.0, 0], [3, 4], [0, 8], [6, 0]])
+    probe = np.array([[0.0, 0], [3, 0]])                    # distances 0, 5, 8, 6 and 3, 4, sqrt 73, 3
+    for k, expected in ((1, [0, 3]), (2, [5, 3]), (3, [6, 4]), (4, [8, np.sqrt(73)]), (99, [8, np.sqrt(73)])):
+        np.testing.assert_allclose(KNN(k, scale=False).fit(normal).score(probe), expected, atol=1e-12)
+    # standardised: a feature in other units changes nothing
+    units = np.array([1.0, 1e6])
+    a, b = KNN(2).fit(normal), KNN(2).fit(normal * units)
+    np.testing.assert_allclose(a.score(probe), b.score(probe * units))
+    # one deviation is sqrt(mean square): feature 1 has 0, 3, 0, 6, mean 9/4
+    deviation = np.sqrt((0 + 9 + 0 + 36) / 4 - (9 / 4) ** 2)
+    line = np.column_stack([normal[:, 0], np.zeros(4)])
+    np.testing.assert_allclose(KNN(1).fit(line).score(np.array([[1.0, 0]])), 1 / deviation)
+    with pytest.raises(UserError, match='k = 0'):
+        KNN(k=0)
+
+
+@pytest.mark.parametrize('covariance', ['full', 'diag'])
+def test_gmm_is_that_of_scikit_learn(covariance):
+    features = two_clusters()
+    z = (features - features.mean(0)) / features.std(0)
+    ours = GMM(components=(3,), covariances=(covariance,), seed=1).fit(features)
+    theirs = GaussianMixture(3, covariance_type=covariance, reg_covar=1e-3, random_state=1).fit(z)
+    np.testing.assert_allclose(ours.score(features), -theirs.score_samples(z), rtol=1e-10)
+
+
+def test_gmm_takes_the_components_that_the_data_show():
+    assert len(GMM().fit(two_clusters()).weights) == 2
+    single = correlated(400)
+    assert len(GMM().fit(single).weights) == 1
+    assert len(GMM().fit(single[:7]).weights) == 1               # few: none that collapses onto two images
+    # halfway between the clusters nothing is normal: a mixture knows, one normal does not
+    features, middle, inside = two_clusters(), np.zeros((1, 2)), np.array([[4.0, 4]])
+    fitted, one = GMM().fit(features), Mahalanobis().fit(features)
+    assert fitted.score(middle) > fitted.score(features).max() and fitted.score(inside) < fitted.score(middle)
+    assert one.score(middle) < one.score(inside)
+
+
+@pytest.mark.parametrize('make', [Mahalanobis, KNN, GMM])
+def test_far_is_more_anomalous_and_a_constant_feature_harms_nothing(make):
+    features = np.column_stack([correlated(60), np.zeros(60)])                   # a collapsed group
+    fitted = make().fit(features)
+    usual = fitted.score(features)
+    assert np.isfinite(usual).all()
+    assert fitted.score(features[:1] + [30, 0, 0, 0]) > usual.max()
+
+
+@pytest.mark.parametrize('make', DENSITIES.values())
+def test_rows_that_are_not_finite_teach_nothing_and_score_nan(make):
+    features = correlated(40)
+    spoilt = np.concatenate([features, np.full((2, 3), np.nan), [[np.inf, 0, 0]]])
+    fitted = make().fit(spoilt)
+    scores = fitted.score(spoilt)
+    assert np.isnan(scores[40:]).all()
+    np.testing.assert_array_equal(scores[:40], make().fit(features).score(features))
+    assert np.isnan(fitted.score(spoilt[40:])).all()
+
+
+@pytest.mark.parametrize('make', DENSITIES.values())
+@pytest.mark.parametrize('keep', ['json', 'npz'])
+def test_what_was_learned_is_kept_bit_by_bit(make, keep, tmp_path):
+    features, new = correlated(50), correlated(20, seed=1)
+    fitted = make().fit(features)
+    if keep == 'json':
+        state = json.loads(json.dumps({name: value.tolist() for name, value in fitted.state().items()}))
+    else:
+        np.savez(tmp_path / 'a.npz', **fitted.state())
+        with np.load(tmp_path / 'a.npz', allow_pickle=False) as file:
+            state = dict(file)
+    again = make.from_state(state)
+    np.testing.assert_array_equal(again.score(new), fitted.score(new))
+    assert make().fit(features).score(new).tolist() == fitted.score(new).tolist()      # and fits repeat
+    assert KNN.from_state(KNN(k=2).fit(features).state()).k == 2
+    with pytest.raises(UserError, match=rf'not what {make.__name__} learned: mean is missing among nothing'):
+        make.from_state({})
+
+
+def test_cross_fitted_scores_are_those_of_images_that_were_not_fitted():
+    random = np.random.default_rng(0)
+    features, fresh = random.normal(size=(30, 12)), random.normal(size=(3000, 12))
+    one = Mahalanobis()
+    crossed = cross_fit(one, features)
+    in_sample = one.score(features)
+    # a fit flatters its own images, and crossed scores are those of images that it has not seen
+    assert in_sample.mean() < one.score(fresh).mean() < crossed.mean() * 1.1
+    assert crossed[4] == pytest.approx(Mahalanobis().fit(np.delete(features, 4, 0)).score(features[4:5])[0])
+    grouped = cross_fit(one, features, ['a', 'b', 'a', *range(27)])      # a patient's images go together
+    without = Mahalanobis().fit(np.delete(features, [0, 2], 0))
+    np.testing.assert_allclose(grouped[[0, 2]], without.score(features[[0, 2]]))
+    assert len(cross_fit(one, np.repeat(features, 5, 0), folds=7)) == 150
+    nearest = KNN(k=1)
+    assert (cross_fit(nearest, features) > 0).all()              # none is its own neighbour,
+    assert nearest.score(features).max() == pytest.approx(0, abs=1e-6)           # as after a fit on all
+
+
+def test_a_density_makes_no_more_fits_than_its_folds():
+    calls = []
+
+    class Counting(Typicality):
+        folds = 4
+
+        def learn(self, features):
+            calls.append(len(features))
+            super().learn(features)
+    cross_fit(Counting(), correlated(20))
+    assert calls == [15] * 4 + [20]
+
+
+def test_too_few_images_are_told():
+    with pytest.raises(UserError, match='Mahalanobis learns from at least 3 normal images, not 2'):
+        Mahalanobis().fit(np.ones((2, 4)))
+    with pytest.raises(UserError, match='at least 4 normal images, not 1'):
+        GMM().fit(np.array([[1.0, 2], [np.nan, 2]]))
+
+
+@pytest.mark.parametrize('name', DENSITIES)
+def test_a_score_learns_from_terms_and_reads_what_an_evaluation_kept(name):
+    model, normal = LinearGaussian(tau2=0.01, sigma2=0.01), torch.rand(30, 1, 2, 3, generator=seeded(1))
+    one, = SCORES[name](2)
+    assert isinstance(one, DensityScore) and type(one.density) is DENSITIES[name]
+    x = torch.rand(4, 1, 2, 3, generator=seeded(2))
+    with pytest.raises(UserError, match=f'score {name} has not been fitted'):
+        one(model, x)
+    one.fit(model, normal.split(10))
+    passes = Passes(model, x, draws=2)
+    kept = {name: {key: value.tolist() for key, value in one.density.state().items()}}
+    again, = SCORES[name](2)
+    again.load(json.loads(json.dumps(kept)))
+    assert torch.equal(again(passes).image, one(passes).image)
+    with pytest.raises(UserError, match=f'score {name} was not fitted in that evaluation, but none'):
+        again.load({})
