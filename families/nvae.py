@@ -384,8 +384,9 @@ class NVAE(nn.Module):
         """The weights that only the posteriors depend on: likelihood and prior stay if they change."""
         parts = [self.stem, self.pre_process, self.down, self.top_features]
         for group in self.groups:
-            parts += [group.encode, group.posterior, *([group.into_encoder] if hasattr(group, 'into_encoder')
-                                                       else [])]
+            parts += [group.encode, group.posterior, group.flows]
+            if hasattr(group, 'into_encoder'):                  # the top group has none
+                parts.append(group.into_encoder)
         return [parameter for part in parts for parameter in part.parameters()]
 
     def prior_logits(self, n: int, temperature: float = 1.0) -> Tensor:

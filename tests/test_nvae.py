@@ -291,7 +291,7 @@ def test_only_the_posteriors_depend_on_the_encoder_parameters():
     """Other encoder weights give other posteriors; what is drawn from the prior stays."""
     torch.manual_seed(0)
     model = NVAE((1, 16, 16), NVAEConfig(num_channels_enc=4, num_channels_dec=4, num_latent_scales=2,
-                                         num_groups_per_scale=2, num_latent_per_group=2)).eval()
+                                         num_groups_per_scale=2, num_latent_per_group=2, num_nf=1)).eval()
     x = torch.rand(2, 1, 16, 16)
     with torch.no_grad():
         prior, seen = model.prior_logits(2, temperature=0.0), model(x, temperature=0.0)['kl']
@@ -300,7 +300,6 @@ def test_only_the_posteriors_depend_on_the_encoder_parameters():
         assert torch.equal(prior, model.prior_logits(2, temperature=0.0))
         assert (model(x, temperature=0.0)['kl'] - seen).abs().min() > 0
     chosen = {id(parameter) for parameter in model.encoder_parameters()}
-    model(x)['kl'].sum().backward()
     rest = [name for name, p in model.named_parameters() if id(p) not in chosen]
-    assert all(name.startswith(('groups', 'up', 'post_process', 'image_head', 'initial_state'))
-               for name in rest), rest
+    parts = ('prior.', 'decode.', 'into_decoder.', 'up.', 'post_process.', 'image_head.', 'initial_state')
+    assert all(any(part in name for part in parts) for name in rest), rest
