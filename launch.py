@@ -28,6 +28,7 @@ from utils import UserError
 
 USER_ERROR_STATUS = 2
 LOST_STATUS = 75             # another process is gone: EX_TEMPFAIL, worth another try
+GLOO_WORDS = ('gloo/transport', 'caused pair closure')       # what its errors say of a connection that broke
 ENDED_ON_REQUEST = (143, 130, -signal.SIGTERM, -signal.SIGINT)
 LONGEST_MESSAGE = 4000       # characters: the pipe to the parent is read at the end, and must not fill
 GRACE = 30                   # seconds for processes to end by themselves after one has failed
@@ -247,7 +248,7 @@ def _reason(error: BaseException) -> str:
 def _of_the_group(error: BaseException) -> bool:
     """Whether an error comes from talking to the other processes."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError)
-                                                 and 'gloo/transport' in str(error))
+                                                 and any(words in str(error) for words in GLOO_WORDS))
 
 
 def _share_of_cores(topology: Topology) -> int:

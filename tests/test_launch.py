@@ -153,3 +153,11 @@ def test_errors_of_the_group_are_told_from_bugs(text, told):
     assert launch._of_the_group(error) and launch._reason(error) == told
     assert launch._of_the_group(torch.distributed.DistBackendError('NCCL error'))
     assert not launch._of_the_group(RuntimeError('shape')) and not launch._of_the_group(OSError(text))
+
+
+@pytest.mark.parametrize('text, lost', [
+    ('[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:5', True),
+    ('Application timeout caused pair closure', True),
+    ('mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)', False)])
+def test_errors_of_the_connection_are_told_from_others(text, lost):
+    assert launch._of_the_group(RuntimeError(text)) is lost
