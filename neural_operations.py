@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import launch
+from utils import UserError
 
 WEIGHT_NORM_EPS = 1e-5
 RESIDUAL_SCALE = 0.1          # keeps a sum of 30 cells near unit variance at the start
@@ -322,3 +323,11 @@ def batch_norm_regularizer(model: nn.Module) -> Tensor:
     """Sum over batch-norm layers of the largest absolute scale; 0 without such layers."""
     scales = [m.weight.abs().max() for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return torch.stack(scales).sum() if scales else torch.zeros(())
+
+
+def check_latents(latents: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raises UserError unless these are latents of the top groups, one or more, of these shapes (Z, h, w)."""
+    given = [tuple(z.shape[1:]) for z in latents]
+    if not given or given != list(shapes[:len(given)]) or len({len(z) for z in latents}) > 1:
+        raise UserError(f"latents of shapes {given}: expected the first of {list(shapes)}, one or more, all "
+                        f"for the same images.")

@@ -20,6 +20,7 @@ from families.hvae_config import HVAEConfig, plan
 from families.hvae_layers import GaussianLatent, Shape, centred, initialize_layers
 from families.hvae_likelihoods import PixelHead, choose_likelihood
 from families.hvae_stages import BidirectionalStage, Drawn, LadderStage, Stage
+from neural_operations import check_latents
 from utils import UserError
 
 Terms = dict[str, Tensor]
@@ -235,10 +236,7 @@ class HVAE(nn.Module):
         The stages that are not given are drawn from the prior, its noise scaled by `temperature`. Raises
         UserError for latents of another shape than `latent_shapes`.
         """
-        shapes = [tuple(z.shape[1:]) for z in latents]
-        if not shapes or shapes != self.latent_shapes[:len(shapes)] or len({len(z) for z in latents}) > 1:
-            raise UserError(f"latents of shapes {shapes}: expected the first of {self.latent_shapes}, one or "
-                            f"more, all for the same images.")
+        check_latents(latents, self.latent_shapes)
         return self._mean(self._down(len(latents[0]), None, temperature, given=latents)[0])
 
     def encoder_parameters(self) -> list[nn.Parameter]:

@@ -20,6 +20,7 @@ from neural_operations import (
     SpectralRegularizer,
     WeightNormConv2d,
     batch_norm_regularizer,
+    check_latents,
     initialize_from_data,
 )
 from utils import UserError, flag
@@ -373,10 +374,7 @@ class NVAE(nn.Module):
         The groups that are not given are drawn from the prior, its noise scaled by `temperature`. Raises
         UserError for latents of another shape than `latent_shapes`.
         """
-        shapes = [tuple(z.shape[1:]) for z in latents]
-        if not shapes or shapes != self.latent_shapes[:len(shapes)] or len({len(z) for z in latents}) > 1:
-            raise UserError(f"latents of shapes {shapes}: expected the first of {self.latent_shapes}, one or "
-                            f"more, all for the same images.")
+        check_latents(latents, self.latent_shapes)
         return self.likelihood.mean(self._logits(
             self._decode(len(latents[0]), None, 0, temperature, given=latents)[0]))
 

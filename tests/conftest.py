@@ -133,3 +133,17 @@ def same_weights():
         return all(torch.equal(a[name], b[name]) for name in a)
 
     return compare
+
+
+@pytest.fixture
+def config(tmp_path):
+    """config(name) is a DataConfig of a stand-in, made at the first call."""
+    from standins import make_standin
+
+    from datasets import DataConfig
+
+    def make(name, **flags):
+        folder = tmp_path / name
+        data = folder if folder.exists() else make_standin(name, folder)
+        return DataConfig(dataset=name, data=str(data), cache_dir=str(tmp_path / 'cache'), **flags)
+    return make

@@ -35,16 +35,6 @@ from utils import UserError, read_json, write_json
 LAZY = [name for name, row in DATASETS.items() if row.layout]
 
 
-@pytest.fixture
-def config(tmp_path):
-    """config(name) is a DataConfig of a stand-in, made at the first call."""
-    def make(name, **flags):
-        folder = tmp_path / name
-        data = folder if folder.exists() else make_standin(name, folder)
-        return DataConfig(dataset=name, data=str(data), cache_dir=str(tmp_path / 'cache'), **flags)
-    return make
-
-
 def values(part, index=0, draw=0):
     """One image of a part as it is in the file: (C, H, W) uint8."""
     return np.rint(part.items([index], draw).x[0].numpy() * 255).astype(np.uint8)

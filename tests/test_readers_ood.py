@@ -21,16 +21,6 @@ from utils import UserError, read_flags
 ONE_THREAD = ('--device', 'cpu', '--num_threads', '1')
 
 
-@pytest.fixture
-def config(tmp_path):
-    """config(name) is a DataConfig of a stand-in, made at the first call."""
-    def make(name, **flags):
-        folder = tmp_path / name
-        data = folder if folder.exists() else make_standin(name, folder)
-        return DataConfig(dataset=name, data=str(data), cache_dir=str(tmp_path / 'cache'), **flags)
-    return make
-
-
 def of_class(data, name):
     """The images of a class of the test part: (N, C, S, S)."""
     return data.test.items([i for i, c in enumerate(data.test.class_names) if c == name]).x

@@ -9,7 +9,7 @@ import pytest
 import scipy.io
 import torch
 from pytest import approx
-from standins import image, make_standin
+from standins import image
 
 from datasets import DataConfig, Pixels, load_data, train_batches
 from readers.parts import dequantized, grey_levels
@@ -19,16 +19,6 @@ from utils import UserError
 
 SMALL = {'fashion_mnist': (28, 28, 1), 'kmnist': (28, 28, 1), 'notmnist': (28, 28, 1), 'svhn': (32, 32, 3),
          'smallnorb': (96, 96, 1)}
-
-
-@pytest.fixture
-def config(tmp_path):
-    """config(name) is a DataConfig of a stand-in, made at the first call."""
-    def make(name, **flags):
-        folder = tmp_path / name
-        data = folder if folder.exists() else make_standin(name, folder)
-        return DataConfig(dataset=name, data=str(data), cache_dir=str(tmp_path / 'cache'), **flags)
-    return make
 
 
 def fails(config, words):
