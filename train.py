@@ -16,11 +16,11 @@ import shlex
 import signal
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import launch
 from checkpoint import read_checkpoint, save_checkpoint
@@ -49,8 +48,10 @@ from generative.pictures import image_grid
 from launch import LaunchConfig
 from model import MODELS, build_model, describe
 from neural_operations import activation_bytes, checkpoint_activations
+from training.meter import Meter
 from training.optimization import SafeBuffers, learning_rate, optimizer_step, recalibrate_batch_norm
 from training.rehearsal import MEMORY_MARGIN, rehearse
+from training.validation import mean_objective
 from utils import (
     RunLog,
     UserError,
@@ -71,7 +72,8 @@ ALONE = {'num_proc_node': 1, 'node_rank': 0, 'num_process_per_node': 1, 'world_s
          'local_rank': 0}             # a dry run is one process, whatever the flags say of the run
 VALIDATION_TAGS = {'val/nelbo': 'nelbo_nats', 'val/neg_log_p': 'neg_log_p_nats',
                    'val/bpd_elbo': 'nelbo_bits_per_dim', 'val/bpd_log_p': 'neg_log_p_bits_per_dim'}
-ADAMAX_EPS = 1e-3                   # of the published NVAE
+OPTIMIZERS = {'adamax': partial(torch.optim.Adamax, eps=1e-3),       # eps of the published NVAE
+              'adam': torch.optim.Adam}
 MOST_SKIPPED = 100                  # steps in a row that are not finite; then the run has diverged
 
 
@@ -96,7 +98,8 @@ class TrainConfig:
     warmup_epochs: int = flag(5, 'epochs over which the learning rate rises from 0')
     learning_rate: float = flag(1e-2, 'highest learning rate')
     learning_rate_min: float = flag(1e-4, 'learning rate at the end of the cosine')
-    weight_decay: float = flag(3e-4, 'L2 penalty inside Adamax, on all weights')
+    optimizer: str = flag('adamax', 'optimizer', choices=tuple(OPTIMIZERS))
+    weight_decay: float = flag(3e-4, 'L2 penalty inside the optimizer, on all weights')
     fast_adamax: bool = flag(False, 'update all weights in one fused operation; the numbers are the same')
     grad_clip: float = flag(0.0, 'largest gradient norm; 0 = do not clip')
     ema_decay: float = flag(0.0, 'average the weights with this decay and evaluate the average; 0 = do not')
@@ -112,6 +115,7 @@ class TrainConfig:
     image_every: int = flag(1000, 'steps between pictures in TensorBoard; 0 = none')
     val_every: int = flag(0, 'epochs between validations; 0 = 1 in a run of up to 50 epochs, else 20')
     val_iw_samples: int = flag(10, 'importance samples of a validation')
+    keep_best: bool = flag(False, 'also keep best.pt, the model of the lowest validation NELBO (or loss)')
 
     def __post_init__(self):
         least_of = {'batch_size': 1, 'epochs': 1, 'accumulate': 1, 'ema_bn_batches': 0}
@@ -130,8 +134,9 @@ def build_parser(model: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default=model, choices=MODELS, help='model family')
-    for config in (RunConfig, DataConfig, TrainConfig, MODELS[model].Config, LaunchConfig):
-        add_flags(parser, config)
+    family = MODELS[model]
+    for config in (RunConfig, DataConfig, TrainConfig, family.Config, LaunchConfig):
+        add_flags(parser, config, defaults=getattr(family, 'defaults', None))
     return parser
 
 
@@ -168,16 +173,19 @@ class Trainer:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         # Channels last: up to 1.5 times faster on a CPU with depthwise convolutions, and on GPUs in bfloat16.
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adamax(
-            self.model.parameters(), lr=self.config.learning_rate, eps=ADAMAX_EPS,
-            weight_decay=self.config.weight_decay, foreach=self.config.fast_adamax)
+        self.optimizer = OPTIMIZERS[self.config.optimizer](
+            self.model.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay,
+            foreach=self.config.fast_adamax)
         self.ema = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay),
             use_buffers=not self.config.ema_bn_batches) if self.config.ema_decay > 0 else None
         self.ema_recalibrated = -1              # the step at which that was last done
         self.step = self.skipped = self.skipped_in_a_row = 0
+        self.best = math.inf                    # lowest validation figure of best.pt
         if saved:
             self._restore(saved)
+        # The figure of the progress bar and of validations: a bound where there is one, else the loss.
+        self.figure = 'nelbo' if hasattr(self.model, 'num_groups') else 'loss'
         self.recomputes = self._recomputes()
         if self.recomputes:
             checkpoint_activations(self.model)
@@ -202,7 +210,8 @@ class Trainer:
 
     def _compare(self, saved: dict[str, Any]) -> None:
         """Raises UserError if the flags build another model, or read other data, than the run had."""
-        fixed = [f.name for f in dataclasses.fields(MODELS[self.args.model].Config)] + ['model', 'seed']
+        fixed = [f.name for f in dataclasses.fields(MODELS[self.args.model].Config)]
+        fixed += ['model', 'seed', 'optimizer']
         fixed += [f.name for f in dataclasses.fields(DataConfig) if f.name not in FREE_DATA_FLAGS]
         # A family may resolve its flags, a file to what it holds: then that counts, not the name.
         family = read_flags(MODELS[self.args.model].Config, self.args)
@@ -220,6 +229,8 @@ class Trainer:
         for group in self.optimizer.param_groups:               # how to compute is this command's choice
             group['foreach'] = self.config.fast_adamax
         self.step, self.skipped = saved['step'], saved['skipped']
+        if (path := self.folder / 'best.pt').exists():
+            self.best = read_checkpoint(path)['validation']
         if self.ema is not None:
             self.ema.module.load_state_dict(saved['ema'] or saved['weights'])
             self.ema.n_averaged.fill_(saved['ema_count'])
@@ -249,6 +260,9 @@ class Trainer:
             data = load_data(read_flags(DataConfig, self.args), read_json(split) if split.exists() else None)
         if launch.is_main() and not split.exists():
             write_json(split, data.split)
+        if self.config.keep_best and not len(data.val):
+            raise UserError("--keep_best chooses by a validation part, and there is none: set "
+                            "--val_fraction, such as 0.1. The test part is not for choosing.")
         return data
 
     def _announce(self) -> None:
@@ -257,7 +271,8 @@ class Trainer:
         for line in self.data.report:
             say(line)
         number = sum(p.numel() for p in self.model.parameters())
-        say(f'{self.args.model}: {number / 1e6:.2f} M parameters, {self.model.num_groups} latent groups, '
+        groups = f'{self.model.num_groups} latent groups, ' if hasattr(self.model, 'num_groups') else ''
+        say(f'{self.args.model}: {number / 1e6:.2f} M parameters, {groups}'
             f'images {" x ".join(map(str, self.data.shape))}, {self.data.pixels.likelihood} pixels')
         batches = f'{self.config.accumulate} batches a step, ' if self.config.accumulate > 1 else ''
         say(f'{self.world} process(es) on {self.device.type}, {self.batch_size} images a batch each, '
@@ -283,12 +298,12 @@ class Trainer:
         save_every = self.config.save_every or self.steps * math.ceil(self.config.epochs / 100)
         val_every = self.config.val_every or (1 if self.config.epochs <= 50 else 20)
         batches = self._batches(self.run.seed, self.step)
-        meter = Meter(self.step, self.end)
+        meter = Meter(self.figure, self.step, self.end)
         stop = False                    # what the ranks agreed on; self.stop is what a signal set on this one
         while self.step < self.end and not stop:
             step_batches = list(islice(batches, self.config.accumulate))
             logs = self._train_step(step_batches)
-            meter.update(logs['train/nelbo_iter'], self.batch_size * self.shares)
+            meter.update(logs[f'train/{self.figure}_iter'], self.batch_size * self.shares)
             if self.step % self.config.log_every == 0 or self.step == self.end:
                 self.log.metrics(self.step, {name: float(v) for name, v in (logs | meter.read()).items()})
             if self.config.image_every and self.step % self.config.image_every == 0:
@@ -299,7 +314,7 @@ class Trainer:
             epoch, within = divmod(self.step, self.steps)
             if within == 0:
                 mean = launch.mean_over_ranks(torch.tensor(meter.end_epoch(), device=self.device))
-                self.log.metrics(self.step, {'train/nelbo': float(mean), 'train/epoch': epoch})
+                self.log.metrics(self.step, {f'train/{self.figure}': float(mean), 'train/epoch': epoch})
                 if epoch % val_every == 0 and self.step < self.end and not stop:
                     self._validate(epoch)
         meter.close()
@@ -371,7 +386,7 @@ class Trainer:
                 terms = self.ddp(x)
                 loss, logs = self.model.objective(terms, progress=self.step / self.total)
             (loss / number).backward()
-        return logs
+        return {'train/loss_iter': loss.detach(), **logs}
 
     def _ask_to_stop(self, number: int, _: Any) -> None:
         """A first signal ends the run after this step, with a checkpoint; a second Ctrl-C ends it at once."""
@@ -399,13 +414,16 @@ class Trainer:
     def _save(self) -> None:
         self._recalibrate()
         if launch.is_main():
-            save_checkpoint(self.folder / 'checkpoint.pt', {
-                'description': describe(self.model), 'args': _plain(vars(self.args)),
-                'weights': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
-                'step': self.step, 'skipped': self.skipped, 'joint_batch': self.batch_size * self.shares,
-                'ema': self.ema.module.state_dict() if self.ema is not None else None,
-                'ema_count': int(self.ema.n_averaged) if self.ema is not None else 0,
-                'torch': str(torch.__version__)})
+            save_checkpoint(self.folder / 'checkpoint.pt', self._model_state() | {
+                'optimizer': self.optimizer.state_dict(), 'skipped': self.skipped,
+                'joint_batch': self.batch_size * self.shares,
+                'ema_count': int(self.ema.n_averaged) if self.ema is not None else 0})
+
+    def _model_state(self) -> dict[str, Any]:
+        """What a checkpoint holds for evaluation."""
+        return {'description': describe(self.model), 'args': _plain(vars(self.args)), 'step': self.step,
+                'weights': self.model.state_dict(), 'torch': str(torch.__version__),
+                'ema': self.ema.module.state_dict() if self.ema is not None else None}
 
     @property
     def evaluated(self) -> nn.Module:
@@ -417,13 +435,26 @@ class Trainer:
         if not len(part):
             return
         self._recalibrate()
-        result = evaluate_likelihood(
-            self.evaluated, eval_batches(part, self.batch_size, rank=self.rank, world=self.world),
-            num_iw_samples=self.config.val_iw_samples, seed=self.run.seed, device=self.device,
-            num_dims=count_dims(self.data.shape, self.data.pixels.padding))
-        self.log.metrics(self.step, {tag: result[name] for tag, name in VALIDATION_TAGS.items()})
-        self.log.say(f"epoch {epoch}, step {self.step}: validation NELBO, nats: {result['nelbo_nats']:.2f} "
-                     f"+- {result['nelbo_nats_standard_error']:.2f}, -log p {result['neg_log_p_nats']:.2f}")
+        batches = eval_batches(part, self.batch_size, rank=self.rank, world=self.world)
+        if self.figure == 'nelbo':
+            result = evaluate_likelihood(
+                self.evaluated, batches, num_iw_samples=self.config.val_iw_samples, seed=self.run.seed,
+                device=self.device, num_dims=count_dims(self.data.shape, self.data.pixels.padding))
+            values = {tag: result[name] for tag, name in VALIDATION_TAGS.items()}
+            said = (f"NELBO, nats: {result['nelbo_nats']:.2f} +- {result['nelbo_nats_standard_error']:.2f}, "
+                    f"-log p {result['neg_log_p_nats']:.2f}")
+        else:
+            values = {'val/loss': mean_objective(self.evaluated, batches, self.run.seed, self.device)}
+            said = f"loss {values['val/loss']:.6g}"
+        self.log.metrics(self.step, values)
+        self.log.say(f'epoch {epoch}, step {self.step}: validation {said}')
+        self._keep_best(values[f'val/{self.figure}'])
+
+    def _keep_best(self, value: float) -> None:
+        if self.config.keep_best and value < self.best:
+            self.best = value
+            if launch.is_main():
+                save_checkpoint(self.folder / 'best.pt', self._model_state() | {'validation': value})
 
     @torch.no_grad()
     def _show_images(self, batch: Batch) -> None:
@@ -439,42 +470,6 @@ class Trainer:
             seed_noise(self.run.seed, 'show', self.step)
             images = model.sample(NUM_SHOWN, temperature)
             self.log.image(self.step, f'generated_{temperature}', image_grid(images))
-
-
-class Meter:
-    """The progress bar, the speed, and the running mean of an epoch's NELBO."""
-
-    def __init__(self, step: int, end: int):
-        self.bar = tqdm(total=end, initial=step, unit='step', disable=None if launch.is_main() else True,
-                        dynamic_ncols=True)
-        self.images, self.since = 0, time.perf_counter()
-        self.total, self.count = 0.0, 0
-
-    def update(self, nelbo: Tensor, images: int) -> None:
-        """Counts a step; the mean is over its finite values and stays on the device."""
-        finite = torch.isfinite(nelbo)
-        self.total = self.total + torch.where(finite, nelbo, 0.0)
-        self.count = self.count + finite
-        self.images += images
-        self.bar.update()
-
-    def read(self) -> dict[str, float]:
-        """Mean NELBO of the epoch so far, and images a second since the last reading."""
-        now = time.perf_counter()
-        speed, self.images, self.since = self.images / (now - self.since), 0, now
-        self.bar.set_postfix_str(f'nelbo {self.mean():.1f}, {speed:.0f} images/s')
-        return {'train/nelbo_avg': self.mean(), 'train/images_per_second': speed}
-
-    def mean(self) -> float:
-        return float(self.total / self.count) if self.count else math.nan
-
-    def end_epoch(self) -> float:
-        """The mean of the epoch that ends; starts the next."""
-        mean, self.total, self.count = self.mean(), 0.0, 0
-        return mean
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def _plain(args: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,18 +36,19 @@ def flag(default: Any, help: str, **argparse_options: Any) -> Any:
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool = False,
-              only: Iterable[str] | None = None) -> None:
+              only: Iterable[str] | None = None, defaults: Mapping[str, Any] | None = None) -> None:
     """Adds one titled group with a flag for each field of the dataclass `config`.
 
     A bool that is off by default becomes `--name`, one that is on `--name / --no-name`. With `optional`,
     flags that the user does not give are absent from the parsed namespace: a stored value stays in force.
+    `defaults` take the place of the fields' own.
     """
     group = parser.add_argument_group((config.__doc__ or config.__name__).strip().split('\n')[0])
     for field in dataclasses.fields(config):
         if only is not None and field.name not in only:
             continue
         options = dict(field.metadata)
-        default = field.default
+        default = (defaults or {}).get(field.name, field.default)
         options['help'] = options['help'].replace('%', '%%')
         if isinstance(default, bool):
             options['action'] = argparse.BooleanOptionalAction if default else 'store_true'

@@ -45,6 +45,9 @@ class HVAE(nn.Module):
     """The contract's model; terms are those of a likelihood family. A latent group is a stage."""
 
     Config = HVAEConfig
+    # The published run: Adam at a constant rate, no weight decay.
+    defaults = {'optimizer': 'adam', 'learning_rate': 3e-4, 'learning_rate_min': 3e-4, 'warmup_epochs': 0,
+                'weight_decay': 0.0, 'batch_size': 128, 'epochs': 1000}
     stage_class: type[Stage] = Stage
 
     def __init__(self, shape: tuple[int, ...], config: HVAEConfig, pixels: Pixels = EIGHT_BITS):

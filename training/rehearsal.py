@@ -64,7 +64,8 @@ def rehearse(trainer: Any, num_images: int, world: int) -> int:
     config, model, batch_size = trainer.config, trainer.model, trainer.config.batch_size
     number = sum(p.numel() for p in model.parameters())
     print(f'parameters     {number / 1e6:.2f} M ({number:,})')
-    print(f'latent groups  {model.num_groups}')
+    if hasattr(model, 'num_groups'):
+        print(f'latent groups  {model.num_groups}')
     print(f'images         {" x ".join(map(str, trainer.data.shape))}, {trainer.data.pixels.likelihood}, '
           f'{num_images:,} to train on', flush=True)
 

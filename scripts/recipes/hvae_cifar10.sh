@@ -13,5 +13,5 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 "$PYTHON" "$REPOSITORY/train.py" --model hvae --dataset cifar10 --data "${DATA:-}" --root "$ROOT" --save hvae_cifar10 \
     --config_deterministic cifar10 --config_stochastic cifar10 --batch_size 128 --epochs 2000 \
-    --learning_rate 3e-4 --learning_rate_min 3e-4 --warmup_epochs 0 --weight_decay 0 --grad_clip 200 --fast_adamax \
+    --learning_rate 3e-4 --learning_rate_min 3e-4 --warmup_epochs 0 --weight_decay 0 --optimizer adam \
     --free_nats 2 --free_nats_portion 0.2 --kl_anneal_portion 0.1 "$@"

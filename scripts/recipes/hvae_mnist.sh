@@ -13,5 +13,5 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 "$PYTHON" "$REPOSITORY/train.py" --model hvae --dataset mnist --data "${DATA:-}" --root "$ROOT" --save hvae_mnist \
     --config_deterministic mnist --config_stochastic mnist --batch_size 128 --epochs 1000 \
-    --learning_rate 3e-4 --learning_rate_min 3e-4 --warmup_epochs 0 --weight_decay 0 --grad_clip 200 --fast_adamax \
+    --learning_rate 3e-4 --learning_rate_min 3e-4 --warmup_epochs 0 --weight_decay 0 --optimizer adam \
     --free_nats 2 --free_nats_portion 0.4 --kl_anneal_portion 0.2 "$@"
