@@ -19,10 +19,10 @@ from readers.cifar10 import read_cifar10
 from readers.images import FITS, read_folder
 from readers.layouts import Layout, read_records
 from readers.mnist import read_mnist, read_stacked_mnist
-from readers.notmnist import read_notmnist
 from readers.omniglot import read_omniglot
 from readers.ood import OWN, Changed, Wanted, as_anomalies, drawn, parse, read_images, with_sizes
 from readers.packed import is_packed, read_packed
+from readers.part_folders import read_part_folders
 from readers.parts import Batch, JoinedPart, Part
 from readers.phantom import write_phantoms
 from readers.records import Decoding, Records
@@ -131,7 +131,8 @@ DATASETS = {
         where='Get it with torchvision.datasets.KMNIST(FOLDER, download=True), then --data FOLDER.',
         **BINARY),
     'notmnist': DataSet(
-        partial(_read_arrays, read_notmnist), num_train=529_114,
+        partial(_read_arrays, partial(read_part_folders, name='notMNIST', folders={
+            'train': 'notMNIST_large', 'test': 'notMNIST_small'})), num_train=529_114,
         where='Expected the folders notMNIST_large and notMNIST_small, A to J in each, as their archives '
               'unpack (yaroslavvb.blogspot.com, notMNIST dataset).', **BINARY),
     'stacked_mnist': DataSet(
@@ -141,6 +142,12 @@ DATASETS = {
     'omniglot': DataSet(
         partial(_read_arrays, read_omniglot), num_train=24_345,
         where='Expected chardata.mat of github.com/yburda/iwae (datasets/OMNIGLOT).', **BINARY),
+    'omniglot_py': DataSet(
+        partial(_read_arrays, partial(read_part_folders, name='Omniglot', folders={
+            'train': 'omniglot-py/images_background', 'test': 'omniglot-py/images_evaluation'})),
+        size=28, num_train=19_280,
+        where='Get it with torchvision.datasets.Omniglot(FOLDER, background, download=True) for background '
+              'True and False, then --data FOLDER.', **PUBLISHED),
     'cifar10': DataSet(
         partial(_read_arrays, read_cifar10), size=32, channels=3, flip=True, num_train=50_000,
         where='Get it with torchvision.datasets.CIFAR10(FOLDER, download=True), then --data FOLDER.',

@@ -110,14 +110,16 @@ def idx(name: str) -> Callable[[Path, int, int], Path]:
     return make
 
 
-def notmnist(folder: Path, count: int, test_count: int) -> Path:
-    """A letter a folder, in turn; at least one of each."""
-    for part, number, first in (('large', count, 0), ('small', test_count, 1000)):
-        for i in range(number):
-            path = folder / f'notMNIST_{part}' / 'ABCDEFGHIJ'[i % 10] / f'{i}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encoded(image(first + i, 28, 28, 1), 'PNG'))
-    return folder
+def part_folders(train: str, test: str, names: Callable[[bool, int], str], side: int) -> Callable:
+    """A folder for each part, and in it one for each class: names(is it the test part, number)."""
+    def make(folder: Path, count: int, test_count: int) -> Path:
+        for part, number, first in ((train, count, 0), (test, test_count, 1000)):
+            for i in range(number):
+                path = folder / part / names(part == test, i) / f'{i}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(encoded(image(first + i, side, side, 1), 'PNG'))
+        return folder
+    return make
 
 
 def svhn(folder: Path, count: int, test_count: int) -> Path:
@@ -224,7 +226,10 @@ STANDINS = {
     'mnist': idx('MNIST'),
     'fashion_mnist': idx('FashionMNIST'),
     'kmnist': idx('KMNIST'),
-    'notmnist': notmnist,
+    'notmnist': part_folders('notMNIST_large', 'notMNIST_small',
+                              lambda test, i: 'ABCDEFGHIJ'[i % 10], 28),
+    'omniglot_py': part_folders('omniglot-py/images_background', 'omniglot-py/images_evaluation',
+                                lambda test, i: f'{("Greek", "Tengwar")[test]}/character{i % 4:02d}', 105),
     'svhn': svhn,
     'smallnorb': smallnorb,
     'stacked_mnist': idx('MNIST'),

@@ -54,6 +54,15 @@ def test_letters_are_their_folders(config):
     assert all(e.id.split('/')[1] == e.class_name for e in data.test.entries)
 
 
+def test_alphabets_of_omniglot_are_those_of_their_part_and_keep_their_size_on_request(config):
+    data = load_data(config('omniglot_py', image_size=105, invert=True))
+    assert set(data.train.class_names) == {'Greek'} and set(data.test.class_names) == {'Tengwar'}
+    images = [255 - image(1000 + i, 105, 105, 1)[..., 0] for i in range(len(data.test))]
+    values = np.rint(data.test.items(range(len(data.test))).x.numpy() * 255).astype(np.uint8)
+    assert sorted(map(np.ndarray.tobytes, values[:, 0])) == sorted(map(np.ndarray.tobytes, images))
+    assert load_data(config('omniglot_py')).shape == (1, 28, 28)
+
+
 def test_binary_sets_are_28_pixels_on_request_and_toys_too(config):
     for name in ('fashion_mnist', 'kmnist', 'notmnist'):
         assert load_data(config(name)).pixels == Pixels('bernoulli', 1, 2)
@@ -74,7 +83,8 @@ def test_an_unreadable_letter_stops_or_is_left_out(config, tmp_path):
 
 def test_files_that_are_missing_are_named(config, tmp_path):
     for name, words in {'fashion_mnist': 'FashionMNIST/raw', 'kmnist': 'KMNIST/raw',
-                        'notmnist': 'notMNIST_large', 'smallnorb': 'training-dat.mat',
+                        'notmnist': 'notMNIST_large', 'omniglot_py': 'images_background',
+                        'smallnorb': 'training-dat.mat',
                         'svhn': 'train_32x32.mat'}.items():
         fails(DataConfig(dataset=name, data=str(tmp_path)), words)
         fails(DataConfig(dataset=name), '--data is missing')

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from standins import make_standin
 
+import evaluate
 import train
 from datasets import DATASETS, DataConfig, stand_in
 from model import MODELS, build_model
@@ -22,6 +23,8 @@ PUBLISHED = {   # millions of parameters, latent groups (NVAE, and its chest X-r
     'nvae_mnist': (33.36, 15), 'nvae_cifar10': (130.85, 30), 'nvae_celeba64': (153.28, 35),
     'nvae_imagenet32': (268.51, 28), 'nvae_celebahq256': (330.80, 36), 'nvae_ffhq256': (330.80, 36),
     'nvae_chest_xray_published': (33.38, 15)}
+PUBLISHED_HVAE = {'hvae_mnist': 2_620_258, 'hvae_fashion_mnist': 2_620_258,            # parameters
+                  'hvae_cifar10': 37_013_064, 'hvae_svhn': 37_013_064}
 SMALL = '''--num_channels_enc 4 --num_channels_dec 4 --num_process_per_node 1 --num_proc_node 1 --node_rank 0
     --batch_size 2 --max_steps 1 --epochs 1 --val_iw_samples 1 --image_every 0 --save_every 1 --device cpu
     --num_threads 1 --num_latent_per_group 2 --num_mixture_dec 2'''.split()
@@ -62,6 +65,18 @@ def test_flags_are_known_and_build_the_model(name, recorder):
         number = sum(p.numel() for p in model.parameters())
         assert (round(number / 1e6, 2), model.num_groups) == PUBLISHED[name]
     assert args.data == 'somewhere' and args.root == 'runs' and args.save != 'exp'
+
+
+@pytest.mark.parametrize('name', PUBLISHED_HVAE)
+def test_published_networks_are_those_of_the_official_code(name, recorder):
+    """With its dead skips: the number of parameters is the published one. And what is trained is scored."""
+    training, scoring = commands(name, recorder, OTHER='elsewhere', IW='7')
+    model, args = network([*training[1:], '--compat_official'])
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED_HVAE[name]
+    scored = evaluate.parse_args(scoring[1:])
+    assert Path(scored.checkpoint) == Path('runs', f'eval-{args.save}', 'best.pt')
+    (ood,) = scored.ood
+    assert ood.endswith('=elsewhere') and ood.split('=')[0] in DATASETS and scored.iw_samples_elbo == 7
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
