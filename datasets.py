@@ -8,6 +8,7 @@ anomalous.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from distributions import Pixels
+from readers.archive import unpacked
 from readers.cifar10 import read_cifar10
 from readers.images import FITS, read_folder
 from readers.layouts import Layout, read_records
@@ -35,6 +37,7 @@ from readers.split import (
     find_duplicates,
     part_counts,
     some,
+    split_by_name,
     split_parts,
     split_records,
     stored_parts,
@@ -60,6 +63,7 @@ class DataSet:
     masks: bool = False                      # a folder `masks` marks anomalies
     val_fraction: float = 0.15               # of the normal images that are not in a given test part
     test_fraction: float = 0.2
+    split: Callable[[Sequence[Entry], float, float, int], dict[str, str]] = split_parts   # who goes where
     val_always: bool = True                  # False: a validation part only where there are anomalies to find
     flip: bool = False                       # trained on mirror images too
     num_train: int = 0                       # training images of the published set; 0 = any number
@@ -76,7 +80,8 @@ def _read_folder(config: 'DataConfig', row: DataSet) -> Source:
 
 
 def _data_folder(config: 'DataConfig') -> str:
-    return config.data
+    is_file = config.data and Path(config.data).is_file()
+    return str(unpacked(config.data, config.cache_dir)) if is_file else config.data
 
 
 def _phantom_folder(config: 'DataConfig') -> str:
@@ -193,6 +198,11 @@ DATASETS = {
         where='Expected Normal/images/*.png and beside it COVID, Lung_Opacity or "Viral Pneumonia", as in '
               'the COVID-19 Radiography Database '
               '(kaggle.com/datasets/tawsifurrahman/covid19-radiography-database).'),
+    'mednist': DataSet(
+        _read_folder, size=64, normal=('Hand',), folder=_data_folder, split=split_by_name, val_fraction=0.1,
+        test_fraction=0.1,
+        where='Expected MedNIST.tar.gz (github.com/Project-MONAI/MONAI-extra-test-data, release 0.8.1), or '
+              'its folder: Hand/*.jpeg and beside it AbdomenCT, BreastMRI, CXR, ChestCT and HeadCT.'),
     'folder': DataSet(
         _read_folder, size=64, normal=('normal', 'good'), masks=True, folder=_data_folder,
         where='Expected a folder "normal" (or "good") and beside it one folder for each kind of anomaly.'),
@@ -206,14 +216,15 @@ DATASETS = {
 class DataConfig:
     """Data: which images, at what size, in what parts"""
     dataset: str = flag('mnist', 'data set', choices=tuple(DATASETS))
-    data: str = flag('', 'data folder, or an LMDB of scripts/create_lmdb.py (phantom: where to make it, '
-                         'default data/phantom)')
+    data: str = flag('', 'data folder, a tar of class folders, or an LMDB of scripts/create_lmdb.py '
+                         '(phantom: where to make it, default data/phantom)')
     image_size: int = flag(0, "height and width in pixels; 0 = the data set's own")
     channels: int = flag(0, "1 grey, 3 colour; 0 = the data set's own", choices=(0, 1, 3))
     num_x_bits: int = flag(8, 'bits per pixel, 1 to 16; above 8 keeps the depth of 16-bit files')
     fit: str = flag('pad', 'an image that is not square gets black borders, loses its ends, or is squeezed',
                     choices=FITS)
-    normal_classes: tuple = flag((), "class names to train on; none given = the data set's own")
+    normal_classes: tuple = flag((), "class names to train on; none given = the data set's own",
+                                 aliases=('normal_class',))
     anomalous_classes: tuple = flag((), 'class names to detect; none given = all others (mnist: none)')
     val_fraction: float = flag(-1.0, "fraction of the normal images for validation; -1 = the data set's own")
     test_fraction: float = flag(-1.0, "fraction of the normal images for testing; -1 = the data set's own")
@@ -353,9 +364,11 @@ def _part_files(config: DataConfig, row: DataSet, source: Source, split: dict[st
     entries = with_patients(entries, config.patient_metadata, config.patient_pattern, report)
     if split:
         parts = stored_parts(entries, split, report)
-        entries = [e for e in entries if e.id in parts]
     else:
-        parts = split_parts(entries, *_fractions(config, row), config.split_seed)
+        parts = row.split(entries, *_fractions(config, row), config.split_seed)
+        if left := len(entries) - len(parts):
+            report.append(f"left out: {count(left, 'anomalous image')} that --split_seed did not draw")
+    entries = [e for e in entries if e.id in parts]
     duplicates = find_duplicates(entries, source.twins, parts)
     report += part_counts(entries, parts) + warnings(entries, parts, duplicates)
     files = [{'id': e.id, 'class': e.class_name, 'part': parts[e.id], 'sha256': e.sha256}

@@ -28,6 +28,15 @@ class Pixels:
     bits: int = 8
     padding: int = 0
 
+    def inside(self, x: Tensor) -> Tensor:
+        """x (..., H, W) without the border."""
+        p = self.padding
+        return x[..., p:-p, p:-p] if p else x
+
+    def framed(self, x: Tensor) -> Tensor:
+        """x (..., H, W) with a border of zeros around it."""
+        return F.pad(x, (self.padding,) * 4)
+
 
 def soft_clamp(x: Tensor) -> Tensor:
     """Squeezes x smoothly into (-5, 5)."""

@@ -204,8 +204,9 @@ class Evaluation:
         """Raises UserError for a model that cannot do what the mode is about."""
         for capability in capabilities:
             if not hasattr(self.model, capability):
-                raise UserError(f"--eval_mode {self.config.eval_mode}: this model has no `{capability}`. "
-                                f"Choose another mode.")
+                lacks = 'likelihood and no latent groups' if capability == 'num_groups' else f'`{capability}`'
+                raise UserError(f"--eval_mode {self.config.eval_mode}: this model has no {lacks}. Choose "
+                                f"another mode.")
 
     def first_images(self, number: int) -> tuple[Tensor, list[str]]:
         """The first images (number, C, *S) of the part, on the device, and their ids."""
@@ -221,8 +222,8 @@ class Evaluation:
         """The numbers of the flag `name`, each within first to last. Raises UserError."""
         numbers = getattr(self.config, name)
         if wrong := [n for n in numbers if not first <= n <= last]:
-            raise UserError(f"--{name} {wrong[0]}: this model has {self.model.num_groups} latent groups, "
-                            f"give {first} to {last}.")
+            raise UserError(f"--{name} {wrong[0]}: this model has {getattr(self.model, 'num_groups', 0)} "
+                            f"latent groups, give {first} to {last}.")
         return list(numbers)
 
     def readjust(self) -> None:
@@ -248,6 +249,7 @@ class Evaluation:
 
 def evaluate(run: Evaluation) -> None:
     """NELBO and importance-weighted bound."""
+    run.need('num_groups')
     data = run.data()
     result = evaluate_likelihood(run.model, run.batches(data), num_iw_samples=run.num_iw_samples,
                                  seed=run.config.seed, num_dims=count_dims(data.shape, data.pixels.padding),
@@ -344,7 +346,8 @@ def reconstruct(run: Evaluation) -> None:
         'num_images': len(x), 'part': run.part,
         'mean_absolute_error': dict(zip(map(str, kept), errors)) if kept else errors[0]})
     for error, k in zip(errors, kept or [total]):
-        run.say(f"{len(x)} images from {k} of {total} groups, mean absolute error {error:.4f}")
+        groups = f' from {k} of {total} groups' if total else ''
+        run.say(f"{len(x)} images{groups}, mean absolute error {error:.4f}")
     run.say(f"{run.out / 'reconstructions.png'}")
 
 

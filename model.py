@@ -9,6 +9,7 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint
 from distributions import Pixels
+from families.autoencoder import AE, VAE
 from families.hvae import BIVA, HVAE, LVAE
 from families.hvae_official import official_folder
 from families.hvae_official import read_official as read_official_folder
@@ -35,7 +36,8 @@ class Model(Protocol):
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-MODELS: dict[str, type] = {'nvae': NVAE, 'hvae': HVAE, 'lvae': LVAE, 'biva': BIVA}
+MODELS: dict[str, type] = {'nvae': NVAE, 'hvae': HVAE, 'lvae': LVAE, 'biva': BIVA,
+                           'ae': AE, 'vae': VAE}
 
 
 def build_model(name: str, shape: tuple[int, ...], config: Any, pixels: Pixels) -> Model:

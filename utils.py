@@ -27,7 +27,8 @@ class UserError(ValueError):
 def flag(default: Any, help: str, **argparse_options: Any) -> Any:
     """A dataclass field that is a command-line flag; `help` states its unit and any special value.
 
-    `argparse_options` go to `add_argument` as they are (choices, nargs, type, metavar).
+    `argparse_options` go to `add_argument` as they are (choices, nargs, type, metavar); `aliases` are further
+    names of the flag.
     """
     metadata = {'help': help, **argparse_options}
     if isinstance(default, list | dict | set):
@@ -62,7 +63,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool =
         elif not isinstance(default, bool) and default not in ('', ()):
             shown = ' '.join(default) if isinstance(default, tuple) else default
             options['help'] += f' (default: {shown})'
-        group.add_argument(f'--{field.name}', default=argparse.SUPPRESS if optional else default, **options)
+        names = [f'--{name}' for name in (field.name, *options.pop('aliases', ()))]
+        group.add_argument(*names, default=argparse.SUPPRESS if optional else default, **options)
 
 
 def read_flags(config: type[T], values: argparse.Namespace | dict[str, Any]) -> T:

@@ -45,7 +45,8 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     check_parts(data)
     model.eval()
     scores, warnings = choose_scores(config.scores, model, num_iw_samples)
-    primary = choose_primary(config.primary_score, [s.name for s in scores])
+    published = getattr(model, 'primary_score', '')
+    primary = choose_primary(config.primary_score, published, [s.name for s in scores])
     baselines = [make() for make in BASELINES.values()]
     scorer = Scorer(model, data, scores, baselines, config, primary, num_iw_samples=num_iw_samples,
                     batch_size=batch_size, seed=seed, workers=workers, rank=rank, world=world, gather=gather,
@@ -97,13 +98,15 @@ def check_parts(data: Any) -> None:
                             f"first {anomalous[0]}: only test images may be.")
 
 
-def choose_primary(name: str, computed: list[str]) -> str:
-    """The score of the figures: the one that the user names, else nelbo, else the first that is computed."""
+def choose_primary(name: str, published: str, computed: list[str]) -> str:
+    """The score of the figures: the one that the user names; else, if it is computed, the one that the family
+    is `published` with; else nelbo; else the first that is computed.
+    """
     if not computed:
         raise UserError("no score fits this model: see the lines above, or name one with --scores.")
     if name and name not in computed:
         raise UserError(f"--primary_score {name} is not among the computed scores: {', '.join(computed)}.")
-    return name or ('nelbo' if 'nelbo' in computed else computed[0])
+    return name or next((s for s in (published, 'nelbo') if s in computed), computed[0])
 
 
 def fit_densities(scores: list, validation: Scored) -> None:

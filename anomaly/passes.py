@@ -123,6 +123,12 @@ class Passes:
             return self.model.reconstruct(self.x).float()
         return self.once(('reconstruction',), make)
 
+    def residual(self) -> Tensor:
+        """x - reconstruction, or the model's own `residual`, whose output may leave [0, 1]: (B, C, H, W)."""
+        if not hasattr(self.model, 'residual'):
+            return self.x.float() - self.reconstruction()
+        return self.once(('residual',), lambda: self.model.residual(self.x).float())
+
     def maps(self, skip: int = 0) -> dict[str, Tensor] | None:
         """'recon' (B, 1, H, W) and 'kl' (B, L, H, W), nats per pixel; None if the model has no maps."""
         if not hasattr(self.model, 'maps'):

@@ -34,7 +34,8 @@ class ScoreConfig:
                                    "complexity, or one member of a row such as llr_2, kl_1 (1 = top group); "
                                    "'all' leaves out regret, which is slow")
     primary_score: str = flag('', "score that the figures show, chosen before looking at any anomaly; "
-                                  "'' = nelbo, or the first computed score where there is no nelbo")
+                                  "'' = the one that the model is published with, else nelbo, else the "
+                                  "first computed")
     num_draws: int = flag(4, 'draws of the latents that every sampled score averages over')
     iw_samples_elbo: int = flag(1, 'llr: importance samples behind each draw of L; 1 = the plain bound')
     iw_samples_lk: int = flag(1, 'llr, lk: importance samples behind each draw of L>k; 1 = the plain bound')
@@ -134,7 +135,7 @@ def llr_map(passes: Passes, k: int) -> Tensor | None:
 
 def absolute_error(passes: Passes) -> Tensor:
     """|x - reconstruction|, mean over channels: (B, 1, H, W)."""
-    return (passes.x.float() - passes.reconstruction()).abs().mean(1, keepdim=True)
+    return passes.residual().abs().mean(1, keepdim=True)
 
 
 def kl_score(i: int) -> Score:

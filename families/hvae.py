@@ -132,12 +132,7 @@ class HVAE(nn.Module):
             raise UserError(f"images of shape {tuple(x.shape[1:])}: this model is for {self.shape}.")
         if not 0 <= skip <= self.num_groups:
             raise UserError(f"skip {skip}: give 0 to {self.num_groups}, the number of stages.")
-        p = self.pixels.padding
-        return x[..., p:-p, p:-p] if p else x
-
-    def _frame(self, x: Tensor) -> Tensor:
-        """With the border again, in black."""
-        return F.pad(x, (self.pixels.padding,) * 4)
+        return self.pixels.inside(x)
 
     def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms:
         """Terms of the bound for images x (B, C, H, W) in [0, 1], in nats.
@@ -200,7 +195,7 @@ class HVAE(nn.Module):
     # ------------------------------------------------------------------------------------------- capabilities
 
     def _mean(self, logits: Tensor) -> Tensor:
-        return self._frame(self.likelihood.mean(logits))
+        return self.pixels.framed(self.likelihood.mean(logits))
 
     def reconstruct(self, x: Tensor, skip: int = 0) -> Tensor:
         """Mean of p(x|z) at the posterior means: (B, C, H, W) in [0, 1]."""
@@ -222,8 +217,8 @@ class HVAE(nn.Module):
             inside = F.pad(kl, [-n for n in margin])
             outside = kl.sum((2, 3), keepdim=True) - inside.sum((2, 3), keepdim=True)
             maps.append(inside + outside / (self.inner[1] * self.inner[2]))
-        return {'recon': self._frame(-self.likelihood.log_prob(logits, inner)),
-                'kl': self._frame(torch.cat(maps, dim=1))}
+        return {'recon': self.pixels.framed(-self.likelihood.log_prob(logits, inner)),
+                'kl': self.pixels.framed(torch.cat(maps, dim=1))}
 
     def latents(self, x: Tensor, temperature: float = 0.0) -> list[Tensor]:
         """Latents of images x (B, C, H, W) in [0, 1], from the top stage down: each (B, Z, h, w).
@@ -258,7 +253,7 @@ class HVAE(nn.Module):
         logits = self.prior_logits(n, temperature)
         if mean or self.pixels.likelihood == 'bernoulli':
             return self._mean(logits)
-        return self._frame(self.likelihood.sample(logits))
+        return self.pixels.framed(self.likelihood.sample(logits))
 
 
 class LVAE(HVAE):

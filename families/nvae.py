@@ -280,11 +280,6 @@ class NVAE(nn.Module):
     def _logits(self, d: Tensor) -> Tensor:
         return full_precision(self.image_head(self.post_process(d)))
 
-    def _inside(self, x: Tensor) -> Tensor:
-        """Without the border that was added to the image."""
-        p = self.pixels.padding
-        return x[..., p:-p, p:-p] if p else x
-
     def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms:
         """Terms of the bound for images x (B, C, H, W) in [0, 1], in nats.
 
@@ -296,7 +291,7 @@ class NVAE(nn.Module):
             raise UserError(f"skip {skip}: give 0 to {self.num_groups}, the number of groups.")
         d, groups = self._decode(len(x), self._encode(x), skip, temperature)
         logits = self._logits(d)
-        log_px = self._inside(self.likelihood.log_prob(logits, x))          # (B, 1, H, W)
+        log_px = self.pixels.inside(self.likelihood.log_prob(logits, x))    # (B, 1, H, W)
         kl = torch.stack([kl.flatten(2).sum(2) for kl, *_ in groups], dim=1)             # (B, L, Z)
         return {'recon': -per_image(log_px), 'kl': kl.sum(2), 'kl_channels': kl, 'logits': logits,
                 'log_q': sum(per_image(log_q) for _, log_q, _, _ in groups),
@@ -351,8 +346,7 @@ class NVAE(nn.Module):
             area = x.shape[2] // group_kl.shape[2] * (x.shape[3] // group_kl.shape[3])
             kl.append(F.interpolate(group_kl.sum(1, keepdim=True), x.shape[2:], mode='nearest') / area)
         log_px = self.likelihood.log_prob(self._logits(d), x)
-        padding = self.pixels.padding
-        return {'recon': -F.pad(self._inside(log_px), (padding,) * 4), 'kl': torch.cat(kl, dim=1)}
+        return {'recon': -self.pixels.framed(self.pixels.inside(log_px)), 'kl': torch.cat(kl, dim=1)}
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:

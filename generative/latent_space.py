@@ -148,7 +148,7 @@ def interpolation(run: Any) -> None:
 
 def traversal(run: Any) -> None:
     """Shifts one latent channel at a time: traversal_<image>.png, one row a group, and .gif and .npz."""
-    run.need('latents', 'decode')
+    run.need('latents', 'decode', 'num_groups')
     groups = run.checked('groups', 0, run.model.num_groups - 1) or list(range(run.model.num_groups))
     channel, channels = run.config.channel, min(run.model.latent_shapes[group][0] for group in groups)
     if channel >= channels:

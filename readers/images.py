@@ -189,8 +189,7 @@ def find_classes(folder: Path, normal: Sequence[str],
     where the data set comes from.
     """
     if not folder.is_dir():
-        what = 'is a file, and no LMDB of scripts/create_lmdb.py' if folder.is_file() else 'does not exist'
-        raise UserError(f"--data: the folder {str(folder)!r} {what}. {where}")
+        raise UserError(f"--data: the folder {str(folder)!r} does not exist. {where}")
 
     def has_normal(root: Path) -> bool:
         return any(same_name(sub.name, name) for sub in _subfolders(root) for name in normal)

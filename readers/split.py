@@ -46,6 +46,22 @@ def split_parts(entries: Sequence[Entry], val_fraction: float, test_fraction: fl
     return parts
 
 
+def split_by_name(entries: Sequence[Entry], val_fraction: float, test_fraction: float,
+                  seed: int) -> dict[str, str]:
+    """The part of each image by the order of the ids: of the normal ones the first are train, then val, and
+    the last test.
+
+    Of the anomalous ones as many as test has normal ones, drawn by `seed`, are in test, the others in no
+    part. Images of one patient or content are not kept together.
+    """
+    normal = sorted(e.id for e in entries if not e.label)
+    val, test = round(val_fraction * len(normal)), round(test_fraction * len(normal))
+    parts = ['train'] * (len(normal) - val - test) + ['val'] * val + ['test'] * test
+    luck = lambda name: (mix_seed(seed, 'split', name), name)
+    anomalous = sorted((e.id for e in entries if e.label), key=luck)
+    return dict(zip(normal, parts)) | dict.fromkeys(anomalous[:test], 'test')
+
+
 def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
     """Images that belong together, directly or over others: the same patient or the same content. Sorted by
     id.

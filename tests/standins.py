@@ -236,6 +236,7 @@ STANDINS = {
     'cifar10': cifar10,
     'omniglot': omniglot,
     'covid': class_folders('Normal', 'COVID'),
+    'mednist': class_folders('Hand', 'CXR'),
     'folder': class_folders('normal', 'spot', masks=True),
     'phantom': phantom,
     'celeba_64': indexed_lmdbs(lambda i: encoded(image(i, 218, 178))),

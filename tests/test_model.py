@@ -20,6 +20,8 @@ HIERARCHY = {'config_deterministic': json.dumps([
                                               {'block': 'GaussianDense', 'latent_features': 3}])}
 SMALL = {   # flags of a small model of each family: a new family needs a row
     'hvae': HIERARCHY, 'lvae': HIERARCHY, 'biva': HIERARCHY,
+    'ae': {'latent_dim': 3, 'num_layers': 2, 'width': 4, 'input_noise': 0.1},
+    'vae': {'latent_dim': 3, 'num_layers': 2, 'width': 4},
     'nvae': {'num_channels_enc': 4, 'num_channels_dec': 4, 'num_preprocess_blocks': 1,
              'num_postprocess_blocks': 1, 'num_preprocess_cells': 1, 'num_postprocess_cells': 1,
              'num_latent_scales': 2, 'num_groups_per_scale': 1, 'num_latent_per_group': 2,

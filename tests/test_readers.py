@@ -53,7 +53,7 @@ def test_every_row_gives_batches_of_its_shape_in_its_parts(name, config):
     row, data = DATASETS[name], load_data(config(name))
     assert data.shape == (row.channels, row.size, row.size)
     assert len(data.train) and len(data.test)
-    assert data.train.labels.sum() == 0 and len(data.val) == (4 if row.val_always else 0)
+    assert data.train.labels.sum() == 0 and len(data.val) == round(24 * row.val_fraction * row.val_always)
     batch = next(train_batches(data.train, 5, seed=0))
     assert batch.x.shape == (5, *data.shape) and batch.x.dtype == torch.float32
     assert batch.x.min() >= 0 and batch.x.max() <= 1 and batch.x.std() > 0.01

@@ -1,0 +1,47 @@
+"""Data sets that come as a tar: unpacked once, into the cache, and only what is harmless."""
+
+import lzma
+import tarfile
+import zlib
+from gzip import BadGzipFile
+from pathlib import Path, PurePosixPath
+
+from readers.source import cached_files
+from utils import UserError
+
+DAMAGED = (tarfile.TarError, BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
+
+
+def unpacked(path: str | Path, cache_dir: str) -> Path:
+    """The folder that holds what is in a tar, compressed or not; unpacked anew only if the file has changed.
+
+    Raises UserError if the file is no tar or damaged, and if it holds anything but files and folders that
+    stay inside: a name that is absolute or goes up by '..', a link, a device.
+    """
+    path = Path(path)
+    status = path.stat()
+    key = {'tar': str(path.resolve()), 'bytes': status.st_size, 'time': status.st_mtime_ns}
+
+    def make(folder: Path) -> dict:
+        try:
+            with tarfile.open(path) as tar:
+                tar.extractall(folder, filter=harmless)
+        except DAMAGED as error:
+            reason = ' '.join(str(error).split())
+            raise UserError(f"--data: {path} cannot be unpacked ({reason}): it is no tar, or a damaged one. "
+                            f"Name a folder, or fetch it again.") from None
+        return {}
+
+    return cached_files(cache_dir, key, make, lambda folder, _: folder)
+
+
+def harmless(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """The member as it may be written below `folder`: without its owner and its permissions to run or share.
+
+    Raises UserError where it is not to be trusted.
+    """
+    name = PurePosixPath(member.name)
+    if not (member.isreg() or member.isdir()) or name.is_absolute() or '..' in name.parts:
+        raise UserError(f"--data: {member.name!r} in the tar is a link, a device or a path that leads "
+                        f"outside: nothing is unpacked. Do not trust this file.")
+    return tarfile.data_filter(member, folder)
