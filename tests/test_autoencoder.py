@@ -1,0 +1,345 @@
+"""AE and VAE: the published networks layer by layer, their losses and bounds worked by hand."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import scipy.integrate
+import torch
+import torch.nn.functional as F
+from pytest import approx
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from anomaly.detect import choose_primary
+from anomaly.passes import Passes, elbo, log_weight
+from anomaly.scores import SCORES, choose_scores
+from distributions import Pixels
+from families.autoencoder import AE, LOG_NORMALIZERS, LOSSES, VAE, AEConfig, VAEConfig, dissimilarity
+from utils import UserError
+
+SMALL = {'latent_dim': 3, 'num_layers': 2, 'width': 4}
+CONFIGS = {AE: AEConfig, VAE: VAEConfig}
+GREY = Pixels()
+
+
+def build(family, shape=(1, 16, 16), pixels=GREY, **flags):
+    torch.manual_seed(0)
+    return family(shape, CONFIGS[family](**SMALL | flags), pixels).eval()
+
+
+def images(n=5, shape=(1, 16, 16), seed=1):
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(function, seed=2):
+    torch.manual_seed(seed)
+    return function()
+
+
+def fixed(model, y=None, code=None):
+    """The model with a decoder that puts out y, or an encoder that gives this code, whatever comes in."""
+    if y is not None:
+        model._decode = lambda z: y.expand(len(z), *model.shape)
+    if code is not None:
+        model._encode = lambda x: code.expand(len(x), -1)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- network
+
+@pytest.mark.parametrize('family, number, codes', [(AE, 2_291_712, 128), (VAE, 3_340_288, 256)])
+def test_published_layers_and_parameters(family, number, codes):
+    model = family((1, 64, 64), CONFIGS[family]())
+    assert sum(p.numel() for p in model.parameters()) == number
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert shapes == {
+        'encoder.0.0.weight': (32, 1, 3, 3), 'encoder.0.1.weight': (32,), 'encoder.0.1.bias': (32,),
+        'encoder.1.0.weight': (64, 32, 3, 3), 'encoder.1.1.weight': (64,), 'encoder.1.1.bias': (64,),
+        'encoder.2.0.weight': (128, 64, 3, 3), 'encoder.2.1.weight': (128,), 'encoder.2.1.bias': (128,),
+        'encoder.4.weight': (codes, 8192), 'decoder.0.weight': (8192, 128),
+        'decoder.2.0.weight': (128, 64, 3, 3), 'decoder.2.1.weight': (64,), 'decoder.2.1.bias': (64,),
+        'decoder.3.0.weight': (64, 32, 3, 3), 'decoder.3.1.weight': (32,), 'decoder.3.1.bias': (32,),
+        'decoder.4.0.weight': (32, 32, 3, 3), 'decoder.4.1.weight': (32,), 'decoder.4.1.bias': (32,),
+        'decoder.5.weight': (1, 32, 1, 1)}
+
+
+def batch_norm(state, name, x):
+    return F.batch_norm(x, *(state[f'{name}.{part}'] for part in ('running_mean', 'running_var', 'weight',
+                                                                  'bias')), eps=1e-5)
+
+
+def encoded(state, x, last):
+    for i in range(last):
+        x = F.conv2d(x, state[f'encoder.{i}.0.weight'], stride=2, padding=1)
+        x = F.leaky_relu(batch_norm(state, f'encoder.{i}.1', x), 0.01)
+    return x.flatten(1) @ state[f'encoder.{last + 1}.weight'].T
+
+
+def decoded(state, z, smallest, last):
+    x = (z @ state['decoder.0.weight'].T).reshape(len(z), *smallest)
+    for i in range(2, last + 2):
+        x = F.conv_transpose2d(x, state[f'decoder.{i}.0.weight'], stride=2, padding=1, output_padding=1)
+        x = F.leaky_relu(batch_norm(state, f'decoder.{i}.1', x), 0.01)
+    return F.conv2d(x, state[f'decoder.{last + 2}.weight'])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', CONFIGS)
+@pytest.mark.parametrize('shape, layers, smallest', [
+    ((1, 16, 16), 2, (8, 4, 4)), ((3, 16, 24), 3, (16, 2, 3)), ((2, 8, 8), 1, (4, 4, 4))])
+def test_networks_are_those_of_the_specification(family, shape, layers, smallest):
+    """Computed anew from the weights, with running statistics that are not those of the start."""
+    model, x = build(family, shape, num_layers=layers).train(), images(shape=shape)
+    seeded(lambda: model(x))                                                          # moves the statistics
+    state, terms = model.eval().state_dict(), model(x, temperature=0.0)
+    z = encoded(state, x, layers)[:, :3]                                    # of a VAE the first are the means
+    y = decoded(state, z, smallest, layers)
+    torch.testing.assert_close(terms['logits'], y)
+    torch.testing.assert_close(terms['error'], ((x - y) ** 2).mean((1, 2, 3)))
+    torch.testing.assert_close(model.latents(x)[0], z[..., None, None])
+    torch.testing.assert_close(model.decode([z[..., None, None]]), y.clamp(0, 1))
+    torch.testing.assert_close(model.reconstruct(x), y.clamp(0, 1))
+
+
+@pytest.mark.parametrize('family', CONFIGS)
+def test_training_is_the_same_to_the_bit(family):
+    def trained():
+        model = build(family, input_noise=0.1).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for step in range(3):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            model.objective(model(images(seed=step)), 0.0)[0].backward()
+            optimizer.step()
+        return model.state_dict()
+    a, b = trained(), trained()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a['decoder.0.weight'], build(family).state_dict()['decoder.0.weight'])
+
+
+# ----------------------------------------------------------------------------------------------------- losses
+
+def test_losses_worked_by_hand():
+    x = torch.tensor([[0.0, 0.0], [1.0, 0.5]]).view(1, 1, 2, 2)
+    y = torch.tensor([[0.5, -0.5], [2.0, 0.5]])
+    for loss, error in (('l2', (0.25 + 0.25 + 1) / 4), ('l1', (0.5 + 0.5 + 1) / 4)):
+        model = fixed(build(AE, (1, 2, 2), num_layers=1, loss=loss), y)
+        terms = model(x)
+        assert terms['error'].tolist() == approx([error])
+        assert model.objective(terms, 0.0)[0].item() == approx(error)
+
+
+def test_the_loss_is_the_mean_of_a_batch():
+    model = fixed(build(AE, (1, 2, 2), num_layers=1), torch.tensor(0.0))
+    x = torch.stack([torch.full((1, 2, 2), value) for value in (0.0, 1.0, 0.5)])
+    assert model(x)['error'].tolist() == approx([0, 1, 0.25])
+    assert model.objective(model(x), 0.0)[0].item() == approx(1.25 / 3)
+
+
+def test_kl_in_closed_form_and_the_published_loss():
+    """z of mean 1 and variance 4, another of the prior: (1 + 4 - 1 - log 4) / 2 nats and 0."""
+    code = torch.tensor([[1.0, 0.0, math.log(4), 0.0]])                       # means, then log variances
+    model = fixed(build(VAE, (1, 2, 2), num_layers=1, latent_dim=2, kl_weight=3.0), torch.tensor(0.5), code)
+    terms, kl = model(torch.ones(1, 1, 2, 2)), (4 - math.log(4)) / 2
+    assert terms['kl_channels'].tolist() == [[approx([kl, 0])]] and terms['kl'].tolist() == [[approx(kl)]]
+    loss, logs = model.objective(terms, 0.0)
+    assert loss.item() == approx(0.25 + 3.0 * kl / 2)                   # mean error, mean KL over the latents
+    assert logs['train/error_iter'].item() == approx(0.25)
+    assert logs['train/kl_per_latent_iter'].item() == approx(kl / 2)
+    normal = torch.distributions.Normal
+    q, p = normal(code[:, :2], code[:, 2:].div(2).exp()), normal(0.0, 1.0)
+    torch.testing.assert_close(terms['kl'][0, 0], torch.distributions.kl_divergence(q, p).sum())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('loss', LOG_NORMALIZERS)
+def test_the_published_loss_is_the_negative_elbo_but_for_a_factor_and_a_constant(loss):
+    model = build(VAE, (3, 16, 16), Pixels(padding=2), loss=loss, kl_weight=0.7).double()
+    terms = seeded(lambda: model(images(shape=(3, 16, 16)).double()))
+    numbers, latents = 3 * 12 * 12, 3
+    constant = numbers * LOG_NORMALIZERS[loss](0.7 * numbers / latents)
+    nelbo = -elbo(terms).mean().item()
+    assert model.objective(terms, 0.0)[0].item() == approx((nelbo - constant) * 0.7 / latents)
+    assert model.objective(terms, 0.0)[1]['train/nelbo_iter'].item() == approx(nelbo)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('loss, density', [
+    ('l2', lambda y: torch.distributions.Normal(y, math.sqrt(32))),         # 2 * 4096 / (2 * 128) = 32
+    ('l1', lambda y: torch.distributions.Laplace(y, 64.0))])
+def test_the_density_of_the_published_weight(loss, density):
+    model, x = VAE((1, 64, 64), VAEConfig(loss=loss)).eval(), images(2, (1, 64, 64))
+    terms = model(x)
+    torch.testing.assert_close(terms['recon'], -density(terms['logits']).log_prob(x).sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize('loss', LOG_NORMALIZERS)
+def test_densities_integrate_to_one(loss):
+    def density(x):
+        error = LOSSES[loss](torch.tensor(x), torch.tensor(0.4)).item()
+        return math.exp(-error / 0.3 - LOG_NORMALIZERS[loss](0.3))
+    assert scipy.integrate.quad(density, -8, 8, points=[0.4])[0] == approx(1, abs=1e-5)
+
+
+def test_structural_similarity_is_that_of_a_kept_library():
+    x, y = images(3, (3, 20, 32)), images(3, (3, 20, 32), seed=2) * 1.5 - 0.2            # y leaves [0, 1]
+    y[0] = x[0] + 0.05 * y[0]
+    ours = dissimilarity(x, y)
+    _, theirs = structural_similarity_index_measure(y, x, data_range=1.0, return_full_image=True)
+    torch.testing.assert_close(ours, 1 - theirs[..., 5:-5, 5:-5], rtol=1e-3, atol=1e-4)     # without mirroring
+    assert ours[0].mean() < 0.1 < ours[1].mean()
+
+
+def test_structural_similarity_by_hand():
+    """Equal images; and flat ones a and b, where only the luminance is left."""
+    x = images(2)
+    assert dissimilarity(x, x).abs().max() < 1e-6 and dissimilarity(x, x).shape == (2, 1, 6, 6)
+    a, b = (torch.full((1, 1, 12, 12), value, requires_grad=True) for value in (0.2, 0.6))
+    lost = dissimilarity(a, b)
+    assert lost.mean().item() == approx(1 - (2 * 0.2 * 0.6 + 1e-4) / (0.2 ** 2 + 0.6 ** 2 + 1e-4), abs=1e-3)
+    lost.sum().backward()
+    assert b.grad.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', CONFIGS)
+def test_a_border_counts_nowhere(family):
+    """8 x 8 images in a frame of 4, where the output is far off."""
+    off = F.pad(torch.zeros(8, 8), (4,) * 4, value=9.0)
+    model, x = fixed(build(family, pixels=Pixels(padding=4)), off), F.pad(images(shape=(1, 8, 8)), (4,) * 4)
+    assert model(x)['error'].tolist() == approx((x ** 2).sum((1, 2, 3)).div(64).tolist())
+    assert torch.equal(model.residual(x), x) and (model.reconstruct(x) == 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------- noise
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', CONFIGS)
+def test_the_input_is_noisy_in_training_alone_and_the_target_never(family):
+    model, x, seen = build(family, input_noise=0.1), images(50), []
+    model.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(x)
+    assert torch.equal(seen.pop(), x)
+    terms = seeded(lambda: model.train()(x))
+    noise = seen.pop() - x
+    assert noise.std().item() == approx(0.1, rel=0.03) and noise.mean().item() == approx(0, abs=0.005)
+    torch.testing.assert_close(terms['error'], ((x - terms['logits']) ** 2).mean((1, 2, 3)))
+    clean = build(family)
+    clean.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    clean.train()(x)
+    assert torch.equal(seen.pop(), x)
+
+
+@torch.no_grad()
+def test_an_autoencoder_draws_nothing():
+    model, x = build(AE), images()
+    assert torch.equal(seeded(lambda: model(x)['logits'], 1), seeded(lambda: model(x)['logits'], 2))
+
+
+@torch.no_grad()
+def test_the_mean_of_the_log_weights_is_the_elbo():
+    """And they differ by log q - log p alone, whose mean is the KL."""
+    model = build(VAE)
+    terms = seeded(lambda: model(images(1).expand(4000, -1, -1, -1)))
+    drawn = terms['log_q'] - terms['log_p']
+    assert drawn.mean().item() == approx(terms['kl'][0, 0].item(), abs=4 * drawn.std().item() / 4000 ** 0.5)
+    torch.testing.assert_close(log_weight(terms) - elbo(terms), terms['kl'][:, 0] - drawn, rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_skipped_group_is_drawn_from_the_prior():
+    model, x = build(VAE), images()
+    terms, noise = seeded(lambda: model(x, skip=1, temperature=0.5)), seeded(lambda: torch.randn(5, 3))
+    assert all((terms[name] == 0).all() for name in ('kl', 'kl_channels', 'log_q', 'log_p'))
+    torch.testing.assert_close(terms['logits'], model._decode(0.5 * noise))
+    torch.testing.assert_close(seeded(lambda: model.sample(5, 0.5)), model._decode(0.5 * noise).clamp(0, 1))
+    assert torch.equal(model.sample(2, 0.0), model.decode([torch.zeros(2, 3, 1, 1)]))
+
+
+def test_encoder_parameters_are_those_of_the_posterior():
+    model, x = build(VAE), images()
+    with torch.no_grad():
+        decoded, kl = model.decode([torch.ones(1, 3, 1, 1)]), model(x)['kl']
+        for parameter in model.encoder_parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(decoded, model.decode([torch.ones(1, 3, 1, 1)]))
+        assert not torch.allclose(kl, model(x)['kl'])
+    inference = {id(p) for p in model.encoder_parameters()}
+    assert all((id(p) in inference) == name.startswith('encoder') for name, p in model.named_parameters())
+
+
+def test_bfloat16_leaves_losses_in_float32():
+    for family, loss in ((AE, 'l2'), (AE, 'ssim'), (VAE, 'l2')):
+        model, x = build(family, loss=loss), images()
+        exact = model(x, temperature=0.0)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            terms = model(x, temperature=0.0)
+        assert all(value.dtype == torch.float32 for value in terms.values())
+        torch.testing.assert_close(terms['error'], exact['error'], rtol=0.05, atol=0.01)
+
+
+# ----------------------------------------------------------------------------------------------------- scores
+
+def test_the_residual_is_that_of_the_linear_output():
+    """Published: mean |x - y| with y as it is. The image of y is within [0, 1]."""
+    model = fixed(build(AE, (1, 2, 2), num_layers=1), torch.tensor([[-1.0, 0.5], [2.0, 1.0]]))
+    x = torch.tensor([[0.0, 0.5], [1.0, 0.0]]).view(1, 1, 2, 2)
+    score = SCORES['reconstruction'](0)[0](model, x)
+    assert score.image.tolist() == approx([(1 + 0 + 1 + 1) / 4])
+    assert score.map.flatten().tolist() == [1, 0, 1, 1]
+    assert model.reconstruct(x).flatten().tolist() == [0, 0.5, 1, 1]
+    plain = SimpleNamespace(reconstruct=model.reconstruct)                   # a model without a residual
+    assert SCORES['reconstruction'](0)[0](plain, x).image.tolist() == approx([1 / 4])
+
+
+def test_an_ae_gets_one_score_and_a_vae_all():
+    chosen, lines = choose_scores(('all',), build(AE), iw_samples=2)
+    assert [score.name for score in chosen] == ['reconstruction'] and len(lines) == 9
+    assert all('likelihood terms' in line for line in lines)
+    model, x = build(VAE), images()
+    chosen, lines = choose_scores(('all', 'regret'), model, iw_samples=2)
+    passes = Passes(model, x, draws=2, iw_samples=2, regret_steps=2)
+    names = {score.name for score in chosen if not hasattr(score, 'density')}
+    assert names == {'reconstruction', 'recon_nll', 'nelbo', 'iw', 'complexity', 'regret', 'kl'}
+    assert lines == []
+    for score in chosen:
+        if score.name in names:
+            values = score(passes)
+            assert values.image.shape == (5,) and values.image.isfinite().all()
+            assert values.map is None or values.map.shape == x.shape
+
+
+@pytest.mark.parametrize('name, published, computed, primary', [
+    ('', 'kl', ['reconstruction', 'nelbo', 'kl'], 'kl'), ('', '', ['reconstruction', 'nelbo'], 'nelbo'),
+    ('', 'kl', ['iw', 'nelbo'], 'nelbo'), ('', 'kl', ['iw', 'recon_nll'], 'iw'),
+    ('iw', 'kl', ['iw', 'kl'], 'iw'), ('', 'reconstruction', ['reconstruction'], 'reconstruction')])
+def test_the_primary_score_is_the_published_one(name, published, computed, primary):
+    assert choose_primary(name, published, computed) == primary
+
+
+def test_each_family_names_a_score_that_it_has():
+    assert (AE.primary_score, VAE.primary_score) == ('reconstruction', 'kl')
+    for family in CONFIGS:
+        assert family.primary_score in [score.name for score in choose_scores((), build(family), 1)[0]]
+
+
+# --------------------------------------------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize('make, told', [
+    (lambda: build(AE, (1, 28, 28), num_layers=3), r'28 x 28 cannot be halved 3 times.*multiples of 8'),
+    (lambda: build(VAE, (1, 16, 18)), '16 x 18'), (lambda: build(AE, (1, 8, 8, 8)), r'\(C, H, W\)'),
+    (lambda: build(AE, (1, 12, 12), Pixels(padding=2), loss='ssim'), '11 x 11 pixels, the images have 8 x 8'),
+    (lambda: AEConfig(latent_dim=0), '--latent_dim 0'), (lambda: AEConfig(num_layers=0), '--num_layers 0'),
+    (lambda: VAEConfig(width=0), '--width 0'), (lambda: AEConfig(input_noise=-0.1), '--input_noise -0.1'),
+    (lambda: AEConfig(input_noise=math.nan), '--input_noise nan'),
+    (lambda: VAEConfig(kl_weight=0), 'model ae'),
+    (lambda: VAEConfig(loss='ssim'), 'l2 or l1'),
+    (lambda: build(AE)(images(shape=(1, 8, 8))), r'\(1, 8, 8\): this model is for \(1, 16, 16\)'),
+    (lambda: build(VAE)(images(), skip=2), 'skip 2: give 0 or 1'),
+    (lambda: build(AE)(images(), skip=1), 'skip 1'),
+    (lambda: build(AE).decode([torch.zeros(1, 4, 1, 1)]), 'shapes'),
+])
+def test_mistakes_are_one_line(make, told):
+    with pytest.raises(UserError, match=told) as error:
+        make()
+    assert '\n' not in str(error.value)
