@@ -180,8 +180,7 @@ class AE(nn.Module):
 
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss to minimise (scalar): the mean over the images; there is no schedule."""
-        loss = terms['error'].mean()
-        return loss, {'train/loss_iter': loss.detach()}
+        return terms['error'].mean(), {}
 
     # ------------------------------------------------------------------------------------------- capabilities
 
@@ -267,9 +266,9 @@ class VAE(AE):
         """The published loss to minimise (scalar), and with it the bound in nats; there is no schedule."""
         error, kl = terms['error'].mean(), terms['kl'].sum(1).mean()
         loss = error + self.config.kl_weight * kl / self.config.latent_dim
-        logs = {'train/loss_iter': loss, 'train/error_iter': error,
-                'train/nelbo_iter': terms['recon'].mean() + kl, 'train/recon_iter': terms['recon'].mean(),
-                'train/kl_iter': kl, 'train/kl_per_latent_iter': kl / self.config.latent_dim}
+        recon = terms['recon'].mean()
+        logs = {'train/nelbo_iter': recon + kl, 'train/recon_iter': recon, 'train/kl_iter': kl,
+                'train/error_iter': error, 'train/kl_per_latent_iter': kl / self.config.latent_dim}
         return loss, {name: value.detach() for name, value in logs.items()}
 
     # ------------------------------------------------------------------------------------------- capabilities

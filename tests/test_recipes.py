@@ -18,7 +18,7 @@ from model import MODELS, build_model
 from utils import read_flags
 
 FOLDER = ROOT / 'scripts' / 'recipes'
-RECIPES = sorted(path.stem for path in FOLDER.glob('[nh]vae_*.sh'))
+RECIPES = sorted(path.stem for path in FOLDER.glob('*ae_*.sh'))
 PUBLISHED = {   # millions of parameters, latent groups (NVAE, and its chest X-ray variant)
     'nvae_mnist': (33.36, 15), 'nvae_cifar10': (130.85, 30), 'nvae_celeba64': (153.28, 35),
     'nvae_imagenet32': (268.51, 28), 'nvae_celebahq256': (330.80, 36), 'nvae_ffhq256': (330.80, 36),
@@ -93,6 +93,26 @@ def test_published_commands_take_a_step(name, recorder, tmp_path, cache):
     assert 'done: 1 steps, 0 skipped' in (run / 'log.txt').read_text()
     first = json.loads((run / 'metrics.jsonl').read_text().splitlines()[0])
     assert first['step'] == 1 and first['train/nelbo_iter'] > 0
+
+
+@pytest.mark.parametrize('model, number', [('ae', 2_291_712), ('vae', 3_340_288)])
+def test_autoencoders_train_as_published_and_are_scored(model, number, recorder, tmp_path, cache):
+    """The published network, optimizer and number of iterations; and a step on a stand-in, to the scores."""
+    model_, args = network(commands(f'{model}_mednist', recorder)[0][1:])
+    assert sum(p.numel() for p in model_.parameters()) == number
+    assert (args.optimizer, args.learning_rate, args.learning_rate_min, args.warmup_epochs, args.weight_decay,
+            args.batch_size, args.max_steps, args.grad_clip) == ('adam', 1e-3, 1e-3, 0, 0, 128, 1000, 0)
+    data = make_standin('mednist', tmp_path / 'data', count=100, test_count=20)
+    done = subprocess.run(
+        ['bash', str(FOLDER / f'{model}_mednist.sh'), '--max_steps', '2', '--width', '4', '--batch_size', '8',
+         '--cache_dir', str(cache), '--device', 'cpu', '--num_threads', '1'], text=True, timeout=300,
+        capture_output=True, cwd=tmp_path, env={**os.environ, 'PYTHON': sys.executable, 'DATA': str(data)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / 'runs' / f'eval-{model}_mednist'
+    assert 'done: 2 steps, 0 skipped' in (run / 'log.txt').read_text()
+    result = json.loads((run / 'anomaly' / 'metrics.json').read_text())['anomaly']
+    assert result['primary_score'] == {'ae': 'reconstruction', 'vae': 'kl'}[model]
+    assert result['counts']['test'] == {'CXR': 10, 'Hand': 10} and (run / 'anomaly' / 'report.html').exists()
 
 
 def test_three_nodes_need_an_address(recorder):
