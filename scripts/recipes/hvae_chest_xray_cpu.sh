@@ -16,7 +16,7 @@ block() { echo "{\"block\": \"ResBlockConv2d\", \"out_channels\": 32, \"kernel_s
     --config_deterministic "[[$(block 5 2), $(block 3 1)], [$(block 3 2), $(block 3 1)], [$(block 3 2), $(block 3 1)], [$(block 3 1)]]" \
     --config_stochastic '[{"block": "GaussianConv2d", "latent_features": 8}, {"block": "GaussianConv2d", "latent_features": 8},
         {"block": "GaussianConv2d", "latent_features": 8}, {"block": "GaussianDense", "latent_features": 16}]' \
-    --batch_size 32 --epochs 200 --optimizer adam --learning_rate 1e-3 --learning_rate_min 1e-4 --warmup_epochs 0 \
+    --batch_size 32 --epochs 100 --optimizer adam --learning_rate 1e-3 --learning_rate_min 1e-4 --warmup_epochs 0 \
     --weight_decay 0 --free_nats 0 --kl_anneal_portion 0.3 --val_every 20 --val_iw_samples 1 --image_every 0 "$@"
 
 "$PYTHON" "$REPOSITORY/evaluate.py" --checkpoint "$ROOT/eval-$SAVE/checkpoint.pt" --eval_mode anomaly \
