@@ -13,18 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 import launch
 from anomaly import metrics, report
 from anomaly.baselines import BASELINES
 from anomaly.density import DensityScore, cross_fit
+from anomaly.localization import localize
+from anomaly.maps import pixel_threshold
 from anomaly.scorer import Scored, Scorer
 from anomaly.scores import ScoreConfig, choose_scores
 from utils import UserError, finite, read_json, write_atomically, write_json
 
+# fields of ScoreConfig that the scores, maps and calls of an image depend on
 SETTINGS = ('target_fpr', 'num_draws', 'iw_samples_elbo', 'iw_samples_lk', 'llr_noise', 'regret_steps',
-            'regret_learning_rate')              # of ScoreConfig: what the scores of an image depend on
+            'regret_learning_rate', 'target_pixel_fpr', 'map_smoothing', 'body_mask')
 
 
 def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_iw_samples: int,
@@ -54,6 +56,8 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     fitted_on = scorer.fit_baselines()
     validation = scorer.score(data.val, 'val')
     fit_densities(scores, validation)
+    pixel_thresholds = choose_pixel_thresholds(validation, config.target_pixel_fpr)
+    validation.maps = None                                          # their memory is needed for the test part
     test = scorer.score(data.test, 'test', with_cases=True)
     if rank:
         return {}
@@ -63,7 +67,8 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     about = {s.name: {'kind': 'model', 'about': s.about} for s in scores}
     about |= {s.name: {'kind': 'baseline', 'about': s.about} for s in baselines}
     judged, samples = judge(validation, test, thresholds, about, config, seed, data.anomalous_classes)
-    warnings += few_images(len(data.val), config.target_fpr) + judged.pop('warnings')
+    add_pixels(judged['scores'], test, pixel_thresholds, config.num_bootstrap, seed)
+    warnings += few_images(len(data.val), config.target_fpr) + judged.pop('warnings') + scorer.warnings
     result = {**settings, 'dataset': getattr(data.config, 'dataset', ''), 'command': command,
               'versions': versions(), 'counts': count(data), 'baselines_fitted_on': fitted_on,
               'data': list(data.report), **judged, 'warnings': warnings}
@@ -71,7 +76,7 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     result['seconds'] = round(time.perf_counter() - started, 1)
     result = finite(result)
     write_scores(out / 'scores.csv', {'val': validation, 'test': test}, validation, thresholds)
-    kept = keep_thresholds(settings, thresholds, validation, scores)
+    kept = keep_thresholds(settings, thresholds, pixel_thresholds, validation, scores)
     path = out / 'metrics.json'
     write_json(path, {**(read_json(path) if path.exists() else {}), 'anomaly': result})
     report.write(out, result, validation, test, thresholds)
@@ -153,18 +158,26 @@ def judge(validation: Scored, test: Scored, thresholds: dict[str, float], about:
             row['metrics'][group], resampled = metrics.evaluate_score(scores[normal], scores[chosen], drawn)
             samples[group][name] = resampled['auroc']
         table[name] = row
-    pixel_metrics(table, test)
     return {'groups': list(groups), 'scores': table, 'warnings': warnings}, samples
 
 
-def pixel_metrics(table: dict[str, dict], test: Scored) -> None:
-    """Adds AUROC and AUPRC over pixels to every score with a map, where test images have lesion masks."""
-    for name, (mask, values) in test.pixels.items():
-        if mask.any() and not mask.all():
-            values, _ = metrics.make_finite(values)
-            table[name]['pixels'] = {'auroc': float(roc_auc_score(mask, values)),
-                                     'auprc': float(average_precision_score(mask, values)),
-                                     'lesion_share': float(mask.mean())}
+def choose_pixel_thresholds(validation: Scored, target_fpr: float) -> dict[str, float]:
+    """The threshold of the pixels of every score with a map, from normal validation images alone."""
+    if validation.maps is None:
+        return {}
+    return {name: pixel_threshold(values, target_fpr, validation.maps.counted)
+            for name, values in validation.maps.values.items()}
+
+
+def add_pixels(table: dict[str, dict], test: Scored, thresholds: dict[str, float], num_bootstrap: int,
+               seed: int) -> None:
+    """Adds its pixel threshold to every score with a map, and pixel metrics where lesion masks are known."""
+    maps = test.maps
+    for name, value in thresholds.items():
+        table[name]['pixel_threshold'] = value
+        if maps is not None and maps.masks.any() and not maps.masks.all():
+            table[name]['pixels'] = localize(maps.masks, maps.values[name], value, counted=maps.counted,
+                                             num_bootstrap=num_bootstrap, seed=seed)
 
 
 def verdict(result: dict[str, Any], samples: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
@@ -213,11 +226,13 @@ def versions() -> dict[str, str]:
             'scikit-learn': sklearn.__version__}
 
 
-def keep_thresholds(settings: dict, thresholds: dict[str, float], validation: Scored,
-                    scores: list) -> dict[str, Any]:
+def keep_thresholds(settings: dict, thresholds: dict[str, float], pixel_thresholds: dict[str, float],
+                    validation: Scored, scores: list) -> dict[str, Any]:
     """What scoring a new image needs: thresholds, validation scores for percentiles, and fitted densities."""
     return finite({**settings, 'num_validation_images': len(validation.entries), 'scores': {
-        name: {'threshold': value, 'normal_validation': sorted(validation.values[name].tolist())}
+        name: {'threshold': value,
+               **({'pixel_threshold': pixel_thresholds[name]} if name in pixel_thresholds else {}),
+               'normal_validation': sorted(validation.values[name].tolist())}
         for name, value in thresholds.items()}, 'fitted': {
         score.name: {name: value.tolist() for name, value in score.density.state().items()}
         for score in scores if isinstance(score, DensityScore)}})

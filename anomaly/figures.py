@@ -25,6 +25,7 @@ MOST_LEVEL_CLASSES = 6              # columns of the figure of levels
 INK = '#1b2430'                     # becomes the colour of the text in the report's SVG
 COLOURS = ('#2f7fd1', '#e07b39', '#2a9d74', '#b455a0', '#c9a227', '#7a6ff0')
 NORMAL, FAINT = '#7f8b99', '#9aa5b1'
+LESION, CALLED = '#39e0d0', '#ffffff'                # outlines of the mask, and of pixels above the threshold
 
 
 def shown_groups(result: dict[str, Any]) -> list[str]:
@@ -227,7 +228,10 @@ def draw_auroc(panel: Any, result: dict[str, Any], rows: dict[str, dict[int, str
 
 
 def case_figure(result: dict[str, Any], validation: Any, test: Any, thresholds: dict[str, float]) -> Any:
-    """Input | reconstruction | map of the most and least anomalous test images; lesion masks outlined."""
+    """Input | reconstruction | map of the most and least anomalous test images.
+
+    Lesion masks are outlined, and on the map what is called at the pixel threshold.
+    """
     name, first = result['primary_score'], test.most[0]
     kinds = ['input', *(['reconstruction'] if first.reconstruction is not None else []),
              *([f'{name} map'] if first.map is not None else [])]
@@ -242,6 +246,7 @@ def case_figure(result: dict[str, Any], validation: Any, test: Any, thresholds: 
 
     look, shown = map_scale([case.map for case in [*test.most, *test.least] if case.map is not None]), None
     entries = {entry.id: entry for entry in test.entries}
+    pixel_threshold = result['scores'][name].get('pixel_threshold', math.inf)
     for left, title, cases in ((0, 'most anomalous', test.most), (block, 'least anomalous', test.least)):
         figure.text(left / width, 1 - 0.17 / height, title, fontsize=10, fontweight='bold', color=INK)
         for row, case in enumerate(cases):
@@ -252,6 +257,7 @@ def case_figure(result: dict[str, Any], validation: Any, test: Any, thresholds: 
                 picture(cell, image, case.mask if i == 0 else None)
             if case.map is not None:
                 shown = cells[-1].imshow(case.map, interpolation='none', **look)
+                outline(cells[-1], case.map > pixel_threshold, CALLED)
                 outline(cells[-1], case.mask)
             for cell, kind in zip(cells, kinds):
                 cell.set_axis_off()
@@ -287,9 +293,9 @@ def picture(panel: Any, image: np.ndarray, mask: np.ndarray | None = None) -> No
     outline(panel, mask)
 
 
-def outline(panel: Any, mask: np.ndarray | None) -> None:
+def outline(panel: Any, mask: np.ndarray | None, colour: str = LESION) -> None:
     if mask is not None and mask.any() and not mask.all():
-        panel.contour(mask, [0.5], colors='#39e0d0', linewidths=0.9)
+        panel.contour(mask, [0.5], colors=colour, linewidths=0.9)
 
 
 def shorten(text: str, most: int = 22) -> str:

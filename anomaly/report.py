@@ -18,6 +18,11 @@ from utils import write_atomically
 
 SHOWN_METRICS = ('auroc', 'auprc', 'fpr80', 'fpr95')
 TITLES = {'auroc': 'AUROC', 'auprc': 'AUPRC', 'fpr80': 'FPR80', 'fpr95': 'FPR95'}
+# of localization.py: metric -> its title and decimals
+PIXEL_METRICS = {'auroc': ('AUROC', 3), 'auprc': ('AUPRC', 3), 'aupro': ('AUPRO', 3),
+                 'best_dice': ('best Dice', 3), 'dice': ('Dice', 3), 'fpr': ('FPR', 4),
+                 'lesions_found': ('lesions found', 3), 'false_regions': ('false regions', 2),
+                 'region_ppv': ('region PPV', 3)}
 MOST_TABLES = 4      # groups that get a table of their own in the terminal, and an open one on the page
 
 
@@ -31,7 +36,7 @@ def text_tables(result: dict[str, Any]) -> list[str]:
         [*auroc_table(result, groups), '', "The other metrics of each class are in report.html."]]
     return [line for table in tables for line in ['', *table]] + [
         "* primary score, chosen beforehand. Sensitivity and FPR: at the threshold from normal validation "
-        f"images, for {100 * result['target_fpr']:g} %.", '']
+        f"images, for {100 * result['target_fpr']:g} %.", '', *pixel_table(result)]
 
 
 def group_table(result: dict[str, Any], group: str) -> list[str]:
@@ -60,6 +65,35 @@ def auroc_table(result: dict[str, Any], groups: list[str]) -> list[str]:
                                              for group in groups), share(row['called']['normal'])])
     return [f"AUROC of normal ({called['normal'][1]}) against each class (its test images)",
             *align(rows, result)]
+
+
+def with_pixels(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Pixel metrics of the scores that have them."""
+    return {name: row['pixels'] for name, row in result['scores'].items() if 'pixels' in row}
+
+
+def pixel_table(result: dict[str, Any]) -> list[str]:
+    """Metrics of the maps against lesion masks; no line where there are no masks."""
+    table = with_pixels(result)
+    if not table:
+        return []
+    rows = [['', *(title for title, _ in PIXEL_METRICS.values())]]
+    rows += [[marked(name, result), *(number(pixels[metric]['value'], decimals)
+                                      for metric, (_, decimals) in PIXEL_METRICS.items())]
+             for name, pixels in table.items()]
+    return [pixel_heading(table), *align(rows, result),
+            "Dice and what follows: at the threshold from the pixels of normal validation images, for "
+            f"{100 * result['target_pixel_fpr']:g} %. False regions: an image. Intervals: report.html.", '']
+
+
+def pixel_heading(table: dict[str, dict[str, Any]]) -> str:
+    first = next(iter(table.values()))
+    return (f"maps against masks: {first['lesions']} lesions in {first['images_with_lesions']} of "
+            f"{first['images']} test images, {100 * first['lesion_share']:.2g} % of the pixels")
+
+
+def number(value: float | None, decimals: int) -> str:
+    return '-' if value is None else f'{value:.{decimals}f}'
 
 
 def marked(name: str, result: dict[str, Any]) -> str:
@@ -108,7 +142,7 @@ def render(result: dict[str, Any], figures: dict[str, str]) -> str:
         classes=classes, titles=TITLES, interval=interval, wilson=lambda counts: wilson_interval(*counts),
         highest=highest(result), shade=shade, folded=len(shown_groups(result)) > MOST_TABLES,
         has_levels=bool(levels(result, 'llr') or levels(result, 'lk')),
-        has_pixels=any('pixels' in row for row in result['scores'].values()))
+        pixels=with_pixels(result), pixel_metrics=PIXEL_METRICS, pixel_heading=pixel_heading, number=number)
 
 
 def interval(metric: dict[str, float]) -> dict[str, float]:

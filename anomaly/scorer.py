@@ -1,6 +1,6 @@
 """Scores the parts of a data set, each image once, and keeps the images that the gallery shows.
 
-B images, C channels, H x W pixels, L latent groups; N images of a part, P pixels of it.
+B images, C channels, S pixels, (H, W) or (D, H, W), L latent groups; N images of a part.
 """
 
 import dataclasses
@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from anomaly.density import DensityScore
+from anomaly.maps import Maps, body, treat
 from anomaly.passes import Passes
 from anomaly.scores import ScoreConfig
 from datasets import eval_batches
-from utils import UserError
+from utils import UserError, mix_seed
 
-MOST_PIXELS = 4_000_000      # pixels that pixel metrics use at most; of more, a random share
+MOST_VALUES = 2 ** 28      # of the maps of a part that are kept, in float32 1 GiB; of more, a random share
 
 
 class Case(NamedTuple):
@@ -41,7 +42,7 @@ class Scored:
     features: np.ndarray | None          # (N, 1 + L), for density scores
     most: list[Case]
     least: list[Case]
-    pixels: dict[str, tuple[np.ndarray, np.ndarray]]    # score with a map -> mask (P,) bool, map (P,) float32
+    maps: Maps | None                    # of images with known masks; None where there are none
 
     @property
     def labels(self) -> np.ndarray:
@@ -87,6 +88,8 @@ class Scorer:
         self.workers, self.device = workers, device
         self.rank, self.world, self.gather = rank, world, gather
         self.has_density = any(isinstance(s, DensityScore) for s in scores)
+        self.mapped = [s for s in scores if s.map]
+        self.warnings: list[str] = []
 
     def fit_baselines(self) -> int:
         """Fits the baselines on at most `max_train_images` training images; returns how many."""
@@ -110,8 +113,8 @@ class Scorer:
         if len(entries) != len(part.entries):
             raise UserError(f"the {name} part has {len(part.entries)} images but {len(entries)} ids.")
         number = self.config.num_cases if with_cases else 0
-        most, least, rows, pixels = Cases(number, 1), Cases(number, -1), [], []
-        share = MOST_PIXELS / max(1, len(part.entries) * math.prod(self.data.shape[1:]))
+        most, least, rows, maps = Cases(number, 1), Cases(number, -1), [], []
+        wanted = self.images_with_maps(part.entries, name)
         batches = eval_batches(part, self.batch_size, rank=self.rank, world=self.world,
                                workers=self.workers)
         total = len(range(self.rank, -(-len(part.entries) // self.batch_size), self.world))
@@ -128,9 +131,9 @@ class Scorer:
                 primary = values[self.primary]
                 for cases in (most, least):
                     cases.offer(index, primary, partial(self.case, passes, batch, index, primary))
-            if with_cases and batch.mask is not None:
-                pixels.append((index, self.pixel_values(passes, batch, share, index)))
-        return self.collect(name, entries, rows, most, least, pixels)
+            if (known := self.known(batch, wanted)).any():
+                maps.append((index, self.judged_maps(passes, batch, known)))
+        return self.collect(name, entries, rows, most, least, maps)
 
     def passes(self, batch: Any, file_bytes: torch.Tensor, noise: tuple) -> Passes:
         config = self.config
@@ -141,7 +144,7 @@ class Scorer:
                       bits=self.data.pixels.bits, file_bytes=file_bytes, noise=noise)
 
     def collect(self, name: str, entries: dict, rows: list, most: Cases, least: Cases,
-                pixels: list) -> Scored:
+                maps: list[tuple[int, Maps]]) -> Scored:
         """Brings together what the ranks have scored, in the order of the batches."""
         rows = sorted(self.gather(rows), key=lambda row: row[0])
         ids = [i for row in rows for i in row[1]]
@@ -150,33 +153,72 @@ class Scorer:
                                f"must be scored once. Check that all ranks have the same data.")
         values = {k: np.concatenate([row[2][k] for row in rows]) for k in rows[0][2]} if rows else {}
         features = np.concatenate([row[3] for row in rows]) if rows and rows[0][3] is not None else None
-        joined: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        gathered = [p for _, p in sorted(self.gather(pixels), key=lambda p: p[0])]
-        for score in gathered[0] if gathered else ():
-            joined[score] = tuple(np.concatenate([p[score][j] for p in gathered]) for j in (0, 1))
         return Scored([entries[i] for i in ids], values, features, most.merge(self.gather(most.kept)),
-                      least.merge(self.gather(least.kept)), joined)
+                      least.merge(self.gather(least.kept)), self.join(maps))
 
     def case(self, passes: Passes, batch: Any, index: int, values: np.ndarray, i: int) -> Case:
         """The image, its reconstruction and the map of the primary score, if the model has them."""
-        of_primary = next((s for s in self.scores if s.name == self.primary), None)
-        shape = batch.x.shape[-2:]
-        maps = of_primary.map(passes) if of_primary is not None and of_primary.map else None
+        maps, _ = self.maps(passes, [s for s in self.mapped if s.name == self.primary])
         rebuilt = passes.reconstruction() if hasattr(self.model, 'reconstruct') else None
         return Case(float(values[i]), index, i, batch.id[i], batch.x[i].cpu().numpy(),
                     None if rebuilt is None else rebuilt[i].cpu().numpy(),
-                    None if maps is None else maps[i, 0].float().cpu().numpy(),
-                    None if batch.mask is None else batch.mask[i].reshape(shape).cpu().numpy() > 0)
+                    maps[self.primary][i] if maps else None,
+                    None if batch.mask is None else batch.mask[i, 0].cpu().numpy() > 0)
 
-    def pixel_values(self, passes: Passes, batch: Any, share: float, index: int) -> dict:
-        """Lesion mask (P,) bool and map (P,) float32 of every score at a sample of the batch's pixels.
+    # ------------------------------------------------------------------------------------------------- maps
 
-        Leaves out anomalous images with an empty mask, which nobody has drawn.
+    def images_with_maps(self, entries: list[Any], name: str) -> set[str]:
+        """Ids of the images whose maps are kept: those with known masks, at random if they are too many.
+
+        None where no anomalous image has a mask: the maps of normal images alone say nothing about lesions.
         """
-        mask = batch.mask.reshape(len(batch.x), -1).cpu().numpy() > 0                      # (B, H*W)
-        known = mask.any(1) | (batch.y.cpu().numpy() == 0)
-        take = np.random.default_rng([self.seed, index]).random(mask.shape) < share
-        take &= known[:, None]
-        maps = {s.name: s.map(passes) for s in self.scores if s.map}
-        return {name: (mask[take], m.float().cpu().numpy().reshape(mask.shape)[take])
-                for name, m in maps.items() if m is not None}
+        anomalous = [entry for entry in entries if entry.label]
+        known = [entry.id for entry in entries if entry.has_mask]
+        if not self.mapped or (anomalous and not any(entry.has_mask for entry in anomalous)):
+            return set()
+        most = max(1, MOST_VALUES // (len(self.mapped) * math.prod(self.data.shape[1:])))
+        if len(known) > most:
+            self.warnings.append(f"the maps of {len(self.mapped)} scores are kept for a random {most} of "
+                                 f"{len(known)} {name} images: fewer --scores leave memory for more images.")
+            random = np.random.default_rng(mix_seed(self.seed, 'maps', name))
+            known = [known[i] for i in random.permutation(len(known))[:most]]
+        return set(known)
+
+    def known(self, batch: Any, wanted: set[str]) -> np.ndarray:
+        """Which images of a batch are wanted, (B,) bool, without anomalous ones whose mask is empty."""
+        known = batch.y == 0
+        if batch.mask is not None:
+            known = known | batch.mask.flatten(1).any(1)
+        return known.cpu().numpy() & [i in wanted for i in batch.id]
+
+    def maps(self, passes: Passes, scores: list) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """The maps (B, *S) of these scores as they are judged and drawn, and the body (B, *S) bool or None.
+
+        Without maps where the model has none.
+        """
+        level = self.config.body_mask
+        inside = body(passes.x.float().cpu().numpy(), level) if level and scores else None
+        made = {s.name: s.map(passes) for s in scores}
+        return {name: treat(m[:, 0].float().cpu().numpy(), self.config.map_smoothing, inside)
+                for name, m in made.items() if m is not None}, inside
+
+    def judged_maps(self, passes: Passes, batch: Any, known: np.ndarray) -> Maps:
+        """The maps of all scores, for the `known` images of a batch. Lesions count outside the body too."""
+        values, inside = self.maps(passes, self.mapped)
+        masks = np.zeros((len(batch.x), *batch.x.shape[2:]), bool) if batch.mask is None else (
+            batch.mask[:, 0].cpu().numpy() > 0)
+        return Maps(masks[known], None if inside is None else (inside | masks)[known],
+                    {name: value[known] for name, value in values.items()})
+
+    def join(self, maps: list[tuple[int, Maps]]) -> Maps | None:
+        """The maps of all ranks in the order of the batches, on rank 0; one score at a time saves memory."""
+        def together(arrays: list[tuple[int, np.ndarray]]) -> np.ndarray | None:
+            found = [array for _, array in sorted(self.gather(arrays), key=lambda pair: pair[0])]
+            return np.concatenate(found) if found and not self.rank else None
+        masks = together([(index, m.masks) for index, m in maps])
+        counted = together([(index, m.counted) for index, m in maps if m.counted is not None])
+        values = {s.name: together([(index, m.values.pop(s.name)) for index, m in maps
+                                    if s.name in m.values])
+                  for s in self.mapped}
+        values = {name: value for name, value in values.items() if value is not None}
+        return Maps(masks, counted, values) if values else None

@@ -44,13 +44,23 @@ class ScoreConfig:
     regret_steps: int = flag(20, 'regret: steps of Adam on the encoder, for every image alone')
     regret_learning_rate: float = flag(1e-4, 'regret: their learning rate')
     target_fpr: float = flag(0.05, 'share of normal images that may be called anomalous; sets the thresholds')
+    target_pixel_fpr: float = flag(0.005, 'share of the pixels of normal images that may be called; sets the '
+                                          'thresholds of maps')
+    map_smoothing: float = flag(0.0, 'maps: sigma of a Gaussian, in pixels; 0 = not smoothed')
+    body_mask: float = flag(0.0, 'maps: grey level in [0, 1] above which a pixel belongs to the body, whose '
+                                 'holes are filled; maps are 0 and do not count outside it; 0 = no body mask')
     num_bootstrap: int = flag(1000, 'resamples behind the 95 % intervals')
     num_cases: int = flag(6, 'most and least anomalous test images shown, of each; 0 = none')
     max_train_images: int = flag(1000, 'training images that the baselines (mean image, PCA) are fitted on')
 
     def __post_init__(self):
-        if not 0 < self.target_fpr < 1:
-            raise UserError(f"--target_fpr {self.target_fpr} is not between 0 and 1.")
+        for name in ('target_fpr', 'target_pixel_fpr'):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} is not between 0 and 1.")
+        if not 0 <= self.body_mask < 1:
+            raise UserError(f"--body_mask {self.body_mask}: it must be a grey level from 0 to below 1.")
+        if not 0 <= self.map_smoothing < math.inf:
+            raise UserError(f"--map_smoothing {self.map_smoothing}: it must be at least 0.")
         if not self.regret_learning_rate > 0:
             raise UserError(f"--regret_learning_rate {self.regret_learning_rate}: it must be above 0.")
         least_of = {'num_draws': 1, 'iw_samples_elbo': 1, 'iw_samples_lk': 1, 'regret_steps': 1,

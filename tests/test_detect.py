@@ -30,7 +30,8 @@ class Part:
     def __init__(self, x, classes, masks=None):
         self.x, self.masks = x, masks
         self.entries = [SimpleNamespace(id=f'{name}/images/{name}-{i}.png', class_name=name,
-                                        label=int(name != 'Normal'), file_bytes=1000 + 7 * i)
+                                        label=int(name != 'Normal'), file_bytes=1000 + 7 * i,
+                                        has_mask=name == 'Normal' or masks is not None)
                         for i, name in enumerate(classes)]
 
     def __len__(self):

@@ -1,0 +1,71 @@
+"""What is done to anomaly maps before they are judged, drawn or given away: smoothing, the body, a threshold.
+
+N images, C channels, S pixels, which may be (H, W) or (D, H, W).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from utils import UserError
+
+BODY_SHARE = 0.1       # a region below this share of the largest one is no body: labels, markers, noise
+
+
+class Maps(NamedTuple):
+    """The treated maps of N images whose lesions are known, and what they are judged by."""
+    masks: np.ndarray                    # (N, *S) bool; all False for normal images
+    counted: np.ndarray | None           # (N, *S) bool, the pixels that count; None = all
+    values: dict[str, np.ndarray]        # score with a map -> (N, *S) float32
+
+
+def treat(maps: np.ndarray, sigma: float, inside: np.ndarray | None) -> np.ndarray:
+    """Maps (N, *S) as they are judged and drawn: smoothed, and 0 outside the body.
+
+    The Gaussian's `sigma` is in pixels, the same in every direction, with the image mirrored at its edges;
+    0 = not smoothed. `inside` (N, *S) bool is what `body` gives; None = no body mask.
+    """
+    if sigma:
+        maps = ndimage.gaussian_filter(maps, sigma, axes=tuple(range(1, maps.ndim)))
+    return maps if inside is None else np.where(inside, maps, np.zeros_like(maps))
+
+
+def body(images: np.ndarray, level: float) -> np.ndarray:
+    """Where the body is in images (N, C, *S) in [0, 1]: (N, *S) bool.
+
+    The pixels whose mean over channels is above `level`, in regions of at least BODY_SHARE of the largest
+    region's size, with their holes filled: dark lungs inside a bright chest belong to it. Regions and holes
+    are taken with all neighbours, diagonal ones too. All of an image that has no pixel above `level`.
+    """
+    return np.stack([fill(image.mean(0) > level) for image in images])
+
+
+def fill(bright: np.ndarray) -> np.ndarray:
+    """The large regions of (*S) bool without holes; everything if there is none."""
+    labels, number = ndimage.label(bright, neighbours(bright.ndim))
+    if not number:
+        return np.ones_like(bright)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0                                                             # the background is no region
+    return ndimage.binary_fill_holes((sizes >= BODY_SHARE * sizes.max())[labels])
+
+
+def neighbours(dimensions: int) -> np.ndarray:
+    """The structure of scipy.ndimage.label in which diagonal pixels are neighbours: 8 in 2D, 26 in 3D."""
+    return ndimage.generate_binary_structure(dimensions, dimensions)
+
+
+def pixel_threshold(maps: np.ndarray, target_fpr: float, counted: np.ndarray | None = None) -> float:
+    """The least value that at most `target_fpr` of the pixels of normal images exceed; inf if they are NaN.
+
+    `maps` (N, *S) are those of normal validation images, `counted` (N, *S) bool the pixels that count; None =
+    all. It is exact for these pixels. Pixels of one image resemble each other, so it promises less than the
+    threshold of an image's score does.
+    """
+    values = maps.ravel() if counted is None else maps[counted]
+    if not values.size:
+        raise UserError("no pixel of a normal validation image counts: lower --body_mask.")
+    values = np.where(np.isfinite(values), values, np.inf)
+    place = values.size - 1 - int(target_fpr * values.size + 1e-9)                # so many lie above it
+    return float(np.partition(values, place)[place])
