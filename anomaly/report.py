@@ -52,7 +52,7 @@ def group_table(result: dict[str, Any], group: str) -> list[str]:
         rows.append([marked(name, result), *cells, share(row['called'][group]),
                      share(row['called']['normal'])])
     return [f"normal ({normal}) against {group_title(group)} ({anomalous} test images)",
-            *align(rows, result, left=2)]
+            *with_heading(align(rows, left=2), result)]
 
 
 def auroc_table(result: dict[str, Any], groups: list[str]) -> list[str]:
@@ -64,7 +64,7 @@ def auroc_table(result: dict[str, Any], groups: list[str]) -> list[str]:
         rows.append([marked(name, result), *(f"{metrics[group]['auroc']['value']:.3f}" if metrics else '-'
                                              for group in groups), share(row['called']['normal'])])
     return [f"AUROC of normal ({called['normal'][1]}) against each class (its test images)",
-            *align(rows, result)]
+            *with_heading(align(rows), result)]
 
 
 def with_pixels(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -81,7 +81,7 @@ def pixel_table(result: dict[str, Any]) -> list[str]:
     rows += [[marked(name, result), *(number(pixels[metric]['value'], decimals)
                                       for metric, (_, decimals) in PIXEL_METRICS.items())]
              for name, pixels in table.items()]
-    return [pixel_heading(table), *align(rows, result),
+    return [pixel_heading(table), *align(rows),
             "Dice and what follows: at the threshold from the pixels of normal validation images, for "
             f"{100 * result['target_pixel_fpr']:g} %. False regions: an image. Intervals: report.html.", '']
 
@@ -100,11 +100,15 @@ def marked(name: str, result: dict[str, Any]) -> str:
     return f'{name} *' if name == result['primary_score'] else name
 
 
-def align(rows: list[list[str]], result: dict[str, Any], left: int = 1) -> list[str]:
-    """Lines of a table, its first columns set to the left, with a heading above the baselines."""
+def align(rows: list[list[str]], left: int = 1) -> list[str]:
+    """Lines of a table, its first columns set to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ['  ' + '  '.join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in
-                              enumerate(zip(row, widths))).rstrip() for row in rows]
+    return ['  ' + '  '.join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in
+                             enumerate(zip(row, widths))).rstrip() for row in rows]
+
+
+def with_heading(lines: list[str], result: dict[str, Any]) -> list[str]:
+    """The lines of a table of all scores, with a heading above the baselines."""
     first = next((i for i, row in enumerate(result['scores'].values(), 1) if row['kind'] == 'baseline'), 0)
     return [*lines[:first], '  trivial baselines', *lines[first:]] if first > 1 else lines
 

@@ -1,6 +1,7 @@
 """The whole pipeline on a model and images that are known, from one process and from two."""
 
 import csv
+import dataclasses
 import json
 import math
 import signal
@@ -126,6 +127,47 @@ def test_what_densities_learned_is_kept_and_read_again(finished):
         assert torch.isfinite(score(model, torch.rand(4, 1, 4, 4)).image).all()
 
 
+def test_pixel_thresholds_come_from_all_validation_pixels_and_are_kept(finished):
+    model, maps = make_model(), []
+    for index in range(4):
+        x = make_data().val.x[8 * index:8 * index + 8]
+        maps.append(SCORES['recon_nll'](2)[0].map(Passes(model, x, noise=(1, 'score', 'val', index))))
+    values = torch.cat(maps).flatten().sort().values                         # 480, of which 2 may lie above
+    kept = json.loads((finished.run / 'thresholds.json').read_text())
+    assert kept['scores']['recon_nll']['pixel_threshold'] == values[-3].item()
+    assert finished.result['scores']['recon_nll']['pixels']['threshold'] == values[-3].item()
+    assert kept['target_pixel_fpr'] == 0.005 and 'pixel_threshold' not in kept['scores']['png_size']
+
+
+def test_smoothing_and_the_body_change_maps_alone(finished, tmp_path):
+    result = run(tmp_path, make_data(masks=True), config=dataclasses.replace(
+        CONFIG, map_smoothing=1.0, body_mask=0.3, scores=('recon_nll',)))
+    before, after = (r['scores']['recon_nll'] for r in (finished.result, result))
+    assert before['metrics'] == after['metrics'] and before['threshold'] == after['threshold']
+    assert before['pixel_threshold'] != after['pixel_threshold']
+    assert before['pixels']['lesion_share'] < after['pixels']['lesion_share']      # all lesion pixels count
+    assert 'grey level 0.3' in (tmp_path / 'report.html').read_text()
+
+
+def test_images_whose_lesions_are_unknown_are_left_out(tmp_path):
+    data = make_data(masks=True)
+    data.test.masks[20:25] = False                                           # empty: nobody has drawn them
+    pixels = run(tmp_path, data, config=FEW)['scores']['nelbo']['pixels']
+    assert (pixels['images'], pixels['images_with_lesions']) == (31, 11)
+    result = run(tmp_path / 'none', make_data(), config=FEW)
+    assert 'pixels' not in result['scores']['nelbo'] and 'pixel_threshold' in result['scores']['nelbo']
+
+
+def test_too_many_maps_for_the_memory_are_a_random_part_of_whole_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(scorer, 'MOST_VALUES', 10 * 16)                      # of one score
+    config = dataclasses.replace(FEW, scores=('nelbo',))
+    result = run(tmp_path / 'a', make_data(masks=True), config=config)
+    assert result['scores']['nelbo']['pixels']['images'] == 10
+    assert any('a random 10 of 36 test images' in line for line in result['warnings'])
+    again = run(tmp_path / 'b', make_data(masks=True), config=config)
+    assert result['scores'] == again['scores']
+
+
 @pytest.mark.parametrize('scores, skips', [
     (('lk_1',), [1] * 2), (('nelbo',), [0] * 2), (('llr_1', 'nelbo'), [0] * 6 + [1] * 2),
     (('reconstruction',), [])])
@@ -172,9 +214,12 @@ def test_a_good_score_finds_the_anomalies_and_the_verdict_says_so(finished):
     table = finished.result['scores']
     assert table['nelbo']['metrics']['all']['auroc']['value'] == 1
     assert table['nelbo']['called']['all'] == [16, 16] and table['nelbo']['called']['normal'][1] == 20
-    assert table['recon_nll']['pixels']['auroc'] > 0.8
-    assert table['recon_nll']['pixels']['lesion_share'] == pytest.approx(16 * 4 / (36 * 16))
-    assert 'pixels' not in table['iw']
+    pixels = table['recon_nll']['pixels']
+    assert pixels['auroc']['low'] <= pixels['auroc']['value'] <= pixels['auroc']['high']
+    assert pixels['auroc']['value'] > 0.8 and pixels['lesions_found']['value'] > 0.5
+    assert pixels['lesion_share'] == pytest.approx(16 * 4 / (36 * 16))
+    assert (pixels['images'], pixels['images_with_lesions'], pixels['lesions']) == (36, 16, 16)
+    assert 'pixels' not in table['iw'] and 'pixel_threshold' not in table['iw']
     assert {v['group'] for v in finished.result['verdict']} == {'COVID', 'Other', 'all'}
     assert any('the best trivial baseline' in line for line in finished.lines)
     assert any(line.startswith('  nelbo *') for line in finished.lines)
@@ -188,7 +233,7 @@ def test_same_command_same_numbers(finished, tmp_path):
 
 
 def score_on_a_rank(out):
-    run(out)
+    run(out, make_data(masks=True))
     return 0
 
 
@@ -201,9 +246,11 @@ def test_two_ranks_give_what_one_gives(tmp_path):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert status == 0
-    run(tmp_path / 'one')
+    run(tmp_path / 'one', make_data(masks=True))
     for name in ('scores.csv', 'thresholds.json', 'figures/cases.png'):
         assert (tmp_path / 'two' / name).read_bytes() == (tmp_path / 'one' / name).read_bytes(), name
+    one, two = (json.loads((tmp_path / name / 'metrics.json').read_text()) for name in ('one', 'two'))
+    assert one['anomaly']['scores'] == two['anomaly']['scores'] and 'pixels' in one['anomaly']['scores']['kl']
 
 
 def test_the_threshold_does_not_depend_on_test_images(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from test_detect import make_data, make_model, run
 
 from anomaly.figures import figure_scores, level_figure, levels, map_scale, shorten, shown_groups
-from anomaly.report import shade, share, text_tables
+from anomaly.report import number, pixel_table, shade, share, text_tables
 from anomaly.scores import ScoreConfig
 
 
@@ -99,6 +99,22 @@ def test_text_table_is_aligned_and_has_scores_above_baselines(made):
     assert names.index('nelbo') < names.index('trivial') < names.index('png_size')
     full = [line for line in block if '[' in line]
     assert len({line.index('[') for line in full[1:]}) == 1 and len({len(line) for line in full}) == 1
+
+
+def test_maps_have_a_table_of_their_own(made):
+    lines = text_tables(made.result)
+    start = next(i for i, line in enumerate(lines) if line.startswith('maps against masks'))
+    assert lines[start] == 'maps against masks: 16 lesions in 16 of 36 test images, 11 % of the pixels'
+    row = next(line.split() for line in lines[start:] if line.startswith('  nelbo *'))
+    pixels = made.result['scores']['nelbo']['pixels']
+    assert row[2:6] == [f"{pixels[m]['value']:.3f}" for m in ('auroc', 'auprc', 'aupro', 'best_dice')]
+    assert not any(line.startswith(('  iw', '  png_size', '  trivial')) for line in lines[start:])
+    text = ' '.join(' '.join(made.page.text).split())
+    assert 'Where: maps against lesion masks' in text
+    for end in ('value', 'low', 'high'):
+        assert f"{pixels['aupro'][end]:.3f}" in text
+    assert number(None, 3) == '-' and number(0.1239, 3) == '0.124'
+    assert pixel_table({'scores': {'kl': {}}}) == []
 
 
 def test_figure_scores_are_fixed_beforehand_and_begin_with_the_primary_score():
