@@ -25,7 +25,8 @@ MOST_LEVEL_CLASSES = 6              # columns of the figure of levels
 INK = '#1b2430'                     # becomes the colour of the text in the report's SVG
 COLOURS = ('#2f7fd1', '#e07b39', '#2a9d74', '#b455a0', '#c9a227', '#7a6ff0')
 NORMAL, FAINT = '#7f8b99', '#9aa5b1'
-LESION, CALLED = '#39e0d0', '#ffffff'                # outlines of the mask, and of pixels above the threshold
+LESION = '#39e0d0'
+CALLED = {'inferno': '#ffffff', 'coolwarm': '#000000'}   # pixels above the threshold, on each colour map
 
 
 def shown_groups(result: dict[str, Any]) -> list[str]:
@@ -257,7 +258,7 @@ def case_figure(result: dict[str, Any], validation: Any, test: Any, thresholds: 
                 picture(cell, image, case.mask if i == 0 else None)
             if case.map is not None:
                 shown = cells[-1].imshow(case.map, interpolation='none', **look)
-                outline(cells[-1], case.map > pixel_threshold, CALLED)
+                outline(cells[-1], case.map > pixel_threshold, CALLED[look['cmap']])
                 outline(cells[-1], case.mask)
             for cell, kind in zip(cells, kinds):
                 cell.set_axis_off()
