@@ -2,8 +2,11 @@
 
     python evaluate.py --checkpoint runs/eval-chest/checkpoint.pt --eval_mode anomaly --save OUT
 
+    python evaluate.py --compare runs/eval-a runs/eval-b --save OUT
+
 Reads what train.py and the published NVAE, HVAE, LVAE and BIVA leave. The data set and its split are those
-of the run; flags given here win over the run's. Writes OUT/metrics.json and what the mode adds.
+of the run; flags given here win over the run's. Writes OUT/metrics.json and what the mode adds. --compare
+scores several runs on the test images that they share, and writes OUT/comparison.md, .json and .csv.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import launch
+from anomaly.compare import Run, compare, run_names
 from anomaly.detect import detect
 from anomaly.scores import ScoreConfig
 from checkpoint import save_checkpoint
@@ -67,7 +71,10 @@ class EvalConfig:
     """Evaluation"""
     checkpoint: str = flag('', 'checkpoint.pt of a run, or its folder; or what the published '
                               'NVAE, HVAE, LVAE and BIVA leave')
-    save: str = flag('', "folder for the results; '' = a folder named after the mode, beside the checkpoint")
+    compare: tuple = flag((), 'in place of --checkpoint: folders or checkpoints of two or more runs, whose '
+                              'anomaly scores are compared on the test images that all have', metavar='RUN')
+    save: str = flag('', "folder for the results; '' = a folder named after the mode, beside the checkpoint; "
+                         "with --compare, a folder 'comparison' beside the first run")
     eval_mode: str = flag('sample', 'what to do', choices=(
         'sample', 'evaluate', 'evaluate_fid', 'anomaly', 'reconstruct', 'latents', 'decode', 'interpolate',
         'traverse'))
@@ -103,7 +110,10 @@ class EvalConfig:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
         if self.save_bn and not self.readjust_bn:
             raise UserError("--save_bn keeps readjusted batch-norm statistics: give --readjust_bn too.")
-        if self.ood and self.eval_mode != 'anomaly':
+        if self.compare and self.eval_mode not in ('sample', 'anomaly'):
+            raise UserError(f"--compare with --eval_mode {self.eval_mode}: it compares anomaly scores, leave "
+                            f"--eval_mode out.")
+        if self.ood and not (self.compare or self.eval_mode == 'anomaly'):
             raise UserError(f"--ood with --eval_mode {self.eval_mode}: only the mode anomaly takes such "
                             f"sets.")
         if (self.eval_mode == 'decode') != bool(self.latents):
@@ -120,8 +130,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_flags(parser, LaunchConfig)
     add_flags(parser, DataConfig, optional=True)
     args = parser.parse_args(argv)
-    if not args.checkpoint:
-        parser.error('--checkpoint is needed: the checkpoint.pt of a run')
+    if bool(args.checkpoint) == bool(args.compare):
+        parser.error('give --checkpoint, the checkpoint.pt of a run, or --compare, several runs')
     return args
 
 
@@ -351,8 +361,8 @@ def reconstruct(run: Evaluation) -> None:
     run.say(f"{run.out / 'reconstructions.png'}")
 
 
-def anomaly(run: Evaluation) -> None:
-    """Scores, thresholds, metrics and the report."""
+def data_with_ood(run: Evaluation) -> Data:
+    """The data set of the run, and the sets of --ood in its test part."""
     data = run.data()
     if run.config.ood:
         said = len(data.report)
@@ -360,6 +370,12 @@ def anomaly(run: Evaluation) -> None:
             data = with_ood(data, run.config.ood, run.config.max_ood, run.config.seed)
         for line in data.report[said:]:
             run.say(line)
+    return data
+
+
+def anomaly(run: Evaluation) -> None:
+    """Scores, thresholds, metrics and the report."""
+    data = data_with_ood(run)
     keeps = run.run_folder if os.access(run.run_folder, os.W_OK) else None
     detect(run.model, data, run.out, read_flags(ScoreConfig, run.args), num_iw_samples=run.num_iw_samples,
            batch_size=run.batch_size, seed=run.config.seed, command='python ' + shlex.join(sys.argv),
@@ -371,9 +387,31 @@ MODES = {'evaluate': evaluate, 'evaluate_fid': evaluate_fid, 'anomaly': anomaly,
          'traverse': traversal}
 
 
+def compare_runs(args: argparse.Namespace, config: EvalConfig, say: Callable[[str], None]) -> None:
+    """Scores of several runs on the same test images."""
+    runs, tasks = [], []
+    for name, path in zip(run_names(config.compare), config.compare):
+        model, run_args = open_model(path, ema=not config.no_ema)
+        say(f'{name}: {path}')
+        its_config = replace(config, checkpoint=path, eval_mode='anomaly')
+        task = Evaluation(model, run_args, args, its_config, say)
+        knows_split = (task.run_folder / 'split.json').exists()
+        runs.append(Run(name, path, model, data_with_ood(task), knows_split))
+        tasks.append(task)
+    out = Path(config.save) if config.save else tasks[0].run_folder.parent / 'comparison'
+    # One size for all: seconds depend on it, and the noise of a score.
+    batch_size = config.batch_size or min(task.batch_size for task in tasks)
+    compare(runs, out, read_flags(ScoreConfig, args), num_iw_samples=tasks[0].num_iw_samples,
+            batch_size=batch_size, seed=config.seed, command='python ' + shlex.join(sys.argv), log=say,
+            workers=runs[0].data.config.num_workers)
+
+
 def work(args: argparse.Namespace) -> int:
     config = read_flags(EvalConfig, args)
     say = print if launch.is_main() else (lambda line: None)
+    if config.compare:
+        compare_runs(args, config, say)
+        return 0
     model, run_args = open_model(config.checkpoint, ema=not config.no_ema)
     run = Evaluation(model.to(launch.device()), run_args, args, config, say)
     try:

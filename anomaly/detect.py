@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,31 +44,19 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     """
     started, out = time.perf_counter(), Path(out)
     rank, world = launch.rank() if rank is None else rank, launch.world() if world is None else world
-    check_parts(data)
-    model.eval()
     scores, warnings = choose_scores(config.scores, model, num_iw_samples)
     published = getattr(model, 'primary_score', '')
     primary = choose_primary(config.primary_score, published, [s.name for s in scores])
     baselines = [make() for make in BASELINES.values()]
-    scorer = Scorer(model, data, scores, baselines, config, primary, num_iw_samples=num_iw_samples,
+    found = examine(model, data, scores, baselines, primary, config, num_iw_samples=num_iw_samples,
                     batch_size=batch_size, seed=seed, workers=workers, rank=rank, world=world, gather=gather,
                     device=torch.device(device or launch.device()))
-    fitted_on = scorer.fit_baselines()
-    validation = scorer.score(data.val, 'val')
-    fit_densities(scores, validation)
-    pixel_thresholds = choose_pixel_thresholds(validation, config.target_pixel_fpr)
-    validation.maps = None                                          # their memory is needed for the test part
-    test = scorer.score(data.test, 'test', with_cases=True)
-    if rank:
+    if found is None:
         return {}
-    thresholds = {name: metrics.threshold(validation.values[name], config.target_fpr) for name in test.values}
+    validation, test, thresholds, pixel_thresholds, judged, samples, fitted_on = found
     settings = {'primary_score': primary, 'num_iw_samples': num_iw_samples, 'batch_size': batch_size,
                 'seed': seed, **{name: getattr(config, name) for name in SETTINGS}}
-    about = {s.name: {'kind': 'model', 'about': s.about} for s in scores}
-    about |= {s.name: {'kind': 'baseline', 'about': s.about} for s in baselines}
-    judged, samples = judge(validation, test, thresholds, about, config, seed, data.anomalous_classes)
-    add_pixels(judged['scores'], test, pixel_thresholds, config.num_bootstrap, seed)
-    warnings += few_images(len(data.val), config.target_fpr) + judged.pop('warnings') + scorer.warnings
+    warnings += few_images(len(data.val), config.target_fpr) + judged.pop('warnings')
     result = {**settings, 'dataset': getattr(data.config, 'dataset', ''), 'command': command,
               'versions': versions(), 'counts': count(data), 'baselines_fitted_on': fitted_on,
               'data': list(data.report), **judged, 'warnings': warnings}
@@ -86,6 +74,48 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
                  f"report: {out / 'report.html'}"]:
         log(line)
     return result
+
+
+class Examined(NamedTuple):
+    """What the scores of a model say of the parts of a data set, and how well."""
+    validation: Scored
+    test: Scored
+    thresholds: dict[str, float]
+    pixel_thresholds: dict[str, float]
+    judged: dict[str, Any]                             # groups, scores and warnings, as in metrics.json
+    samples: dict[str, dict[str, np.ndarray]]          # group -> score -> AUROC of every resample (R,)
+    fitted_on: int                                     # training images behind the baselines
+
+
+def examine(model: Any, data: Any, scores: list, baselines: list, primary: str, config: ScoreConfig, *,
+            num_iw_samples: int, batch_size: int, seed: int, workers: int, rank: int, world: int,
+            gather: Callable[[list], list], device: torch.device) -> Examined | None:
+    """Scores validation and test images, sets thresholds on the former and judges on the latter.
+
+    Resamples follow from the seed and the numbers of images: those of two models on the same images are
+    paired. None on ranks above 0.
+    """
+    check_parts(data)
+    model.eval()
+    scorer = Scorer(model, data, scores, baselines, config, primary, num_iw_samples=num_iw_samples,
+                    batch_size=batch_size, seed=seed, workers=workers, rank=rank, world=world, gather=gather,
+                    device=device)
+    fitted_on = scorer.fit_baselines()
+    validation = scorer.score(data.val, 'val')
+    fit_densities(scores, validation)
+    pixel_thresholds = choose_pixel_thresholds(validation, config.target_pixel_fpr)
+    validation.maps = None                                          # their memory is needed for the test part
+    test = scorer.score(data.test, 'test', with_cases=True)
+    if rank:
+        return None
+    thresholds = {name: metrics.threshold(validation.values[name], config.target_fpr) for name in test.values}
+    about = {s.name: {'kind': 'model', 'about': s.about} for s in scores}
+    about |= {s.name: {'kind': 'baseline', 'about': s.about} for s in baselines}
+    judged, samples = judge(validation, test, thresholds, about, config, seed, data.anomalous_classes)
+    judged['warnings'] += scorer.warnings
+    add_pixels(judged['scores'], test, pixel_thresholds, config.num_bootstrap, seed)
+    test.maps = None
+    return Examined(validation, test, thresholds, pixel_thresholds, judged, samples, fitted_on)
 
 
 def check_parts(data: Any) -> None:
@@ -186,19 +216,24 @@ def verdict(result: dict[str, Any], samples: dict[str, dict[str, np.ndarray]]) -
     for group in report.shown_groups(result) if samples else ():
         drawn = samples[group]
         value = {name: row['metrics'][group]['auroc']['value'] for name, row in table.items()}
-        # A user may turn a baseline round (darker, not brighter), so it counts by its distance from 0.5.
-        best = max((n for n in table if table[n]['kind'] == 'baseline'), key=lambda n: abs(value[n] - 0.5))
-        turned = value[best] < 0.5
-        low, high = np.percentile(drawn[primary] - (1 - drawn[best] if turned else drawn[best]), [2.5, 97.5])
-        outcome = 'better' if low > 0 else 'worse' if high < 0 else 'undecided'
+        best, turned = best_baseline(table, group)
+        found = metrics.paired_difference(drawn[primary], 1 - drawn[best] if turned else drawn[best])
+        low, high, outcome = found['low'], found['high'], found['outcome']
         says = 'cannot be told from' if outcome == 'undecided' else f'is {outcome} than'
         named = f"{best}{' turned round' if turned else ''} ({max(value[best], 1 - value[best]):.3f})"
         text = (f"{report.group_title(group)}: the primary score {primary} (AUROC {value[primary]:.3f}) "
                 f"{says} the best trivial baseline, {named}; difference {low:+.3f} to {high:+.3f} "
                 f"(95 %, paired).")
-        verdicts.append({'group': group, 'baseline': best, 'turned': turned, 'low': float(low),
-                         'high': float(high), 'outcome': outcome, 'text': text})
+        verdicts.append({'group': group, 'baseline': best, 'turned': turned, **found, 'text': text})
     return verdicts
+
+
+def best_baseline(table: dict[str, dict], group: str) -> tuple[str, bool]:
+    """The baseline whose AUROC is farthest from 0.5, and whether it is below: a user may turn it round."""
+    value = {name: row['metrics'][group]['auroc']['value'] for name, row in table.items()
+             if row['kind'] == 'baseline'}
+    best = max(value, key=lambda name: abs(value[name] - 0.5))
+    return best, value[best] < 0.5
 
 
 def few_images(n: int, target_fpr: float) -> list[str]:

@@ -88,20 +88,22 @@ def chosen(test: Any, group: str) -> np.ndarray:
     return (test.labels == 1) & ((test.classes == group) | (group == 'all'))
 
 
-def roc_figure(result: dict[str, Any], test: Any) -> Any:
-    """ROC curves, one panel a group: scores in colour, trivial baselines dashed."""
+def roc_figure(result: dict[str, Any], test: Any, scores: list[str]) -> Any:
+    """ROC curves, one panel a group: `scores` in colour, trivial baselines dashed."""
     from sklearn.metrics import roc_curve
     groups = shown_groups(result)
     columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
     figure = new_figure(3.5 * columns + 1.7, 3.4 * rows + 0.2)
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    names = [*figure_scores(result), *(b for b in FIGURE_BASELINES if b in result['scores'])]
+    names = [*scores, *(b for b in FIGURE_BASELINES if b in result['scores'])]
     dashes = iter(((4, 2), (1, 1.5), (6, 2, 1, 2)))
-    looks = {n: {'color': COLOURS[i], 'lw': 2.2 if i == 0 else 1.4} if result['scores'][n]['kind'] == 'model'
+    primary = result.get('primary_scores') or [result['primary_score']]
+    looks = {n: {'color': COLOURS[i % len(COLOURS)], 'lw': 2.2 if n in primary else 1.4}
+             if result['scores'][n]['kind'] == 'model'
              else {'color': INK, 'lw': 1.1, 'dashes': next(dashes), 'alpha': 0.75}
              for i, n in enumerate(names)}
-    for panel, group in zip(panels, groups):
+    for group, panel in zip(groups, panels):
         normal = test.labels == 0
         keep_these = normal | chosen(test, group)
         for name in names:

@@ -6,6 +6,7 @@ class; larger score = more anomalous. Point estimates are scikit-learn's, on flo
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
@@ -96,6 +97,13 @@ def evaluate_score(normal: np.ndarray, anomalous: np.ndarray,
     intervals = {name: np.percentile(resampled[name], [2.5, 97.5]) for name in METRICS}
     return {name: {'value': values[name], 'low': float(intervals[name][0]), 'high': float(intervals[name][1])}
             for name in METRICS}, resampled
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """95 % interval of a - b, a metric of two scores on the same resamples (R,), and what it says of a."""
+    low, high = np.percentile(a - b, [2.5, 97.5])
+    outcome = 'better' if low > 0 else 'worse' if high < 0 else 'undecided'
+    return {'low': float(low), 'high': float(high), 'outcome': outcome}
 
 
 def make_finite(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from anomaly.figures import (
     case_figure,
+    figure_scores,
     group_title,
     histogram_figure,
     keep,
@@ -123,7 +124,7 @@ def write(out: Path, result: dict[str, Any], validation: Any, test: Any,
     """Writes figures/*.png and report.html; `validation` and `test` are the Scored of scorer.py."""
     figures = {}
     if any(row['metrics'] for row in result['scores'].values()):
-        figures['roc'] = keep(roc_figure(result, test), out, 'roc')
+        figures['roc'] = keep(roc_figure(result, test, figure_scores(result)), out, 'roc')
     figures['histograms'] = keep(histogram_figure(result, validation, test, thresholds), out, 'histograms')
     if (figure := level_figure(result, test)) is not None:
         figures['levels'] = keep(figure, out, 'levels')

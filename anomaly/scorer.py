@@ -5,6 +5,7 @@ B images, C channels, S pixels, (H, W) or (D, H, W), L latent groups; N images o
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class Scored:
     most: list[Case]
     least: list[Case]
     maps: Maps | None                    # of images with known masks; None where there are none
+    seconds: float                       # that the model's scores took, of all processes together
 
     @property
     def labels(self) -> np.ndarray:
@@ -92,7 +94,9 @@ class Scorer:
         self.warnings: list[str] = []
 
     def fit_baselines(self) -> int:
-        """Fits the baselines on at most `max_train_images` training images; returns how many."""
+        """Fits the baselines on at most `max_train_images` training images; returns how many; 0 for none."""
+        if not self.baselines:
+            return 0
         images: list[torch.Tensor] = []
         count, most = 0, min(len(self.data.train), self.config.max_train_images)
         for _, batch in eval_batches(self.data.train, self.batch_size):
@@ -122,11 +126,13 @@ class Scorer:
         for index, batch in tqdm(batches, desc=name, unit='batch', total=total, leave=False, disable=hidden):
             sizes = torch.tensor([float(entries[i].file_bytes) for i in batch.id])
             passes = self.passes(batch, sizes, (self.seed, 'score', name, index))
-            ready = [s for s in [*self.scores, *self.baselines]
-                     if not (isinstance(s, DensityScore) and not s.density.fitted)]
+            ready = [s for s in self.scores if not (isinstance(s, DensityScore) and not s.density.fitted)]
+            started = time.perf_counter()
             values = {s.name: s(passes, with_map=False).image.double().cpu().numpy() for s in ready}
+            seconds = time.perf_counter() - started
+            values |= {b.name: b(passes).image.double().cpu().numpy() for b in self.baselines}
             features = passes.features().numpy() if self.has_density else None
-            rows.append((index, list(batch.id), values, features))
+            rows.append((index, list(batch.id), values, features, seconds))
             if number:
                 primary = values[self.primary]
                 for cases in (most, least):
@@ -154,7 +160,7 @@ class Scorer:
         values = {k: np.concatenate([row[2][k] for row in rows]) for k in rows[0][2]} if rows else {}
         features = np.concatenate([row[3] for row in rows]) if rows and rows[0][3] is not None else None
         return Scored([entries[i] for i in ids], values, features, most.merge(self.gather(most.kept)),
-                      least.merge(self.gather(least.kept)), self.join(maps))
+                      least.merge(self.gather(least.kept)), self.join(maps), sum(row[4] for row in rows))
 
     def case(self, passes: Passes, batch: Any, index: int, values: np.ndarray, i: int) -> Case:
         """The image, its reconstruction and the map of the primary score, if the model has them."""

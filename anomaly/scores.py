@@ -30,9 +30,9 @@ __all__ = ['SCORES', 'AnomalyScore', 'Passes', 'Score', 'ScoreConfig', 'Scores',
 @dataclass(frozen=True)
 class ScoreConfig:
     """Anomaly scores: which, how often sampled, and how judged."""
-    scores: tuple = flag(('all',), "scores to compute: 'all', rows of the table such as nelbo, llr, "
-                                   "complexity, or one member of a row such as llr_2, kl_1 (1 = top group); "
-                                   "'all' leaves out regret, which is slow")
+    scores: tuple = flag((), "scores to compute: 'all', rows of the table such as nelbo, llr, complexity, "
+                             "or one member of a row such as llr_2, kl_1 (1 = top group); 'all' leaves out "
+                             "regret, which is slow; none given = all, with --compare the primary scores")
     primary_score: str = flag('', "score that the figures show, chosen before looking at any anomaly; "
                                   "'' = the one that the model is published with, else nelbo, else the "
                                   "first computed")

@@ -133,6 +133,20 @@ class JoinedPart(Part):
         return Batch(x, self.labels[indices], masks, [self.entries[i].id for i in indices])
 
 
+class SomeOf(Part):
+    """Some images of a part, in the order in which they are named."""
+
+    def __init__(self, part: Part, ids: Sequence[str]):
+        """Raises KeyError for an id that the part does not have."""
+        places = {entry.id: i for i, entry in enumerate(part.entries)}
+        self.part, self.places = part, np.array([places[name] for name in ids], np.int64)
+        self.entries = [part.entries[i] for i in self.places]
+        self.labels, self.has_masks = part.labels[self.places], part.has_masks
+
+    def items(self, indices: Sequence[int], draw: int = 0) -> Batch:
+        return self.part.items(self.places[np.asarray(indices, np.int64)], draw)
+
+
 def dequantized(values: np.ndarray, depth: int, bits: int, u: Tensor) -> Tensor:
     """Integers of `depth` bits as (k + u) / 2^bits in [0, 1); k is the grey level, u uniform in [0, 1)."""
     level = torch.from_numpy((values >> (depth - bits)).astype(np.float32))

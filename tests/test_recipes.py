@@ -115,6 +115,16 @@ def test_autoencoders_train_as_published_and_are_scored(model, number, recorder,
     assert result['counts']['test'] == {'CXR': 10, 'Hand': 10} and (run / 'anomaly' / 'report.html').exists()
 
 
+def test_all_families_are_trained_small_and_compared(recorder):
+    *trainings, (program, *argv) = commands('compare_all', recorder)
+    models, args = zip(*(network(argv) for _, *argv in trainings))
+    assert sorted(one.model for one in args) == sorted(MODELS)
+    assert all(sum(p.numel() for p in model.parameters()) < 2e6 for model in models)
+    assert {(one.dataset, one.image_size, one.data) for one in args} == {('phantom', 64, 'somewhere')}
+    assert Path(program) == ROOT / 'evaluate.py'
+    assert evaluate.parse_args(argv).compare == [f'{one.root}/eval-{one.save}' for one in args]
+
+
 def test_three_nodes_need_an_address(recorder):
     argv = commands('nvae_ffhq256', recorder, IP_ADDR='10.1.2.3', NODE_RANK='2')[0]
     args = train.parse_args(argv[1:])
