@@ -26,8 +26,10 @@ class Model(Protocol):
     A likelihood family's terms are recon (B,) = -log p(x|z), kl (B, L) from the top group down, log_q and
     log_p (B,), in nats, and logits. `skip=k` draws the k groups nearest the image from the prior;
     `temperature` scales the noise, 0 takes means. Capabilities that a family may have besides:
-    reconstruct(x) -> (B, C, *S), maps(x) -> dict of (B, n, *S), sample(n, temperature) -> (n, C, *S),
-    latents(x) -> list of (B, Z, h, w) and decode(latents) -> (B, C, *S), initialize(x) once before training.
+    reconstruct(x) -> (B, C, *S) in [0, 1], residual(x) = x - an output that may leave [0, 1], maps(x) -> dict
+    of (B, n, *S), sample(n, temperature) -> (n, C, *S), latents(x) -> list of (B, Z, h, w) and
+    decode(latents) -> (B, C, *S), initialize(x) once before training. `defaults`, flags of the training, and
+    `primary_score` are those that the family is published with.
     """
     Config: type              # frozen dataclass; its fields are the family's flags
 
