@@ -1,5 +1,6 @@
 """AE and VAE: the published networks layer by layer, their losses and bounds worked by hand."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -8,14 +9,19 @@ import scipy.integrate
 import torch
 import torch.nn.functional as F
 from pytest import approx
+from standins import make_standin
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+import evaluate
+import launch
+import train
 from anomaly.detect import choose_primary
 from anomaly.passes import Passes, elbo, log_weight
 from anomaly.scores import SCORES, choose_scores
 from distributions import Pixels
 from families.autoencoder import AE, LOG_NORMALIZERS, LOSSES, VAE, AEConfig, VAEConfig, dissimilarity
-from utils import UserError
+from model import load_model
+from utils import UserError, read_flags, read_json
 
 SMALL = {'latent_dim': 3, 'num_layers': 2, 'width': 4}
 CONFIGS = {AE: AEConfig, VAE: VAEConfig}
@@ -321,6 +327,65 @@ def test_each_family_names_a_score_that_it_has():
     assert (AE.primary_score, VAE.primary_score) == ('reconstruction', 'kl')
     for family in CONFIGS:
         assert family.primary_score in [score.name for score in choose_scores((), build(family), 1)[0]]
+
+
+# --------------------------------------------------------------------------------------------------- programs
+
+@pytest.fixture(scope='module', params=['ae', 'vae'])
+def trained(request, tmp_path_factory):
+    """The run folder of 8 steps on stand-ins of MedNIST, and the flags of where it was."""
+    folder = tmp_path_factory.mktemp(request.param)
+    alone = ['--device', 'cpu', '--num_threads', '1', '--cache_dir', str(folder / 'cache')]
+    args = train.parse_args([
+        '--model', request.param, '--dataset', 'mednist', '--root', str(folder),
+        '--data', str(make_standin('mednist', folder / 'data')), '--save', 'a', '--batch_size', '5',
+        '--epochs', '2', '--width', '4', '--latent_dim', '3', '--log_every', '4', '--image_every', '4',
+        '--keep_best', *alone])
+    assert launch.launch(train.work, args, read_flags(launch.LaunchConfig, args)) == 0
+    return folder / 'eval-a', alone
+
+
+def mode(trained, out, name, *more):
+    args = evaluate.parse_args(['--checkpoint', str(trained[0]), '--save', str(out), '--eval_mode', name,
+                                *trained[1], *more])
+    assert launch.launch(evaluate.work, args, read_flags(launch.LaunchConfig, args)) == 0
+    return read_json(out / 'metrics.json')
+
+
+def test_a_run_logs_its_loss_and_keeps_the_best(trained):
+    model = load_model(trained[0])
+    logs = [json.loads(line) for line in (trained[0] / 'metrics.jsonl').read_text().splitlines()]
+    steps = [line for line in logs if 'train/loss_iter' in line]
+    assert [line['step'] for line in steps] == [4, 8] and all(line['train/lr'] == 1e-3 for line in steps)
+    validated = [line['val/nelbo' if hasattr(model, 'num_groups') else 'val/loss'] for line in logs
+                 if 'val/nelbo' in line or 'val/loss' in line]
+    assert len(validated) == 2
+    best = torch.load(trained[0] / 'best.pt', weights_only=True)
+    assert best['validation'] == approx(min(validated)) and best['args']['optimizer'] == 'adam'
+    assert load_model(trained[0] / 'best.pt').config == model.config
+
+
+def test_modes_that_need_no_likelihood(trained, tmp_path):
+    kept = tmp_path / 'latents'
+    assert mode(trained, kept, 'latents')['latents']['groups'] == [[3, 1, 1]]
+    for name, flags, file in (('reconstruct', ('--num_samples', '4'), 'reconstructions.png'),
+                              ('decode', ('--latents', str(kept)), 'decoded.png'),
+                              ('interpolate', ('--num_samples', '1', '--num_frames', '3'),
+                               'interpolation.gif')):
+        assert mode(trained, tmp_path, name, *flags)[name] and (tmp_path / file).exists()
+
+
+def test_modes_that_need_one_say_so(trained, tmp_path):
+    is_vae = hasattr(load_model(trained[0]), 'num_groups')
+    for name, flags, told in (('evaluate', ('--num_iw_samples', '2'), 'no likelihood and no latent groups'),
+                              ('traverse', ('--num_samples', '1', '--num_frames', '3'), 'no likelihood'),
+                              ('sample', ('--num_samples', '2'), 'no `sample`'),
+                              ('reconstruct', ('--num_samples', '1', '--keep_groups', '1'), 'has 0 latent')):
+        if is_vae:
+            assert mode(trained, tmp_path, name, *flags)
+        else:
+            with pytest.raises(UserError, match=told):
+                mode(trained, tmp_path, name, *flags)
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
