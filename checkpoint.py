@@ -1,6 +1,7 @@
 """Checkpoints: only tensors, numbers, strings and plain containers, written whole or not, loaded safely."""
 
 import argparse
+import hashlib
 import pickle
 import re
 from pathlib import Path
@@ -42,3 +43,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not the dictionary of a run.")
     return content
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """16 hexadecimal digits that tell these weights from any others."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

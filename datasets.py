@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from distributions import Pixels
 from readers.archive import unpacked
 from readers.cifar10 import read_cifar10
+from readers.files import Preparation
 from readers.images import FITS, read_folder
 from readers.layouts import Layout, read_records
 from readers.mnist import read_mnist, read_stacked_mnist
@@ -264,6 +265,11 @@ def _pixels(config: DataConfig, row: DataSet) -> Pixels:
     """What a model must know of the pixels."""
     likelihood = row.likelihood if config.likelihood == 'auto' else config.likelihood
     return Pixels(likelihood, 1 if likelihood == 'bernoulli' else config.num_x_bits, _padding(config, row))
+
+
+def preparation(config: DataConfig, shape: tuple[int, int, int], pixels: Pixels) -> Preparation:
+    """What the run with these flags, and a model of this shape and these pixels, does to an image file."""
+    return Preparation(tuple(shape), pixels, _depth(config), config.fit, config.dequantize, config.invert)
 
 
 def check(config: DataConfig, row: DataSet) -> None:

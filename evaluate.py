@@ -1,4 +1,5 @@
-"""What a trained model says: likelihoods, anomaly scores, samples, FID, reconstructions, latents.
+"""What a trained model says: likelihoods, anomaly scores, predictions, samples, FID, reconstructions,
+latents.
 
     python evaluate.py --checkpoint runs/eval-chest/checkpoint.pt --eval_mode anomaly --save OUT
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import launch
 from anomaly.compare import Run, compare, run_names
 from anomaly.detect import detect
+from anomaly.predict import PredictConfig, predict
 from anomaly.scores import ScoreConfig
 from checkpoint import save_checkpoint
 from datasets import Batch, Data, DataConfig, eval_batches, load_data, with_ood
@@ -76,8 +78,8 @@ class EvalConfig:
     save: str = flag('', "folder for the results; '' = a folder named after the mode, beside the checkpoint; "
                          "with --compare, a folder 'comparison' beside the first run")
     eval_mode: str = flag('sample', 'what to do', choices=(
-        'sample', 'evaluate', 'evaluate_fid', 'anomaly', 'reconstruct', 'latents', 'decode', 'interpolate',
-        'traverse'))
+        'sample', 'evaluate', 'evaluate_fid', 'anomaly', 'predict', 'reconstruct', 'latents', 'decode',
+        'interpolate', 'traverse'))
     eval_on_train: bool = flag(False, 'take the training images, not the test images (anomaly takes both)')
     readjust_bn: bool = flag(False, 'sample, evaluate_fid: first fit the batch norms to the temperature')
     save_bn: bool = flag(False, 'with --readjust_bn: keep the model with these statistics as checkpoint.pt')
@@ -126,6 +128,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, EvalConfig)
     add_flags(parser, ScoreConfig)
+    add_flags(parser, PredictConfig)
     add_flags(parser, FidConfig)
     add_flags(parser, LaunchConfig)
     add_flags(parser, DataConfig, optional=True)
@@ -382,9 +385,9 @@ def anomaly(run: Evaluation) -> None:
            run_folder=keeps, log=run.say, workers=data.config.num_workers)
 
 
-MODES = {'evaluate': evaluate, 'evaluate_fid': evaluate_fid, 'anomaly': anomaly, 'sample': sample,
-         'reconstruct': reconstruct, 'latents': latents, 'decode': decode, 'interpolate': interpolation,
-         'traverse': traversal}
+MODES = {'evaluate': evaluate, 'evaluate_fid': evaluate_fid, 'anomaly': anomaly, 'predict': predict,
+         'sample': sample, 'reconstruct': reconstruct, 'latents': latents, 'decode': decode,
+         'interpolate': interpolation, 'traverse': traversal}
 
 
 def compare_runs(args: argparse.Namespace, config: EvalConfig, say: Callable[[str], None]) -> None:
@@ -418,13 +421,12 @@ def work(args: argparse.Namespace) -> int:
         run.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {run.out} ({error.strerror}). Name a folder with --save.") from None
-    MODES[config.eval_mode](run)
-    return 0
+    return MODES[config.eval_mode](run) or 0
 
 
 def main() -> int:
     args = parse_args(sys.argv[1:])
-    for config in (EvalConfig, ScoreConfig):
+    for config in (EvalConfig, ScoreConfig, PredictConfig):
         read_flags(config, args)                       # a wrong value is said before anything starts
     return launch.launch(work, args, read_flags(LaunchConfig, args))
 

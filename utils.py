@@ -8,12 +8,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 T = TypeVar('T')
 
@@ -91,6 +92,28 @@ def seed_noise(*parts: int | str) -> None:
     resumed run draws what the uninterrupted run draws, and nothing has to be saved.
     """
     torch.manual_seed(mix_seed(*parts))
+
+
+class RowNoise(TorchFunctionMode):
+    """Inside `with RowNoise(seeds)`, each row of what `torch.randn_like` or `rand_like` draws follows from a
+    seed of its own, and not from the other rows. All that is drawn has as many rows as there are seeds.
+    """
+    FILL = {torch.randn_like: torch.Tensor.normal_, torch.rand_like: torch.Tensor.uniform_}
+
+    def __init__(self, seeds: Sequence[int]):
+        super().__init__()
+        self.seeds, self.generators = seeds, []
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        if function not in self.FILL:
+            return function(*args, **(kwargs or {}))
+        drawn = torch.empty_like(*args, **(kwargs or {}))
+        if not self.generators:
+            self.generators = [torch.Generator(drawn.device).manual_seed(seed) for seed in self.seeds]
+        for row, generator in zip(drawn, self.generators, strict=True):
+            self.FILL[function](row, generator=generator)
+        return drawn
 
 
 # ------------------------------------------------------------------------------------------------- run folder

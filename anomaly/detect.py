@@ -7,7 +7,7 @@ part has anomalous ones, and nothing is fitted, chosen or thresholded on it.
 import csv
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from anomaly.localization import localize
 from anomaly.maps import pixel_threshold
 from anomaly.scorer import Scored, Scorer
 from anomaly.scores import ScoreConfig, choose_scores
+from checkpoint import fingerprint
 from utils import UserError, finite, read_json, write_atomically, write_json
 
 # fields of ScoreConfig that the scores, maps and calls of an image depend on
@@ -64,7 +65,8 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     result['seconds'] = round(time.perf_counter() - started, 1)
     result = finite(result)
     write_scores(out / 'scores.csv', {'val': validation, 'test': test}, validation, thresholds)
-    kept = keep_thresholds(settings, thresholds, pixel_thresholds, validation, scores)
+    kept = keep_thresholds(settings | {'weights': fingerprint(model)}, thresholds, pixel_thresholds,
+                           validation, scores)
     path = out / 'metrics.json'
     write_json(path, {**(read_json(path) if path.exists() else {}), 'anomaly': result})
     report.write(out, result, validation, test, thresholds)
@@ -273,21 +275,29 @@ def keep_thresholds(settings: dict, thresholds: dict[str, float], pixel_threshol
         for score in scores if isinstance(score, DensityScore)}})
 
 
+def titles(names: Iterable[str]) -> list[str]:
+    """The columns of scores.csv that `cells` fills, three a score."""
+    return [title for name in names for title in (name, f'{name}_percentile', f'{name}_called')]
+
+
+def cells(scores: np.ndarray, validation: np.ndarray, threshold: float) -> list[list[str]]:
+    """Of N scores (N,), each one's value, percentile among those of normal validation images, and call."""
+    return [[repr(v) for v in scores.tolist()],
+            [f'{p:.2f}' for p in metrics.percentile(scores, validation)],
+            [str(int(c)) for c in ~np.isfinite(scores) | (scores > threshold)]]
+
+
 def write_scores(path: Path, parts: dict[str, Scored], validation: Scored,
                  thresholds: dict[str, float]) -> None:
     """scores.csv: id, class, label, part; value, percentile of normal validation and call of each score."""
     def write(temporary: Path) -> None:
         with temporary.open('w', newline='') as file:
             writer = csv.writer(file, lineterminator='\n')
-            writer.writerow(['id', 'class', 'label', 'part'] + [
-                column for name in thresholds for column in (name, f'{name}_percentile', f'{name}_called')])
+            writer.writerow(['id', 'class', 'label', 'part', *titles(thresholds)])
             for part, scored in parts.items():
                 columns: list[list[str]] = []
                 for name, value in thresholds.items():
-                    scores = scored.values[name]
-                    columns.append([repr(v) for v in scores.tolist()])
-                    columns.append([f'{p:.2f}' for p in metrics.percentile(scores, validation.values[name])])
-                    columns.append([str(int(c)) for c in ~np.isfinite(scores) | (scores > value)])
-                for entry, *cells in zip(scored.entries, *columns, strict=True):
-                    writer.writerow([entry.id, entry.class_name, entry.label, part, *cells])
+                    columns += cells(scored.values[name], validation.values[name], value)
+                for entry, *row in zip(scored.entries, *columns, strict=True):
+                    writer.writerow([entry.id, entry.class_name, entry.label, part, *row])
     write_atomically(path, write)

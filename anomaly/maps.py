@@ -3,7 +3,7 @@
 N images, C channels, S pixels, which may be (H, W) or (D, H, W).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -18,6 +18,18 @@ class Maps(NamedTuple):
     masks: np.ndarray                    # (N, *S) bool; all False for normal images
     counted: np.ndarray | None           # (N, *S) bool, the pixels that count; None = all
     values: dict[str, np.ndarray]        # score with a map -> (N, *S) float32
+
+
+def treated(passes: Any, scores: list, sigma: float,
+            level: float) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """The maps (B, *S) of `scores` for a batch after `treat`, and its `body`, None where `level` is 0.
+
+    Without maps where the model has none.
+    """
+    inside = body(passes.x.float().cpu().numpy(), level) if level and scores else None
+    made = {s.name: s.map(passes) for s in scores}
+    return {name: treat(m[:, 0].float().cpu().numpy(), sigma, inside)
+            for name, m in made.items() if m is not None}, inside
 
 
 def treat(maps: np.ndarray, sigma: float, inside: np.ndarray | None) -> np.ndarray:

@@ -7,13 +7,14 @@ kl (B, L); log_q, log_p (B,) of the drawn latents, to which skipped groups add n
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from utils import UserError, seed_noise
+from utils import RowNoise, UserError, mix_seed, seed_noise
 
 Terms = dict[str, Tensor]
 TERMS = ('recon', 'kl', 'log_q', 'log_p')
@@ -59,15 +60,16 @@ class Passes:
     def __init__(self, model: Any, x: Tensor, *, draws: int = 1, iw_samples: int = 1,
                  iw_samples_elbo: int = 1, iw_samples_lk: int = 1, llr_noise: str = 'separate',
                  regret_steps: int = 20, regret_learning_rate: float = 1e-4, bits: int = 8,
-                 file_bytes: Tensor | None = None, noise: tuple = (0,)):
-        """`x` (B, C, H, W) in [0, 1]; `bits` per value; `file_bytes` (B,) the sizes of the files on disk.
+                 file_bytes: Tensor | None = None, noise: tuple = (0,), ids: Sequence[str] = ()):
+        """`x` (B, C, H, W) in [0, 1]; `bits` per value; `file_bytes` (B,) the sizes of the files on disk;
+        `ids` B names, or none.
 
         The counts are those of the flags of the same names (ScoreConfig), `draws` is num_draws.
         """
         self.model, self.x, self.draws, self.iw_samples, self.bits = model, x, draws, iw_samples, bits
         self.iw_samples_elbo, self.iw_samples_lk, self.llr_noise = iw_samples_elbo, iw_samples_lk, llr_noise
         self.regret_steps, self.regret_learning_rate = regret_steps, regret_learning_rate
-        self.file_bytes, self.noise, self.memory = file_bytes, noise, {}
+        self.file_bytes, self.noise, self.ids, self.memory = file_bytes, noise, ids, {}
 
     def once(self, key: tuple, make: Callable[[], Any]) -> Any:
         """The value of `make`, which is called at the first request for `key` only, without gradients."""
@@ -76,11 +78,16 @@ class Passes:
                 self.memory[key] = make()
         return self.memory[key]
 
+    def seeded(self, *purpose: int | str) -> AbstractContextManager:
+        """The noise of one pass, which is to be made inside the block."""
+        seed_noise(*self.noise, *purpose)
+        return RowNoise([mix_seed(*self.noise, *purpose, i) for i in self.ids]) if self.ids else nullcontext()
+
     def run(self, number: int, skip: int) -> Terms:
         """The terms of pass `number` in float64 on the CPU, without logits."""
         separate = skip and self.llr_noise == 'separate'
-        seed_noise(*self.noise, *(('skip', skip) if separate else ()), number)
-        terms = self.model(self.x, skip=skip)
+        with self.seeded(*(('skip', skip) if separate else ()), number):
+            terms = self.model(self.x, skip=skip)
         return {name: terms[name].detach().cpu().double() for name in TERMS}
 
     def terms(self, draw: int = 0, skip: int = 0) -> Terms:
@@ -119,8 +126,8 @@ class Passes:
     def reconstruction(self) -> Tensor:
         """Mean of p(x|z) at the posterior means: (B, C, H, W) in [0, 1]."""
         def make() -> Tensor:
-            seed_noise(*self.noise, 'reconstruct')
-            return self.model.reconstruct(self.x).float()
+            with self.seeded('reconstruct'):
+                return self.model.reconstruct(self.x).float()
         return self.once(('reconstruction',), make)
 
     def residual(self) -> Tensor:
@@ -135,8 +142,8 @@ class Passes:
             return None
 
         def make() -> dict[str, Tensor]:
-            seed_noise(*self.noise, 'maps')
-            return {name: values.float() for name, values in self.model.maps(self.x, skip=skip).items()}
+            with self.seeded('maps'):
+                return {name: values.float() for name, values in self.model.maps(self.x, skip=skip).items()}
         return self.once(('maps', skip), make)
 
     def features(self) -> Tensor:

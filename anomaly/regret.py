@@ -37,7 +37,7 @@ def likelihood_regret(passes: Passes) -> Tensor:
         for i, image in enumerate(passes.x.split(1)):                    # (1, C, H, W)
             for parameter, value in zip(encoder, trained):
                 parameter.copy_(value)
-            noise = (*passes.noise, 'regret', i)
+            noise = (*passes.noise, 'regret', passes.ids[i] if passes.ids else i)
             before = bound(model, image, passes.draws, noise)
             fit_encoder(model, encoder, image, passes.regret_steps, passes.regret_learning_rate, noise)
             regrets.append(bound(model, image, passes.draws, noise) - before)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from anomaly.density import DensityScore
-from anomaly.maps import Maps, body, treat
+from anomaly.maps import Maps, treated
 from anomaly.passes import Passes
 from anomaly.scores import ScoreConfig
 from datasets import eval_batches
@@ -202,11 +202,7 @@ class Scorer:
 
         Without maps where the model has none.
         """
-        level = self.config.body_mask
-        inside = body(passes.x.float().cpu().numpy(), level) if level and scores else None
-        made = {s.name: s.map(passes) for s in scores}
-        return {name: treat(m[:, 0].float().cpu().numpy(), self.config.map_smoothing, inside)
-                for name, m in made.items() if m is not None}, inside
+        return treated(passes, scores, self.config.map_smoothing, self.config.body_mask)
 
     def judged_maps(self, passes: Passes, batch: Any, known: np.ndarray) -> Maps:
         """The maps of all scores, for the `known` images of a batch. Lesions count outside the body too."""

@@ -1,4 +1,4 @@
-"""Folders of image files (PNG, JPEG, TIFF, BMP), one folder a class.
+"""Folders of image files (PNG, JPEG, TIFF, BMP, DICOM), one folder a class.
 
     <root>/<class>/images/*.png     or    <root>/<class>/*.png            any depth below
     <root>/<class>/masks/*.png      or    <root>/masks/<class>/*.png      same stem; not zero = anomalous
@@ -14,6 +14,7 @@ import io
 import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,22 +25,19 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from readers.dicom import decode_dicom, is_dicom
 from readers.duplicates import near_duplicates
-from readers.source import Entry, Source, cached, choose_classes, same_name
+from readers.source import MOST_PIXELS, Entry, Source, Unreadable, cached, choose_classes, same_name
 from utils import UserError
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp')
-FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # decided by content, not by suffix
-MOST_PIXELS = 100_000_000                           # a larger one is a decompression bomb or a whole slide
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.dcm', '.dicom')
+FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # of Pillow; decided by content, not by suffix
+MOST_BYTES = 8 * MOST_PIXELS                        # of a file: the largest image as doubles
 DARK = 1 / 15                                       # 4095 of 65535 is 1/16
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)               # ITU-R BT.601
 DTYPES = {8: np.uint8, 16: np.uint16}               # by the bits of a grey level
 FITS = ('pad', 'crop', 'stretch')
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
-
-
-class Unreadable(ValueError):
-    """Why a file is no image: words that go on from its name."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ class Picture(NamedTuple):
 # --------------------------------------------------------------------------------------------- one image file
 
 def decode(data: bytes) -> np.ndarray:
-    """The image in the bytes of a PNG, JPEG, TIFF or BMP file: (H, W, C) float32 in [0, 1], C = 1 grey or 3
-    RGB.
+    """The image in the bytes of a PNG, JPEG, TIFF, BMP or DICOM file: (H, W, C) float32 in [0, 1], C = 1 grey
+    or 3 RGB. Of DICOM see `decode_dicom`.
 
     Full scale is white: 255, 65535, or what the bits of the TIFF allow. Integers beyond 16 bits and floats
     outside [0, 1] have no full scale: they are stretched from their smallest to their largest value.
@@ -74,6 +72,8 @@ def decode(data: bytes) -> np.ndarray:
     """
     if not data:
         raise Unreadable('is empty (0 bytes)')
+    if is_dicom(data):
+        return decode_dicom(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
@@ -88,7 +88,7 @@ def decode(data: bytes) -> np.ndarray:
     except Unreadable:
         raise
     except Image.UnidentifiedImageError:
-        raise Unreadable(f'is not a {", ".join(FORMATS)} image') from None
+        raise Unreadable(f'is not a {", ".join(FORMATS)} or DICOM image') from None
     except Image.DecompressionBombError:
         raise Unreadable(f'has more than {MOST_PIXELS:,} pixels: make it smaller') from None
     except Exception as error:           # on damaged bytes decoders raise anything: SyntaxError, struct.error
@@ -169,13 +169,27 @@ def mask_to_integers(mask: np.ndarray, size: int, fit: str) -> np.ndarray:
     return (to_size(inside, size, fit) >= 0.5).astype(np.uint8)
 
 
+def file_content(path: str | Path) -> bytes:
+    """The bytes of a file. Raises Unreadable if there are none to be had, or too many."""
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise Unreadable('is a folder')
+        if not stat.S_ISREG(status.st_mode):
+            raise Unreadable('is a device or a pipe')                   # which may never end
+        if status.st_size > MOST_BYTES:
+            raise Unreadable(f'has {status.st_size:,} bytes, over {MOST_BYTES:,}: make it smaller')
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise Unreadable(f'cannot be opened ({error.strerror or type(error).__name__})') from None
+
+
 def read_image(path: str | Path, size: int, channels: int = 1, fit: str = 'pad') -> np.ndarray:
     """One image file ready for a model: (C, S, S) float32 in [0, 1]. Raises UserError naming the file."""
     try:
-        return to_size(to_channels(decode(Path(path).read_bytes()), channels), size, fit)
-    except (OSError, Unreadable) as error:
-        raise UserError(f"{path} {getattr(error, 'strerror', None) or error}. Replace or remove the "
-                        f"file.") from None
+        return to_size(to_channels(decode(file_content(path)), channels), size, fit)
+    except Unreadable as error:
+        raise UserError(f"{path} {error}. Replace or remove the file.") from None
 
 
 # ---------------------------------------------------------------------------------------------- class folders
@@ -305,14 +319,10 @@ def stamp(path: str) -> tuple[int, int]:
 
 def load_file(file: ImageFile) -> Picture:
     """An image file with its mask. Raises Unreadable."""
-    try:
-        data = Path(file.path).read_bytes()
-        image = decode(data)                                                             # (H, W, C)
-        mask = None
-        if file.mask:
-            mask = load_mask(lambda: decode(Path(file.mask).read_bytes()), os.path.basename(file.mask), image)
-    except OSError as error:
-        raise Unreadable(f'cannot be opened ({error.strerror or error})') from None
+    data = file_content(file.path)
+    image, mask = decode(data), None                                                     # (H, W, C)
+    if file.mask:
+        mask = load_mask(lambda: decode(file_content(file.mask)), os.path.basename(file.mask), image)
     return Picture(image, mask, hashlib.sha256(data).hexdigest(), len(data))
 
 

@@ -27,9 +27,10 @@ import numpy as np
 from PIL import Image
 
 from readers import lmdb_child
-from readers.images import FORMATS, ImageFile, Picture, Unreadable, decode, load_mask, scan, stamp
+from readers.dicom import FULL, is_dicom
+from readers.images import FORMATS, ImageFile, Picture, decode, file_content, load_mask, scan, stamp
 from readers.lmdb_file import is_lmdb
-from readers.source import CLASSES_SHOWN, Source, cached, choose_classes, same_name
+from readers.source import CLASSES_SHOWN, Source, Unreadable, cached, choose_classes, same_name
 from readers.split import count, some
 from utils import UserError
 
@@ -133,12 +134,16 @@ def file_record(file: ImageFile) -> Record:
 
 
 def read_encoded(path: str) -> tuple[bytes, dict[str, Any]]:
-    """The bytes of an image file and what a record says of them. Raises Unreadable."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise Unreadable(f'cannot be opened ({error.strerror or error})') from None
+    """The bytes of an image file and what a record says of them; of DICOM the pixels alone, without a name.
+
+    Raises Unreadable.
+    """
+    data = file_content(path)
     x = decode(data)                                                             # (H, W, C)
+    if is_dicom(data):
+        original = {'sha256': hashlib.sha256(data).hexdigest(), 'num_bytes': len(data)}
+        data = np.rint(x * FULL).astype(RAW_TYPES['uint16']).tobytes()
+        return data, payload(data, 'raw', x.shape, 'uint16') | {'original': original}
     mode = Image.open(io.BytesIO(data), formats=FORMATS).mode
     dtype = 'uint16' if mode.startswith('I;16') else DTYPES.get(mode, 'uint8')
     return data, payload(data, 'file', x.shape if x.shape[2] > 1 else x.shape[:2], dtype)

@@ -25,8 +25,13 @@ from utils import UserError, write_json
 CACHE_VERSION = 1      # raise it when what the readers make of the same files changes
 CACHE_NAME = 'medical-anomaly'
 CLASSES_SHOWN = 20     # named in an error
+MOST_PIXELS = 100_000_000     # of an image; a larger one is a decompression bomb or a whole slide
 
 T = TypeVar('T')
+
+
+class Unreadable(ValueError):
+    """Why a file is no image: words that go on from its name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from utils import (
+    RowNoise,
     RunLog,
     UserError,
     add_flags,
@@ -84,6 +85,21 @@ def test_seeds_differ_in_order_and_are_the_same_for_ever():
     assert not torch.equal(a, torch.randn(3))
     seed_noise(1, 'a')
     assert torch.equal(a, torch.randn(3))
+
+
+def test_a_row_of_noise_follows_from_its_own_seed():
+    def draw(seeds, make):
+        with RowNoise(seeds):
+            return [make(torch.zeros(len(seeds), 4)) for _ in range(2)]
+    for make in (torch.randn_like, torch.rand_like):
+        torch.manual_seed(0)
+        together, alone = draw([5, 6, 7], make), draw([7], make)
+        assert all(torch.equal(a[2:], b) for a, b in zip(together, alone, strict=True))
+        values = torch.cat(together).flatten().tolist()
+        assert len(set(values)) == 24, "rows differ, and so do two draws"
+        assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(0)))
+    with RowNoise([5, 6]), pytest.raises(ValueError, match='shorter'):
+        torch.randn_like(torch.zeros(3, 4))
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

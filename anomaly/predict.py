@@ -1,0 +1,295 @@
+"""Scores new images without labels by what a run knows of normal ones: what `--eval_mode predict` runs.
+
+N files, K scores, B images of a batch, C channels, H x W pixels. The settings, the thresholds, the scores of
+normal validation images and the fitted densities are those that the mode anomaly left in thresholds.json. A
+file's score follows from its pixels, its id and the seed: not from other files, nor from how many processes
+share the work, beyond rounding.
+"""
+
+import csv
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import launch
+from anomaly.baselines import BASELINES
+from anomaly.density import DensityScore
+from anomaly.detect import SETTINGS, cells, choose_primary, titles
+from anomaly.figures import map_scale
+from anomaly.maps import treated
+from anomaly.overlays import overlay
+from anomaly.passes import Passes
+from anomaly.scores import ScoreConfig, choose_scores
+from checkpoint import fingerprint
+from datasets import DataConfig, preparation
+from readers.files import Found, Preparation, find_files
+from readers.images import cores
+from readers.source import Unreadable
+from utils import UserError, flag, read_flags, read_json, write_atomically
+
+SOME_UNREADABLE_STATUS = 3        # exit status: all that could be read is scored, but some files could not
+MOST_THREADS = 2                  # that decode at once: an image takes 30 bytes a pixel of its file meanwhile
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Predictions for new images, of a folder or one file: --eval_mode predict --data FOLDER"""
+    num_overlays: int = flag(50, 'predict: draw that many images, the most anomalous by the primary score, '
+                                 'with reconstruction and map; -1 = all, 0 = none')
+    thresholds: str = flag('', "predict: the thresholds.json of an anomaly evaluation; '' = that of the run "
+                               "folder, of the last one")
+
+    def __post_init__(self):
+        if self.num_overlays < -1:
+            raise UserError(f"--num_overlays {self.num_overlays}: give a number, -1 for all or 0 for none.")
+
+
+def predict(run: Any) -> int:
+    """Writes scores.csv and overlays/ for the files of --data; returns the exit status."""
+    data, config = wanted_data(run.args), read_flags(PredictConfig, run.args)
+    path = Path(config.thresholds or run.run_folder / 'thresholds.json')
+    normal = Normal.read(path, run.model, f'python evaluate.py --checkpoint {run.config.checkpoint} '
+                                          f'--eval_mode anomaly')
+    wanted = read_flags(ScoreConfig, run.args)
+    settings = normal.settings(wanted, run.config.num_iw_samples)
+    scores = normal.scores(wanted, run.model, settings['num_iw_samples'])
+    names = [score.name for score in scores]
+    # All walk, so that all meet the same mistake; files may come and go meanwhile, so the first one's count.
+    found = launch.gather([find_files(data, without=run.out)])[0]
+    primary = normal.primary(wanted, names)
+    predictor = Predictor(run.model, preparation(run.data_config, run.model.shape, run.model.pixels), found,
+                          scores, primary, settings, batch_size=run.batch_size, seed=run.config.seed)
+    values, errors = predictor.score()
+    drawn = predictor.draw(values, errors, run.out / 'overlays', config.num_overlays,
+                           normal.pixel_threshold(primary))
+    if launch.is_main():
+        write_predictions(run.out / 'scores.csv', found, values, errors, drawn, normal, names)
+        say_all(run, data, found, values[:, names.index(primary)], errors, drawn, normal, primary, settings)
+    return SOME_UNREADABLE_STATUS if errors else 0
+
+
+def wanted_data(args: Any) -> str:
+    """The --data of the command. Raises UserError without one, and for data flags that the run decides."""
+    given = [field.name for field in dataclasses.fields(DataConfig) if field.name in vars(args)]
+    if 'data' not in given or not args.data:
+        raise UserError("--eval_mode predict needs --data: a folder of images, or an image file.")
+    if others := [name for name in given if name != 'data']:
+        raise UserError(f"--{others[0]} with --eval_mode predict: new images are treated as those of the run "
+                        f"were, or their scores could not be compared. Leave it out.")
+    return args.data
+
+
+# ------------------------------------------------------------------------------------------- what is normal
+
+@dataclass(frozen=True)
+class Normal:
+    """What thresholds.json holds: how scores were made, and what those of normal validation images are."""
+    path: Path
+    kept: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path, model: Any, command: str) -> 'Normal':
+        """Raises UserError if the file is missing, of another kind, or of other weights; says the remedy."""
+        if not path.exists():
+            raise UserError(f"there is no {path}, which says what is normal. Make it once: {command}")
+        kept = read_json(path)
+        expected = {'weights', 'primary_score', 'num_iw_samples', 'scores', 'fitted', *SETTINGS}
+        if missing := sorted(expected - set(kept if isinstance(kept, dict) else ())):
+            raise UserError(f"{path} lacks {missing[0]!r}: it is not what this version writes. Make it anew: "
+                            f"{command}")
+        if kept['weights'] != fingerprint(model):
+            raise UserError(f"{path} belongs to other weights of the model (training went on, or --no_ema "
+                            f"differs). Make it anew: {command}")
+        return cls(path, kept)
+
+    def settings(self, wanted: ScoreConfig, num_iw_samples: int) -> dict[str, Any]:
+        """How scores were made. Raises UserError where the command asks for something else."""
+        given = {name: getattr(wanted, name) for name in SETTINGS
+                 if getattr(wanted, name) != getattr(ScoreConfig(), name)}
+        given |= {'num_iw_samples': num_iw_samples} if num_iw_samples else {}
+        for name, value in given.items():
+            if value != self.kept[name]:
+                raise UserError(f"--{name} {value}: the thresholds in {self.path} were made with "
+                                f"{self.kept[name]}. Leave it out, or run --eval_mode anomaly with it first.")
+        return {name: self.kept[name] for name in ('num_iw_samples', *SETTINGS)}
+
+    def scores(self, wanted: ScoreConfig, model: Any, num_iw_samples: int) -> list[Any]:
+        """The scores of that evaluation, or those that the command chooses of them, ready for use."""
+        known = [name for name in self.kept['scores'] if name not in BASELINES]
+        all_known = 'all' in wanted.scores
+        scores, _ = choose_scores(known if all_known else wanted.scores, model, num_iw_samples)
+        if unknown := [score.name for score in scores if score.name not in known]:
+            raise UserError(f"--scores {unknown[0]}: {self.path} has no threshold for it, but for "
+                            f"{', '.join(known)}. Run --eval_mode anomaly with it first.")
+        for score in scores:
+            if isinstance(score, DensityScore):
+                score.load(self.kept['fitted'])
+        return scores
+
+    def primary(self, wanted: ScoreConfig, names: list[str]) -> str:
+        """The score that ranks the images: the one named, else that of the evaluation, if it is computed."""
+        return choose_primary(wanted.primary_score, self.kept['primary_score'], names)
+
+    def threshold(self, name: str) -> float:
+        value = self.kept['scores'][name]['threshold']
+        return math.inf if value is None else value              # JSON has no infinity
+
+    def pixel_threshold(self, name: str) -> float:
+        """Of the map of a score, above which a pixel is outlined; infinite where the evaluation set none."""
+        value = self.kept['scores'][name].get('pixel_threshold')
+        return math.inf if value is None else value
+
+    def validation(self, name: str) -> np.ndarray:
+        """Scores of the normal validation images; NaN where one was not finite."""
+        return np.array(self.kept['scores'][name]['normal_validation'], np.float64)
+
+
+# ------------------------------------------------------------------------------------------ scores, pictures
+
+class Predictor:
+    """Scores files batch by batch: no more than one batch of images is in memory. Every rank has one."""
+
+    def __init__(self, model: Any, prepared: Preparation, found: Found, scores: list, primary: str,
+                 settings: dict[str, Any], *, batch_size: int, seed: int):
+        self.model, self.prepared, self.found = model.eval(), prepared, found
+        self.scores, self.settings, self.batch_size, self.seed = scores, settings, batch_size, seed
+        self.primary = next(i for i, score in enumerate(scores) if score.name == primary)
+
+    def batches(self, numbers: Sequence[int], title: str) -> Any:
+        """(numbers of files that could be read, their passes, {number: why not}) of this rank's batches."""
+        from tqdm import tqdm
+        chunks = [numbers[i:i + self.batch_size] for i in range(0, len(numbers), self.batch_size)]
+        mine = chunks[launch.rank()::launch.world()]
+        Image.init()                             # all decoders, before threads ask for them at once
+        with ThreadPoolExecutor(min(MOST_THREADS, cores())) as pool, warnings.catch_warnings():
+            warnings.simplefilter('ignore')      # Pillow warns of odd metadata and of large images
+            for chunk in tqdm(mine, title, unit='batch', leave=False, disable=launch.rank() > 0 or None):
+                loaded = dict(zip(chunk, pool.map(self.load, chunk)))
+                errors = {i: x for i, x in loaded.items() if isinstance(x, str)}
+                images = {i: x for i, x in loaded.items() if i not in errors}
+                yield list(images), self.passes(images) if images else None, errors
+
+    def load(self, number: int) -> np.ndarray | str:
+        """A file's image (C, H, W) uint8 or uint16, or why there is none."""
+        try:
+            return self.prepared.load(self.found.paths[number])
+        except Unreadable as error:
+            return str(error)
+
+    def passes(self, images: dict[int, np.ndarray]) -> Passes:
+        ids, options = [self.found.ids[i] for i in images], self.settings
+        batch = self.prepared.batch(list(images.values()), ids)
+        return Passes(self.model, batch.x.to(launch.device()), draws=options['num_draws'],
+                      iw_samples=options['num_iw_samples'], iw_samples_elbo=options['iw_samples_elbo'],
+                      iw_samples_lk=options['iw_samples_lk'], llr_noise=options['llr_noise'],
+                      regret_steps=options['regret_steps'],
+                      regret_learning_rate=options['regret_learning_rate'], bits=self.prepared.pixels.bits,
+                      noise=(self.seed, 'predict'), ids=ids)
+
+    def score(self) -> tuple[np.ndarray, dict[int, str]]:
+        """All scores (N, K) float64, NaN where a file could not be read, and why: on every rank."""
+        rows = []
+        for numbers, passes, errors in self.batches(range(len(self.found.ids)), 'predict'):
+            columns = [s(passes, with_map=False).image.double().cpu().numpy() for s in self.scores if passes]
+            rows.append((numbers, columns, errors))
+        values, errors = np.full((len(self.found.ids), len(self.scores)), np.nan), {}
+        for numbers, columns, some in launch.gather(rows):
+            if numbers:
+                values[numbers] = np.stack(columns, 1)
+            errors |= some
+        return values, errors
+
+    def draw(self, values: np.ndarray, errors: dict[int, str], folder: Path, number: int,
+             pixel_threshold: float) -> dict[int, str]:
+        """Draws the `number` most anomalous images, -1 = all; returns {number of the file: its picture}."""
+        if launch.is_main():
+            for old in folder.glob('[0-9]*_*.png'):                 # of an earlier call
+                old.unlink()
+        launch.barrier()
+        readable = [i for i in range(len(values)) if i not in errors]
+        place = lambda i: -values[i, self.primary] if math.isfinite(values[i, self.primary]) else -math.inf
+        chosen = sorted(readable, key=place)[:None if number < 0 else number]
+        names = {i: picture_name(rank, len(chosen), self.found.ids[i]) for rank, i in enumerate(chosen, 1)}
+        # One colour scale for all, that of the most anomalous.
+        look = launch.gather([self.colours(chosen[:self.batch_size])] if launch.is_main() else [])[0]
+        drawn = []
+        for numbers, passes, _ in self.batches(chosen, 'overlays'):
+            for i, *arrays in zip(numbers, *self.pictures(passes)) if passes else ():
+                picture = overlay(*arrays, look, pixel_threshold)
+                write_atomically(folder / names[i], lambda path, picture=picture: picture.save(path, 'PNG'))
+                drawn.append(i)
+        return {i: names[i] for i in sorted(launch.gather(drawn))}
+
+    def colours(self, numbers: Sequence[int]) -> dict[str, Any]:
+        images = {i: x for i in numbers if not isinstance(x := self.load(i), str)}
+        maps = self.pictures(self.passes(images))[2] if images else []
+        return map_scale([m for m in maps if m is not None])
+
+    @torch.no_grad()
+    def pictures(self, passes: Passes) -> tuple[Sequence, Sequence, Sequence]:
+        """Images, reconstructions (C, H, W) and maps (H, W) of a batch; None for each where there is none."""
+        score = self.scores[self.primary]
+        maps, _ = treated(passes, [score] if score.map else [], self.settings['map_smoothing'],
+                          self.settings['body_mask'])
+        rebuilt = passes.reconstruction() if hasattr(self.model, 'reconstruct') else None
+        nothing = [None] * len(passes.x)
+        return (passes.x.cpu().numpy(), nothing if rebuilt is None else rebuilt.cpu().numpy(),
+                maps.get(score.name, nothing))
+
+
+def picture_name(rank: int, most: int, name: str) -> str:
+    """'007_ward_scan.dcm.png': the rank tells names apart that are alike without the signs left out here."""
+    return f'{rank:0{len(str(most))}d}_{re.sub(r"[^A-Za-z0-9.-]+", "_", name)[-80:]}.png'
+
+
+# ------------------------------------------------------------------------------------------- what is written
+
+def write_predictions(path: Path, found: Found, values: np.ndarray, errors: dict[int, str],
+                      drawn: dict[int, str], normal: Normal, names: list[str]) -> None:
+    """scores.csv: a row a file. Of an unreadable one the scores are empty, and `error` says why."""
+    columns = [column for k, name in enumerate(names)
+               for column in cells(values[:, k], normal.validation(name), normal.threshold(name))]
+
+    def write(temporary: Path) -> None:
+        with temporary.open('w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file, lineterminator='\n')
+            writer.writerow(['id', *titles(names), 'overlay', 'error'])
+            for i, (name, *row) in enumerate(zip(found.ids, *columns, strict=True)):
+                picture = f'overlays/{drawn[i]}' if i in drawn else ''
+                row = [''] * len(row) if i in errors else row
+                writer.writerow([name, *row, picture, errors.get(i, '')])
+    write_atomically(path, write)
+
+
+def say_all(run: Any, data: str, found: Found, ranking: np.ndarray, errors: dict[int, str],
+            drawn: dict[int, str], normal: Normal, primary: str, settings: dict[str, Any]) -> None:
+    """Tells what became of the files, and keeps it in metrics.json; `ranking` (N,) are the primary scores."""
+    total, threshold = len(found.ids), normal.threshold(primary)
+    scored, num_normal = total - len(errors), len(normal.validation(primary))
+    called = sum(1 for i, value in enumerate(ranking.tolist())
+                 if i not in errors and not value <= threshold)
+    run.write_metrics('predict', {
+        'data': data, 'num_files': total, 'num_scored': scored, 'num_unreadable': len(errors),
+        'passed_over': found.passed_over, 'primary_score': primary, 'threshold': threshold,
+        'num_called': called, 'seed': run.config.seed, **settings})
+    if found.passed_over:
+        run.say(f"{found.passed_over} files and folders are passed over: hidden, named masks, or links to "
+                f"folders")
+    if scored:
+        promised = max(settings['target_fpr'], 1 / (num_normal + 1))                  # see metrics.threshold
+        run.say(f"{called} of {scored} called anomalous: {primary} above {threshold:.5g}, which at most "
+                f"{100 * promised:.3g} % of normal images like those of the run are")
+    if drawn:
+        run.say(f"overlays of the {len(drawn)} most anomalous: {run.out / 'overlays'}")
+    unread = f"{len(errors)} could not be read" if errors else "none unreadable"
+    run.say(f"{scored} scored, {unread}: see {run.out / 'scores.csv'}")
