@@ -126,7 +126,7 @@ class Normal:
     def scores(self, wanted: ScoreConfig, model: Any, num_iw_samples: int) -> list[Any]:
         """The scores of that evaluation, or those that the command chooses of them, ready for use."""
         known = [name for name in self.kept['scores'] if name not in BASELINES]
-        all_known = 'all' in wanted.scores
+        all_known = not wanted.scores or 'all' in wanted.scores
         scores, _ = choose_scores(known if all_known else wanted.scores, model, num_iw_samples)
         if unknown := [score.name for score in scores if score.name not in known]:
             raise UserError(f"--scores {unknown[0]}: {self.path} has no threshold for it, but for "
