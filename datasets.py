@@ -5,7 +5,7 @@ the part `train`, choose thresholds on the normal images of `val`, and are judge
 anomalous.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -546,9 +546,12 @@ def train_batches(part: Part, batch_size: int, *, seed: int, rank: int = 0, worl
 
 
 def eval_batches(part: Part, batch_size: int, *, rank: int = 0, world: int = 1,
-                 workers: int = 0) -> Iterator[tuple[int, Batch]]:
-    """(number, batch): the images in order, batch i for rank i % world, each image once; the last short."""
-    numbers = range(rank, -(-len(part) // batch_size), world)
+                 workers: int = 0, only: Collection[int] | None = None) -> Iterator[tuple[int, Batch]]:
+    """(number, batch): the images in order, batch i for rank i % world, each image once; the last short.
+
+    `only` names the batches that are wanted; None = all.
+    """
+    numbers = [i for i in range(rank, -(-len(part) // batch_size), world) if only is None or i in only]
 
     def keys() -> Iterator[list[tuple[int, int]]]:
         for i in numbers:

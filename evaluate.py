@@ -11,7 +11,6 @@ scores several runs on the test images that they share, and writes OUT/compariso
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -379,10 +378,9 @@ def data_with_ood(run: Evaluation) -> Data:
 def anomaly(run: Evaluation) -> None:
     """Scores, thresholds, metrics and the report."""
     data = data_with_ood(run)
-    keeps = run.run_folder if os.access(run.run_folder, os.W_OK) else None
     detect(run.model, data, run.out, read_flags(ScoreConfig, run.args), num_iw_samples=run.num_iw_samples,
            batch_size=run.batch_size, seed=run.config.seed, command='python ' + shlex.join(sys.argv),
-           run_folder=keeps, log=run.say, workers=data.config.num_workers)
+           run_folder=run.run_folder, log=run.say, workers=data.config.num_workers)
 
 
 MODES = {'evaluate': evaluate, 'evaluate_fid': evaluate_fid, 'anomaly': anomaly, 'predict': predict,

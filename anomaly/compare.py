@@ -127,7 +127,8 @@ def compare(runs: Sequence[Run], out: str | Path, config: ScoreConfig, *, num_iw
                  for run in runs if not run.knows_split]
     chosen, warnings = choose_for_all(runs, config, num_iw_samples)
     rank, world = launch.rank() if rank is None else rank, launch.world() if world is None else world
-    found = examine_all(runs, ids, chosen, replace(config, num_cases=0), num_iw_samples=num_iw_samples,
+    config = replace(config, num_cases=0, num_gallery=0)
+    found = examine_all(runs, ids, chosen, config, num_iw_samples=num_iw_samples,
                         batch_size=batch_size, seed=seed, workers=workers, rank=rank, world=world,
                         gather=gather, device=torch.device(device or launch.device()))
     if rank:

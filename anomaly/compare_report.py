@@ -13,10 +13,10 @@ from anomaly.figures import (
     COLOURS,
     FAINT,
     INK,
+    curve_figure,
     group_title,
     keep,
     new_figure,
-    roc_figure,
     shown_groups,
     style,
 )
@@ -45,7 +45,7 @@ def write(out: Path, result: dict[str, Any], test: Any) -> None:
     write_atomically(out / 'comparison.md', lambda path: path.write_text(markdown(result), encoding='utf-8'))
     write_csv(out / 'comparison.csv', result)
     keep(forest_figure(result), out, 'forest')
-    keep(roc_figure(result, test, result['primary_scores']), out, 'roc')
+    keep(curve_figure(result, test, 'roc', result['primary_scores']), out, 'roc')
 
 
 # ------------------------------------------------------------------------------------------------------ cells

@@ -5,6 +5,7 @@ part has anomalous ones, and nothing is fitted, chosen or thresholded on it.
 """
 
 import csv
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +18,10 @@ import torch
 import launch
 from anomaly import metrics, report
 from anomaly.baselines import BASELINES
+from anomaly.datacard import compare_normal, describe
 from anomaly.density import DensityScore, cross_fit
+from anomaly.figures import read_history
+from anomaly.gallery import choose_cases
 from anomaly.localization import localize
 from anomaly.maps import pixel_threshold
 from anomaly.scorer import Scored, Scorer
@@ -37,11 +41,12 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
            gather: Callable[[list], list] = launch.gather) -> dict[str, Any]:
     """Scores validation and test images, sets thresholds on the former, judges on the latter, reports.
 
-    Writes OUT/scores.csv, metrics.json (its other keys are kept), thresholds.json (also to `run_folder`),
-    figures/ and report.html from rank 0, prints the table with `log`, and returns what stands under 'anomaly'
-    in metrics.json; other ranks return {}. Noise depends on seed, batch and draw, so the numbers do not
-    depend on the number of ranks, but they do on `batch_size`. Device, rank, world and `gather` (joins lists,
-    on every rank) are those of launch if not given. Raises UserError if a part is empty or a score unknown.
+    Writes OUT/scores.csv, metrics.json (its other keys are kept), thresholds.json (also to `run_folder`, if
+    it may be written; its log gives the training curves), figures/ and report.html from rank 0, prints the
+    table with `log`, and returns what stands under 'anomaly' in metrics.json; other ranks return {}. Noise
+    depends on seed, batch and draw, so the numbers do not depend on the number of ranks, but they do on
+    `batch_size`. Device, rank, world and `gather` (joins lists, on every rank) are those of launch if not
+    given. Raises UserError if a part is empty or a score unknown.
     """
     started, out = time.perf_counter(), Path(out)
     rank, world = launch.rank() if rank is None else rank, launch.world() if world is None else world
@@ -59,9 +64,10 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
                 'seed': seed, **{name: getattr(config, name) for name in SETTINGS}}
     warnings += few_images(len(data.val), config.target_fpr) + judged.pop('warnings')
     result = {**settings, 'dataset': getattr(data.config, 'dataset', ''), 'command': command,
-              'versions': versions(), 'counts': count(data), 'baselines_fitted_on': fitted_on,
-              'data': list(data.report), **judged, 'warnings': warnings}
+              'versions': versions(), 'baselines_fitted_on': fitted_on,
+              **describe(data), **judged, 'warnings': warnings}
     result['verdict'] = verdict(result, samples)
+    result['normal_parts'] = compare_normal(validation, test, config.num_bootstrap, seed)
     result['seconds'] = round(time.perf_counter() - started, 1)
     result = finite(result)
     write_scores(out / 'scores.csv', {'val': validation, 'test': test}, validation, thresholds)
@@ -69,8 +75,9 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
                            validation, scores)
     path = out / 'metrics.json'
     write_json(path, {**(read_json(path) if path.exists() else {}), 'anomaly': result})
-    report.write(out, result, validation, test, thresholds)
-    for folder in {out, Path(run_folder or out)}:
+    run_folder = Path(run_folder or out)
+    report.write(out, result, validation, test, thresholds, config.num_cases, read_history(run_folder))
+    for folder in {out, run_folder} if os.access(run_folder, os.W_OK) else {out}:
         write_json(folder / 'thresholds.json', kept)
     for line in [*report.text_tables(result), *warnings, *(v['text'] for v in result['verdict']),
                  f"report: {out / 'report.html'}"]:
@@ -107,7 +114,9 @@ def examine(model: Any, data: Any, scores: list, baselines: list, primary: str, 
     fit_densities(scores, validation)
     pixel_thresholds = choose_pixel_thresholds(validation, config.target_pixel_fpr)
     validation.maps = None                                          # their memory is needed for the test part
-    test = scorer.score(data.test, 'test', with_cases=True)
+    test = scorer.score(data.test, 'test')
+    places = choose_cases(test.values[primary], test.labels, config.num_cases, config.num_gallery)
+    test.cases = scorer.cases(data.test, 'test', places)
     if rank:
         return None
     thresholds = {name: metrics.threshold(validation.values[name], config.target_fpr) for name in test.values}
@@ -245,16 +254,6 @@ def few_images(n: int, target_fpr: float) -> list[str]:
         f"{n} normal validation images cannot promise a false-positive rate of {100 * target_fpr:g} %: "
         f"that needs at least {least}. The thresholds are their largest scores, which promise "
         f"{100 / (n + 1):.1f} %."]
-
-
-def count(data: Any) -> dict[str, dict[str, int]]:
-    """Images of every class in every part."""
-    counts: dict[str, dict[str, int]] = {}
-    for name in ('train', 'val', 'test'):
-        counts[name] = {}
-        for entry in getattr(data, name).entries:
-            counts[name][entry.class_name] = counts[name].get(entry.class_name, 0) + 1
-    return counts
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The figures of an evaluation: ROC curves, histograms, levels of the hierarchy, cases.
+"""The figures of an evaluation: ROC and PR curves, histograms, levels of the hierarchy, training.
 
 Drawn once and kept twice: as PNG under figures/, and as SVG inside the report, where their ink takes the
 colour of the text, so that dark mode and paper both work. `result` is what stands under 'anomaly' in
@@ -7,14 +7,16 @@ draws from the prior.
 """
 
 import io
+import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from anomaly.metrics import make_finite, percentile
+from anomaly.metrics import make_finite
 from utils import write_atomically
 
 # Scores in the figures beside the primary one, fixed beforehand so that none is picked on the test set
@@ -56,7 +58,9 @@ def keep(figure: Any, out: Path, name: str) -> str:
         figure.savefig(text, format='svg', transparent=True, dpi=150,
                        metadata={'Date': None, 'Creator': None})
     svg = text.getvalue()
-    svg = svg[svg.index('<svg'):].replace(INK, 'currentColor')
+    # the page shows it somewhat larger than its inches, and no larger
+    svg = f'<svg style="--width: {7 * figure.get_figwidth():.1f}rem"' + svg[svg.index('<svg') + len('<svg'):]
+    svg = svg.replace(INK, 'currentColor')
     svg = re.sub(r'id="(\w[\w.]*_\d+)"', rf'id="{name}_\1"', svg)         # numbered in each figure anew
     return svg
 
@@ -83,20 +87,44 @@ def figure_scores(result: dict[str, Any]) -> list[str]:
     return [result['primary_score'], *others[:MOST_FIGURE_SCORES - 1]]
 
 
+def with_baselines(result: dict[str, Any], scores: list[str]) -> list[str]:
+    """These scores and the trivial baselines that stand beside them."""
+    return [*scores, *(name for name in FIGURE_BASELINES if name in result['scores'])]
+
+
 def chosen(test: Any, group: str) -> np.ndarray:
     """Which test images are the anomalous ones of a group: (N,) bool."""
     return (test.labels == 1) & ((test.classes == group) | (group == 'all'))
 
 
-def roc_figure(result: dict[str, Any], test: Any, scores: list[str]) -> Any:
-    """ROC curves, one panel a group: `scores` in colour, trivial baselines dashed."""
+def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False-positive rate and true-positive rate."""
     from sklearn.metrics import roc_curve
+    return roc_curve(labels, scores)[:2]
+
+
+def pr_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and precision."""
+    from sklearn.metrics import precision_recall_curve
+    precision, recall, _ = precision_recall_curve(labels, scores, drop_intermediate=True)
+    return recall, precision
+
+
+# kind of curve -> what draws it, its axes, and the line of a score that knows nothing, from the prevalence
+CURVES: dict[str, tuple[Callable, tuple[str, str], Callable[[float], list[float]]]] = {
+    'roc': (roc_curve, ('false-positive rate', 'true-positive rate'), lambda prevalence: [0, 1]),
+    'pr': (pr_curve, ('recall (true-positive rate)', 'precision'), lambda prevalence: [prevalence] * 2)}
+
+
+def curve_figure(result: dict[str, Any], test: Any, kind: str, scores: list[str]) -> Any:
+    """ROC or precision-recall curves, one panel a group: `scores` in colour, trivial baselines dashed."""
+    curve, (x_label, y_label), chance = CURVES[kind]
     groups = shown_groups(result)
     columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
     figure = new_figure(3.5 * columns + 1.7, 3.4 * rows + 0.2)
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    names = [*scores, *(b for b in FIGURE_BASELINES if b in result['scores'])]
+    names = with_baselines(result, scores)
     dashes = iter(((4, 2), (1, 1.5), (6, 2, 1, 2)))
     primary = result.get('primary_scores') or [result['primary_score']]
     looks = {n: {'color': COLOURS[i % len(COLOURS)], 'lw': 2.2 if n in primary else 1.4}
@@ -104,19 +132,17 @@ def roc_figure(result: dict[str, Any], test: Any, scores: list[str]) -> Any:
              else {'color': INK, 'lw': 1.1, 'dashes': next(dashes), 'alpha': 0.75}
              for i, n in enumerate(names)}
     for group, panel in zip(groups, panels):
-        normal = test.labels == 0
-        keep_these = normal | chosen(test, group)
+        these = (test.labels == 0) | chosen(test, group)
+        labels = test.labels[these]
         for name in names:
-            scores, _ = make_finite(test.values[name])
-            x, y, _ = roc_curve(test.labels[keep_these], scores[keep_these])
-            panel.plot(x, y, label=name, solid_capstyle='round', **looks[name])
-        panel.plot([0, 1], [0, 1], color=FAINT, lw=0.7, zorder=0)
-        panel.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect='equal', xlabel='false-positive rate',
-                  ylabel='true-positive rate')
-        style(panel, f'{group_title(group)}')
+            panel.plot(*curve(labels, make_finite(test.values[name])[0][these]), label=name,
+                       solid_capstyle='round', **looks[name])
+        panel.plot([0, 1], chance(float(labels.mean())), color=FAINT, lw=0.9, zorder=0, label='chance')
+        panel.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect='equal', xlabel=x_label, ylabel=y_label)
+        style(panel, group_title(group))
     for panel in list(panels):
         panel.set_visible(False)
-    legend(figure, handles=figure.axes[0].get_lines()[:len(names)], loc='outside right upper')
+    legend(figure, handles=figure.axes[0].get_lines(), loc='outside right upper')
     return figure
 
 
@@ -230,51 +256,32 @@ def draw_auroc(panel: Any, result: dict[str, Any], rows: dict[str, dict[int, str
     style(panel)
 
 
-def case_figure(result: dict[str, Any], validation: Any, test: Any, thresholds: dict[str, float]) -> Any:
-    """Input | reconstruction | map of the most and least anomalous test images.
+def read_history(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each tag in the metrics.jsonl of a run; empty where there is none."""
+    history: dict[str, list[tuple[int, float]]] = {}
+    path = run_folder / 'metrics.jsonl'
+    # a run that was killed, or still goes on, may leave half a line at the end
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    for values in (json.loads(line) for line in lines if line.endswith('\n')):
+        for tag, value in values.items():
+            if '/' in tag and value is not None:
+                history.setdefault(tag, []).append((values['step'], value))
+    return history
 
-    Lesion masks are outlined, and on the map what is called at the pixel threshold.
-    """
-    name, first = result['primary_score'], test.most[0]
-    kinds = ['input', *(['reconstruction'] if first.reconstruction is not None else []),
-             *([f'{name} map'] if first.map is not None else [])]
-    # All measures in inches: every picture `side` wide, two lines of text under each row.
-    side, gap, text, rows, head = 1.5, 0.07, 0.36, max(len(test.most), len(test.least)), 0.5
-    block = len(kinds) * (side + gap) + 0.2
-    height, width = head + rows * (side + text), 2 * block + (0.55 if first.map is not None else 0)
-    figure = new_figure(width, height, layout=None)
 
-    def panel(left: float, top: float, wide: float, high: float) -> Any:
-        return figure.add_axes([left / width, 1 - (top + high) / height, wide / width, high / height])
-
-    look, shown = map_scale([case.map for case in [*test.most, *test.least] if case.map is not None]), None
-    entries = {entry.id: entry for entry in test.entries}
-    pixel_threshold = result['scores'][name].get('pixel_threshold', math.inf)
-    for left, title, cases in ((0, 'most anomalous', test.most), (block, 'least anomalous', test.least)):
-        figure.text(left / width, 1 - 0.17 / height, title, fontsize=10, fontweight='bold', color=INK)
-        for row, case in enumerate(cases):
-            top = head + row * (side + text)
-            pictures = [case.image, *([case.reconstruction] if case.reconstruction is not None else [])]
-            cells = [panel(left + i * (side + gap), top, side, side) for i in range(len(kinds))]
-            for i, (cell, image) in enumerate(zip(cells, pictures)):
-                picture(cell, image, case.mask if i == 0 else None)
-            if case.map is not None:
-                shown = cells[-1].imshow(case.map, interpolation='none', **look)
-                outline(cells[-1], case.map > pixel_threshold, CALLED[look['cmap']])
-                outline(cells[-1], case.mask)
-            for cell, kind in zip(cells, kinds):
-                cell.set_axis_off()
-                if row == 0:
-                    cell.set_title(kind, fontsize=7.5, color=INK, loc='left', pad=3)
-            place = percentile(np.array([case.score]), validation.values[name])[0]
-            called = '' if case.score <= thresholds[name] else ', called'
-            figure.text(left / width, 1 - (top + side + 0.05) / height, f"{entries[case.id].class_name} · "
-                        f"{shorten(case.id)}\n{name} {case.score:.5g}, percentile {place:.0f}{called}",
-                        va='top', fontsize=7, color=INK)
-    if shown is not None:
-        bar = figure.colorbar(shown, cax=panel(2 * block, head, 0.12, min(3.5, height - head - text)))
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(labelcolor=INK, labelsize=7, color=FAINT)
+def training_figure(history: dict[str, list[tuple[int, float]]]) -> Any | None:
+    """Training against validation by step, one panel a quantity that both have; None if there is none."""
+    names = [tag.removeprefix('val/') for tag in history
+             if tag.startswith('val/') and tag.replace('val/', 'train/', 1) in history]
+    if not names:
+        return None
+    figure = new_figure(5.2 * len(names), 2.9)
+    for panel, name in zip(figure.subplots(1, len(names), squeeze=False).flat, names):
+        for part, label, colour in (('train', 'training', NORMAL), ('val', 'validation', COLOURS[0])):
+            panel.plot(*zip(*history[f'{part}/{name}']), label=label, color=colour, lw=1.6, marker='o', ms=3)
+        panel.set(xlabel='step', ylabel=name)
+        style(panel, name)
+        legend(panel, loc='best')
     return figure
 
 
@@ -286,22 +293,3 @@ def map_scale(maps: list[np.ndarray]) -> dict[str, Any]:
     high = high or 1.0
     return {'cmap': 'coolwarm', 'vmin': -high, 'vmax': high} if len(values) and values.min() < 0 else {
         'cmap': 'inferno', 'vmin': 0, 'vmax': high}
-
-
-def picture(panel: Any, image: np.ndarray, mask: np.ndarray | None = None) -> None:
-    """An image (C, H, W) in [0, 1] in grey, or in colour if C = 3; other channel counts show their first."""
-    colour = len(image) == 3
-    panel.imshow(np.moveaxis(image, 0, -1).clip(0, 1) if colour else image[0], interpolation='none',
-                 **({} if colour else {'cmap': 'gray', 'vmin': 0, 'vmax': 1}))
-    outline(panel, mask)
-
-
-def outline(panel: Any, mask: np.ndarray | None, colour: str = LESION) -> None:
-    if mask is not None and mask.any() and not mask.all():
-        panel.contour(mask, [0.5], colors=colour, linewidths=0.9)
-
-
-def shorten(text: str, most: int = 22) -> str:
-    """The file's name without folder and ending, its middle cut out if it is long."""
-    text = Path(text).stem
-    return text if len(text) <= most else f'{text[:most // 2]}…{text[-most // 2 + 1:]}'

@@ -1,21 +1,26 @@
 """What people read: the tables of the terminal, and report.html in one file that needs no network."""
 
+import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from anomaly.figures import (
-    case_figure,
+    CURVES,
+    curve_figure,
     figure_scores,
     group_title,
     histogram_figure,
     keep,
     level_figure,
     levels,
-    roc_figure,
     shown_groups,
+    training_figure,
+    with_baselines,
 )
+from anomaly.gallery import OUTCOMES, case_figure, gallery, short_number
 from anomaly.metrics import wilson_interval
-from utils import write_atomically
+from utils import finite, write_atomically
 
 SHOWN_METRICS = ('auroc', 'auprc', 'fpr80', 'fpr95')
 TITLES = {'auroc': 'AUROC', 'auprc': 'AUPRC', 'fpr80': 'FPR80', 'fpr95': 'FPR95'}
@@ -119,31 +124,61 @@ def share(counts: list[int]) -> str:
     return f"{100 * counts[0] / counts[1]:.1f} %" if counts[1] else '-'
 
 
-def write(out: Path, result: dict[str, Any], validation: Any, test: Any,
-          thresholds: dict[str, float]) -> None:
-    """Writes figures/*.png and report.html; `validation` and `test` are the Scored of scorer.py."""
-    figures = {}
+def write(out: Path, result: dict[str, Any], validation: Any, test: Any, thresholds: dict[str, float],
+          num_cases: int, history: dict[str, list[tuple[int, float]]]) -> None:
+    """Writes figures/*.png and report.html; `validation` and `test` are the Scored of scorer.py.
+
+    `num_cases` most and least anomalous images are in the figure of cases; `history` is what training logged.
+    """
+    threshold, figures = thresholds[result['primary_score']], {}
     if any(row['metrics'] for row in result['scores'].values()):
-        figures['roc'] = keep(roc_figure(result, test, figure_scores(result)), out, 'roc')
+        figures |= {kind: keep(curve_figure(result, test, kind, figure_scores(result)), out, kind)
+                    for kind in CURVES}
     figures['histograms'] = keep(histogram_figure(result, validation, test, thresholds), out, 'histograms')
-    if (figure := level_figure(result, test)) is not None:
-        figures['levels'] = keep(figure, out, 'levels')
-    if test.most:
-        figures['cases'] = keep(case_figure(result, validation, test, thresholds), out, 'cases')
-    page = render(result, figures)
+    for name, figure in (('levels', level_figure(result, test)), ('training', training_figure(history))):
+        if figure is not None:
+            figures[name] = keep(figure, out, name)
+    if num_cases and test.cases:                     # as a file; the page has them in its gallery
+        keep(case_figure(result, validation, test, threshold, num_cases), out, 'cases')
+    page = render(result, figures, gallery(result, validation, test, threshold),
+                  page_data(result, validation, test, thresholds))
     write_atomically(out / 'report.html', lambda path: path.write_text(page, encoding='utf-8'))
 
 
 # ------------------------------------------------------------------------------------------------------- page
 
-def render(result: dict[str, Any], figures: dict[str, str]) -> str:
-    """report.html: one file, nothing from the network, everything escaped but our own SVG."""
+def page_data(result: dict[str, Any], validation: Any, test: Any,
+              thresholds: dict[str, float]) -> dict[str, Any]:
+    """What the page's script computes calls from: label and class of each test image, and the scores that the
+    figures show. None stands for what is not finite.
+    """
+    classes = list(dict.fromkeys(test.classes))
+    return finite({
+        'primary': result['primary_score'], 'classes': classes, 'label': test.labels.tolist(),
+        'class': [classes.index(name) for name in test.classes],
+        'scores': {name: {'threshold': thresholds[name], 'test': test.values[name].tolist(),
+                          'validation': validation.values[name].tolist()}
+                   for name in with_baselines(result, figure_scores(result))}})
+
+
+def render(result: dict[str, Any], figures: dict[str, str], cases: dict[str, Any],
+           numbers: dict[str, Any]) -> str:
+    """report.html: one file, everything escaped but our own SVG and script, and a policy for the browser that
+    forbids whatever comes from a network.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / 'templates'), autoescape=True,
+    from markupsafe import Markup
+    folder = Path(__file__).parent / 'templates'
+    script = (folder / 'report.js').read_text(encoding='utf-8')
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     classes = list(dict.fromkeys(c for part in result['counts'].values() for c in part))
     return environment.get_template('report.html.j2').render(
-        result=result, figures=figures, groups=shown_groups(result), group_title=group_title, share=share,
+        result=result, figures=figures, gallery=cases, page_data=numbers, script=Markup(script),
+        script_hash=f'sha256-{digest}', primary=result['scores'][result['primary_score']],
+        groups=shown_groups(result), real=[group for group in result['groups'] if group != 'all'],
+        group_title=group_title, share=share, short_number=short_number, outcomes=OUTCOMES,
         classes=classes, titles=TITLES, interval=interval, wilson=lambda counts: wilson_interval(*counts),
         highest=highest(result), shade=shade, folded=len(shown_groups(result)) > MOST_TABLES,
         has_levels=bool(levels(result, 'llr') or levels(result, 'lk')),

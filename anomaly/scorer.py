@@ -1,4 +1,4 @@
-"""Scores the parts of a data set, each image once, and keeps the images that the gallery shows.
+"""Scores the parts of a data set, each image once; then makes the pictures of the images that are shown.
 
 B images, C channels, S pixels, (H, W) or (D, H, W), L latent groups; N images of a part.
 """
@@ -6,8 +6,7 @@ B images, C channels, S pixels, (H, W) or (D, H, W), L latent groups; N images o
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +23,8 @@ MOST_VALUES = 2 ** 28      # of the maps of a part that are kept, in float32 1 G
 
 
 class Case(NamedTuple):
-    """One image of the gallery. Arrays on the CPU; `reconstruction`, `map` and `mask` may be None."""
-    score: float
-    batch: int
-    position: int
-    id: str
+    """The pictures of one image. Arrays on the CPU; `reconstruction`, `map` and `mask` may be None."""
+    place: int                           # in the part
     image: np.ndarray                    # (C, H, W) in [0, 1]
     reconstruction: np.ndarray | None    # (C, H, W)
     map: np.ndarray | None               # (H, W)
@@ -41,10 +37,9 @@ class Scored:
     entries: list[Any]                   # N, each with id, class_name and label
     values: dict[str, np.ndarray]        # score -> (N,) float64
     features: np.ndarray | None          # (N, 1 + L), for density scores
-    most: list[Case]
-    least: list[Case]
     maps: Maps | None                    # of images with known masks; None where there are none
     seconds: float                       # that the model's scores took, of all processes together
+    cases: list[Case] = dataclasses.field(default_factory=list)         # by falling primary score
 
     @property
     def labels(self) -> np.ndarray:
@@ -53,29 +48,6 @@ class Scored:
     @property
     def classes(self) -> np.ndarray:
         return np.array([entry.class_name for entry in self.entries], object)
-
-
-class Cases:
-    """Keeps the `number` most or least anomalous images seen, so that none has to be read twice."""
-
-    def __init__(self, number: int, sign: int):
-        """`sign` 1 keeps the largest scores, -1 the smallest."""
-        self.number, self.sign, self.kept = number, sign, []
-
-    def order(self, case: Case | tuple) -> tuple:
-        """A score that is not finite is the most anomalous; ties go to the image that is listed first."""
-        score = case[0] if math.isfinite(case[0]) else math.inf
-        return -self.sign * score, case[1], case[2]
-
-    def offer(self, batch_index: int, values: np.ndarray, make: Callable[[int], Case]) -> None:
-        """Offers a batch with scores `values`; `make(i)` is called for the images that are kept."""
-        known = {case[1:3]: case for case in self.kept}
-        candidates = self.kept + [(value, batch_index, i) for i, value in enumerate(values.tolist())]
-        best = sorted(candidates, key=self.order)[:self.number]
-        self.kept = [known.get(c[1:3]) or make(c[2]) for c in best]
-
-    def merge(self, cases: list[Case]) -> list[Case]:
-        return sorted(cases, key=self.order)[:self.number]
 
 
 class Scorer:
@@ -110,20 +82,15 @@ class Scorer:
             baseline.fit(None, images)
         return count
 
-    def score(self, part: Any, name: str, *, with_cases: bool = False) -> Scored:
-        """Scores every image of a part once; density scores only if they are fitted. Complete on rank 0."""
-        from tqdm import tqdm
+    def score(self, part: Any, name: str) -> Scored:
+        """Scores every image of a part once, density scores only if they are fitted. Scores are the same on
+        every rank, maps are on rank 0.
+        """
         entries = {entry.id: entry for entry in part.entries}
         if len(entries) != len(part.entries):
             raise UserError(f"the {name} part has {len(part.entries)} images but {len(entries)} ids.")
-        number = self.config.num_cases if with_cases else 0
-        most, least, rows, maps = Cases(number, 1), Cases(number, -1), [], []
-        wanted = self.images_with_maps(part.entries, name)
-        batches = eval_batches(part, self.batch_size, rank=self.rank, world=self.world,
-                               workers=self.workers)
-        total = len(range(self.rank, -(-len(part.entries) // self.batch_size), self.world))
-        hidden = True if self.rank else None              # None: hidden where there is no terminal
-        for index, batch in tqdm(batches, desc=name, unit='batch', total=total, leave=False, disable=hidden):
+        rows, maps, wanted = [], [], self.images_with_maps(part.entries, name)
+        for index, batch in self.batches(part, name):
             sizes = torch.tensor([float(entries[i].file_bytes) for i in batch.id])
             passes = self.passes(batch, sizes, (self.seed, 'score', name, index))
             ready = [s for s in self.scores if not (isinstance(s, DensityScore) and not s.density.fitted)]
@@ -133,15 +100,21 @@ class Scorer:
             values |= {b.name: b(passes).image.double().cpu().numpy() for b in self.baselines}
             features = passes.features().numpy() if self.has_density else None
             rows.append((index, list(batch.id), values, features, seconds))
-            if number:
-                primary = values[self.primary]
-                for cases in (most, least):
-                    cases.offer(index, primary, partial(self.case, passes, batch, index, primary))
             if (known := self.known(batch, wanted)).any():
                 maps.append((index, self.judged_maps(passes, batch, known)))
-        return self.collect(name, entries, rows, most, least, maps)
+        return self.collect(name, entries, rows, maps)
 
-    def passes(self, batch: Any, file_bytes: torch.Tensor, noise: tuple) -> Passes:
+    def batches(self, part: Any, name: str, only: Collection[int] | None = None) -> Iterable[tuple[int, Any]]:
+        """This rank's batches with their numbers, all or those of `only`, behind a progress bar."""
+        from tqdm import tqdm
+        batches = eval_batches(part, self.batch_size, rank=self.rank, world=self.world,
+                               workers=self.workers, only=only)
+        numbers = range(self.rank, -(-len(part.entries) // self.batch_size), self.world)
+        total = len(numbers) if only is None else len(set(numbers) & set(only))
+        hidden = True if self.rank else None              # None: hidden where there is no terminal
+        return tqdm(batches, desc=name, unit='batch', total=total, leave=False, disable=hidden)
+
+    def passes(self, batch: Any, file_bytes: torch.Tensor | None, noise: tuple) -> Passes:
         config = self.config
         return Passes(self.model, batch.x.to(self.device), draws=config.num_draws,
                       iw_samples=self.num_iw_samples, iw_samples_elbo=config.iw_samples_elbo,
@@ -149,8 +122,7 @@ class Scorer:
                       regret_steps=config.regret_steps, regret_learning_rate=config.regret_learning_rate,
                       bits=self.data.pixels.bits, file_bytes=file_bytes, noise=noise)
 
-    def collect(self, name: str, entries: dict, rows: list, most: Cases, least: Cases,
-                maps: list[tuple[int, Maps]]) -> Scored:
+    def collect(self, name: str, entries: dict, rows: list, maps: list[tuple[int, Maps]]) -> Scored:
         """Brings together what the ranks have scored, in the order of the batches."""
         rows = sorted(self.gather(rows), key=lambda row: row[0])
         ids = [i for row in rows for i in row[1]]
@@ -159,15 +131,28 @@ class Scorer:
                                f"must be scored once. Check that all ranks have the same data.")
         values = {k: np.concatenate([row[2][k] for row in rows]) for k in rows[0][2]} if rows else {}
         features = np.concatenate([row[3] for row in rows]) if rows and rows[0][3] is not None else None
-        return Scored([entries[i] for i in ids], values, features, most.merge(self.gather(most.kept)),
-                      least.merge(self.gather(least.kept)), self.join(maps), sum(row[4] for row in rows))
+        return Scored([entries[i] for i in ids], values, features, self.join(maps),
+                      sum(row[4] for row in rows))
 
-    def case(self, passes: Passes, batch: Any, index: int, values: np.ndarray, i: int) -> Case:
-        """The image, its reconstruction and the map of the primary score, if the model has them."""
+    def cases(self, part: Any, name: str, places: Sequence[int]) -> list[Case]:
+        """The images at `places` of a part with their pictures, in this order; the same on every rank.
+
+        A second look, when all scores are known. Noise is the batch's, so whole batches are passed again.
+        """
+        made = []
+        for index, batch in self.batches(part, f'{name}, cases', {p // self.batch_size for p in places}):
+            passes = self.passes(batch, None, (self.seed, 'score', name, index))
+            first = index * self.batch_size
+            made += [self.case(passes, batch, p, p - first) for p in places
+                     if first <= p < first + len(batch.x)]
+        found = {case.place: case for case in self.gather(made)}
+        return [found[place] for place in places]
+
+    def case(self, passes: Passes, batch: Any, place: int, i: int) -> Case:
+        """Image `i` of the batch, its reconstruction and map of the primary score, if the model has them."""
         maps, _ = self.maps(passes, [s for s in self.mapped if s.name == self.primary])
         rebuilt = passes.reconstruction() if hasattr(self.model, 'reconstruct') else None
-        return Case(float(values[i]), index, i, batch.id[i], batch.x[i].cpu().numpy(),
-                    None if rebuilt is None else rebuilt[i].cpu().numpy(),
+        return Case(place, batch.x[i].cpu().numpy(), None if rebuilt is None else rebuilt[i].cpu().numpy(),
                     maps[self.primary][i] if maps else None,
                     None if batch.mask is None else batch.mask[i, 0].cpu().numpy() > 0)
 

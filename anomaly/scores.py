@@ -50,7 +50,9 @@ class ScoreConfig:
     body_mask: float = flag(0.0, 'maps: grey level in [0, 1] above which a pixel belongs to the body, whose '
                                  'holes are filled; maps are 0 and do not count outside it; 0 = no body mask')
     num_bootstrap: int = flag(1000, 'resamples behind the 95 % intervals')
-    num_cases: int = flag(6, 'most and least anomalous test images shown, of each; 0 = none')
+    num_cases: int = flag(6, 'most and least anomalous test images in figures/cases.png, of each; 0 = none')
+    num_gallery: int = flag(60, "test images in the report's gallery: extremes, likely false positives and "
+                                "negatives, others evenly by rank; 0 = those of --num_cases alone")
     max_train_images: int = flag(1000, 'training images that the baselines (mean image, PCA) are fitted on')
 
     def __post_init__(self):
@@ -64,7 +66,7 @@ class ScoreConfig:
         if not self.regret_learning_rate > 0:
             raise UserError(f"--regret_learning_rate {self.regret_learning_rate}: it must be above 0.")
         least_of = {'num_draws': 1, 'iw_samples_elbo': 1, 'iw_samples_lk': 1, 'regret_steps': 1,
-                    'num_bootstrap': 1, 'num_cases': 0, 'max_train_images': 2}
+                    'num_bootstrap': 1, 'num_cases': 0, 'num_gallery': 0, 'max_train_images': 2}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)} is too small: at least {least}.")

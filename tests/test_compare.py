@@ -94,7 +94,7 @@ def finished(tmp_path_factory):
 def without_figures(monkeypatch):
     """They take most of the time; those of `finished` are drawn."""
     monkeypatch.setattr(compare_report, 'keep', lambda figure, out, name: None)
-    for name in ('forest_figure', 'roc_figure'):
+    for name in ('forest_figure', 'curve_figure'):
         monkeypatch.setattr(compare_report, name, lambda *given: None)
 
 

@@ -14,15 +14,16 @@ from test_scores import LinearGaussian, seeded
 
 import launch
 from anomaly import scorer
+from anomaly.datacard import compare_normal
 from anomaly.detect import detect
 from anomaly.metrics import threshold
-from anomaly.scorer import Cases
 from anomaly.scores import SCORES, Passes, ScoreConfig
 from datasets import Batch
 from utils import UserError
 
-CONFIG = ScoreConfig(num_draws=2, num_bootstrap=50, num_cases=2)
-FEW = ScoreConfig(scores=('nelbo', 'typicality', 'kl_knn'), num_draws=2, num_bootstrap=20, num_cases=2)
+CONFIG = ScoreConfig(num_draws=2, num_bootstrap=50, num_cases=2, num_gallery=6)
+FEW = ScoreConfig(scores=('nelbo', 'typicality', 'kl_knn'), num_draws=2, num_bootstrap=20, num_cases=2,
+                  num_gallery=0)
 
 
 class Part:
@@ -57,7 +58,9 @@ def make_data(seed=0, masks=False, val=30, classes=('COVID', 'Other')):
         train=Part(normal(30, seed), ['Normal'] * 30), val=Part(normal(val, seed + 1), ['Normal'] * val),
         test=Part(test.clamp(0, 1), names, marks if masks else None), shape=(1, 4, 4),
         pixels=SimpleNamespace(bits=8, padding=0), anomalous_classes=classes,
-        report=['a <b>line</b> of the reader'], config=SimpleNamespace(dataset='toy'))
+        report=['a <b>line</b> of the reader'],
+        split={'split_seed': 3, 'duplicates': [{'kind': 'near'}, {'kind': 'exact'}, {'kind': 'near'}]},
+        config=SimpleNamespace(dataset='toy'))
 
 
 def make_model():
@@ -78,6 +81,7 @@ def rows_of(path):
 def finished(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp('run'), []
     (folder / 'out').mkdir()
+    (folder / 'eval-x').mkdir()
     (folder / 'out' / 'metrics.json').write_text('{"likelihood": {"nelbo": 5}}')
     result = run(folder / 'out', make_data(masks=True), run_folder=folder / 'eval-x', log=lines.append)
     return SimpleNamespace(out=folder / 'out', run=folder / 'eval-x', result=result, lines=lines)
@@ -86,7 +90,7 @@ def finished(tmp_path_factory):
 def test_everything_is_written(finished):
     names = {p.relative_to(finished.out).as_posix() for p in finished.out.rglob('*') if p.is_file()}
     assert names == {'scores.csv', 'metrics.json', 'thresholds.json', 'report.html', 'figures/roc.png',
-                     'figures/histograms.png', 'figures/levels.png', 'figures/cases.png'}
+                     'figures/pr.png', 'figures/histograms.png', 'figures/levels.png', 'figures/cases.png'}
     assert (finished.run / 'thresholds.json').read_text() == (finished.out / 'thresholds.json').read_text()
 
 
@@ -115,6 +119,36 @@ def test_every_image_has_one_row_with_its_percentile_and_call(finished):
             assert row[f'{name}_called'] == str(int(score > kept['scores'][name]['threshold']))
             below = 100 * ((validation < score).mean() + (validation <= score).mean()) / 2
             assert float(row[f'{name}_percentile']) == pytest.approx(below, abs=0.01)
+
+
+def test_the_data_are_described(finished):
+    assert finished.result['split_seed'] == 3 and finished.result['duplicates'] == {'near': 2, 'exact': 1}
+    table = finished.result['normal_parts']
+    assert table.keys() == finished.result['scores'].keys()
+    assert all(row['low'] <= row['value'] <= row['high'] for row in table.values())
+
+
+def test_normal_parts_are_compared_by_hand():
+    values = {'same': ([1, 2, 3, 4], [1, 2, 3, 4]), 'apart': ([1, 2, 3, 4], [5, 6, 7, np.inf]),
+              'half': ([1, 2, 3, 4], [3, 3, 3, 3])}
+    validation = SimpleNamespace(entries=[0] * 4,
+                                 values={n: np.array(v[0], float) for n, v in values.items()})
+    test = SimpleNamespace(labels=np.array([0] * 4 + [1]),
+                           values={n: np.array([*v[1], 0], float) for n, v in values.items()})
+    found = compare_normal(validation, test, 20, 0)
+    # of 4 x 4 pairs, 'half' wins those with 1 and 2 and ties with 3
+    assert {name: row['value'] for name, row in found.items()} == {'same': 0.5, 'apart': 1, 'half': 10 / 16}
+    assert found['apart']['low'] == 1
+    test.labels[:] = 1
+    assert compare_normal(validation, test, 20, 0) == {}
+
+
+def test_a_run_folder_that_may_not_be_written_keeps_its_thresholds(tmp_path, monkeypatch):
+    (tmp_path / 'eval-x').mkdir()
+    monkeypatch.setattr('os.access', lambda path, mode: False)
+    run(tmp_path / 'out', config=FEW, run_folder=tmp_path / 'eval-x')
+    assert (tmp_path / 'out' / 'thresholds.json').exists()
+    assert not (tmp_path / 'eval-x' / 'thresholds.json').exists()
 
 
 def test_what_densities_learned_is_kept_and_read_again(finished):
@@ -174,14 +208,15 @@ def test_too_many_maps_for_the_memory_are_a_random_part_of_whole_images(tmp_path
 def test_no_pass_is_made_that_no_chosen_score_needs(tmp_path, scores, skips):
     model = make_model()
     run(tmp_path, model=model, config=ScoreConfig(scores=scores, num_draws=2, iw_samples_elbo=3,
-                                                  num_bootstrap=5, num_cases=0))
+                                                  num_bootstrap=5, num_cases=0, num_gallery=0))
     batches = 4 + 5                                               # of 8: 30 validation and 36 test images
     assert sorted(model.calls) == sorted(skips * batches)
 
 
 def test_flags_reach_the_passes(tmp_path, monkeypatch):
     config = ScoreConfig(scores=('lk_1',), num_draws=1, iw_samples_elbo=5, iw_samples_lk=2, num_cases=0,
-                         llr_noise='shared', regret_steps=7, regret_learning_rate=0.5, num_bootstrap=5)
+                         num_gallery=0, llr_noise='shared', regret_steps=7, regret_learning_rate=0.5,
+                         num_bootstrap=5)
     given = []
 
     def watched(*args, **options):
@@ -298,7 +333,7 @@ def test_an_autoencoder_gets_the_scores_that_it_can(tmp_path):
 def test_one_class_and_few_validation_images(tmp_path):
     lines = []
     result = run(tmp_path, make_data(val=12, classes=('COVID',)), config=ScoreConfig(
-        scores=('nelbo', 'complexity'), num_bootstrap=20, num_cases=0), log=lines.append)
+        scores=('nelbo', 'complexity'), num_bootstrap=20, num_cases=0, num_gallery=0), log=lines.append)
     assert [v['group'] for v in result['verdict']] == ['COVID']
     assert any('12 normal validation images cannot promise' in line and '19' in line for line in lines)
     assert not (tmp_path / 'figures' / 'cases.png').exists()
@@ -327,19 +362,23 @@ def test_mistakes_of_the_user_are_named(tmp_path):
         run(tmp_path, config=ScoreConfig(scores=('cleverness',)))
 
 
-def test_cases_keep_the_extremes_of_all_batches():
-    made = []
-
-    def make(batch):
-        def case(i):
-            made.append((batch, i))
-            return (values[batch][i], batch, i)
-        return case
-    values = [np.array([1.0, 9, 3]), np.array([9.0, 0, 2]), np.array([1.0, 1, np.nan])]
-    most = Cases(3, 1)
-    for batch in range(3):
-        most.offer(batch, values[batch], make(batch))
-    assert [case[1:] for case in most.kept] == [(2, 2), (0, 1), (1, 0)]        # NaN first, then ties in order
-    least = Cases(2, -1)
-    assert [c[0] for c in least.merge([(3.0, 0, 0), (np.nan, 0, 1), (1.0, 1, 0)])] == [1.0, 3.0]
-    assert (2, 0) not in made                                                    # nothing is made in vain
+def test_cases_are_those_of_the_scores(tmp_path, monkeypatch):
+    """A second look at a few images shows what the first pass over all of them saw."""
+    data, model = make_data(masks=True), make_model()
+    make = lambda: scorer.Scorer(model, data, [SCORES['nelbo'](2)[0]], [], CONFIG, 'nelbo', num_iw_samples=1,
+                                 batch_size=8, seed=1, workers=0, device=torch.device('cpu'), rank=0, world=1,
+                                 gather=list)
+    every = make().cases(data.test, 'test', range(36))
+    assert [case.place for case in every] == list(range(36))
+    for case in every:
+        assert np.array_equal(case.image, data.test.x[case.place].numpy())
+        assert case.mask.any() == (case.place >= 20)
+    read = []
+    monkeypatch.setattr(Part, '__getitems__', lambda part, keys, get=Part.__getitems__:
+                        read.append([i for _, i in keys]) or get(part, keys))
+    few = make().cases(data.test, 'test', [33, 2, 35])
+    assert read == [list(range(8)), [32, 33, 34, 35]]                 # whole batches, and only these
+    for case in few:
+        for name, values in case._asdict().items():
+            assert np.array_equal(values, getattr(every[case.place], name)), name
+    assert [case.place for case in few] == [33, 2, 35]

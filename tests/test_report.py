@@ -1,21 +1,33 @@
 """What the report says and that it stands alone."""
 
+import base64
+import hashlib
+import json
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_detect import make_data, make_model, run
+from test_detect import make_data, make_model, rows_of, run
+from test_scores import LinearGaussian
 
-from anomaly.figures import figure_scores, level_figure, levels, map_scale, shorten, shown_groups
+from anomaly.figures import (
+    curve_figure,
+    figure_scores,
+    level_figure,
+    levels,
+    read_history,
+    shown_groups,
+    training_figure,
+)
 from anomaly.report import number, pixel_table, shade, share, text_tables
 from anomaly.scores import ScoreConfig
 
 
 class Page(HTMLParser):
     """Collects tags and text, and checks that every tag is closed."""
-    VOID = ('meta', 'line', 'use', 'path', 'image', 'rect', 'br', 'stop', 'circle', 'polygon')
+    VOID = ('meta', 'line', 'use', 'path', 'image', 'rect', 'br', 'stop', 'circle', 'polygon', 'img', 'input')
 
     def __init__(self, text):
         super().__init__()
@@ -38,22 +50,112 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
+HISTORY = '''{"step": 4, "time": 1, "train/nelbo": 9.5, "train/epoch": 1}
+{"step": 4, "time": 1, "val/nelbo": 9.0, "val/neg_log_p": null}
+{"step": 8, "time": 2, "train/nelbo": 7.5, "train/epoch": 2}
+{"step": 8, "time": 2, "val/nelbo": 8.0, "val/neg_log_p": 7.0}
+{"step": 9, "tim'''
+
+
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp('report')
-    config = ScoreConfig(num_draws=1, num_bootstrap=30, num_cases=2)
-    result = run(out, make_data(masks=True), make_model(), config)
+    config = ScoreConfig(num_draws=1, num_bootstrap=30, num_cases=2, num_gallery=20)
+    (out / 'eval-x').mkdir()
+    (out / 'eval-x' / 'metrics.jsonl').write_text(HISTORY)
+    result = run(out, make_data(masks=True), make_model(), config, run_folder=out / 'eval-x')
     source = (out / 'report.html').read_text()
     return SimpleNamespace(out=out, result=result, source=source, page=Page(source))
+
+
+def block(source):
+    """The numbers in the page."""
+    return json.loads(re.search(r'<script type="application/json" id="report-data">(.*?)</script>', source,
+                                re.DOTALL)[1])
 
 
 def test_page_is_well_formed_and_needs_no_network(made):
     assert made.page.open == []
     for tag, attributes in made.page.tags:
-        assert tag not in ('script', 'link', 'iframe')
-        for name in ('src', 'href', 'xlink:href'):
+        assert tag not in ('link', 'iframe', 'object', 'base')
+        assert not [name for name in attributes if name.startswith('on')]
+        for name in ('src', 'href', 'xlink:href', 'action'):
             assert attributes.get(name, '#').startswith(('#', 'data:')), (tag, attributes)
     assert not re.search(r'url\((?!#)', made.source) and '@import' not in made.source
+    policy = next(attributes['content'] for _, attributes in made.page.tags
+                  if attributes.get('http-equiv') == 'Content-Security-Policy')
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    script = re.search(r'<script>(.*?)</script>', made.source, re.DOTALL)[1]
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+    assert not re.search(r'https?:', script)
+
+
+def test_the_block_of_numbers_equals_the_scores(made):
+    found, rows = block(made.source), rows_of(made.out / 'scores.csv')
+    test, validation = ([row for row in rows if row['part'] == part] for part in ('test', 'val'))
+    assert found['primary'] == 'nelbo' and 'png_size' in found['scores'] and len(found['scores']) <= 7
+    assert found['label'] == [int(row['label']) for row in test]
+    assert [found['classes'][i] for i in found['class']] == [row['class'] for row in test]
+    for name, score in found['scores'].items():
+        assert score['test'] == [float(row[name]) for row in test]
+        assert score['validation'] == [float(row[name]) for row in validation]
+        assert score['threshold'] == made.result['scores'][name]['threshold']
+
+
+def test_every_case_has_its_pictures_and_its_outcome_without_the_script(made):
+    cards = [attributes for tag, attributes in made.page.tags if attributes.get('class') == 'case card']
+    assert len(cards) == 20
+    rows = [row for row in rows_of(made.out / 'scores.csv') if row['part'] == 'test']
+    values = [float(rows[int(card['data-place'])]['nelbo']) for card in cards]
+    assert values == sorted(values, reverse=True) and values[0] == max(float(row['nelbo']) for row in rows)
+    for card in cards:
+        row = rows[int(card['data-place'])]
+        assert card['data-class'] == row['class']
+        assert card['data-outcome'] == {'11': 'tp', '10': 'fn', '01': 'fp', '00': 'tn'}[
+            row['label'] + row['nelbo_called']]
+    pictures = [attributes['alt'] for tag, attributes in made.page.tags if tag == 'img']
+    for kind in ('input', 'reconstruction', 'map'):
+        assert sum(alt.startswith(f'{kind} of ') for alt in pictures) == 20
+    hidden = [attributes.get('id') for tag, attributes in made.page.tags if 'hidden' in attributes]
+    assert hidden == ['controls', 'filters']
+
+
+def test_names_from_outside_are_text_and_nothing_else(tmp_path):
+    name = '</script><script>alert("&1")</script>'
+    run(tmp_path, make_data(classes=(name,), masks=True), make_model(), ScoreConfig(
+        scores=('nelbo',), num_draws=1, num_bootstrap=5))
+    source = (tmp_path / 'report.html').read_text()
+    page = Page(source)
+    assert page.open == [] and '<script>alert' not in source and source.count('<script') == 2
+    assert name in block(source)['classes'] and name in page.text
+    assert any(attributes.get('data-group') == name for _, attributes in page.tags)
+
+
+def test_a_model_that_cannot_reconstruct_and_images_without_masks(tmp_path):
+    class Terms(LinearGaussian):
+        reconstruct = maps = property()                                # hasattr is False
+
+    run(tmp_path, make_data(), Terms(tau2=0.01, sigma2=0.01), ScoreConfig(num_draws=1, num_bootstrap=5))
+    source = (tmp_path / 'report.html').read_text()
+    assert Page(source).open == [] and 'alt="input of ' in source
+    assert 'reconstruction of ' not in source and 'masks are outlined' not in source
+    assert 'aria-label="Training curves"' not in source
+
+
+def test_no_gallery_where_none_is_asked_for(tmp_path):
+    run(tmp_path, make_data(), make_model(), ScoreConfig(scores=('nelbo',), num_draws=1, num_bootstrap=5,
+                                                         num_cases=0, num_gallery=0))
+    source = (tmp_path / 'report.html').read_text()
+    assert Page(source).open == [] and 'id="filters"' not in source and 'href="#cases"' not in source
+
+
+def test_the_data_card(made):
+    text = ' '.join(' '.join(made.page.text).split())
+    assert 'seed of the split 3' in text and 'duplicates across parts 2 near, 1 exact' in text
+    for row in made.result['normal_parts'].values():
+        assert 0 <= row['low'] <= row['high'] <= 1
+    row = made.result['normal_parts']['png_size']
+    assert f"png_size {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in text
 
 
 def test_page_says_the_numbers_the_command_the_data_and_the_limits(made):
@@ -84,9 +186,9 @@ def test_ids_in_the_page_are_unique(made):
 
 def test_figures_are_pictures_of_a_readable_size(made):
     from PIL import Image
-    for name in ('roc', 'histograms', 'levels', 'cases'):
+    for name in ('roc', 'pr', 'histograms', 'levels', 'cases', 'training'):
         with Image.open(made.out / 'figures' / f'{name}.png') as picture:
-            assert picture.width >= 800 and picture.height >= 400
+            assert picture.width >= 700 and picture.height >= 400
             assert np.asarray(picture.convert('L')).std() > 10             # something is drawn
 
 
@@ -173,6 +275,32 @@ def test_the_figure_of_levels_of_odd_data():
     assert level_figure(result, test) is None                                 # one level is no curve
 
 
+def test_curves_of_scores_that_are_right_and_wrong():
+    names = ['Normal'] * 3 + ['COVID']
+    test = SimpleNamespace(labels=np.array([0, 0, 0, 1]), classes=np.array(names, object),
+                           values={'nelbo': np.array([1.0, 2, 3, 4]), 'kl': np.array([2.0, 3, 4, 1])})
+    result = {'groups': ['COVID', 'all'], 'primary_score': 'nelbo',
+              'scores': {name: {'kind': 'model'} for name in test.values}}
+    right, wrong, chance = curve_figure(result, test, 'roc', ['nelbo', 'kl']).axes[0].get_lines()
+    assert (0, 1) in zip(*right.get_data()) and (1, 0) in zip(*wrong.get_data())
+    assert list(chance.get_ydata()) == [0, 1]
+    right, wrong, chance = curve_figure(result, test, 'pr', ['nelbo', 'kl']).axes[0].get_lines()
+    assert (1, 1) in zip(*right.get_data())
+    assert max(y for x, y in zip(*wrong.get_data()) if x > 0) == 1 / 4      # the anomalous image comes last
+    assert list(chance.get_ydata()) == [1 / 4] * 2                            # the share of anomalous images
+
+
+def test_training_curves_need_both_parts(tmp_path):
+    assert read_history(tmp_path) == {} and training_figure({}) is None
+    (tmp_path / 'metrics.jsonl').write_text(HISTORY)
+    history = read_history(tmp_path)
+    assert history['train/nelbo'] == [(4, 9.5), (8, 7.5)] and history['val/neg_log_p'] == [(8, 7.0)]
+    panel, = training_figure(history).axes
+    assert [line.get_label() for line in panel.get_lines()] == ['training', 'validation']
+    assert panel.get_lines()[1].get_ydata().tolist() == [9, 8]
+    assert training_figure({'train/nelbo': [(1, 1.0)], 'val/loss': [(1, 1.0)]}) is None
+
+
 def test_many_classes_share_one_table(tmp_path):
     classes = ('A', 'B', 'Viral Pneumonia', 'D', 'E')
     result = run(tmp_path, make_data(classes=classes), make_model(), ScoreConfig(
@@ -195,8 +323,3 @@ def test_small_things():
     assert shown_groups({'groups': ['COVID', 'all']}) == ['COVID']
     assert shown_groups({'groups': ['A', 'B', 'all']}) == ['A', 'B', 'all']
     assert share([1, 8]) == '12.5 %' and share([0, 0]) == '-'
-    assert shorten('Normal/images/Normal-1.png') == 'Normal-1' and len(shorten('x' * 60)) <= 23
-    assert map_scale([np.array([[0.0, 2]])])['vmin'] == 0
-    signed = map_scale([np.array([[-3.0, 2]])])
-    assert signed['vmin'] == -signed['vmax'] and signed['vmax'] == pytest.approx(3, abs=0.1)
-    assert map_scale([]) and map_scale([np.zeros((2, 2))])['vmax'] > 0
