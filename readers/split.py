@@ -239,16 +239,10 @@ def warnings(entries: Sequence[Entry], parts: Mapping[str, str],
                           f"({d['parts'][1]})" for d in pairs])
             lines.append(f"duplicates across parts: {count(len(pairs), 'pair')} of images are {words}: "
                          f"{named}")
-    labels = defaultdict(set)
-    for e in entries:
-        labels[e.sha256 or e.id].add(e.label)
-    if conflicts := [e.id for e in entries if len(labels[e.sha256 or e.id]) > 1]:
-        lines.append(f"{count(len(conflicts), 'file')} of the same content are called normal and anomalous: "
-                     f"{some(conflicts)}")
-    places = defaultdict(set)
-    for e in entries:
-        places[e.patient].add(parts[e.id])
-    if spread := sorted(p for p in places if p and len(places[p]) > 1):
+    if contradicted := contradictions(entries):
+        lines.append(f"{count(len(contradicted), 'file')} of the same content are called normal and "
+                     f"anomalous: {some(contradicted)}")
+    if spread := spread_patients(entries, parts):
         lines.append(f"{count(len(spread), 'patient')} in more than one part of the stored split: "
                      f"{some(spread)}")
     unmarked = [e.id for e in entries if not e.has_mask]
@@ -256,6 +250,22 @@ def warnings(entries: Sequence[Entry], parts: Mapping[str, str],
         lines.append(f"{count(len(unmarked), 'anomalous image')} without a mask count in no pixel metric: "
                      f"{some(unmarked)}")
     return lines
+
+
+def contradictions(entries: Sequence[Entry]) -> list[str]:
+    """The ids of files whose content is called normal in one file and anomalous in another."""
+    labels = defaultdict(set)
+    for e in entries:
+        labels[e.sha256 or e.id].add(e.label)
+    return [e.id for e in entries if len(labels[e.sha256 or e.id]) > 1]
+
+
+def spread_patients(entries: Sequence[Entry], parts: Mapping[str, str]) -> list[str]:
+    """The known patients who are in more than one part."""
+    places = defaultdict(set)
+    for e in entries:
+        places[e.patient].add(parts[e.id])
+    return sorted(p for p in places if p and len(places[p]) > 1)
 
 
 def count(n: int, what: str) -> str:
