@@ -213,7 +213,7 @@ def test_patients_stay_together_in_the_regression():
 # ------------------------------------------------------------------------------------------------ small parts
 
 def test_features_worked_by_hand():
-    ramp = np.tile(np.linspace(0.1, 0.9, 20), (20, 1))[None]             # (1, 20, 20), dark left, bright right
+    ramp = np.tile(np.linspace(0.1, 0.9, 20), (20, 1))[None]             # (1, 20, 20), dark to bright
     assert symmetry(look(ramp)) == approx(-1) and noise(look(ramp)) == approx(0, abs=1e-9)
     mirror = look(np.concatenate([ramp, ramp[:, :, ::-1]], 2))
     assert symmetry(mirror) == approx(1)
