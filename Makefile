@@ -1,12 +1,13 @@
 # make demo   train a small NVAE on synthetic radiographs and report what it finds
 # make test   the test suite
+# make notebook   the tutorial, run, as docs/tutorial.ipynb
 # Each does all the set-up: a .venv here, with uv and the dependencies. Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebook clean
 
 demo: $(VENV)/.installed
 	PYTHON=$(RUN) bash scripts/recipes/demo.sh
@@ -16,6 +17,11 @@ test: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
+
+# docs/tutorial.ipynb from docs/tutorial.py, with its pictures.
+notebook: $(VENV)/.installed-dev
+	$(RUN) -m uv pip install --quiet --python $(RUN) nbconvert ipykernel || $(RUN) -m pip install --quiet nbconvert ipykernel
+	$(RUN) -m jupytext --to ipynb --execute docs/tutorial.py
 
 # uv is several times faster than pip; where it fails, pip does the same.
 define install
