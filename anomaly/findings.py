@@ -125,7 +125,7 @@ def of_parts(comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> list[F
         return [finding('fine', PART, f"The {TESTED} are like the {LEARNED}: no trivial feature tells them "
                         f"apart, every AUROC is near 0.5, as it should be.{together}")]
     named = '; '.join(f"{subject(name, rows[name]).lower()} {told(rows[name])}" for name in flagged[:NAMED])
-    expected = round(BY_CHANCE * len(rows))
+    expected = max(1, round(BY_CHANCE * len(rows)))
     text = (f"The {TESTED} differ from the {LEARNED}, though an AUROC between them should be 0.5"
             f"{': ' if named else ''}{named}.{together} Of {count(len(rows), 'feature')} about {expected} "
             f"would differ as much by chance.")

@@ -27,7 +27,7 @@ from model import MODELS, build_model
 from utils import seed_noise
 
 FAST = bool(os.environ.get('TUTORIAL_FAST'))     # a shorter lesson: fewer images, less training
-PHANTOMS, STEPS = (200, 120) if FAST else (600, 1200)
+PHANTOMS, STEPS = (200, 120) if FAST else (400, 800)
 SIZE, BATCH = 32, 16                             # pixels of a side; images a training step
 FOLDER = Path(tempfile.gettempdir(), 'anomaly-tutorial')
 
