@@ -21,7 +21,7 @@ lint: $(VENV)/.installed-dev
 # docs/tutorial.ipynb from docs/tutorial.py, with its pictures.
 notebook: $(VENV)/.installed-dev
 	$(RUN) -m uv pip install --quiet --python $(RUN) nbconvert ipykernel || $(RUN) -m pip install --quiet nbconvert ipykernel
-	$(RUN) -m jupytext --to ipynb --execute docs/tutorial.py
+	$(RUN) -m jupytext --to ipynb --set-kernel python3 --execute docs/tutorial.py
 
 # uv is several times faster than pip; where it fails, pip does the same.
 define install

@@ -129,7 +129,8 @@ def of_parts(comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> list[F
     text = (f"The {TESTED} differ from the {LEARNED}, though an AUROC between them should be 0.5"
             f"{': ' if named else ''}{named}.{together} Of {count(len(rows), 'feature')} about {expected} "
             f"would differ as much by chance.")
-    by_chance = level == 'mind' and len(flagged) <= expected and severity(combined, 'parts') == 'fine'
+    together_alike = combined is None or severity(combined, 'parts') == 'fine'
+    by_chance = level == 'mind' and together_alike and len(flagged) <= expected
     return [finding(level, PART, text, "Nothing: it is what chance brings." if by_chance else
                     "If they come from another hospital or time, thresholds from validation images do not "
                     "hold for them; else try another --split_seed, and tell who the patients are.",

@@ -10,7 +10,7 @@ from PIL import Image
 from pytest import approx
 
 from anomaly.audit import audit, classify, common_words, sentences
-from anomaly.findings import BOUNDS, severity, told
+from anomaly.findings import BOUNDS, of_parts, severity, told
 from anomaly.trivial import (
     IMMERKAER,
     PICTURE_FEATURES,
@@ -279,6 +279,22 @@ def test_severity_needs_the_whole_interval():
     assert severity(row(0.45, 0.99), 'class') == 'fine'
     assert severity(row(0.51, 0.6), 'parts') == 'mind' and severity(row(0.51, 0.6), 'class') == 'fine'
     assert told(row(0.1, 0.3)) == '0.80 (95 % interval 0.70 to 0.90)'
+
+
+def test_what_chance_brings_is_told_from_what_it_does_not():
+    def of(combined, **features):
+        row = lambda low, high: {'auroc': (low + high) / 2, 'low': low, 'high': high, 'topic': 'brightness'}
+        comparison = {'features': {name: row(*ends) for name, ends in features.items()},
+                      'combined': combined and row(*combined)}
+        (found,) = of_parts(comparison, {})
+        return found['severity'], found['advice'].startswith('Nothing')
+    alike, apart = (0.4, 0.6), (0.51, 0.65)
+    assert of(alike, mean=alike, black=alike) == ('fine', False)
+    assert of(alike, mean=apart, black=alike) == ('mind', True)            # one of a few features
+    assert of(None, mean=apart, black=alike) == ('mind', True)
+    assert of(alike, mean=apart, black=apart) == ('mind', False)
+    assert of(apart, mean=alike, black=alike) == ('mind', False)
+    assert of(alike, mean=(0.2, 0.39), black=alike) == ('serious', False)
 
 
 def test_words_that_are_compared():
