@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from PIL import Image
 from pytest import approx
 
 from anomaly.audit import audit, classify, common_words, sentences
-from anomaly.findings import BOUNDS, of_parts, severity, told
+from anomaly.findings import BOUNDS, all_findings, of_parts, severity, told
 from anomaly.trivial import (
+    FEATURES,
     IMMERKAER,
     PICTURE_FEATURES,
     Measured,
@@ -279,6 +281,23 @@ def test_severity_needs_the_whole_interval():
     assert severity(row(0.45, 0.99), 'class') == 'fine'
     assert severity(row(0.51, 0.6), 'parts') == 'mind' and severity(row(0.51, 0.6), 'class') == 'fine'
     assert told(row(0.1, 0.3)) == '0.80 (95 % interval 0.70 to 0.90)'
+
+
+def test_the_worst_comes_first_and_of_equals_the_cause():
+    def findings(**aurocs):
+        row = lambda name, auroc: {'topic': FEATURES[name].topic, 'auroc': auroc, 'low': auroc - 0.02,
+                                   'high': auroc + 0.02}
+        numbers = {name: {'low': 1.0, 'median': 2.0, 'high': 3.0} for name in aurocs}
+        groups = {name: {'features': numbers, 'traits': {'format': {}, 'pixels': {}, 'size': {}}}
+                  for name in ('Normal', 'COVID')}
+        comparison = {'kind': 'class', 'first': 'Normal', 'second': 'COVID', 'combined': row('mean', 0.97),
+                      'features': {name: row(name, auroc) for name, auroc in aurocs.items()}}
+        found = all_findings({'groups': groups, 'comparisons': [comparison]}, SimpleNamespace(split={}))
+        return [(f['severity'], f['topic']) for f in found]
+    file, bright, together = (('serious', topic) for topic in ('file size', 'brightness', 'all together'))
+    assert findings(mean=0.8, file_size=0.9) == [file, bright, together]
+    assert findings(mean=0.1, file_size=0.9) == [bright, file, together]
+    assert findings(mean=0.6, file_size=0.5) == [together, ('mind', 'brightness'), ('fine', 'parts')]
 
 
 def test_what_chance_brings_is_told_from_what_it_does_not():
