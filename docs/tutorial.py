@@ -123,10 +123,10 @@ histogram(residual.mean((1, 2, 3)).numpy(), 'mean residual')
 print(f"AUROC of the mean residual: {auroc['reconstruction']:.2f}")
 
 # %% [markdown]
-# **Why blur misleads.** Few numbers cannot hold ribs and vessels, so the copy is blurred, and the residual
-# shows the edges of any chest. A blur needs no training and knows no anatomy. If its residual ranks the
-# images as that of the model does, then the model measures how much fine structure an image has, not
-# whether it is normal.
+# **Why blur misleads.** Few numbers cannot hold ribs and vessels, so the copy is blurred, and beside the
+# lesions the residual shows the edges of any chest. A blur needs no training and knows no anatomy. As far
+# as its residual ranks the images as that of the model does, the model measures how much fine structure an
+# image has, not whether it is normal. The shorter the training, the more it does so.
 
 # %%
 padded = F.pad(x, (2, 2, 2, 2), mode='reflect')
@@ -139,6 +139,9 @@ print(f"AUROC of a blur: {auroc['blur']:.2f}; correlation of both residuals over
 print(f'mean residual inside the lesions {inside:.3f}, elsewhere in the same images {outside:.3f}')
 
 # %% [markdown]
+# The residual is larger inside the lesions, so the map is worth a look, though the mean over all pixels
+# drowns much of it in edges.
+#
 # ## 3. What needs no model
 #
 # So first ask what trivial scores reach: brightness, file size, a linear fit. They are rows of a table, and
@@ -167,6 +170,9 @@ for name, make in BASELINES.items():
     print(f'{name:20} {auroc[name]:.2f}   {baseline.about}')
 
 # %% [markdown]
+# The residual of a linear fit (`pca`) does as well here as that of our autoencoder: so far nothing needed a
+# deep model. To claim more, beat it.
+#
 # The phantom is made so that its classes do not differ in file or exposure. Real data sets are not: their
 # classes come from different hospitals. `audit` looks for such confounds before anything is trained, and
 # says it in words.
@@ -254,7 +260,8 @@ axis.tick_params(axis='x', rotation=90)
 plt.show()
 
 # %% [markdown]
-# Do not pick the tallest bar: with this many scores one is always lucky. Choose the score before you look,
+# A small network, trained for a minute on small images, stays near chance here; larger ones and other data
+# are in the [README](../README.md). Do not pick the tallest bar: with this many scores one is always lucky. Choose the score before you look,
 # or on other data, and say which.
 #
 # ## 6. A threshold, and how sure we are

@@ -50,6 +50,11 @@ def test_a_blur_ranks_images_much_as_the_residual_does(lesson):
     assert abs(lesson['auroc']['blur'] - lesson['auroc']['reconstruction']) < 0.25
 
 
+def test_the_residual_is_larger_inside_the_lesions_and_a_linear_fit_does_as_well(lesson):
+    assert lesson['inside'] > 1.3 * lesson['outside']
+    assert lesson['auroc']['pca'] > lesson['auroc']['reconstruction'] - 0.05
+
+
 def test_the_phantom_has_no_serious_confound(lesson):
     assert not [f for f in lesson['audited']['findings'] if f['severity'] == 'serious']
     assert 0.3 < lesson['auroc']['file_size'] < 0.7
