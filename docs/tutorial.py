@@ -261,8 +261,8 @@ plt.show()
 
 # %% [markdown]
 # A small network, trained for a minute on small images, stays near chance here; larger ones and other data
-# are in the [README](../README.md). Do not pick the tallest bar: with this many scores one is always lucky. Choose the score before you look,
-# or on other data, and say which.
+# are in the [README](../README.md). Do not pick the tallest bar: with this many scores one is always lucky.
+# Choose the score before you look, or on other data, and say which.
 #
 # ## 6. A threshold, and how sure we are
 #

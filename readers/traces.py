@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
+from readers.dicom import MAGIC, MAGIC_START, is_dicom
 from readers.images import FORMATS
 from utils import UserError
 
@@ -26,6 +27,7 @@ SAMPLINGS = {0: '4:4:4', 1: '4:2:2', 2: '4:2:0'}
 SOFTWARE = 305                                         # TIFF and EXIF tag
 # Mean of the luminance table of ITU-T T.81, K.1, at which the Independent JPEG Group's quality is 50.
 MEAN_QUANTIZATION = 57.625
+DICOM = ('Rows', 'Columns', 'BitsStored', 'PhotometricInterpretation')       # nothing of a patient
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,11 @@ class Trace:
 
 
 def read_trace(path: str | Path) -> Trace:
-    """The trace of a PNG, JPEG, TIFF or BMP file. Raises UserError naming the file if it has none."""
+    """The trace of a PNG, JPEG, TIFF, BMP or DICOM file. Raises UserError naming the file if it has none."""
     try:
+        with open(path, 'rb') as file:
+            if is_dicom(file.read(MAGIC_START + len(MAGIC))):
+                return _dicom(path)
         with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
             warnings.simplefilter('ignore')            # of odd metadata: that is what is looked for
             pixels, encoder, quality = READERS[image.format](image, Path(path))
@@ -90,6 +95,16 @@ def _other(image: Image.Image, path: Path) -> tuple[str, str, float]:
     pixels = '16-bit grey' if image.mode.startswith('I;16') else MODES.get(image.mode, image.mode)
     compression = str(image.info.get('compression', 'raw'))
     return pixels, _words(f'compression {compression}', _software(image), []), math.nan
+
+
+def _dicom(path: str | Path) -> Trace:
+    import pydicom
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(DICOM))
+        return Trace('DICOM', header.Columns, header.Rows, f'{header.BitsStored}-bit '
+                     f'{header.PhotometricInterpretation}', header.file_meta.TransferSyntaxUID.name)
+    except Exception:                                  # its words may hold values of the file
+        raise ValueError('a damaged DICOM file') from None
 
 
 READERS = {'PNG': _png, 'JPEG': _jpeg, 'TIFF': _other, 'BMP': _other}

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 from pytest import approx
+from test_dicom import as_bytes, made
 
 from anomaly.audit import audit, classify, common_words, sentences
 from anomaly.findings import BOUNDS, all_findings, of_parts, severity, told
@@ -263,6 +264,17 @@ def test_traces_of_files(tmp_path, options, mode, pixels, encoder):
         assert trace.quality == approx(options['quality'], abs=1)
     else:
         assert np.isnan(trace.quality)
+
+
+def test_the_trace_of_a_dicom_file_holds_nothing_of_the_patient(tmp_path):
+    dataset = made(np.zeros((16, 24), np.uint16), bits=12, PatientName='Somebody^Secret')
+    (tmp_path / 'scan').write_bytes(as_bytes(dataset))
+    trace = read_trace(tmp_path / 'scan')
+    assert (trace.format, trace.pixels, trace.size) == ('DICOM', '12-bit MONOCHROME2', '24 x 16')
+    assert trace.encoder == 'Explicit VR Little Endian' and 'Secret' not in str(trace)
+    (tmp_path / 'scan').write_bytes(as_bytes(dataset)[:140])
+    with pytest.raises(UserError, match='a damaged DICOM file'):
+        read_trace(tmp_path / 'scan')
 
 
 def test_a_file_without_a_header_is_named(tmp_path):
