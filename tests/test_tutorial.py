@@ -42,7 +42,7 @@ def test_both_models_have_learned_something(lesson):
     of_mean = (x - x.mean(0, keepdim=True)).abs().mean()
     assert lesson['residual'][~ill].mean() < 0.9 * of_mean
     uniform = x[0].numel() * np.log(256)               # nats of an image whose grey levels are all as likely
-    assert np.median(lesson['of_images'](lesson['nelbo'], lesson['normal'])) < 0.8 * uniform
+    assert np.median(lesson['of_images'](lesson['nelbo'], lesson['normal'])) < 0.9 * uniform
 
 
 def test_a_blur_ranks_images_much_as_the_residual_does(lesson):
