@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import launch
+from anomaly.audit import audit, sentences
 from anomaly.compare import Run, compare, run_names
 from anomaly.detect import detect
 from anomaly.predict import PredictConfig, predict
@@ -64,6 +65,7 @@ DEFAULT_NUM_SAMPLES = {'sample': 64, 'evaluate_fid': 50000, 'reconstruct': 64, '
                        'traverse': 4}
 DEFAULT_IW_SAMPLES = {'evaluate': 1000, 'anomaly': 16}
 SAMPLE_BATCH = 100
+AUDIT_RESAMPLES = 200                             # behind the intervals of the report's audit
 _DEFAULTS = ', '.join(f'{mode} {number}' for mode, number in DEFAULT_NUM_SAMPLES.items())
 
 
@@ -97,6 +99,8 @@ class EvalConfig:
                           "run's own normal test images. A CHANGE is rot90, rot180, rot270, flip or invert",
                       metavar='NAME=PATH[:CHANGE]')
     max_ood: int = flag(0, 'anomaly: at most so many images of each set of --ood, drawn by --seed; 0 = all')
+    audit_images: int = flag(100, 'anomaly: images of each class and part that the audit in the report '
+                                  'measures; 0 = no audit')
     max_images: int = flag(0, 'evaluate: only the first so many images, in whole batches; 0 = all')
     num_iw_samples: int = flag(0, 'importance samples an image; 0 = 1000 for evaluate, 16 for anomaly')
     batch_size: int = flag(0, "images a batch; 0 = the training's (sample, evaluate_fid: 100)")
@@ -105,7 +109,7 @@ class EvalConfig:
 
     def __post_init__(self):
         least_of = {'num_samples': 0, 'max_images': 0, 'num_iw_samples': 0, 'batch_size': 0, 'temp': 0,
-                    'num_frames': 2, 'channel': -1, 'max_ood': 0}
+                    'num_frames': 2, 'channel': -1, 'max_ood': 0, 'audit_images': 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
@@ -377,10 +381,11 @@ def data_with_ood(run: Evaluation) -> Data:
 
 def anomaly(run: Evaluation) -> None:
     """Scores, thresholds, metrics and the report."""
-    data = data_with_ood(run)
+    data, number, seed = data_with_ood(run), run.config.audit_images, run.config.seed
+    findings = sentences(audit(data, number, AUDIT_RESAMPLES, seed)) if number and launch.is_main() else []
     detect(run.model, data, run.out, read_flags(ScoreConfig, run.args), num_iw_samples=run.num_iw_samples,
-           batch_size=run.batch_size, seed=run.config.seed, command='python ' + shlex.join(sys.argv),
-           run_folder=run.run_folder, log=run.say, workers=data.config.num_workers)
+           batch_size=run.batch_size, seed=seed, command='python ' + shlex.join(sys.argv),
+           run_folder=run.run_folder, log=run.say, workers=data.config.num_workers, findings=findings)
 
 
 MODES = {'evaluate': evaluate, 'evaluate_fid': evaluate_fid, 'anomaly': anomaly, 'predict': predict,

@@ -8,7 +8,7 @@ import csv
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
            batch_size: int, seed: int, command: str, run_folder: str | Path | None = None,
            log: Callable[[str], None] = print, workers: int = 0, device: torch.device | str | None = None,
            rank: int | None = None, world: int | None = None,
-           gather: Callable[[list], list] = launch.gather) -> dict[str, Any]:
+           gather: Callable[[list], list] = launch.gather, findings: Sequence[str] = ()) -> dict[str, Any]:
     """Scores validation and test images, sets thresholds on the former, judges on the latter, reports.
 
     Writes OUT/scores.csv, metrics.json (its other keys are kept), thresholds.json (also to `run_folder`, if
@@ -46,7 +46,7 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     table with `log`, and returns what stands under 'anomaly' in metrics.json; other ranks return {}. Noise
     depends on seed, batch and draw, so the numbers do not depend on the number of ranks, but they do on
     `batch_size`. Device, rank, world and `gather` (joins lists, on every rank) are those of launch if not
-    given. Raises UserError if a part is empty or a score unknown.
+    given. `findings` of an audit stand in the report. Raises UserError if a part is empty or a score unknown.
     """
     started, out = time.perf_counter(), Path(out)
     rank, world = launch.rank() if rank is None else rank, launch.world() if world is None else world
@@ -65,7 +65,7 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     warnings += few_images(len(data.val), config.target_fpr) + judged.pop('warnings')
     result = {**settings, 'dataset': getattr(data.config, 'dataset', ''), 'command': command,
               'versions': versions(), 'baselines_fitted_on': fitted_on,
-              **describe(data), **judged, 'warnings': warnings}
+              **describe(data), 'findings': list(findings), **judged, 'warnings': warnings}
     result['verdict'] = verdict(result, samples)
     result['normal_parts'] = compare_normal(validation, test, config.num_bootstrap, seed)
     result['seconds'] = round(time.perf_counter() - started, 1)

@@ -175,6 +175,9 @@ def test_anomaly_leaves_scores_metrics_and_a_report(trained, tmp_path):
     result = run(trained, tmp_path, 'anomaly', '--num_iw_samples', 2, '--num_draws', 1, '--num_bootstrap', 9)
     assert result['sample'] == kept, "what another mode wrote stays"
     assert result['anomaly']['counts']['test'] == {'normal': 10, 'spot': 10}
+    assert any(line.startswith('Serious:') and 'spot' in line for line in result['anomaly']['findings'])
+    more = ('--num_draws', 1, '--num_bootstrap', 2, '--scores', 'nelbo', '--audit_images', 0)
+    assert run(trained, tmp_path / 'again', 'anomaly', *more)['anomaly']['findings'] == []
     assert {'scores.csv', 'metrics.json', 'report.html', 'thresholds.json', 'figures'} <= \
         {path.name for path in tmp_path.iterdir()}
     assert (trained / 'thresholds.json').exists(), "the threshold is kept with the run"

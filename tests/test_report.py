@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -323,3 +324,11 @@ def test_small_things():
     assert shown_groups({'groups': ['COVID', 'all']}) == ['COVID']
     assert shown_groups({'groups': ['A', 'B', 'all']}) == ['A', 'B', 'all']
     assert share([1, 8]) == '12.5 %' and share([0, 0]) == '-'
+
+
+def test_findings_of_an_audit_stand_in_the_report(tmp_path):
+    line = 'Serious: the size of the file <alone> tells them apart.'
+    run(tmp_path, make_data(), make_model(), ScoreConfig(
+        scores=('nelbo',), num_draws=1, num_bootstrap=5, num_cases=0, num_gallery=0), findings=[line])
+    page = (tmp_path / 'report.html').read_text()
+    assert html.escape(line) in page and line not in page.split('</style>')[1].split('<script')[0]
