@@ -88,13 +88,12 @@ def pixel_cells(result: dict[str, Any], intervals: bool) -> list[list[str]]:
 
 def difference_cells(result: dict[str, Any], group: str) -> list[list[str]]:
     """Differences of AUROC against one group, the head first."""
-    cells = [['', 'difference of AUROC', '']]
+    cells = [['', '', 'difference of AUROC']]
     for found in result['differences']:
         if found['group'] == group:
             second = f"{found['second']} turned round" if found['turned'] else found['second']
-            cells.append([f"{found['first']} - {second}",
-                          f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]",
-                          OUTCOMES[found['outcome']].format(**found)])
+            cells.append([f"{found['first']} - {second}", OUTCOMES[found['outcome']].format(**found),
+                          f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"])
     return cells
 
 
@@ -126,7 +125,7 @@ def text_tables(result: dict[str, Any]) -> list[str]:
     lines = ['', 'The tables of each class are in comparison.md.'] if many else []
     for group in ['all'] if many else groups:
         lines += ['', group_heading(result, group), *with_heading(align(group_cells(result, group)), result)]
-        lines += ['', *align(difference_cells(result, group))]
+        lines += ['', *align(difference_cells(result, group), left=2)]
     if cells := pixel_cells(result, intervals=False):
         lines += ['', pixel_heading(with_pixels(result)), *align(cells)]
     return [*lines, '', *notes(result), '']
