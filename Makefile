@@ -35,7 +35,7 @@ endef
 $(VENV)/.installed: requirements.txt
 	$(call install,requirements.txt)
 
-$(VENV)/.installed-dev: requirements-dev.txt requirements.txt
+$(VENV)/.installed-dev: requirements-dev.txt requirements-medical.txt requirements.txt
 	$(call install,requirements-dev.txt)
 
 clean:

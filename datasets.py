@@ -1,12 +1,12 @@
 """Data sets: the table, the flags, the split into parts, and the batches.
 
-B images, C channels, *S = (H, W) pixels; label 0 normal, 1 anomalous. Models train on the normal images of
-the part `train`, choose thresholds on the normal images of `val`, and are judged on `test`, normal and
-anomalous.
+B images, C channels, *S = (H, W) pixels or (D, H, W) voxels; label 0 normal, 1 anomalous. Models train on
+the normal images of the part `train`, choose thresholds on the normal images of `val`, and are judged on
+`test`, normal and anomalous.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distributions import Pixels
 from readers.archive import unpacked
+from readers.brain_phantom import write_brain_phantoms
 from readers.cifar10 import read_cifar10
 from readers.files import Preparation
 from readers.images import FITS, read_folder
@@ -39,6 +40,7 @@ from readers.split import (
     part_counts,
     some,
     split_by_name,
+    split_given,
     split_parts,
     split_records,
     stored_parts,
@@ -46,6 +48,7 @@ from readers.split import (
     with_patients,
 )
 from readers.svhn import read_svhn
+from readers.volumes import VolumeConfig, check_volumes, read_volumes
 from utils import UserError, flag, mix_seed
 
 # ------------------------------------------------------------------------------------------------------ table
@@ -54,8 +57,11 @@ from utils import UserError, flag, mix_seed
 class DataSet:
     """One row of DATASETS: what is true of a data set whatever the run."""
     read: Callable[['DataConfig', 'DataSet'], Source]
-    size: int                                # H and W that the model sees, padding included
+    size: int                                # along each of *S, as the model sees it, padding included
+    dims: int = 2                            # of *S; 3 = volumes, which may have size 0: as large as they are
     channels: int = 1
+    modalities: tuple[str, ...] = ()         # of volumes: names of the channels
+    labels: str = ''                         # of volumes: name of the masks of lesions
     bits: int = 16                           # most bits a grey level can have
     likelihood: str = 'discretized'          # or 'bernoulli'
     padding: int = 0                         # border of zeros that belongs to `size`, not to the image
@@ -80,13 +86,25 @@ def _read_folder(config: 'DataConfig', row: DataSet) -> Source:
                        masks=row.masks, cache_dir=config.cache_dir, where=row.where)
 
 
+def _read_volumes(config: 'DataConfig', row: DataSet) -> Source:
+    return read_volumes(row.folder(config), config, modalities=config.modalities or row.modalities,
+                        labels=config.labels or row.labels, normal=row.normal,
+                        normal_wanted=config.normal_classes, anomalous=config.anomalous_classes,
+                        side=config.image_size or row.size, depth=_depth(config), cache_dir=config.cache_dir,
+                        where=row.where)
+
+
 def _data_folder(config: 'DataConfig') -> str:
     is_file = config.data and Path(config.data).is_file()
     return str(unpacked(config.data, config.cache_dir)) if is_file else config.data
 
 
 def _phantom_folder(config: 'DataConfig') -> str:
-    return str(write_phantoms(config.data or 'data/phantom', config.num_phantoms))
+    return str(write_phantoms(config.data or 'data/phantom', config.num_phantoms or 1200))
+
+
+def _brain_phantom_folder(config: 'DataConfig') -> str:
+    return str(write_brain_phantoms(config.data or 'data/brain_phantom', config.num_phantoms or 120))
 
 
 def _read_arrays(read: Callable[..., Source], config: 'DataConfig', row: DataSet) -> Source:
@@ -210,17 +228,27 @@ DATASETS = {
     'phantom': DataSet(
         _read_folder, size=64, normal=('Normal',), masks=True, folder=_phantom_folder,
         where='Synthetic: it is made at the first run.'),
+    'brain': DataSet(
+        _read_volumes, size=0, dims=3, normal=('normal', 'healthy', 'control'), labels='label',
+        folder=_data_folder, split=split_given,
+        where='Expected NIfTI files, one a subject, or with --modalities t1 flair the folders t1 and flair, '
+              'or files that end in _t1 and _flair; perhaps in class folders, one of them "normal".'),
+    'brain_phantom': DataSet(
+        _read_volumes, size=64, dims=3, channels=2, modalities=('t1', 'flair'), labels='lesions',
+        normal=('normal',), folder=_brain_phantom_folder, split=split_given,
+        where='Synthetic: it is made at the first run.'),
 }
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(VolumeConfig):
     """Data: which images, at what size, in what parts"""
     dataset: str = flag('mnist', 'data set', choices=tuple(DATASETS))
     data: str = flag('', 'data folder, a tar of class folders, or an LMDB of scripts/create_lmdb.py '
-                         '(phantom: where to make it, default data/phantom)')
-    image_size: int = flag(0, "height and width in pixels; 0 = the data set's own")
-    channels: int = flag(0, "1 grey, 3 colour; 0 = the data set's own", choices=(0, 1, 3))
+                         '(phantoms: where to make them, default data/NAME)')
+    image_size: int = flag(0, "height and width in pixels, of volumes all three; 0 = the data set's own")
+    channels: int = flag(0, "1 grey, 3 colour; 0 = the data set's own; of volumes see --modalities",
+                         choices=(0, 1, 3))
     num_x_bits: int = flag(8, 'bits per pixel, 1 to 16; above 8 keeps the depth of 16-bit files')
     fit: str = flag('pad', 'an image that is not square gets black borders, loses its ends, or is squeezed',
                     choices=FITS)
@@ -242,7 +270,8 @@ class DataConfig:
                          choices=('dynamic', 'static'))
     dequantize: bool = flag(False, 'grey levels: add noise, (level + u) / levels with u uniform in [0, 1)')
     invert: bool = flag(False, 'light for dark: 1 - x, before it is made binary or dequantized')
-    num_phantoms: int = flag(1200, 'phantom: normal images to make; a quarter as many abnormal ones')
+    num_phantoms: int = flag(0, 'phantoms: normal ones to make, a quarter as many abnormal ones; 0 = 1200 '
+                                'images or 120 volumes')
     num_workers: int = flag(0, 'processes that prepare batches; 0 = none besides the program')
     cache_dir: str = flag('', "folder for decoded images; '' = a folder in $XDG_CACHE_HOME or ~/.cache")
 
@@ -279,6 +308,20 @@ def check(config: DataConfig, row: DataSet) -> None:
     if config.image_size < 0:
         raise UserError(f"--image_size {config.image_size}: expected pixels, or 0 for the data set's own "
                         f"{row.size}.")
+    if config.num_phantoms < 0:
+        raise UserError(f"--num_phantoms {config.num_phantoms}: expected 1 or more, or 0 for the data set's "
+                        f"own.")
+    # A flag that would do nothing is a mistake: those of volumes for images, and the other way round.
+    foreign = ('channels', 'fit') if row.dims == 3 else [f.name for f in fields(VolumeConfig)]
+    for name in foreign:
+        if getattr(config, name) != getattr(DataConfig, name):
+            raise UserError(f"--{name}: {config.dataset} has {'volumes' if row.dims == 3 else 'images'}, of "
+                            f"which it says nothing. Leave it out.")
+    if row.dims == 3:
+        check_volumes(config, config.image_size)
+        if is_packed(config.data):
+            raise UserError(f"--data {config.data} is an LMDB of images, {config.dataset} has volumes: give "
+                            f"the folder of NIfTI files.")
     if row.likelihood == 'bernoulli' and config.channels not in (0, row.channels):
         raise UserError(f"--channels {config.channels}: the binary images of {config.dataset} have "
                         f"{row.channels}.")
@@ -309,7 +352,7 @@ class Data:
     train: Part
     val: Part
     test: Part
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]                   # (C, *S)
     pixels: Pixels
     normal_classes: tuple[str, ...]
     anomalous_classes: tuple[str, ...]
@@ -344,7 +387,8 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     pixels = _pixels(config, row)
     flip = {'auto': row.flip, 'on': True, 'off': False}[config.flip]
     made = {part: Part(entries[part], source, pixels, _depth(config), static=config.binarize == 'static',
-                       flip=flip, dequantize=config.dequantize, invert=config.invert) for part in PARTS}
+                       flip=flip, dequantize=config.dequantize, invert=config.invert, augment=config.augment)
+            for part in PARTS}
     stored = {'dataset': config.dataset, 'split_seed': config.split_seed,
               'normal_classes': list(source.normal_classes),
               'anomalous_classes': list(source.anomalous_classes), **stored}
@@ -435,6 +479,9 @@ def _own_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str
 
 def _foreign_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
     """Images that the run does not know; of a published data set its test part."""
+    if len(data.shape) != 3:
+        raise UserError(f"--ood {wanted.name}: other sets are taken for images, {data.config.dataset} has "
+                        f"volumes. Put them into class folders beside the others.")
     channels, size, _ = data.shape
     config = replace(data.config, data=wanted.path, image_size=0, channels=0, normal_classes=(),
                      anomalous_classes=())
@@ -492,8 +539,11 @@ def stand_in(config: DataConfig, number: int) -> Data:
     """`number` training images of the shape and pixels that `config` asks for, of noise: nothing is read."""
     row = DATASETS[config.dataset]
     check(config, row)
-    size = config.image_size or row.size
-    shape = (config.channels or row.channels, size, size)
+    shape = (config.channels or len(config.modalities) or row.channels,
+             *(config.volume_shape or (config.image_size or row.size,) * row.dims))
+    if not all(shape):
+        raise UserError(f"--dry_run: how large the volumes of {config.dataset} are follows from them: add "
+                        f"--data, or --volume_shape.")
     entries = [Entry(f'noise/{i}', '', 'noise', '', 0, i) for i in range(number)]
     source = Source(entries, _Noise(shape, _depth(config)), None, ('noise',), ())
     pixels = _pixels(config, row)

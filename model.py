@@ -43,8 +43,13 @@ MODELS: dict[str, type] = {'nvae': NVAE, 'hvae': HVAE, 'lvae': LVAE, 'biva': BIV
 
 
 def build_model(name: str, shape: tuple[int, ...], config: Any, pixels: Pixels) -> Model:
-    """A new model of the family `name`."""
-    return MODELS[name](shape=shape, config=config, pixels=pixels)
+    """A new model of the family `name`. Raises UserError if that is made for images and these are volumes."""
+    family = MODELS[name]
+    if getattr(family, 'only_images', False) and len(shape) != 3:
+        size = ' x '.join(map(str, shape[1:]))
+        raise UserError(f"--model {name} takes images, the data has volumes of {size} voxels: choose another "
+                        f"--model, or --dataset.")
+    return family(shape=shape, config=config, pixels=pixels)
 
 
 def describe(model: Model) -> dict[str, Any]:

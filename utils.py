@@ -39,13 +39,17 @@ def flag(default: Any, help: str, **argparse_options: Any) -> Any:
 
 def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool = False,
               only: Iterable[str] | None = None, defaults: Mapping[str, Any] | None = None) -> None:
-    """Adds one titled group with a flag for each field of the dataclass `config`.
+    """Adds one titled group with a flag for each field of the dataclass `config`, and one for those of each
+    base of it.
 
     A bool that is off by default becomes `--name`, one that is on `--name / --no-name`. With `optional`,
     flags that the user does not give are absent from the parsed namespace: a stored value stays in force.
     `defaults` take the place of the fields' own.
     """
-    group = parser.add_argument_group((config.__doc__ or config.__name__).strip().split('\n')[0])
+    bases = [base for base in config.__mro__ if dataclasses.is_dataclass(base)]
+    owner = {field.name: base for base in bases for field in dataclasses.fields(base)}    # where it was first
+    groups = {base: parser.add_argument_group((base.__doc__ or base.__name__).strip().split('\n')[0])
+              for base in bases}
     for field in dataclasses.fields(config):
         if only is not None and field.name not in only:
             continue
@@ -62,9 +66,10 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool =
         if optional:
             options['help'] += " (default: the run's)"
         elif not isinstance(default, bool) and default not in ('', ()):
-            shown = ' '.join(default) if isinstance(default, tuple) else default
+            shown = ' '.join(map(str, default)) if isinstance(default, tuple) else default
             options['help'] += f' (default: {shown})'
         names = [f'--{name}' for name in (field.name, *options.pop('aliases', ()))]
+        group = groups[owner[field.name]]
         group.add_argument(*names, default=argparse.SUPPRESS if optional else default, **options)
 
 

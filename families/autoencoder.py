@@ -121,6 +121,7 @@ class AE(nn.Module):
 
     Config: type[AEConfig] = AEConfig
     defaults: dict[str, Any] = PUBLISHED
+    only_images = True                   # S is (H, W)
     primary_score = 'reconstruction'
     code_parts = 1                       # vectors of Z numbers that the encoder gives
 

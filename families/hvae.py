@@ -45,6 +45,7 @@ class HVAE(nn.Module):
     """The contract's model; terms are those of a likelihood family. A latent group is a stage."""
 
     Config = HVAEConfig
+    only_images = True                         # S is (H, W)
     # The published run: Adam at a constant rate, no weight decay.
     defaults = {'optimizer': 'adam', 'learning_rate': 3e-4, 'learning_rate_min': 3e-4, 'warmup_epochs': 0,
                 'weight_decay': 0.0, 'batch_size': 128, 'epochs': 1000}

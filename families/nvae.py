@@ -158,6 +158,7 @@ class NVAE(nn.Module):
     """The model of ARCHITECTURE's contract; terms are those of a likelihood family."""
 
     Config = NVAEConfig
+    only_images = True                         # S is (H, W)
 
     def __init__(self, shape: tuple[int, ...], config: NVAEConfig, pixels: Pixels = EIGHT_BITS):
         """`shape` (C, H, W) of an image. Raises UserError for a size that the scales cannot halve."""

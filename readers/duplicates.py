@@ -1,24 +1,27 @@
-"""Near-duplicates: the same picture twice, resized, recompressed or with other grey levels. N images of H x
-W.
+"""Near-duplicates: the same picture twice, resized, recompressed or with other grey levels.
+
+N images or volumes of size *S = (H, W) or (D, H, W).
 """
 
 import numpy as np
 
-SIZE = 16                 # signature: the image at 16 x 16
+SIZE = 16                 # signature: the image at 16 x 16, the volume at 16 x 16 x 16
 CORRELATION = 0.995       # of two signatures, and then of the two images at full size
 BLOCK = 2048              # images compared at once: 2048 x N float32 are 170 MB at N = 21,000
+AT_ONCE = 1 << 26         # pixels made smaller at once
 MOST_PAIRS = 100_000      # a folder of one image many times has N^2 / 2 pairs; nobody reads more than these
 
 
 def near_duplicates(pixels: np.ndarray) -> list[tuple[int, int, float]]:
-    """Pairs (i, j, correlation), i < j, of images (N, C, H, W) that look alike up to brightness and contrast.
+    """Pairs (i, j, correlation), i < j, of images (N, C, *S) that look alike up to brightness and contrast.
 
     Constant images are like nothing. At most MOST_PAIRS are returned.
     """
     n = len(pixels)
     if n == 0:
         return []
-    coarse = np.concatenate([_unit(_thumbnails(pixels[i:i + BLOCK])) for i in range(0, n, BLOCK)])  # (N, 256)
+    few = max(1, AT_ONCE // pixels[0].size)
+    coarse = np.concatenate([_unit(_thumbnails(pixels[i:i + few])) for i in range(0, n, few)])      # (N, 256)
     pairs = []
     for start in range(0, n, BLOCK):
         block = coarse[start:start + BLOCK]                              # (b, 256)
@@ -34,16 +37,18 @@ def near_duplicates(pixels: np.ndarray) -> list[tuple[int, int, float]]:
 
 
 def _thumbnails(pixels: np.ndarray) -> np.ndarray:
-    """Means over a SIZE x SIZE raster of cells: (b, C, H, W) -> (b, SIZE^2); smaller images keep their
-    pixels.
+    """Means over a raster of SIZE cells along each axis: (b, C, *S) -> (b, SIZE^2 or SIZE^3); smaller images
+    keep their pixels.
     """
-    grey = pixels.mean(axis=1, dtype=np.float32)                         # (b, H, W)
-    for axis in (1, 2):
+    grey = pixels.mean(axis=1, dtype=np.float32)                         # (b, *S)
+    axes = range(1, grey.ndim)
+    for axis in axes:
         length = grey.shape[axis]
         if length > SIZE:
             edges = np.arange(SIZE) * length // SIZE
+            others = [other for other in axes if other != axis]
             widths = np.diff(edges, append=length).astype(np.float32)
-            grey = np.add.reduceat(grey, edges, axis=axis) / np.expand_dims(widths, tuple({0, 1, 2} - {axis}))
+            grey = np.add.reduceat(grey, edges, axis=axis) / np.expand_dims(widths, [0, *others])
     return grey.reshape(len(grey), -1)
 
 

@@ -8,12 +8,10 @@ found here. Images that are kept elsewhere (in records of an LMDB) take the same
 load one. H x W the size of a file, S the target size, C channels.
 """
 
-import errno
 import hashlib
 import io
 import os
 import re
-import shutil
 import stat
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,7 +25,16 @@ from PIL import Image, ImageOps
 
 from readers.dicom import decode_dicom, is_dicom
 from readers.duplicates import near_duplicates
-from readers.source import MOST_PIXELS, Entry, Source, Unreadable, cached, choose_classes, same_name
+from readers.source import (
+    MOST_PIXELS,
+    Entry,
+    Source,
+    Unreadable,
+    cached,
+    check_room,
+    choose_classes,
+    same_name,
+)
 from utils import UserError
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.dcm', '.dicom')
@@ -352,9 +359,7 @@ def scan(files: list[ImageFile], target: Path, *, size: int, channels: int, dept
     from tqdm import tqdm
     side = size + 2 * border
     inner = (slice(None), slice(border, border + size), slice(border, border + size))
-    need = len(files) * (channels * depth // 8 + 1) * side * side
-    if need > shutil.disk_usage(target).free:    # a memory map on a full disk ends the process without a word
-        raise OSError(errno.ENOSPC, f'{need / 2 ** 20:,.0f} MiB do not fit')
+    check_room(target, len(files) * (channels * depth // 8 + 1) * side * side)
     pixels = np.lib.format.open_memmap(target / 'pixels.npy', 'w+', DTYPES[depth],
                                        (len(files), channels, side, side))
     with_mask = {f.id: i for i, f in enumerate(f for f in files if f.mask)}

@@ -1,6 +1,6 @@
 """The images of one part, ready as batches.
 
-B images, C channels, H x W pixels; label 0 normal, 1 anomalous.
+B images, C channels, *S = (H, W) pixels or (D, H, W) voxels; label 0 normal, 1 anomalous.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distributions import Pixels
+from readers.augment import augmented
 from readers.records import LazyImages, Records, columns
 from readers.source import Entry, Source
 from utils import mix_seed
 
+# Of a batch with so many axes, the one from left to right: the last of an image, the first of a volume (RAS).
+LEFT_RIGHT = {4: 3, 5: 2}
+
 
 class Batch(NamedTuple):
-    """x (B, C, H, W) float32 in [0, 1]; y (B,) int64, 0 normal, 1 anomalous; mask (B, 1, H, W) bool.
+    """x (B, C, *S) float32 in [0, 1]; y (B,) int64, 0 normal, 1 anomalous; mask (B, 1, *S) bool.
 
     `mask` is None where no image of the part has a mask file. Where some have, an image without one has an
     empty mask; `Part.entries[i].has_mask` tells an anomalous image whose mask is unknown from a normal one.
@@ -33,10 +37,11 @@ class Part(Dataset):
     """The images of one part, in the order of their ids; `part[i]` is its (x, y, mask, id) for evaluation."""
 
     def __init__(self, entries: Sequence[Entry], source: Source, pixels: Pixels, depth: int = 8,
-                 static: bool = True, flip: bool = False, dequantize: bool = False, invert: bool = False):
+                 static: bool = True, flip: bool = False, dequantize: bool = False, invert: bool = False,
+                 augment: bool = False):
         self.entries = entries if isinstance(entries, Records) else list(entries)
         self.pixels, self.depth, self.static, self.flip = pixels, depth, static, flip
-        self.dequantize, self.invert = dequantize, invert
+        self.dequantize, self.invert, self.augment = dequantize, invert, augment
         self.images, self.masks = source.pixels, source.masks
         self.crops = isinstance(self.images, LazyImages) and self.images.decoding.crop
         labels, self.rows, self.mask_rows = columns(self.entries)
@@ -60,8 +65,8 @@ class Part(Dataset):
     def items(self, indices: Sequence[int], draw: int = 0) -> Batch:
         """These images as a batch; its randomness is that of `draw` and their ids.
 
-        Draw 0 is evaluation: nothing is mirrored, and where images are larger than asked for, their centre is
-        cut out.
+        Draw 0 is evaluation: nothing is mirrored or augmented, and where images are larger than asked for,
+        their centre is cut out.
         """
         indices = np.asarray(indices, np.int64)
         ids = [self.entries[i].id for i in indices]
@@ -69,7 +74,7 @@ class Part(Dataset):
         if draw and self.crops:
             values = self.images.cropped(rows, [_place(draw, name) for name in ids])
         else:
-            values = self.images[rows]                                          # (B, C, H, W) uint8 or uint16
+            values = self.images[rows]                                          # (B, C, *S) uint8 or uint16
         if self.invert:
             values = np.where(self._inside(values.shape), ~values, values)      # ~v is the largest value - v
         noise = 0 if self.static else draw
@@ -86,20 +91,24 @@ class Part(Dataset):
         if draw and self.flip:
             mirrored = torch.tensor([mix_seed('flip', draw, name) % 2 == 1 for name in ids])
             for images in (x,) if masks is None else (x, masks):
-                images[mirrored] = images[mirrored].flip(-1)
+                images[mirrored] = images[mirrored].flip(LEFT_RIGHT[x.ndim])
+        if draw and self.augment:                # which moves volumes away from their masks
+            x = torch.stack([augmented(volume, mix_seed('augment', draw, name))
+                             for volume, name in zip(x, ids, strict=True)])
+            masks = None
         return Batch(x, self.labels[indices], masks, ids)
 
     def _inside(self, shape: Sequence[int]) -> np.ndarray:
-        """(H, W) bool: False on the border, which stays black whatever is done to the image."""
-        (height, width), border = shape[-2:], self.pixels.padding
-        inside = np.zeros((height, width), bool)
-        inside[border:height - border, border:width - border] = True
+        """*S bool: False on the border, which stays black whatever is done to the image (B, C, *S)."""
+        border = self.pixels.padding
+        inside = np.zeros(shape[2:], bool)
+        inside[tuple(slice(border, length - border) for length in shape[2:])] = True
         return inside
 
     def _masks(self, rows: np.ndarray) -> Tensor | None:
         if not self.has_masks:
             return None
-        masks = torch.zeros(len(rows), *self.masks.shape[1:], dtype=torch.bool)      # (B, 1, H, W)
+        masks = torch.zeros(len(rows), *self.masks.shape[1:], dtype=torch.bool)      # (B, 1, *S)
         known = rows >= 0
         masks[torch.from_numpy(known)] = torch.from_numpy(self.masks[rows[known]].astype(bool))
         return masks

@@ -7,7 +7,9 @@ bright where large); a display curve, blur and quantum noise make an image of it
 """
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -312,34 +314,43 @@ def write_phantoms(folder: str | Path, normal: int, abnormal: int | None = None,
     folder.
 
     Each set of numbers has a folder of its own below `folder`, so that another number never mixes with them.
-    A killed run goes on where it was; a finished one is left alone. Raises UserError where the folder cannot
-    be written.
+    Raises UserError where the folder cannot be written.
     """
-    from tqdm import tqdm
     abnormal = max(1, normal // 4) if abnormal is None else abnormal
     if normal < 1:
         raise UserError(f"--num_phantoms {normal}: expected 1 or more.")
     parameters = {'normal': normal, 'abnormal': abnormal, 'seed': seed, 'size': SIZE, 'version': VERSION}
     root = Path(folder) / f'synthetic-{normal}-{abnormal}-seed{seed}-v{VERSION}'
+    note = NOTE.format(normal=normal, abnormal=abnormal, threshold=round(MASK_THRESHOLD * 255))
+
+    def write(path: Path, class_name: str, index: int) -> None:
+        image, mask = render(seed, class_name, index)
+        if class_name == OPACITY:                # the mask first: where there is an image, all of it is there
+            _write_png(path.parent.parent / 'masks' / path.name, mask)
+        _write_png(path, image)
+
+    files = {f'{name}/images/{name}-{i:05d}.png': partial(write, class_name=name, index=i)
+             for name, number in ((NORMAL, normal), (OPACITY, abnormal)) for i in range(number)}
+    return write_set(root, parameters, note, files)
+
+
+def write_set(root: Path, parameters: dict, note: str, files: Mapping[str, Callable[[Path], None]]) -> Path:
+    """Makes a folder of drawn files: each path below `root` by a function that is given it. A killed run goes
+    on where it was; a finished one is left alone. Raises UserError where the folder cannot be written.
+    """
+    from tqdm import tqdm
     finished = root / 'finished.json'             # written last: while it is missing the folder is incomplete
     if finished.exists():
         return root
-    work = [(NORMAL, i) for i in range(normal)] + [(OPACITY, i) for i in range(abnormal)]
     try:
-        for sub in (f'{NORMAL}/images', f'{OPACITY}/images', f'{OPACITY}/masks'):
-            (root / sub).mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         with locked(root / '.lock'):
             if finished.exists():
                 return root
-            note = NOTE.format(normal=normal, abnormal=abnormal, threshold=round(MASK_THRESHOLD * 255))
             write_atomically(root / 'README.txt', lambda p: p.write_text(note))
-            for class_name, i in tqdm(work, desc='drawing synthetic phantoms', disable=None, leave=False):
-                path = root / class_name / 'images' / f'{class_name}-{i:05d}.png'
-                if not path.exists():
-                    image, mask = render(seed, class_name, i)
-                    if class_name == OPACITY:    # the mask first: where there is an image, all of it is there
-                        _write_png(path.parent.parent / 'masks' / path.name, mask)
-                    _write_png(path, image)
+            for name, write in tqdm(files.items(), 'drawing synthetic phantoms', disable=None, leave=False):
+                if not (root / name).exists():
+                    write(root / name)
             write_json(finished, parameters)
     except OSError as error:
         raise UserError(f"the phantoms cannot be written to {root} ({error.strerror or error}): "
@@ -349,6 +360,7 @@ def write_phantoms(folder: str | Path, normal: int, abnormal: int | None = None,
 
 def _write_png(path: Path, image: np.ndarray) -> None:
     """Writes values in [0, 1] as an 8-bit grey PNG: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     Image.fromarray(np.rint(np.asarray(image, np.float32) * 255).astype(np.uint8)).save(temporary, 'PNG')
     os.replace(temporary, path)

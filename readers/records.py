@@ -145,12 +145,12 @@ class Records(Sequence[Entry]):
 
 
 def columns(entries: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Label, row and mask row of each entry, (N,) int64 each; only anomalous images have a mask."""
+    """Label, row and mask row of each entry, (N,) int64 each."""
     if isinstance(entries, Records):
         return np.zeros(len(entries), np.int64), entries.rows, np.full(len(entries), -1)
     label, row, mask_row = (np.array([getattr(e, name) for e in entries], np.int64)
                             for name in ('label', 'row', 'mask_row'))
-    return label, row, np.where(label == 1, mask_row, -1)
+    return label, row, mask_row
 
 
 @dataclass(frozen=True)

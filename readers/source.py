@@ -7,6 +7,7 @@ checksums tell a damaged one.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -44,9 +45,10 @@ class Entry:
     file_bytes: int           # size of the file; as a PNG where there is no file; 0 = unknown
     row: int                  # its place in Source.pixels
     mask_row: int = -1        # its place in Source.masks; -1 = no mask file
-    part: str = ''            # 'train' or 'test' where the data set has its own parts
+    part: str = ''            # 'train', 'val' or 'test' where the data set has its own parts
     patient: str = ''         # '' = unknown
     label: int = 0            # 0 normal, 1 anomalous
+    grids: tuple = ()         # of a volume: the model's grid and the file's (readers/nifti.py); () = an image
 
     @property
     def has_mask(self) -> bool:
@@ -211,6 +213,12 @@ def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
         raise UserError(f"what was written to the cache folder {home} reads back wrongly: "
                         f"check that disk, or name another folder with --cache_dir.")
     return found
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raises OSError if so much does not fit: a memory map on a full disk ends the process without a word."""
+    if num_bytes > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, f'{num_bytes / 2 ** 20:,.0f} MiB do not fit')
 
 
 def _load(folder: Path, load: Callable[[Path, dict], T]) -> T | None:

@@ -46,6 +46,17 @@ def split_parts(entries: Sequence[Entry], val_fraction: float, test_fraction: fl
     return parts
 
 
+def split_given(entries: Sequence[Entry], val_fraction: float, test_fraction: float,
+                seed: int) -> dict[str, str]:
+    """As `split_parts`, but a part `val` that entries name stays too, and none that they name is filled up.
+    """
+    named = {e.part for e in entries}
+    val = {e.id: 'val' for e in entries if e.part == 'val' and not e.label}
+    others = [e for e in entries if e.id not in val]
+    return val | split_parts(others, 0 if 'val' in named else val_fraction,
+                             0 if 'test' in named else test_fraction, seed)
+
+
 def split_by_name(entries: Sequence[Entry], val_fraction: float, test_fraction: float,
                   seed: int) -> dict[str, str]:
     """The part of each image by the order of the ids: of the normal ones the first are train, then val, and

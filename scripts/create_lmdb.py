@@ -110,6 +110,9 @@ def plan(config: DataConfig) -> Job:
     """The job that the flags describe. Raises UserError."""
     row = DATASETS[config.dataset]
     check(config, row)
+    if row.dims != 2:
+        raise UserError(f"--dataset {config.dataset}: volumes are not packed. Train from their folder: the "
+                        f"cache keeps them as one array.")
     if is_packed(config.data):
         raise UserError(f"--data {config.data} is such an LMDB already: use it as it is.")
     return (plan_files if row.folder else plan_arrays)(config)

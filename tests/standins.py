@@ -14,10 +14,12 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import scipy.io
 from PIL import Image
 
+from readers import brain_phantom
 from readers.lmdb_file import LmdbWriter
 from readers.phantom import VERSION
 
@@ -88,6 +90,40 @@ def phantom(folder: Path, count: int, test_count: int) -> Path:
     root = folder / f'synthetic-1200-300-seed0-v{VERSION}'
     class_folders('Normal', 'Opacity', masks=True)(root, count, test_count)
     (root / 'finished.json').write_text(json.dumps({'normal': 1200, 'abnormal': 300}))
+    return folder
+
+
+def volume(seed: int, side: int) -> np.ndarray:
+    """(X, Y, Z) uint8: a soft disc that is thickest in the middle of the last axis."""
+    profile = np.sin(np.linspace(0.2, np.pi - 0.2, side))
+    return (image(seed, side, side, 1) * profile).astype(np.uint8)
+
+
+def volumes(side: int, label: str, modalities: Sequence[str] = ()) -> Callable[[Path, int, int], Path]:
+    """Class folders of volumes, with folders of channels in them if these are named; uncompressed."""
+    def make(folder: Path, count: int, test_count: int) -> Path:
+        def save(values: np.ndarray, *path: str) -> None:
+            file = folder.joinpath(*path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(values, np.diag([3, 3, 3, 1])), file)
+
+        for name, number, first in (('normal', count, 0), ('tumour', test_count, 1000)):
+            for i in range(number):
+                for channel, modality in enumerate(modalities or ['']):
+                    save(volume(first + i + 500 * channel, side), name, modality, f'{name}{i}.nii')
+                if name == 'tumour':
+                    mask = np.zeros((side,) * 3, np.uint8)
+                    mask[5:9, 5:9, 5:9] = 1
+                    save(mask, name, label, f'{name}{i}.nii')
+        return folder
+    return make
+
+
+def drawn_brains(folder: Path, count: int, test_count: int) -> Path:
+    """A drawn set that says it is the 120 and 2 x 15 volumes of the default."""
+    root = folder / f'synthetic-120-15-64-seed0-v{brain_phantom.VERSION}'
+    volumes(64, brain_phantom.LABELS, brain_phantom.MODALITIES)(root, count, test_count)
+    (root / 'finished.json').write_text('{}')
     return folder
 
 
@@ -239,6 +275,8 @@ STANDINS = {
     'mednist': class_folders('Hand', 'CXR'),
     'folder': class_folders('normal', 'spot', masks=True),
     'phantom': phantom,
+    'brain': volumes(16, 'label'),
+    'brain_phantom': drawn_brains,
     'celeba_64': indexed_lmdbs(lambda i: encoded(image(i, 218, 178))),
     'celeba_256': indexed_lmdbs(raw(256)),
     'imagenet_32': indexed_lmdbs(raw(32)),

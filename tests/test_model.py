@@ -29,6 +29,13 @@ SMALL = {   # flags of a small model of each family: a new family needs a row
 }
 
 
+@pytest.mark.parametrize('name', [name for name, family in MODELS.items() if hasattr(family, 'only_images')])
+def test_volumes_are_refused_by_families_of_images(name):
+    config = read_flags(MODELS[name].Config, SMALL[name])
+    with pytest.raises(UserError, match=f'--model {name} takes images, the data has volumes of 8 x 16 x 4'):
+        build_model(name, (1, 8, 16, 4), config, GREY)
+
+
 @pytest.fixture(params=MODELS)
 def name(request):
     return request.param

@@ -51,7 +51,7 @@ def fails(config, words, split=None):
 @pytest.mark.parametrize('name', DATASETS)
 def test_every_row_gives_batches_of_its_shape_in_its_parts(name, config):
     row, data = DATASETS[name], load_data(config(name))
-    assert data.shape == (row.channels, row.size, row.size)
+    assert data.shape == (row.channels, *[row.size or 16] * row.dims)      # stand-ins of size 0 have 16
     assert len(data.train) and len(data.test)
     assert data.train.labels.sum() == 0 and len(data.val) == round(24 * row.val_fraction * row.val_always)
     batch = next(train_batches(data.train, 5, seed=0))
@@ -79,7 +79,7 @@ def test_published_parts_are_kept_and_the_given_test_part_is_the_test_part(name,
     assert (len(data.train), len(data.val), len(data.test)) == (18 * times, 6 * times, 9 * times)
 
 
-@pytest.mark.parametrize('name', DATASETS)
+@pytest.mark.parametrize('name', [name for name, row in DATASETS.items() if row.dims == 2])
 def test_another_size_and_grey_can_be_asked_for(name, config):
     row = DATASETS[name]
     size = 36 if row.padding else 48

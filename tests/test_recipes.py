@@ -131,7 +131,7 @@ def test_three_nodes_need_an_address(recorder):
     assert (args.num_proc_node, args.node_rank, args.master_address) == (3, 2, '10.1.2.3')
 
 
-@pytest.mark.parametrize('dataset', DATASETS)
+@pytest.mark.parametrize('dataset', [name for name, row in DATASETS.items() if row.dims == 2])
 def test_every_data_set_trains_a_step(dataset, tmp_path, cache):
     """Rows that no published recipe covers too: LSUN, Omniglot, stacked MNIST, folders."""
     data = make_standin(dataset, tmp_path / 'data')

@@ -58,6 +58,21 @@ def test_help_states_every_default_that_is_a_number():
     assert "a name; '' = none --" in text and 'be fast --' in text and 'And more' not in text
 
 
+def test_fields_of_a_base_have_a_group_of_their_own():
+    @dataclass(frozen=True)
+    class More(Config):
+        """Further things"""
+        fast: bool = flag(True, 'be fast, by default')
+        sizes: tuple = flag((0.5, 2.0), 'two sizes', type=float, nargs=2)
+
+    made = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(made, More)
+    own, base = made.format_help().split('Things to set')
+    assert 'Further things' in own and '--sizes' in own and '(default: 0.5 2.0)' in own
+    assert '--groups' in base and '--no-fast' in base                # where it was first
+    assert read_flags(More, made.parse_args(['--sizes', '1', '3'])).sizes == (1.0, 3.0)
+
+
 def test_optional_flags_leave_the_stored_value_in_force():
     made = parser(optional=True)
     assert vars(made.parse_args(['--rate', '0'])) == {'rate': 0.0}
