@@ -15,6 +15,7 @@ from families.hvae_official import official_folder
 from families.hvae_official import read_official as read_official_folder
 from families.nvae import NVAE
 from families.nvae_official import is_official, read_official
+from families.score3d import Score3D
 from utils import UserError, read_flags
 
 Terms = dict[str, Tensor]     # per image, never averaged: (B,) or (B, L)
@@ -39,7 +40,7 @@ class Model(Protocol):
 
 
 MODELS: dict[str, type] = {'nvae': NVAE, 'hvae': HVAE, 'lvae': LVAE, 'biva': BIVA,
-                           'ae': AE, 'vae': VAE}
+                           'ae': AE, 'vae': VAE, 'score3d': Score3D}
 
 
 def build_model(name: str, shape: tuple[int, ...], config: Any, pixels: Pixels) -> Model:

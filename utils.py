@@ -216,6 +216,12 @@ class RunLog:
         if self.writer:
             self.writer.add_image(tag, grid, step)
 
+    def histogram(self, step: int, tag: str, values: torch.Tensor) -> None:
+        """Shows how values of any shape are distributed in TensorBoard; leaves out what is not finite."""
+        values = values[torch.isfinite(values)]
+        if self.writer and len(values):
+            self.writer.add_histogram(tag, values, step)
+
     def close(self) -> None:
         if self.writer:
             self.writer.close()

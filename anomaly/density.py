@@ -2,13 +2,13 @@
 
 N images, D features each, K components of a mixture. A density learns with `fit(features)`, features (N, D),
 and `score(features)` gives (N,), larger = more anomalous. It stands alone
-(`KNN(k=5).fit(normal).score(new)`) or, in a `DensityScore`, learns from the likelihood terms of images:
-features (N, 1 + L), see `Passes.features`. What was learned is plain arrays: `state()`, and `from_state` on
-the same class gives the same scores, bit by bit.
+(`KNN(k=5).fit(normal).score(new)`) or, in a `DensityScore`, learns from features of images:
+likelihood terms (N, 1 + L), see `Passes.features`, or norms of scores (N, n). What was learned is plain
+arrays: `state()`, and `from_state` on the same class gives the same scores, bit by bit.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -218,21 +218,22 @@ def cross_fit(density: Density, features: np.ndarray, groups: list | None = None
 
 
 class DensityScore:
-    """A score that learns what is normal from the likelihood terms of normal images, means over the draws.
+    """A score that learns what is normal from features of normal images: likelihood terms, or others.
 
     Fitted on validation images, not training images: the model has seen the latter, so their NELBO and KL are
     not those of a new normal image. The threshold needs scores of validation images that were not fitted on
     themselves, which is what `cross_fit` gives.
     """
-    needs = 'likelihood terms'
     map = None
 
-    def __init__(self, name: str, about: str, density: Density):
-        self.name, self.about, self.density = name, about, density
+    def __init__(self, name: str, about: str, density: Density, needs: str = 'likelihood terms',
+                 features: Callable[[Passes], Tensor] = Passes.features):
+        """`features` (B, D) of the passes; they are the same for all scores that need the same."""
+        self.name, self.about, self.density, self.needs, self.features = name, about, density, needs, features
 
     def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
         """Learns from batches of normal images (B, C, H, W)."""
-        batches = [Passes(model, x, noise=(0, i)).features() for i, x in enumerate(normal)]
+        batches = [self.features(Passes(model, x, noise=(0, i))) for i, x in enumerate(normal)]
         self.density.fit(torch.cat(batches).numpy())
 
     def load(self, fitted: Mapping[str, Mapping]) -> None:
@@ -247,4 +248,4 @@ class DensityScore:
             raise UserError(f"score {self.name} has not been fitted: call fit(model, normal_images) first.")
         passes = as_passes(model, x)
         check_capability(self, passes.model)
-        return Scores(torch.from_numpy(self.density.score(passes.features().numpy())))
+        return Scores(torch.from_numpy(self.density.score(self.features(passes).numpy())))

@@ -31,7 +31,8 @@ from utils import UserError, finite, read_json, write_atomically, write_json
 
 # fields of ScoreConfig that the scores, maps and calls of an image depend on
 SETTINGS = ('target_fpr', 'num_draws', 'iw_samples_elbo', 'iw_samples_lk', 'llr_noise', 'regret_steps',
-            'regret_learning_rate', 'target_pixel_fpr', 'map_smoothing', 'body_mask')
+            'regret_learning_rate', 'msma_levels', 'msma_min_timestep', 'msma_max_timestep', 'msma_schedule',
+            'msma_denoise', 'target_pixel_fpr', 'map_smoothing', 'body_mask')
 
 
 def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_iw_samples: int,
@@ -161,7 +162,8 @@ def fit_densities(scores: list, validation: Scored) -> None:
     for score in scores:
         if isinstance(score, DensityScore):
             try:
-                validation.values[score.name] = cross_fit(score.density, validation.features, patients)
+                features = validation.features[score.needs]
+                validation.values[score.name] = cross_fit(score.density, features, patients)
             except UserError as error:
                 raise UserError(f"score {score.name}: {error}") from None
 

@@ -19,10 +19,12 @@ from utils import RowNoise, UserError, mix_seed, seed_noise
 Terms = dict[str, Tensor]
 TERMS = ('recon', 'kl', 'log_q', 'log_p')
 NOISES = ('separate', 'shared')
+MSMA_SCHEDULES = ('geometric', 'linear', 'thinned')
 
 # capability that a score needs -> attribute of the model that shows it
 CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstruct': 'reconstruct', 'maps': 'maps',
-                'encoder_parameters': 'encoder_parameters'}
+                'encoder_parameters': 'encoder_parameters', 'score norms': 'score_norms',
+                'ODE likelihood': 'log_likelihood'}
 
 
 # ------------------------------------------------------------------------------------- functions of the terms
@@ -59,17 +61,19 @@ class Passes:
 
     def __init__(self, model: Any, x: Tensor, *, draws: int = 1, iw_samples: int = 1,
                  iw_samples_elbo: int = 1, iw_samples_lk: int = 1, llr_noise: str = 'separate',
-                 regret_steps: int = 20, regret_learning_rate: float = 1e-4, bits: int = 8,
-                 file_bytes: Tensor | None = None, noise: tuple = (0,), ids: Sequence[str] = ()):
+                 regret_steps: int = 20, regret_learning_rate: float = 1e-4,
+                 msma: dict[str, Any] | None = None, bits: int = 8, file_bytes: Tensor | None = None,
+                 noise: tuple = (0,), ids: Sequence[str] = ()):
         """`x` (B, C, H, W) in [0, 1]; `bits` per value; `file_bytes` (B,) the sizes of the files on disk;
         `ids` B names, or none.
 
-        The counts are those of the flags of the same names (ScoreConfig), `draws` is num_draws.
+        The counts are those of the flags of the same names (ScoreConfig), `draws` is num_draws; `msma` are
+        the arguments of the model's `score_norms`.
         """
         self.model, self.x, self.draws, self.iw_samples, self.bits = model, x, draws, iw_samples, bits
         self.iw_samples_elbo, self.iw_samples_lk, self.llr_noise = iw_samples_elbo, iw_samples_lk, llr_noise
         self.regret_steps, self.regret_learning_rate = regret_steps, regret_learning_rate
-        self.file_bytes, self.noise, self.ids, self.memory = file_bytes, noise, ids, {}
+        self.msma, self.file_bytes, self.noise, self.ids, self.memory = msma or {}, file_bytes, noise, ids, {}
 
     def once(self, key: tuple, make: Callable[[], Any]) -> Any:
         """The value of `make`, which is called at the first request for `key` only, without gradients."""
@@ -150,6 +154,17 @@ class Passes:
         """-log p(x|z) and the KL of every group from the top down, means over the draws, nats: (B, 1 + L)."""
         return self.mean(lambda terms: torch.cat([terms['recon'][:, None], terms['kl']], 1))
 
+    def score_norms(self) -> Tensor:
+        """Norms of the model's score at n levels of noise, float64 on the CPU: (B, n)."""
+        return self.once(('score_norms',), lambda: self.model.score_norms(self.x, **self.msma).double().cpu())
+
+    def ode_nll(self) -> Tensor:
+        """-log p(x) by the model's probability flow, nats, float64 on the CPU: (B,)."""
+        def make() -> Tensor:
+            seed_noise(*self.noise, 'ode')
+            return -self.model.log_likelihood(self.x).double().cpu()
+        return self.once(('ode_nll',), make)
+
 
 # ----------------------------------------------------------------------------------------- what a score gives
 
@@ -163,8 +178,13 @@ def as_passes(model: Any, x: Tensor | None) -> Passes:
     return model if isinstance(model, Passes) else Passes(model, x)
 
 
+def has_capability(score: Any, model: Any) -> bool:
+    """Whether the model has what the score needs."""
+    return not score.needs or hasattr(model, CAPABILITIES[score.needs])
+
+
 def check_capability(score: Any, model: Any) -> None:
     """Raises UserError, naming the capability, if the model lacks what the score needs."""
-    if score.needs and not hasattr(model, CAPABILITIES[score.needs]):
+    if not has_capability(score, model):
         raise UserError(f"score {score.name} needs a model with {score.needs}, which {type(model).__name__} "
                         f"has not. Leave it out of --scores.")

@@ -36,7 +36,7 @@ class Scored:
     """What the model and the baselines say of one part, in the order of the part's batches."""
     entries: list[Any]                   # N, each with id, class_name and label
     values: dict[str, np.ndarray]        # score -> (N,) float64
-    features: np.ndarray | None          # (N, 1 + L), for density scores
+    features: dict[str, np.ndarray]      # what density scores need -> (N, D)
     maps: Maps | None                    # of images with known masks; None where there are none
     seconds: float                       # that the model's scores took, of all processes together
     cases: list[Case] = dataclasses.field(default_factory=list)         # by falling primary score
@@ -61,7 +61,7 @@ class Scorer:
         self.num_iw_samples, self.batch_size, self.seed = num_iw_samples, batch_size, seed
         self.workers, self.device = workers, device
         self.rank, self.world, self.gather = rank, world, gather
-        self.has_density = any(isinstance(s, DensityScore) for s in scores)
+        self.features = {s.needs: s.features for s in scores if isinstance(s, DensityScore)}
         self.mapped = [s for s in scores if s.map]
         self.warnings: list[str] = []
 
@@ -98,7 +98,7 @@ class Scorer:
             values = {s.name: s(passes, with_map=False).image.double().cpu().numpy() for s in ready}
             seconds = time.perf_counter() - started
             values |= {b.name: b(passes).image.double().cpu().numpy() for b in self.baselines}
-            features = passes.features().numpy() if self.has_density else None
+            features = {needs: of(passes).numpy() for needs, of in self.features.items()}
             rows.append((index, list(batch.id), values, features, seconds))
             if (known := self.known(batch, wanted)).any():
                 maps.append((index, self.judged_maps(passes, batch, known)))
@@ -120,7 +120,7 @@ class Scorer:
                       iw_samples=self.num_iw_samples, iw_samples_elbo=config.iw_samples_elbo,
                       iw_samples_lk=config.iw_samples_lk, llr_noise=config.llr_noise,
                       regret_steps=config.regret_steps, regret_learning_rate=config.regret_learning_rate,
-                      bits=self.data.pixels.bits, file_bytes=file_bytes, noise=noise)
+                      msma=config.msma, bits=self.data.pixels.bits, file_bytes=file_bytes, noise=noise)
 
     def collect(self, name: str, entries: dict, rows: list, maps: list[tuple[int, Maps]]) -> Scored:
         """Brings together what the ranks have scored, in the order of the batches."""
@@ -130,7 +130,7 @@ class Scorer:
             raise RuntimeError(f"{len(ids)} scores for the {len(entries)} images of the {name} part: each "
                                f"must be scored once. Check that all ranks have the same data.")
         values = {k: np.concatenate([row[2][k] for row in rows]) for k in rows[0][2]} if rows else {}
-        features = np.concatenate([row[3] for row in rows]) if rows and rows[0][3] is not None else None
+        features = {k: np.concatenate([row[3][k] for row in rows]) for k in rows[0][3]} if rows else {}
         return Scored([entries[i] for i in ids], values, features, self.join(maps),
                       sum(row[4] for row in rows))
 

@@ -18,7 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 from anomaly.density import GMM, KNN, DensityScore, Mahalanobis, Typicality
-from anomaly.passes import NOISES, Passes, Scores, as_passes, check_capability, elbo, iw_bound, log_weight
+from anomaly.passes import (
+    MSMA_SCHEDULES,
+    NOISES,
+    Passes,
+    Scores,
+    as_passes,
+    check_capability,
+    elbo,
+    has_capability,
+    iw_bound,
+    log_weight,
+)
 from anomaly.regret import likelihood_regret
 from utils import UserError, flag
 
@@ -32,7 +43,8 @@ class ScoreConfig:
     """Anomaly scores: which, how often sampled, and how judged."""
     scores: tuple = flag((), "scores to compute: 'all', rows of the table such as nelbo, llr, complexity, "
                              "or one member of a row such as llr_2, kl_1 (1 = top group); 'all' leaves out "
-                             "regret, which is slow; none given = all, with --compare the primary scores")
+                             "regret and ode_nll, which are slow; none given = all, with --compare the "
+                             "primary scores")
     primary_score: str = flag('', "score that the figures show, chosen before looking at any anomaly; "
                                   "'' = the one that the model is published with, else nelbo, else the "
                                   "first computed")
@@ -43,6 +55,12 @@ class ScoreConfig:
                           choices=NOISES)
     regret_steps: int = flag(20, 'regret: steps of Adam on the encoder, for every image alone')
     regret_learning_rate: float = flag(1e-4, 'regret: their learning rate')
+    msma_levels: int = flag(20, 'msma: levels of noise at which the score is taken')
+    msma_min_timestep: float = flag(0.01, 'msma: time of the least noise, 0 to 1')
+    msma_max_timestep: float = flag(1.0, 'msma: time of the most noise')
+    msma_schedule: str = flag('geometric', "msma: how they are spaced; thinned = those of the sampler's "
+                                           "steps", choices=MSMA_SCHEDULES)
+    msma_denoise: bool = flag(False, 'msma: first take the finest noise out of the image')
     target_fpr: float = flag(0.05, 'share of normal images that may be called anomalous; sets the thresholds')
     target_pixel_fpr: float = flag(0.005, 'share of the pixels of normal images that may be called; sets the '
                                           'thresholds of maps')
@@ -65,11 +83,22 @@ class ScoreConfig:
             raise UserError(f"--map_smoothing {self.map_smoothing}: it must be at least 0.")
         if not self.regret_learning_rate > 0:
             raise UserError(f"--regret_learning_rate {self.regret_learning_rate}: it must be above 0.")
+        if not 0 < self.msma_min_timestep < self.msma_max_timestep <= 1:
+            raise UserError(f"--msma_min_timestep {self.msma_min_timestep} --msma_max_timestep "
+                            f"{self.msma_max_timestep}: give times above 0, rising, up to 1.")
         least_of = {'num_draws': 1, 'iw_samples_elbo': 1, 'iw_samples_lk': 1, 'regret_steps': 1,
-                    'num_bootstrap': 1, 'num_cases': 0, 'num_gallery': 0, 'max_train_images': 2}
+                    'num_bootstrap': 1, 'num_cases': 0, 'num_gallery': 0, 'max_train_images': 2,
+                    'msma_levels': 1}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)} is too small: at least {least}.")
+
+    @property
+    def msma(self) -> dict[str, Any]:
+        """What a model's `score_norms` is asked for."""
+        return {'number': self.msma_levels, 'min_timestep': self.msma_min_timestep,
+                'max_timestep': self.msma_max_timestep, 'schedule': self.msma_schedule,
+                'denoised': self.msma_denoise}
 
 
 # ----------------------------------------------------------------------------------------- compressed size
@@ -205,6 +234,16 @@ SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
     'kl_gmm': lambda L: [DensityScore(
         'kl_gmm', "-log density of (recon, KL of every group) under a mixture of normals fitted to normal "
         "validation images, nats", GMM())],
+    'msma': lambda L: [
+        DensityScore('msma_gmm', "-log density of the norms of the score at many levels of noise, under a "
+                     "mixture of normals fitted to normal validation images, nats", GMM(), 'score norms',
+                     Passes.score_norms),
+        DensityScore('msma_knn', "distance of the norms of the score at many levels of noise to the 5th "
+                     "nearest normal validation image", KNN(k=5, scale=False), 'score norms',
+                     Passes.score_norms)],
+    'ode_nll': lambda L: [Score(
+        'ode_nll', 'ODE likelihood', "-log p(x) by the probability flow, nats",
+        lambda passes: passes.ode_nll())],
     'kl': lambda L: [Score(
         'kl', 'likelihood terms', "KL, sum over groups, nats",
         lambda passes: passes.mean(lambda terms: terms['kl'].sum(1)),
@@ -213,17 +252,18 @@ SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
     'lk': lambda L: [lk_score(k) for k in range(1, L)],
     'llr': lambda L: [llr_score(k) for k in range(1, L)],
 }
-ON_REQUEST = ('regret',)     # rows that 'all' leaves out: they take many times the passes of all the others
+ON_REQUEST = ('regret', 'ode_nll')     # rows that 'all' leaves out: they take many times the passes of others
 
 
 def choose_scores(names: Iterable[str], model: Any,
                   iw_samples: int = 1) -> tuple[list[AnomalyScore], list[str]]:
-    """The scores that `names` ask for, in the table's order, and a line for each that 'all' had to leave out.
+    """The scores that `names` ask for, in the table's order, and lines that say what 'all' had to leave out.
 
     A name is a row of SCORES or one member of a row (`llr_2`). Raises UserError for an unknown name, and for
     one that the model cannot give if it was asked for by name.
     """
     names, lines, chosen = tuple(names) or ('all',), [], []
+    lacking: dict[str, list[str]] = {}                       # capability -> scores that need it
     groups = getattr(model, 'num_groups', 0)
     members = {row: [s.name for s in make(groups) if s.name != row] for row, make in SCORES.items()}
     known = {'all', *members, *(name for row in members.values() for name in row)}
@@ -240,14 +280,15 @@ def choose_scores(names: Iterable[str], model: Any,
             asked = row in names or score.name in names
             if not asked and ('all' not in names or row in ON_REQUEST):
                 continue
-            try:
+            if asked:
                 check_capability(score, model)
-                if score.name == 'iw' and iw_samples < 1:
-                    raise UserError("score iw needs --num_iw_samples of at least 1.")
-            except UserError as error:
+            if not has_capability(score, model):
+                lacking.setdefault(score.needs, []).append(score.name)
+            elif score.name == 'iw' and iw_samples < 1:
                 if asked:
-                    raise
-                lines.append(f"left out: {error}")
-                continue
-            chosen.append(score)
+                    raise UserError("score iw needs --num_iw_samples of at least 1.")
+                lines.append("left out: iw, which needs --num_iw_samples of at least 1")
+            else:
+                chosen.append(score)
+    lines += [f"left out: {', '.join(scores)}, for want of {needs}" for needs, scores in lacking.items()]
     return chosen, lines

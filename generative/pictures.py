@@ -12,7 +12,14 @@ from utils import write_atomically
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """Tiles images (N, C, H, W) in [0, 1] to one (C, rows * (H + 1), columns * (W + 1)), nearly square."""
+    """Tiles images (N, C, H, W) in [0, 1] to one (C, rows * (H + 1), columns * (W + 1)), nearly square.
+
+    Of volumes (N, C, D, H, W) the middle slice; channels that are neither 1 nor 3 side by side, in grey.
+    """
+    if images.ndim == 5:
+        images = images[:, :, images.shape[2] // 2]
+    if images.shape[1] not in (1, 3):
+        images = torch.cat(images.split(1, dim=1), dim=3)
     n, c, h, w = images.shape
     columns = columns or int(n ** 0.5 + 0.999)
     rows = -(-n // columns)

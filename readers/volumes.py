@@ -41,7 +41,7 @@ class VolumeConfig:
                            "'' = the data set's own (brain: label)")
     lesion_load: float = flag(0.0, 'without class folders: a subject is anomalous from more than so many ml '
                                    'of labelled lesion on')
-    body_mask: str = flag('', "what is kept, the rest is blackened and cut off: name of masks, found as "
+    volume_mask: str = flag('', "what is kept, the rest is blackened and cut off: name of masks, found as "
                               "modalities are, more than 0 = inside; auto = what is brighter than the air; "
                               "'' = everything")
     crop: tuple = flag((), 'voxels to keep of a file turned to RAS: the first along right, front and up, '
@@ -222,7 +222,7 @@ def read_volumes(folder: str | Path, config: VolumeConfig, *, modalities: Sequen
                         f"{', '.join(found)}. Name the normal ones with --normal_classes.")
     usual, abnormal = choose_classes(found, usual, anomalous, True, str(root))
     subjects = [s for s in subjects if s.class_name in usual + abnormal]
-    prepared = VolumePreparation(len(modalities) or 1, depth, config.body_mask, tuple(config.crop),
+    prepared = VolumePreparation(len(modalities) or 1, depth, config.volume_mask, tuple(config.crop),
                                  config.spacing, tuple(config.percentiles))
     stamps = [[s.id, s.class_name, s.part, *((path, *stamp(path)) for path in s.all_files)] for s in subjects]
     flags = {f.name: getattr(config, f.name) for f in fields(VolumeConfig) if f.name != 'augment'}
@@ -248,7 +248,7 @@ def _chosen(root: Path, config: VolumeConfig, modalities: Sequence[str], labels:
     """The subjects below `root` with their classes and parts, (id, reason) of those that lack a file, and
     whether labels decide who is normal: no folder says so.
     """
-    found, bad = find_subjects(root, modalities, labels, config.body_mask)
+    found, bad = find_subjects(root, modalities, labels, config.volume_mask)
     subjects = with_classes(found, normal, where)
     in_folders = subjects is not found
     if config.labels and not any(s.label for s in subjects):

@@ -272,8 +272,8 @@ def test_the_markdown_is_made_of_tables(finished):
     assert scores[0] == ['', 'AUROC', 'AUPRC', 'FPR80', 'FPR95', 's/image', 'parameters']
     assert scores[2][:2] == [r'perfect/reconstruction \*', '1.000 [1.000, 1.000]']
     assert scores[4][0] == 'mean_intensity' and scores[4][-2:] == ['-', '-']
-    assert tables[2][2] == ['perfect/reconstruction - blind/reconstruction', 'perfect/reconstruction is better',
-                            '+0.500 [+0.500, +0.500]']
+    assert tables[2][2] == ['perfect/reconstruction - blind/reconstruction',
+                            'perfect/reconstruction is better', '+0.500 [+0.500, +0.500]']
     assert [row[0] for row in tables[-1][2:]] == [r'perfect/reconstruction \*', r'blind/reconstruction \*']
 
 

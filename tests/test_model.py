@@ -26,6 +26,8 @@ SMALL = {   # flags of a small model of each family: a new family needs a row
              'num_postprocess_blocks': 1, 'num_preprocess_cells': 1, 'num_postprocess_cells': 1,
              'num_latent_scales': 2, 'num_groups_per_scale': 1, 'num_latent_per_group': 2,
              'num_mixture_dec': 2, 'res_dist': True, 'weight_decay_norm': 1e-2},
+    'score3d': {'nf': 8, 'blocks_down': (1, 1), 'blocks_up': (1,), 'norm_num_groups': 2,
+                'time_embedding_sz': 4, 'num_scales': 4},
 }
 
 

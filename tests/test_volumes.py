@@ -349,13 +349,14 @@ def test_a_body_mask_blackens_and_cuts_off_what_is_outside(config, tmp_path):
     mask[3, 4, 2] = 0
     save(tmp_path / 'data' / 't1' / 's.nii.gz', values)
     save(tmp_path / 'data' / 'brain' / 's.nii.gz', mask)
-    x = load_data(replace(config, modalities=('t1',), body_mask='brain')).train.items([0]).x[0, 0]
+    x = load_data(replace(config, modalities=('t1',), volume_mask='brain')).train.items([0]).x[0, 0]
     assert x.shape == (4, 5, 3) and x[1, 1, 1] == 0
     kept = np.where(mask, values, values.min())[2:6, 3:8, 1:4]
     np.testing.assert_allclose(x, (kept - kept.min()) / (kept.max() - kept.min()), atol=1e-4)
     save(tmp_path / 'data' / 'brain' / 's.nii.gz', mask * 0)
-    fails(replace(config, modalities=('t1',), body_mask='brain'), 's has an empty body mask')
-    fails(replace(config, modalities=('t1',), body_mask='other'), 'no subject in .*: s has no file of other')
+    fails(replace(config, modalities=('t1',), volume_mask='brain'), 's has an empty body mask')
+    fails(replace(config, modalities=('t1',), volume_mask='other'),
+          'no subject in .*: s has no file of other')
 
 
 def test_what_is_brighter_than_the_air():

@@ -5,23 +5,41 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import launch
 
 
 def learning_rate(step: int, steps: int, *, epochs: int, warmup_epochs: int, highest: float,
-                  lowest: float) -> float:
+                  lowest: float, warmup_steps: int = 0) -> float:
     """Linear warm-up per step, then a cosine per epoch from the highest to the lowest rate.
 
-    `steps` are those of an epoch.
+    `steps` are those of an epoch. The warm-up takes `warmup_epochs`, and `warmup_steps` if that is longer.
     """
-    warm_up = warmup_epochs * steps
+    warm_up = max(warmup_epochs * steps, warmup_steps)
     if step < warm_up:
         return highest * step / warm_up
     last = epochs - warmup_epochs - 1
     done = min((step // steps - warmup_epochs) / last, 1.0) if last > 0 else 0.0
     return lowest + (highest - lowest) * (1 + math.cos(math.pi * done)) / 2
+
+
+def average_of(model: nn.Module, decay: float, ramp: bool = False, use_buffers: bool = True) -> AveragedModel:
+    """An exponential average of the model's weights, beginning at them as they are.
+
+    With `ramp` the n-th update keeps min(decay, (1 + n) / (10 + n)) of the average, so that it soon forgets
+    where it began; without, the first update is taken whole.
+    """
+    if not ramp:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=use_buffers)
+
+    def update(averages: list[Tensor], values: list[Tensor], n: Tensor) -> None:
+        kept = min(decay, (1 + int(n)) / (10 + int(n)))
+        get_ema_multi_avg_fn(kept)(averages, values, n)
+
+    average = AveragedModel(model, multi_avg_fn=update, use_buffers=use_buffers)
+    average.n_averaged.fill_(1)                 # of 0 updates torch takes the first one whole
+    return average
 
 
 class SafeBuffers:
