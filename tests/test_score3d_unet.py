@@ -114,7 +114,7 @@ def test_attention_is_the_softmax_of_its_formula():
 @pytest.mark.parametrize('size', [(8, 12), (4, 8, 12)])
 def test_the_outer_level_starts_as_a_frame_around_the_inner_one(size):
     """At the start the outer path is 0, so the inner network sees averages of 3 x 3 pixels at more noise."""
-    inner_size = tuple(n // 2 - n // 8 * 2 + 2 for n in size)
+    inner_size = tuple(n // 2 + 2 for n in size)
     inner = json.dumps(SMALL | {'image_size': inner_size, 'init_scale': 1.0})
     model = Score3D((1, *size), Score3DConfig(**SMALL, inner_model=inner), Pixels()).double()
     seen = {}
