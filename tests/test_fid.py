@@ -333,7 +333,7 @@ def by_hand(trained, data_flags, temperature, mean=True, number=40):
 
 @pytest.fixture
 def data_flags(data_folder, cache):
-    return DataConfig('folder', str(data_folder), 16, cache_dir=str(cache))
+    return DataConfig(dataset='folder', data=str(data_folder), image_size=16, cache_dir=str(cache))
 
 
 def test_fid_by_hand(trained, networks, data_flags, tmp_path, capsys):
@@ -483,7 +483,7 @@ def digits(tmp_path):
         for name, array in ((f'{part}-images-idx3', grey), (f'{part}-labels-idx1', grey[:, 0, 0] * 0)):
             header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, '>u4').tobytes()
             (raw / f'{name}-ubyte').write_bytes(header + array.tobytes())
-    return DataConfig('mnist', str(tmp_path / 'mnist'), cache_dir=str(tmp_path / 'cache'))
+    return DataConfig(dataset='mnist', data=str(tmp_path / 'mnist'), cache_dir=str(tmp_path / 'cache'))
 
 
 class Levels(nn.Module):
