@@ -22,8 +22,8 @@ NOISES = ('separate', 'shared')
 MSMA_SCHEDULES = ('geometric', 'linear', 'thinned')
 
 # capability that a score needs -> attribute of the model that shows it
-CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstruct': 'reconstruct', 'maps': 'maps',
-                'encoder_parameters': 'encoder_parameters', 'score norms': 'score_norms',
+CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstructions': 'reconstruct', 'maps': 'maps',
+                'encoder parameters': 'encoder_parameters', 'score norms': 'score_norms',
                 'ODE likelihood': 'log_likelihood'}
 
 

@@ -56,6 +56,7 @@ class PredictConfig:
 
 def predict(run: Any) -> int:
     """Writes scores.csv and overlays/ for the files of --data; returns the exit status."""
+    run.need_images()
     data, config = wanted_data(run.args), read_flags(PredictConfig, run.args)
     path = Path(config.thresholds or run.run_folder / 'thresholds.json')
     normal = Normal.read(path, run.model, f'python evaluate.py --checkpoint {run.config.checkpoint} '

@@ -206,7 +206,7 @@ def llr_score(k: int) -> Score:
 # name -> scores for a model with L latent groups
 SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
     'reconstruction': lambda L: [Score(
-        'reconstruction', 'reconstruct', "mean |x - reconstruction|",
+        'reconstruction', 'reconstructions', "mean |x - reconstruction|",
         lambda passes: absolute_error(passes).double().mean((1, 2, 3)).cpu(), absolute_error)],
     'recon_nll': lambda L: [Score(
         'recon_nll', 'likelihood terms', "-log p(x|z), nats",
@@ -221,7 +221,7 @@ SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
         'complexity', 'likelihood terms', "NELBO minus losslessly compressed size (PNG or LZMA), bits",
         lambda passes: -passes.mean(elbo) / math.log(2) - compressed_bits(passes.x, passes.bits))],
     'regret': lambda L: [Score(
-        'regret', 'encoder_parameters', "likelihood regret: what the bound gains when the encoder is fitted "
+        'regret', 'encoder parameters', "likelihood regret: what the bound gains when the encoder is fitted "
         "to the image alone, nats", likelihood_regret)],
     'typicality': lambda L: [DensityScore(
         'typicality', "|NELBO - mean NELBO of normal validation images|, nats", Typicality())],
@@ -290,5 +290,6 @@ def choose_scores(names: Iterable[str], model: Any,
                 lines.append("left out: iw, which needs --num_iw_samples of at least 1")
             else:
                 chosen.append(score)
-    lines += [f"left out: {', '.join(scores)}, for want of {needs}" for needs, scores in lacking.items()]
+    lines += [f"left out, as this model has no {needs}: {', '.join(scores)}"
+              for needs, scores in lacking.items()]
     return chosen, lines

@@ -238,7 +238,8 @@ def test_only_passes_that_a_chosen_score_needs_are_made_and_scores_share_them(na
         one(passes, with_map=False)
     full, skipping = PASSES[names]
     assert sorted(model.calls) == [0] * full + [1] * skipping
-    assert lines == (['left out: msma_gmm, msma_knn, for want of score norms'] if names == 'all' else [])
+    said = ['left out, as this model has no score norms: msma_gmm, msma_knn']
+    assert lines == (said if names == 'all' else [])
 
 
 def test_no_terms_are_kept_but_those_of_the_draws():
@@ -349,7 +350,7 @@ def test_a_model_without_the_capability_is_told_which():
         choose_scores(('nelbo',), model)
     with pytest.raises(UserError, match='reconstruct'):
         SCORES['reconstruction'](0)[0](torch.nn.Identity(), images())
-    with pytest.raises(UserError, match='regret needs a model with encoder_parameters, which LinearGaussian'):
+    with pytest.raises(UserError, match='regret needs a model with encoder parameters, which LinearGaussian'):
         choose_scores(('regret',), LinearGaussian())
 
 
