@@ -225,7 +225,7 @@ class Evaluation:
                                 f"another mode.")
 
     def need_images(self) -> None:
-        """Raises UserError for a model of volumes, which are not scored yet."""
+        """Raises UserError for a model of volumes."""
         if len(self.model.shape) != 3:
             raise UserError(f"the model is of volumes {tuple(self.model.shape)}: anomaly scores are made of "
                             f"images (C, H, W) alone so far. Such a model can be trained and sampled.")
@@ -375,7 +375,6 @@ def reconstruct(run: Evaluation) -> None:
 
 def data_with_ood(run: Evaluation) -> Data:
     """The data set of the run, and the sets of --ood in its test part, to be scored."""
-    run.need_images()
     data = run.data()
     if run.config.ood:
         said = len(data.report)

@@ -1,11 +1,11 @@
 """Scores that need no model: what brightness, file size or a linear fit of the pixels tell of an image.
 
 They stand beside every model's scores, because medical data sets differ in scanner, exposure and file format
-between classes: a model that is no better than they are has learned that difference. N, B images, C channels,
-H x W pixels.
+between classes: a model that is no better than they are has learned that difference. Two have maps, beside
+which those of models stand. N, B images, C channels, S pixels, (H, W) or (D, H, W).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ PCA_MOST = 200           # components at most
 class Baseline:
     """A score of the image alone, fitted on training images where there is something to learn."""
     needs = ''
+    map: Callable[[Passes], Tensor] | None = None              # -> (B, 1, *S)
 
     def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
         """Nothing to learn; `model` is not used and may be None."""
@@ -30,7 +31,8 @@ class Baseline:
         raise NotImplementedError
 
     def __call__(self, model: Any, x: Tensor | None = None, with_map: bool = False) -> Scores:
-        return Scores(self.image(as_passes(model, x)))
+        passes = as_passes(model, x)
+        return Scores(self.image(passes), self.map(passes) if self.map and with_map else None)
 
 
 class MeanIntensity(Baseline):
@@ -38,7 +40,10 @@ class MeanIntensity(Baseline):
     name, about = 'mean_intensity', "mean intensity: an AUROC below 0.5 says that anomalous images are darker"
 
     def image(self, passes: Passes) -> Tensor:
-        return passes.x.double().mean((1, 2, 3)).cpu()
+        return passes.x.double().flatten(1).mean(1).cpu()
+
+    def map(self, passes: Passes) -> Tensor:
+        return passes.x.float().mean(1, keepdim=True).cpu()
 
 
 class IntensityDeviation(Baseline):
@@ -46,10 +51,10 @@ class IntensityDeviation(Baseline):
     name, about = 'intensity_deviation', "|mean intensity - that of normal training images|"
 
     def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
-        self.centre = torch.cat([x.double().mean((1, 2, 3)).cpu() for x in normal]).mean()
+        self.centre = torch.cat([x.double().flatten(1).mean(1).cpu() for x in normal]).mean()
 
     def image(self, passes: Passes) -> Tensor:
-        return (passes.x.double().mean((1, 2, 3)).cpu() - self.centre).abs()
+        return (passes.x.double().flatten(1).mean(1).cpu() - self.centre).abs()
 
 
 class MeanImageDistance(Baseline):
@@ -64,6 +69,9 @@ class MeanImageDistance(Baseline):
 
     def image(self, passes: Passes) -> Tensor:
         return (passes.x.double().cpu() - self.centre).flatten(1).norm(dim=1)
+
+    def map(self, passes: Passes) -> Tensor:
+        return (passes.x.double().cpu() - self.centre).abs().mean(1, keepdim=True).float()
 
 
 class PngSize(Baseline):
@@ -92,7 +100,7 @@ class PcaResidual(Baseline):
 
     def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
         from sklearn.decomposition import PCA
-        x = torch.cat([x.flatten(1).cpu() for x in normal]).double().numpy()               # (N, C*H*W)
+        x = torch.cat([x.flatten(1).cpu() for x in normal]).double().numpy()               # (N, D)
         # At most half as many components as images: more would fit the training images themselves.
         most = max(1, min(PCA_MOST, len(x) // 2, x.shape[1] - 1))
         pca = PCA(most, svd_solver='randomized' if min(x.shape) > 100 else 'full', random_state=0).fit(x)

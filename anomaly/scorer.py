@@ -62,7 +62,7 @@ class Scorer:
         self.workers, self.device = workers, device
         self.rank, self.world, self.gather = rank, world, gather
         self.features = {s.needs: s.features for s in scores if isinstance(s, DensityScore)}
-        self.mapped = [s for s in scores if s.map]
+        self.mapped = [s for s in [*scores, *baselines] if s.map]
         self.warnings: list[str] = []
 
     def fit_baselines(self) -> int:

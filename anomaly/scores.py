@@ -207,7 +207,7 @@ def llr_score(k: int) -> Score:
 SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
     'reconstruction': lambda L: [Score(
         'reconstruction', 'reconstructions', "mean |x - reconstruction|",
-        lambda passes: absolute_error(passes).double().mean((1, 2, 3)).cpu(), absolute_error)],
+        lambda passes: absolute_error(passes).double().flatten(1).mean(1).cpu(), absolute_error)],
     'recon_nll': lambda L: [Score(
         'recon_nll', 'likelihood terms', "-log p(x|z), nats",
         lambda passes: passes.mean(lambda terms: terms['recon']),
