@@ -1,14 +1,16 @@
-"""AE and VAE: two small convolutional networks that reconstruct images through few numbers.
+"""AE and VAE: two small convolutional networks that reconstruct images, or volumes, through few numbers.
 
 The published tutorial of anomaly detection on MedNIST, hands against the rest; the VAE is that of Kingma and
-Welling 2014. B images x (B, C, H, W), D numbers in an image without its border, Z latents z, y the output of
-the decoder. It is linear: y may leave [0, 1]. An AE is judged by |x - y|, a VAE by its KL.
+Welling 2014. B images x (B, C, *S), S two or three spatial axes, D numbers in an image without its border, Z
+latents z, y the output of the decoder. It is linear: y may leave [0, 1]. An AE is judged by |x - y|, a VAE by
+its KL.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +30,26 @@ PUBLISHED = {'optimizer': 'adam', 'learning_rate': 1e-3, 'learning_rate_min': 1e
 # ------------------------------------------------------------------------------------------------------- loss
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5            # pixels
+CONVOLVE = {2: F.conv2d, 3: F.conv3d}
 SSIM_C1, SSIM_C2 = 0.01 ** 2, 0.03 ** 2      # of images in [0, 1]
 
 
 def dissimilarity(x: Tensor, y: Tensor) -> Tensor:
     """1 - SSIM (Wang et al. 2004, eq. 13) at each place of its window inside the images.
 
-    (B, C, H, W) and the same to (B, C, H - 10, W - 10).
+    (B, C, *S) and the same to (B, C, *S) with each side 10 shorter.
     """
     distance = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
     bell = torch.softmax(-distance ** 2 / (2 * SSIM_SIGMA ** 2), dim=0)
-    window = torch.outer(bell, bell).expand(x.shape[1], 1, -1, -1)                       # (C, 1, 11, 11)
-    local = lambda t: F.conv2d(t, window, groups=x.shape[1])
+    channels, axes = x.shape[1], range(2, x.ndim)
+
+    def local(t: Tensor) -> Tensor:
+        """Means in the window, which is a product of one bell an axis."""
+        for axis in axes:
+            shape = [SSIM_WINDOW if a == axis else 1 for a in axes]
+            t = CONVOLVE[len(axes)](t, bell.reshape(shape).expand(channels, 1, *shape), groups=channels)
+        return t
+
     with torch.autocast(x.device.type, enabled=False):       # differences of means of squares need all digits
         mean_x, mean_y = local(x), local(y)
         var_x, var_y = local(x * x) - mean_x ** 2, local(y * y) - mean_y ** 2
@@ -48,7 +58,7 @@ def dissimilarity(x: Tensor, y: Tensor) -> Tensor:
                 / ((mean_x ** 2 + mean_y ** 2 + SSIM_C1) * (var_x + var_y + SSIM_C2)))
 
 
-# name -> (x, y) to (B, C, h, w), whose mean is the loss of an image
+# name -> (x, y) to (B, C, *s), whose mean is the loss of an image
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'l2': lambda x, y: (x - y) ** 2,
     'l1': lambda x, y: (x - y).abs(),
@@ -99,17 +109,28 @@ class VAEConfig(AEConfig):
 
 # ----------------------------------------------------------------------------------------------------- models
 
-def halve(c_in: int, c_out: int) -> nn.Sequential:
-    """A block of the encoder: (B, C, H, W) to (B, C', H/2, W/2)."""
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out),
+class Layers(NamedTuple):
+    """What blocks are made of."""
+    conv: type[nn.Module]
+    transposed: type[nn.Module]
+    norm: type[nn.Module]
+
+
+LAYERS = {2: Layers(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d),                       # by the axes of S
+          3: Layers(nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d)}
+
+
+def halve(layers: Layers, c_in: int, c_out: int) -> nn.Sequential:
+    """A block of the encoder: (B, C, *S) to (B, C', *S/2)."""
+    return nn.Sequential(layers.conv(c_in, c_out, 3, stride=2, padding=1, bias=False), layers.norm(c_out),
                          nn.LeakyReLU())
 
 
-def double(c_in: int, c_out: int) -> nn.Sequential:
-    """A block of the decoder: (B, C, H, W) to (B, C', 2H, 2W)."""
+def double(layers: Layers, c_in: int, c_out: int) -> nn.Sequential:
+    """A block of the decoder: (B, C, *S) to (B, C', *2S)."""
     return nn.Sequential(
-        nn.ConvTranspose2d(c_in, c_out, 3, stride=2, padding=1, output_padding=1, bias=False),
-        nn.BatchNorm2d(c_out), nn.LeakyReLU())
+        layers.transposed(c_in, c_out, 3, stride=2, padding=1, output_padding=1, bias=False),
+        layers.norm(c_out), nn.LeakyReLU())
 
 
 class AE(nn.Module):
@@ -121,37 +142,37 @@ class AE(nn.Module):
 
     Config: type[AEConfig] = AEConfig
     defaults: dict[str, Any] = PUBLISHED
-    only_images = True                   # S is (H, W)
     primary_score = 'reconstruction'
     code_parts = 1                       # vectors of Z numbers that the encoder gives
 
     def __init__(self, shape: tuple[int, ...], config: AEConfig, pixels: Pixels = EIGHT_BITS):
-        """`shape` (C, H, W) of an image, its border of `pixels.padding` included.
+        """`shape` (C, H, W) of an image, its border of `pixels.padding` included, or (C, D, H, W).
 
         Raises UserError for a size that cannot be halved as often as `config` says.
         """
         super().__init__()
         self.shape, self.config, self.pixels = tuple(shape), config, pixels
-        if len(shape) != 3:
-            raise UserError(f"this family reads images (C, H, W), not shape {self.shape}.")
+        if len(shape) - 1 not in LAYERS:
+            raise UserError(f"this family reads images (C, H, W) or (C, D, H, W), not shape {self.shape}.")
+        layers, sides = LAYERS[len(shape) - 1], ' x '.join(map(str, shape[1:]))
         number, factor = config.num_layers, 2 ** config.num_layers
         if any(side % factor for side in shape[1:]):
-            raise UserError(f"images of {shape[1]} x {shape[2]} cannot be halved {number} times: sides must "
-                            f"be multiples of {factor}. Resize with --image_size, or lower --num_layers.")
+            raise UserError(f"images of {sides} cannot be halved {number} times: sides must be multiples of "
+                            f"{factor}. Resize with --image_size, or lower --num_layers.")
         self.inner = (shape[0], *(side - 2 * pixels.padding for side in shape[1:]))      # without the border
         if config.loss == 'ssim' and min(self.inner[1:]) < SSIM_WINDOW:
-            raise UserError(f"--loss ssim looks at {SSIM_WINDOW} x {SSIM_WINDOW} pixels, the images have "
-                            f"{self.inner[1]} x {self.inner[2]}: raise --image_size or take l2.")
+            raise UserError(f"--loss ssim looks at {SSIM_WINDOW} pixels along each axis, the images have "
+                            f"{' x '.join(map(str, self.inner[1:]))}: raise --image_size or take l2.")
         channels = [config.width * 2 ** i for i in range(number)]
-        smallest = (channels[-1], shape[1] // factor, shape[2] // factor)
+        smallest = (channels[-1], *(side // factor for side in shape[1:]))
         self.latent_shapes = [(config.latent_dim, 1, 1)]
         self.encoder = nn.Sequential(
-            *map(halve, [shape[0], *channels[:-1]], channels), nn.Flatten(),
+            *map(partial(halve, layers), [shape[0], *channels[:-1]], channels), nn.Flatten(),
             nn.Linear(math.prod(smallest), self.code_parts * config.latent_dim, bias=False))
         self.decoder = nn.Sequential(
             nn.Linear(config.latent_dim, math.prod(smallest), bias=False), nn.Unflatten(1, smallest),
-            *map(double, channels[::-1], [*channels[-2::-1], channels[0]]),
-            nn.Conv2d(channels[0], shape[0], 1, bias=False))
+            *map(partial(double, layers), channels[::-1], [*channels[-2::-1], channels[0]]),
+            layers.conv(channels[0], shape[0], 1, bias=False))
 
     def _encode(self, x: Tensor) -> Tensor:
         """What the encoder gives of images x: (B, Z), or (B, 2 Z) of a VAE. In training they are noisy."""
@@ -162,15 +183,15 @@ class AE(nn.Module):
         return full_precision(self.encoder(x))
 
     def _decode(self, z: Tensor) -> Tensor:
-        """y (B, C, H, W) of latents z (B, Z)."""
+        """y (B, C, *S) of latents z (B, Z)."""
         return full_precision(self.decoder(z))
 
     def _errors(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of each number of an image: (B, C, h, w)."""
+        """The loss of each number of an image: (B, C, *s)."""
         return LOSSES[self.config.loss](self.pixels.inside(x), self.pixels.inside(y))
 
     def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms:
-        """Terms of images x (B, C, H, W) in [0, 1]: error (B,), the loss; logits (B, C, H, W), which are y.
+        """Terms of images x (B, C, *S) in [0, 1]: error (B,), the loss; logits (B, C, *S), which are y.
 
         Nothing is drawn, so `temperature` changes nothing, and there is no latent group to `skip`.
         """
@@ -186,23 +207,23 @@ class AE(nn.Module):
     # ------------------------------------------------------------------------------------------- capabilities
 
     def _image(self, y: Tensor) -> Tensor:
-        """y as an image: (B, C, H, W) in [0, 1], its border black."""
+        """y as an image: (B, C, *S) in [0, 1], its border black."""
         return self.pixels.framed(self.pixels.inside(y).clamp(0, 1))
 
     def reconstruct(self, x: Tensor, skip: int = 0) -> Tensor:
-        """y as an image, of a VAE at the posterior means: (B, C, H, W) in [0, 1]."""
+        """y as an image, of a VAE at the posterior means: (B, C, *S) in [0, 1]."""
         return self._image(self(x, skip=skip, temperature=0.0)['logits'])
 
     def residual(self, x: Tensor) -> Tensor:
-        """x - y, y as it is and not as an image, 0 on the border: (B, C, H, W)."""
+        """x - y, y as it is and not as an image, 0 on the border: (B, C, *S)."""
         return self.pixels.framed(self.pixels.inside(x - self(x, temperature=0.0)['logits']))
 
     def latents(self, x: Tensor, temperature: float = 0.0) -> list[Tensor]:
-        """The one group of latents of images x (B, C, H, W) in [0, 1]: [(B, Z, 1, 1)]."""
+        """The one group of latents of images x (B, C, *S) in [0, 1]: [(B, Z, 1, 1)]."""
         return [self._encode(x)[..., None, None]]
 
     def decode(self, latents: Sequence[Tensor], temperature: float = 0.0) -> Tensor:
-        """Images of latents [(B, Z, 1, 1)]: (B, C, H, W) in [0, 1]. Raises UserError for another shape."""
+        """Images of latents [(B, Z, 1, 1)]: (B, C, *S) in [0, 1]. Raises UserError for another shape."""
         check_latents(latents, self.latent_shapes)
         return self._image(self._decode(latents[0].flatten(1)))
 
@@ -243,10 +264,10 @@ class VAE(AE):
         return Normal(mean, torch.ones_like(mean))
 
     def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms:
-        """Terms of the bound for images x (B, C, H, W) in [0, 1], in nats.
+        """Terms of the bound for images x (B, C, *S) in [0, 1], in nats.
 
         recon (B,) = -log p(x|z); kl (B, 1), analytic; log_q, log_p (B,) of the drawn latents; kl_channels
-        (B, 1, Z), the share of each latent; logits (B, C, H, W), which are y; error (B,), the mean error.
+        (B, 1, Z), the share of each latent; logits (B, C, *S), which are y; error (B,), the mean error.
         `skip=1` draws the latents from the prior; `temperature` scales the noise, 0 is none.
         """
         if skip not in (0, 1):
@@ -275,18 +296,18 @@ class VAE(AE):
     # ------------------------------------------------------------------------------------------- capabilities
 
     def maps(self, x: Tensor, skip: int = 0) -> dict[str, Tensor]:
-        """Where the bound is lost, nats a pixel at the posterior means: recon (B, 1, H, W), kl (B, 1, H, W).
+        """Where the bound is lost, nats a pixel at the posterior means: recon (B, 1, *S), kl (B, 1, *S).
 
         The latents belong to no place: their KL is spread evenly. Maps sum to the terms, and are 0 on the
         border.
         """
         terms = self(x, skip=skip, temperature=0.0)
         recon = (self._errors(x, terms['logits']) / self.scale + self.log_normalizer).sum(1, keepdim=True)
-        kl = terms['kl'][..., None, None] / math.prod(self.inner[1:])
+        kl = terms['kl'].reshape(-1, 1, *[1] * (recon.ndim - 2)) / math.prod(self.inner[1:])
         return {'recon': self.pixels.framed(recon), 'kl': self.pixels.framed(kl.expand_as(recon))}
 
     def latents(self, x: Tensor, temperature: float = 0.0) -> list[Tensor]:
-        """The one group of latents of images x (B, C, H, W) in [0, 1]: [(B, Z, 1, 1)].
+        """The one group of latents of images x (B, C, *S) in [0, 1]: [(B, Z, 1, 1)].
 
         `temperature` scales the noise of the posterior; 0 takes its means.
         """
@@ -297,7 +318,7 @@ class VAE(AE):
         return list(self.encoder.parameters())
 
     def sample(self, n: int, temperature: float = 1.0, mean: bool = False) -> Tensor:
-        """n images (n, C, H, W) in [0, 1] of latents from the prior, its noise scaled by `temperature`.
+        """n images (n, C, *S) in [0, 1] of latents from the prior, its noise scaled by `temperature`.
 
         They are means of p(x|z) with or without `mean`.
         """

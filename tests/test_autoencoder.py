@@ -196,6 +196,14 @@ def test_structural_similarity_is_that_of_a_kept_library():
     assert ours[0].mean() < 0.1 < ours[1].mean()
 
 
+def test_structural_similarity_of_volumes_that_are_alike_in_depth_is_that_of_their_pictures():
+    x, y = images(2, (2, 1, 14, 15)), images(2, (2, 1, 14, 15), seed=3)
+    deep = dissimilarity(x.expand(-1, -1, 12, -1, -1), y.expand(-1, -1, 12, -1, -1))         # (2, 2, 2, 4, 5)
+    flat = dissimilarity(x[:, :, 0], y[:, :, 0])
+    assert deep.shape == (2, 2, 2, 4, 5)
+    torch.testing.assert_close(deep, flat[:, :, None].expand_as(deep), rtol=1e-4, atol=1e-5)
+
+
 def test_structural_similarity_by_hand():
     """Equal images; and flat ones a and b, where only the luminance is left."""
     x = images(2)
@@ -390,12 +398,46 @@ def test_modes_that_need_one_say_so(trained, tmp_path):
                 mode(trained, tmp_path, name, *flags)
 
 
+# --------------------------------------------------------------------------------------------------- volumes
+
+@pytest.mark.parametrize('family', [AE, VAE])
+def test_volumes_have_the_capabilities_of_images(family):
+    model, x = build(family, (2, 8, 12, 16)), images(3, (2, 8, 12, 16))
+    terms = model(x, temperature=0.0)
+    y = terms['logits']
+    assert y.shape == x.shape
+    assert terms['error'].tolist() == approx(((x - y) ** 2).flatten(1).mean(1).tolist())
+    torch.testing.assert_close(model.residual(x), x - y)
+    torch.testing.assert_close(model.decode(model.latents(x)), y.clamp(0, 1))
+    if family is VAE:
+        maps = model.maps(x)
+        for name, per_image in (('recon', terms['recon']), ('kl', terms['kl'][:, 0])):
+            assert maps[name].shape == (3, 1, 8, 12, 16)
+            torch.testing.assert_close(maps[name].flatten(1).sum(1), per_image)
+        assert model.sample(2).shape == (2, 2, 8, 12, 16)
+
+
+def test_an_ae_learns_a_volume():
+    torch.manual_seed(0)
+    model, x = AE((1, 8, 8, 8), AEConfig(**SMALL)), images(4, (1, 8, 8, 8))
+    optimizer, errors = torch.optim.Adam(model.parameters(), 1e-2), []
+    for _ in range(150):
+        loss = model.objective(model(x), 0.0)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.item())
+    assert errors[-1] < 0.8 * x.var() < errors[0]
+
+
 # --------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize('make, told', [
     (lambda: build(AE, (1, 28, 28), num_layers=3), r'28 x 28 cannot be halved 3 times.*multiples of 8'),
-    (lambda: build(VAE, (1, 16, 18)), '16 x 18'), (lambda: build(AE, (1, 8, 8, 8)), r'\(C, H, W\)'),
-    (lambda: build(AE, (1, 12, 12), Pixels(padding=2), loss='ssim'), '11 x 11 pixels, the images have 8 x 8'),
+    (lambda: build(VAE, (1, 16, 18)), '16 x 18'), (lambda: build(AE, (1, 8)), r'\(C, D, H, W\)'),
+    (lambda: build(VAE, (1, 8, 6, 8)), '8 x 6 x 8 cannot be halved 2 times'),
+    (lambda: build(AE, (1, 12, 12), Pixels(padding=2), loss='ssim'),
+     '11 pixels along each axis, the images have 8 x 8'),
     (lambda: AEConfig(latent_dim=0), '--latent_dim 0'), (lambda: AEConfig(num_layers=0), '--num_layers 0'),
     (lambda: VAEConfig(width=0), '--width 0'), (lambda: AEConfig(input_noise=-0.1), '--input_noise -0.1'),
     (lambda: AEConfig(input_noise=math.nan), '--input_noise nan'),

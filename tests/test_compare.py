@@ -274,7 +274,8 @@ def test_the_markdown_is_made_of_tables(finished):
     assert scores[4][0] == 'mean_intensity' and scores[4][-2:] == ['-', '-']
     assert tables[2][2] == ['perfect/reconstruction - blind/reconstruction',
                             'perfect/reconstruction is better', '+0.500 [+0.500, +0.500]']
-    assert [row[0] for row in tables[-1][2:]] == [r'perfect/reconstruction \*', r'blind/reconstruction \*']
+    assert [row[0] for row in tables[-1][2:]] == [r'perfect/reconstruction \*', r'blind/reconstruction \*',
+                                                  'mean_intensity', 'mean_image']
 
 
 def test_the_table_of_the_terminal_is_aligned(finished):

@@ -193,7 +193,7 @@ def test_images_whose_lesions_are_unknown_are_left_out(tmp_path):
 
 
 def test_too_many_maps_for_the_memory_are_a_random_part_of_whole_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(scorer, 'MOST_VALUES', 10 * 16)                      # of one score
+    monkeypatch.setattr(scorer, 'MOST_VALUES', 10 * 3 * 16)                  # of the score and two baselines
     config = dataclasses.replace(FEW, scores=('nelbo',))
     result = run(tmp_path / 'a', make_data(masks=True), config=config)
     assert result['scores']['nelbo']['pixels']['images'] == 10
