@@ -7,16 +7,15 @@ formulas at warped coordinates; contrast, blur, a bias field and Rician noise ma
 along each axis.
 """
 
-import gzip
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
-from readers.nifti import nibabel
+from readers.nifti import write_nifti
 from readers.phantom import write_set
-from utils import UserError, write_atomically
+from utils import UserError
 
 SIZE, WIDTH = 64, 192.0            # voxels along each axis, and the mm that they span
 VERSION = 1                        # raise it when the drawing changes: other phantoms are then made anew
@@ -269,7 +268,4 @@ def _write(path: Path, seed: int, name: str, index: int, size: int) -> None:
     affine = np.diag([WIDTH / size] * 3 + [1.0])
     affine[:3, 3] = (WIDTH / size - WIDTH) / 2                       # of the first voxel; 0 is the middle
     for folder, values in images.items():
-        image = nibabel().Nifti1Image(values.astype(np.uint8), affine)
-        # The time in a gzip header would make equal files differ.
-        data = gzip.compress(image.to_bytes(), 6, mtime=0)
-        write_atomically(path.parents[1] / folder / path.name, lambda p, data=data: p.write_bytes(data))
+        write_nifti(path.parents[1] / folder / path.name, values.astype(np.uint8), affine)

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.ndimage import affine_transform, gaussian_filter
 
 from readers.images import Unreadable
-from utils import UserError
+from utils import UserError, write_atomically
 
 SUFFIXES = ('.nii', '.nii.gz')
 MOST_VOXELS = 1 << 29              # 2 GiB of float32: a larger one is damaged, or no medical volume
@@ -164,6 +164,13 @@ def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
     values = np.where(finite, values, np.float32(0)) if repaired else values
     return Nifti(np.moveaxis(values, -1, 0), Grid(values.shape[:3], affine), own, placed, repaired,
                  hashlib.sha256(data).hexdigest(), len(data))
+
+
+def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
+    """Writes (X, Y, Z) or (X, Y, Z, K) as a packed file, atomically; equal values make equal bytes."""
+    image = nibabel().Nifti1Image(values, affine)
+    data = gzip.compress(image.to_bytes(), 6, mtime=0)       # the time in the header would make files differ
+    write_atomically(path, lambda p: p.write_bytes(data))
 
 
 def _unpacked(data: bytes) -> bytes:

@@ -53,6 +53,8 @@ class VolumeConfig:
     pad_multiple: int = flag(16, 'the largest volume is rounded up to a multiple of so many voxels')
     percentiles: tuple = flag((0.01, 99.9), 'intensities that become 0 and 1, in percent of the voxels of a '
                                             'volume and channel', type=float, nargs=2, metavar='PERCENT')
+    window: tuple = flag((), 'intensities that become 0 and 1, the same in all volumes, such as -100 400 in '
+                             'CT; none given = --percentiles', type=float, nargs=2, metavar='INTENSITY')
     augment: bool = flag(False, 'train on changed volumes: shift and scale of intensities, histogram shift, '
                                 'rotation and translation, spike, Rician noise, Gibbs ringing, each 1 in 10')
     key_files: str = flag('', "folder of NAME_keys.txt, subjects one a line: NAME that ends in train, val or "
@@ -64,6 +66,10 @@ def check_volumes(config: VolumeConfig, image_size: int) -> None:
     low, high = config.percentiles
     if not 0 <= low < high <= 100:
         raise UserError(f"--percentiles {low} {high}: expected two of 0 to 100, the smaller one first.")
+    if config.window and not config.window[0] < config.window[1]:
+        raise UserError(f"--window {' '.join(map(str, config.window))}: expected the smaller one first.")
+    if config.window and config.percentiles != VolumeConfig.percentiles:
+        raise UserError("--window and --percentiles both say what becomes 0 and 1: leave one out.")
     for name in ('spacing', 'lesion_load'):
         if not 0 <= (value := getattr(config, name)) < np.inf:
             raise UserError(f"--{name} {value}: expected 0 or more.")
@@ -80,11 +86,12 @@ def check_volumes(config: VolumeConfig, image_size: int) -> None:
 
 class Volume(NamedTuple):
     """A subject as a model sees it: pixels (C, *S) uint8 or uint16 and mask (1, *S) uint8 0 or 1, None
-    without a label; ml of labelled lesion in the file; its grid and that of the first file; hash and size of
-    its files; what was put right, in words that go on from 'n subjects'.
+    without a label; the body (*S) bool; ml of labelled lesion in the file; its grid and that of the first
+    file; hash and size of its files; what was put right, in words that go on from 'n subjects'.
     """
     pixels: np.ndarray
     mask: np.ndarray | None
+    body: np.ndarray
     lesion_ml: float
     grid: Grid
     own: Grid
@@ -95,19 +102,28 @@ class Volume(NamedTuple):
 
 @dataclass(frozen=True)
 class VolumePreparation:
-    """What is done to each subject. `channels`: how many a subject must have; `depth` 8 or 16 bits."""
+    """What is done to each subject. `channels`: how many a subject must have; `depth` 8 or 16 bits; `window`:
+    () = by percentiles.
+    """
     channels: int
     depth: int
     body: str
     crop: tuple[int, ...]
     spacing: float
     percentiles: tuple[float, float]
+    window: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, config: VolumeConfig, modalities: Sequence[str], depth: int) -> 'VolumePreparation':
+        """As the flags say."""
+        return cls(len(modalities) or 1, depth, config.volume_mask, tuple(config.crop), config.spacing,
+                   tuple(config.percentiles), tuple(config.window))
 
     def outline(self, subject: Subject) -> Grid:
         """The voxels that a model should see: cropped, at the wanted spacing, as far as the body goes. Raises
         Unreadable.
         """
-        first = self._read(subject.files[0])
+        first = self.first(subject)
         grid = first.grid
         if self.crop:
             start, end = np.array(self.crop[:3]), np.minimum(self.crop[3:], grid.shape)
@@ -126,26 +142,35 @@ class VolumePreparation:
 
     def load(self, subject: Subject, grid: Grid) -> Volume:
         """A subject on the model's grid: its outline, `centred` in the model's shape. Raises Unreadable."""
-        first = self._read(subject.files[0])
+        first = self.first(subject)
         files = [first, *(self._read(path, first) for path in subject.files[1:])]
         channels = [values for file in files for values in file.values]
         if len(channels) != self.channels:
             raise Unreadable(f'has {count(len(channels), "channel")}, {self.channels} expected: name them '
                              f'with --modalities')
         body = self._body(subject, first)
-        inside = True if body is None else resample(*body, grid, order=0) > 0
+        inside = np.ones(grid.shape, bool) if body is None else resample(*body, grid, order=0) > 0
         sources = [file.grid for file in files for _ in file.values]
         pixels = np.stack([self._scaled(values, source, grid, inside) for values, source
                            in zip(channels, sources, strict=True)])                      # (C, *S)
-        mask, lesion_ml = self._label(subject, first, grid)
+        label, lesion_ml = self.lesions(subject, first), 0.0
+        mask = None
+        if label:
+            mask = resample(*label, grid, order=0)[None]
+            voxel = abs(np.linalg.det(label[1].affine[:3, :3]))                          # mm^3
+            lesion_ml = round(float(label[0].sum() * voxel / 1000), 6)
         repairs = [words for words, happened in {
             'had voxels that were not finite: they are 0': any(f.repaired for f in files),
             'without a place in mm (neither sform nor qform): axes are taken to run as NIfTI says for these':
                 not all(f.placed for f in files)}.items() if happened]
         digest = files[0].sha256 if len(files) == 1 else \
             hashlib.sha256(''.join(f.sha256 for f in files).encode()).hexdigest()
-        return Volume(pixels, mask, lesion_ml, grid, first.own, digest, sum(f.num_bytes for f in files),
-                      repairs)
+        return Volume(pixels, mask, inside, lesion_ml, grid, first.own, digest,
+                      sum(f.num_bytes for f in files), repairs)
+
+    def first(self, subject: Subject) -> Nifti:
+        """The file of its first channel, which gives the grid. Raises Unreadable."""
+        return self._read(subject.files[0])
 
     def _read(self, path: str, like: Nifti | None = None) -> Nifti:
         try:
@@ -162,24 +187,25 @@ class VolumePreparation:
         mask = self._read(subject.body, first)
         return (mask.values > 0).any(0).astype(np.uint8), mask.grid
 
-    def _scaled(self, values: np.ndarray, source: Grid, grid: Grid, inside: np.ndarray | bool) -> np.ndarray:
+    def _scaled(self, values: np.ndarray, source: Grid, grid: Grid, inside: np.ndarray) -> np.ndarray:
         """One channel (*S) as integers; percentiles are over all voxels, as published, the padding's too."""
-        darkest = float(values.min())                            # air: 0 in MRI, -1024 in CT
+        darkest = self.window[0] if self.window else float(values.min())     # air: 0 in MRI, -1024 in CT
         x = np.where(inside, resample(values, source, grid, fill=darkest), np.float32(darkest))
-        low, high = np.percentile(x, self.percentiles)
+        low, high = self.window or np.percentile(x, self.percentiles)
         if not high > low:
             raise Unreadable(f'shows the same value everywhere in a channel (percentiles {low:g} and '
                              f'{high:g}): it is empty, or lies elsewhere than the first channel')
         dtype = DTYPES[self.depth]
         return np.rint(np.clip((x - low) / (high - low), 0, 1) * np.iinfo(dtype).max).astype(dtype)
 
-    def _label(self, subject: Subject, first: Nifti, grid: Grid) -> tuple[np.ndarray | None, float]:
+    def lesions(self, subject: Subject, first: Nifti) -> tuple[np.ndarray, Grid] | None:
+        """What is labelled as lesion (X, Y, Z) uint8 0 or 1 with its grid, None without a label; `first` is
+        the first file of the subject. Raises Unreadable.
+        """
         if not subject.label:
-            return None, 0.0
+            return None
         label = self._read(subject.label, first)
-        lesion = (label.values > 0).any(0).astype(np.uint8)                              # (X, Y, Z)
-        ml = float(lesion.sum() * abs(np.linalg.det(label.grid.affine[:3, :3])) / 1000)
-        return resample(lesion, label.grid, grid, order=0)[None], round(ml, 6)
+        return (label.values > 0).any(0).astype(np.uint8), label.grid
 
 
 def bright(values: np.ndarray) -> np.ndarray:
@@ -222,8 +248,7 @@ def read_volumes(folder: str | Path, config: VolumeConfig, *, modalities: Sequen
                         f"{', '.join(found)}. Name the normal ones with --normal_classes.")
     usual, abnormal = choose_classes(found, usual, anomalous, True, str(root))
     subjects = [s for s in subjects if s.class_name in usual + abnormal]
-    prepared = VolumePreparation(len(modalities) or 1, depth, config.volume_mask, tuple(config.crop),
-                                 config.spacing, tuple(config.percentiles))
+    prepared = VolumePreparation.of(config, modalities, depth)
     stamps = [[s.id, s.class_name, s.part, *((path, *stamp(path)) for path in s.all_files)] for s in subjects]
     flags = {f.name: getattr(config, f.name) for f in fields(VolumeConfig) if f.name != 'augment'}
     key = {'volumes': str(root.resolve()), **flags, 'channels': list(modalities), 'label': labels,
@@ -280,7 +305,7 @@ def scan(subjects: list[Subject], prepared: VolumePreparation, target: Path, sha
     outlines = [o for o in outlines if not isinstance(o, str)]
     if not subjects:
         return {'entries': [], 'bad': bad, 'lesion_ml': {}}
-    _expect_one_spacing(subjects, outlines)
+    expect_one_spacing(subjects, outlines)
     sizes = np.array([o.shape for o in outlines])                                        # (N, 3)
     if not min(shape):
         shape = tuple((-(-sizes.max(0) // multiple) * multiple).tolist())
@@ -335,7 +360,7 @@ def attempt(work: Callable[[Any], T], items: Sequence[Any], title: str) -> list[
         return list(tqdm(pool.map(one, items), title, len(items), unit='subject', disable=None, leave=False))
 
 
-def _expect_one_spacing(subjects: list[Subject], outlines: list[Grid]) -> None:
+def expect_one_spacing(subjects: list[Subject], outlines: list[Grid]) -> None:
     """Raises UserError if voxels are of different sizes."""
     spacings = np.array([o.spacing for o in outlines])                                   # (N, 3), mm
     apart = (np.abs(spacings / spacings[0] - 1) > SPREAD).any(1)

@@ -1,0 +1,196 @@
+"""Cuts NIfTI volumes into patches, a data set of their own: training on healthy-looking tissue of people who
+all have lesions.
+
+    python scripts/cut_patches.py --data DATA --modalities flair --labels lesions --volume_mask brain \\
+        --spacing 3 --size 16 --out patches
+    python train.py --dataset brain --data patches --modalities flair --labels lesions \\
+        --window 0 255 --volume_shape 16 16 16 ...
+
+Leaves <out>/normal/<modality>/PERSON_X_Y_Z.nii.gz, patches that no labelled lesion reaches into;
+<out>/lesion/<modality>/..., patches with labelled voxels, and <out>/lesion/<labels>/... beside them; and
+train_keys.txt, val_keys.txt and test_keys.txt, which put all patches of a person into one part. People who
+are trained on leave their lesions out. See docs/data.md, section Patches.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from datasets import DATASETS, DataConfig
+from readers.nifti import Grid, resample, write_nifti
+from readers.source import Entry, same_name
+from readers.split import PARTS, count, some, split_given, with_patients
+from readers.subjects import KEYS, NORMAL, Subject, find_subjects, with_classes, with_keys
+from readers.volumes import LESION, VolumePreparation, attempt, check_volumes, expect_one_spacing
+from utils import UserError, add_flags, flag, read_flags, run_program, write_atomically
+
+ROW = DATASETS['brain']
+DEPTH = 8                          # bits of a voxel: 0 and 255 are the ends of --percentiles or --window
+DATA_FLAGS = ('data', 'modalities', 'labels', 'volume_mask', 'crop', 'spacing', 'percentiles', 'window',
+              'key_files', 'patient_pattern', 'split_seed', 'skip_corrupt')
+FEW, NEAR = 'with too little of the body', 'beside a lesion'
+
+
+@dataclass(frozen=True)
+class PatchConfig(DataConfig):
+    """Patches"""
+    out: str = flag('', 'folder to make')
+    size: int = flag(32, 'voxels of a patch along each axis')
+    stride: int = flag(0, 'voxels between neighbouring patches along each axis; 0 = --size, side by side')
+    least_body: float = flag(0.5, 'least share of --volume_mask in a patch, 0 to 1')
+    val_fraction: float = flag(0.15, 'fraction of the people for validation: their normal patches')
+    test_fraction: float = flag(0.2, 'fraction of the people for testing: all their patches')
+
+    def __post_init__(self):
+        for name, least in {'size': 1, 'stride': 0, 'least_body': 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
+        if self.least_body > 1:
+            raise UserError(f"--least_body {self.least_body}: expected a share of 0 to 1.")
+        for name in ('val_fraction', 'test_fraction'):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: expected 0 to 1.")
+
+
+def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[list[Subject], dict[str, str]]:
+    """The subjects of which it is known where they are ill, and the part of each. Raises UserError."""
+    root = Path(config.data)
+    if not config.data or not root.is_dir():
+        raise UserError(f"--data: the folder {config.data!r} does not exist. {ROW.where}")
+    found, bad = find_subjects(root, config.modalities, labels, config.volume_mask)
+    stop_at(bad, config)
+    subjects = with_keys(with_classes(found, ROW.normal, ROW.where), Path(config.key_files or root), notes)
+    if not any(s.label for s in subjects):
+        raise UserError(f"--labels {labels}: no subject in {root} has a file of it.")
+    ill = lambda s: not any(same_name(s.class_name, name) for name in ROW.normal)
+    if lost := [s.id for s in subjects if ill(s) and not s.label]:
+        notes.append(f'left out: {count(len(lost), "subject")} of a class that is not normal, without a file '
+                     f'of {labels}: {some(lost)}')
+    subjects = [s for s in subjects if s.label or not ill(s)]
+    if unknown := [s.id for s in subjects if not s.label]:
+        notes.append(f'{count(len(unknown), "subject")} without a file of {labels} count as without lesion: '
+                     f'{some(unknown)}')
+    entries = [Entry(s.id, '', s.class_name, '', 0, row, part=s.part, label=int(ill(s)))
+               for row, s in enumerate(subjects)]
+    entries = with_patients(entries, '', config.patient_pattern, notes)
+    return subjects, split_given(entries, config.val_fraction, config.test_fraction, config.split_seed)
+
+
+def stop_at(bad: list[tuple[str, str]], config: PatchConfig) -> None:
+    """Raises UserError if there are subjects that cannot be used, unless they are to be left out."""
+    lines = [f'{name} {reason}' for name, reason in bad]
+    if lines and not config.skip_corrupt:
+        raise UserError(f"{count(len(lines), 'subject')} cannot be used: {some(lines)}. Replace or remove "
+                        f"them, or pass --skip_corrupt to leave them out.")
+    for line in lines:
+        print(f'left out: {line}')
+
+
+def corners(shape: tuple[int, ...], size: int, stride: int) -> Iterator[tuple[int, ...]]:
+    """The first voxels (3,) of patches in a volume; what is left over lies half before, half behind them."""
+    numbers = [(n - size) // stride + 1 for n in shape]
+    first = [(n - size - (k - 1) * stride) // 2 for n, k in zip(shape, numbers, strict=True)]
+    return product(*(range(f, f + k * stride, stride) for f, k in zip(first, numbers, strict=True)))
+
+
+def cut(subject: Subject, grid: Grid, prepared: VolumePreparation, config: PatchConfig, labels: str,
+        with_lesions: bool) -> tuple[list[str], Counter]:
+    """Writes the patches of a subject on `grid`; their ids, and how many there are of each kind. Raises
+    Unreadable.
+    """
+    size = config.size
+    grid = grid.centred(np.maximum(grid.shape, size))
+    volume = prepared.load(subject, grid)
+    # Where interpolation brought a lesion into the image, be it less than half a voxel of it.
+    label = prepared.lesions(subject, prepared.first(subject))
+    reached = resample(label[0].astype(np.float32), label[1], grid) > 0 if label else \
+        np.zeros(grid.shape, bool)
+    written, kinds = [], Counter()
+    for corner in corners(grid.shape, size, config.stride or size):
+        box = tuple(slice(i, i + size) for i in corner)
+        is_kind = {FEW: volume.body[box].mean() < config.least_body,
+                   LESION: label is not None and volume.mask[0][box].any(), NEAR: reached[box].any(),
+                   NORMAL: True}
+        kind = next(name for name, true in is_kind.items() if true)
+        kinds[kind] += 1
+        if kind not in (NORMAL, LESION) or (kind == LESION and not with_lesions):
+            continue
+        name = '_'.join([subject.id.replace('/', '-'), *map(str, corner)])
+        affine = grid.box(corner, (size,) * 3).affine
+        pixels = volume.pixels[:, *box]                                          # (C, size, size, size)
+        files = dict(zip(config.modalities, pixels, strict=True)) if config.modalities else \
+            {'': np.moveaxis(pixels, 0, -1)}
+        files |= {labels: volume.mask[0][box]} if kind == LESION else {}
+        for folder, values in files.items():
+            write_nifti(Path(config.out, kind, folder, f'{name}.nii.gz'), values, affine)
+        written.append(f'{kind}/{name}')
+    return written, kinds
+
+
+def make(config: PatchConfig) -> None:
+    """Makes the data set, and says what is in it. Raises UserError."""
+    check_volumes(config, 0)
+    if not config.out:
+        raise UserError("--out is missing: name the folder to make.")
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is there already: choose another name, or delete it.")
+    notes: list[str] = []
+    labels = config.labels or ROW.labels
+    subjects, parts = find_people(config, labels, notes)
+    prepared = VolumePreparation.of(config, config.modalities, DEPTH)
+    outlines = attempt(prepared.outline, subjects, 'measuring volumes')
+    stop_at([(s.id, o) for s, o in zip(subjects, outlines, strict=True) if isinstance(o, str)], config)
+    grids = {s: o for s, o in zip(subjects, outlines, strict=True) if not isinstance(o, str)}
+    if grids:
+        expect_one_spacing(list(grids), list(grids.values()))
+
+    def work(subject: Subject) -> tuple[list[str], Counter]:
+        return cut(subject, grids[subject], prepared, config, labels, parts[subject.id] == 'test')
+
+    results = attempt(work, list(grids), 'cutting volumes')
+    stop_at([(s.id, r) for s, r in zip(grids, results, strict=True) if isinstance(r, str)], config)
+    done = {s: r for s, r in zip(grids, results, strict=True) if not isinstance(r, str)}
+    for part in PARTS:
+        names = [name for s, (written, _) in done.items() if parts[s.id] == part for name in written]
+        write_atomically(out / f'{part}{KEYS}', lambda p, names=names: p.write_text('\n'.join([*names, ''])))
+    report(config, done, parts, notes)
+
+
+def report(config: PatchConfig, done: dict[Subject, tuple[list[str], Counter]], parts: dict[str, str],
+           notes: list[str]) -> None:
+    """Prints what was made."""
+    for note in notes:
+        print(note)
+    for part in PARTS:
+        people = [s for s in done if parts[s.id] == part]
+        kinds = sum((done[s][1] for s in people), Counter())
+        written = Counter(name.split('/')[0] for s in people for name in done[s][0])
+        left = {LESION: kinds[LESION] - written[LESION], FEW: kinds[FEW], NEAR: kinds[NEAR]}
+        print(f"{part}: {count(len(people), 'subject')}, patches: {written[NORMAL]} normal, "
+              f"{written[LESION]} with lesion; left out: "
+              + ', '.join(f'{number} {kind}' for kind, number in left.items()))
+    shape = ' '.join([str(config.size)] * 3)
+    flags = ''.join(f' --{name} {" ".join(value) if isinstance(value, tuple) else value}'
+                    for name in ('modalities', 'labels') if (value := getattr(config, name)))
+    print(f'train with: --dataset brain --data {config.out}{flags} --window 0 255 --volume_shape {shape}')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, PatchConfig, only={*DATA_FLAGS, *PatchConfig.__annotations__})
+    make(read_flags(PatchConfig, parser.parse_args()))
+
+
+if __name__ == '__main__':
+    run_program(main)
