@@ -3,9 +3,16 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')     # tests run side by side; threads would wait for each other
+# Where Python is told not to keep what it compiles, every program that a test starts would compile PyTorch
+# anew: 4 seconds. Workers of pytest find the folder in their environment.
+if sys.dont_write_bytecode:
+    compiled = tempfile.TemporaryDirectory(prefix='compiled-')
+    sys.dont_write_bytecode, sys.pycache_prefix = False, compiled.name
+    os.environ |= {'PYTHONDONTWRITEBYTECODE': '', 'PYTHONPYCACHEPREFIX': compiled.name}
 
 import numpy as np
 import pytest

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
@@ -14,12 +13,6 @@ from conftest import ROOT
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 MPIRUN = ['mpirun', '--allow-run-as-root', '--oversubscribe', '--bind-to', 'none']
 LONGEST = 300.0                  # seconds that any of these may take on a busy machine
-
-
-# Where Python is told not to keep what it compiles, every start would compile PyTorch anew: 4 seconds.
-compiled = tempfile.TemporaryDirectory(prefix='compiled-')
-KEEP_COMPILED = {'PYTHONDONTWRITEBYTECODE': '', 'PYTHONPYCACHEPREFIX': compiled.name} \
-    if sys.dont_write_bytecode else {}
 
 
 def has_open_mpi():
@@ -37,7 +30,7 @@ def start(words, log, host='', **env):
     words = [*(('ip', 'netns', 'exec', host) if host else ()), *map(str, words)]
     with log.open('a') as file:
         return subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file,
-                                env={**clean, 'OMP_NUM_THREADS': '1', **KEEP_COMPILED, **env})
+                                env={**clean, 'OMP_NUM_THREADS': '1', **env})
 
 
 def end(*processes):

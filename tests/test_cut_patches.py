@@ -1,4 +1,4 @@
-"""Patches cut from volumes: what they hold, where they lie, whose they are, and what training sees of them."""
+"""Patches cut from volumes: what they hold, where they lie, whose they are, what training sees of them."""
 
 from dataclasses import replace
 
@@ -110,9 +110,9 @@ def test_phantoms_of_two_channels_in_class_folders(tmp_path):
     ({'out': ''}, '--out is missing'), ({'data': 'nowhere'}, "folder 'nowhere' does not exist"),
     ({'labels': 'tumours'}, 'no subject in .* has a file of it'), ({'window': (5, 5)}, '--window 5 5'),
     ({'window': (0, 90), 'percentiles': (0, 100)}, 'leave one out')])
-def test_mistakes_are_one_line(flags, words, scans):
+def test_mistakes_are_one_line(flags, words, scans, tmp_path):
     with pytest.raises(UserError, match=words) as error:
-        make(replace(scans, **flags))
+        make(replace(scans, **{'out': str(tmp_path / 'out'), **flags}))
     assert '\n' not in str(error.value)
 
 
