@@ -16,6 +16,7 @@ from families.hvae_official import read_official as read_official_folder
 from families.nvae import NVAE
 from families.nvae_official import is_official, read_official
 from families.score3d import Score3D
+from families.score3d_flow import SpatialMSMA
 from utils import UserError, read_flags
 
 Terms = dict[str, Tensor]     # per image, never averaged: (B,) or (B, L)
@@ -40,7 +41,7 @@ class Model(Protocol):
 
 
 MODELS: dict[str, type] = {'nvae': NVAE, 'hvae': HVAE, 'lvae': LVAE, 'biva': BIVA,
-                           'ae': AE, 'vae': VAE, 'score3d': Score3D}
+                           'ae': AE, 'vae': VAE, 'score3d': Score3D, 'spatial_msma': SpatialMSMA}
 
 
 def build_model(name: str, shape: tuple[int, ...], config: Any, pixels: Pixels) -> Model:

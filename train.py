@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,11 +49,15 @@ from neural_operations import activation_bytes, checkpoint_activations
 from training.finetuning import start_from, update_slow_weights
 from training.meter import Meter
 from training.optimization import (
+    SCHEDULES,
     SafeBuffers,
     average_of,
+    by_half_life,
     learning_rate,
     optimizer_step,
+    ramped,
     recalibrate_batch_norm,
+    steady,
 )
 from training.pictures import show_images
 from training.rehearsal import MEMORY_MARGIN, rehearse
@@ -79,7 +83,7 @@ ALONE = {'num_proc_node': 1, 'node_rank': 0, 'num_process_per_node': 1, 'world_s
 VALIDATION_TAGS = {'val/nelbo': 'nelbo_nats', 'val/neg_log_p': 'neg_log_p_nats',
                    'val/bpd_elbo': 'nelbo_bits_per_dim', 'val/bpd_log_p': 'neg_log_p_bits_per_dim'}
 OPTIMIZERS = {'adamax': partial(torch.optim.Adamax, eps=1e-3),       # eps of the published NVAE
-              'adam': torch.optim.Adam}
+              'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW, 'radam': torch.optim.RAdam}
 MOST_SKIPPED = 100                  # steps in a row that are not finite; then the run has diverged
 
 
@@ -104,15 +108,22 @@ class TrainConfig:
     warmup_epochs: int = flag(5, 'epochs over which the learning rate rises from 0')
     warmup_steps: int = flag(0, 'the same in steps; the longer of the two counts')
     learning_rate: float = flag(1e-2, 'highest learning rate')
-    learning_rate_min: float = flag(1e-4, 'learning rate at the end of the cosine')
+    learning_rate_min: float = flag(1e-4, 'learning rate at the end of the cosine, and below all steps')
+    lr_schedule: str = flag('cosine', 'learning rate after the warm-up: cosine, by epoch; step, by 0.3 '
+                            'towards the lowest after every 40 % of the steps; constant',
+                            choices=tuple(SCHEDULES))
     optimizer: str = flag('adamax', 'optimizer', choices=tuple(OPTIMIZERS))
     beta1: float = flag(0.9, 'share of the running mean gradient that a step keeps')
-    weight_decay: float = flag(3e-4, 'L2 penalty inside the optimizer, on all weights')
+    weight_decay: float = flag(3e-4, 'L2 penalty inside the optimizer, on all weights; of adamw beside it')
     fast_adamax: bool = flag(False, 'update all weights in one fused operation; the numbers are the same')
     grad_clip: float = flag(0.0, 'largest gradient norm; 0 = do not clip')
     ema_decay: float = flag(0.0, 'average the weights with this decay and evaluate the average; 0 = do not')
     ema_ramp: bool = flag(False, 'average less at first: the n-th step by (1 + n) / (10 + n), up to '
                                  '--ema_decay')
+    ema_halflife_kimg: float = flag(0.0, 'in place of --ema_decay: thousands of images over which the '
+                                         'average keeps half; 0 = --ema_decay')
+    ema_rampup_ratio: float = flag(0.0, '--ema_halflife_kimg: but at most this times the images seen so '
+                                        'far; 0 = no limit')
     init_from: str = flag('', "start from the weights of this run folder or checkpoint; '' = afresh")
     reptile_steps: int = flag(0, 'finetuning by Reptile: average the weights every so many steps only, and '
                                  'go on from the average; 0 = every step, and do not')
@@ -132,16 +143,31 @@ class TrainConfig:
 
     def __post_init__(self):
         least_of = {'batch_size': 1, 'epochs': 1, 'accumulate': 1, 'ema_bn_batches': 0, 'warmup_steps': 0,
-                    'reptile_steps': 0, 'beta1': 0}
+                    'reptile_steps': 0, 'beta1': 0, 'ema_halflife_kimg': 0, 'ema_rampup_ratio': 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
         for name in ('ema_bn_batches', 'reptile_steps'):
-            if getattr(self, name) and not self.ema_decay:
+            if getattr(self, name) and not self.averages:
                 raise UserError(f"--{name} {getattr(self, name)} is for averaged weights: set --ema_decay "
                                 f"too, such as 0.999.")
+        if self.ema_decay and self.ema_halflife_kimg:
+            raise UserError(f"--ema_decay {self.ema_decay} --ema_halflife_kimg {self.ema_halflife_kimg}: set "
+                            f"one of them to 0.")
         if self.beta1 >= 1:
             raise UserError(f"--beta1 {self.beta1}: it must be below 1.")
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return bool(self.ema_decay or self.ema_halflife_kimg)
+
+    def kept(self, images: int) -> Callable[[int], float]:
+        """What the n-th update of the average keeps of it, with so many images a step."""
+        if self.ema_halflife_kimg:
+            return by_half_life(1000 * self.ema_halflife_kimg, self.ema_rampup_ratio,
+                                images * (self.reptile_steps or 1))
+        return (ramped if self.ema_ramp else steady)(self.ema_decay)
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -194,8 +220,8 @@ class Trainer:
         self.optimizer = OPTIMIZERS[self.config.optimizer](
             self.model.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay,
             betas=(self.config.beta1, 0.999), foreach=self.config.fast_adamax)
-        self.ema = average_of(self.model, self.config.ema_decay, self.config.ema_ramp,
-                              use_buffers=not self.config.ema_bn_batches) if self.config.ema_decay else None
+        self.ema = average_of(self.model, self.config.kept(self.batch_size * self.shares),
+                              use_buffers=not self.config.ema_bn_batches) if self.config.averages else None
         self.ema_recalibrated = -1              # the step at which that was last done
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.best = math.inf                    # lowest validation figure of best.pt
@@ -376,7 +402,8 @@ class Trainer:
                 self.ema.module.load_state_dict(self.model.state_dict())
         rate = learning_rate(self.step, self.steps, epochs=self.config.epochs,
                              warmup_epochs=self.config.warmup_epochs, warmup_steps=self.config.warmup_steps,
-                             highest=self.config.learning_rate, lowest=self.config.learning_rate_min)
+                             highest=self.config.learning_rate, lowest=self.config.learning_rate_min,
+                             schedule=self.config.lr_schedule)
         for group in self.optimizer.param_groups:
             group['lr'] = rate
         self.model.train()

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from checkpoint import read_checkpoint
 from families.score3d_samplers import CORRECTORS, PREDICTORS, SAMPLERS
@@ -75,9 +74,11 @@ class Score3DConfig:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
         self._check_noise()
         self._check_network()
-        object.__setattr__(self, 'inner_model', resolve_inner(self.inner_model))
+        object.__setattr__(self, 'inner_model', resolve_network(self.inner_model, 'inner_model'))
         if self.inner_model and self.sde != 'vesde':
             raise UserError(f"--inner_model with --sde {self.sde}: a matryoshka is for vesde.")
+        if self.inner_model and self.inner()[0].inner_model:
+            raise UserError("--inner_model is itself a matryoshka: one level is supported.")
         if self.trainable_inner_model and not self.inner_model:
             raise UserError("--trainable_inner_model: there is none; name one with --inner_model.")
 
@@ -120,38 +121,40 @@ class Score3DConfig:
 
     def inner(self) -> tuple['Score3DConfig', tuple[int, ...], str]:
         """The inner network's flags, its image size S, and the checkpoint that it starts from ('' = none)."""
-        inner = json.loads(self.inner_model)
-        return read_flags(Score3DConfig, inner), tuple(inner['image_size']), inner.get('checkpoint', '')
+        return read_network(self.inner_model)
 
 
-def resolve_inner(inner: str) -> str:
-    """JSON that says all of the inner network but its weights, from what --inner_model takes."""
-    if not inner:
+def read_network(described: str) -> tuple[Score3DConfig, tuple[int, ...], str]:
+    """Flags, image size S and checkpoint ('' = none) of a network that `resolve_network` has described."""
+    content = json.loads(described)
+    return read_flags(Score3DConfig, content), tuple(content['image_size']), content.get('checkpoint', '')
+
+
+def resolve_network(network: str, name: str) -> str:
+    """JSON that says all of a score3d but its weights, from what the flag `name` takes; '' of ''.
+
+    A run folder or checkpoint of ours, JSON or a file of JSON. Raises UserError for anything else.
+    """
+    if not network:
         return ''
-    if inner.lstrip().startswith('{'):
+    if network.lstrip().startswith('{'):
         try:
-            content = json.loads(inner)
+            content = json.loads(network)
         except json.JSONDecodeError as error:
-            raise UserError(f"--inner_model is not JSON ({error}).") from None
-    elif inner.endswith('.json'):
-        content = read_json(inner)
+            raise UserError(f"--{name} is not JSON ({error}).") from None
+    elif network.endswith('.json'):
+        content = read_json(network)
     else:
-        description = read_checkpoint(inner).get('description')
+        description = read_checkpoint(network).get('description')
         if not isinstance(description, dict) or description.get('model') != 'score3d':
-            raise UserError(f"--inner_model {inner}: not a checkpoint of a score3d of ours. For a published "
+            raise UserError(f"--{name} {network}: not a checkpoint of a score3d of ours. For a published "
                             f"one give JSON with its image_size, flags and checkpoint.")
-        content = {'image_size': description['shape'][1:], 'checkpoint': str(Path(inner).resolve()),
+        content = {'image_size': description['shape'][1:], 'checkpoint': str(Path(network).resolve()),
                    **description['config']}
-    return json.dumps(checked_inner(content), sort_keys=True)
-
-
-def checked_inner(content: Any) -> dict[str, Any]:
-    """The same, if it describes a network of one resolution. Raises UserError."""
     known = {f.name for f in dataclasses.fields(Score3DConfig)} | {'image_size', 'checkpoint'}
     if not isinstance(content, dict) or 'image_size' not in content:
-        raise UserError("--inner_model: a JSON object with image_size, such as [96, 112, 80], is needed.")
+        raise UserError(f"--{name}: a JSON object with image_size, such as [96, 112, 80], is needed.")
     if unknown := sorted(content.keys() - known):
-        raise UserError(f"--inner_model: {', '.join(unknown)} is no flag of score3d.")
-    if read_flags(Score3DConfig, content).inner_model:
-        raise UserError("--inner_model is itself a matryoshka: one level is supported.")
-    return content
+        raise UserError(f"--{name}: {', '.join(unknown)} is no flag of score3d.")
+    read_flags(Score3DConfig, content)
+    return json.dumps(content, sort_keys=True)

@@ -18,7 +18,7 @@ from distributions import Pixels
 from families.score3d import Score3D
 from families.score3d_config import Score3DConfig
 from families.score3d_sde import SDES
-from training.optimization import average_of, learning_rate
+from training.optimization import average_of, learning_rate, ramped
 
 FLAGS = {'nf': 64, 'blocks_down': (3,), 'blocks_up': (), 'conv_size': 1, 'norm_num_groups': 1,
          'time_embedding_sz': 16, 'fourier_scale': 0.25, 'sigma_min': 0.01, 'sigma_max': 20.0}
@@ -40,7 +40,7 @@ def train(name: str, steps: int, seed: int = 0) -> Score3D:
     torch.manual_seed(seed)
     data = mixture()
     model = Score3D((2, 1, 1), Score3DConfig(sde=name, **FLAGS), Pixels())
-    average = average_of(model, 0.999, ramp=True)
+    average = average_of(model, ramped(0.999))
     optimizer = torch.optim.Adam(model.parameters())
     for step in range(steps):
         optimizer.param_groups[0]['lr'] = learning_rate(

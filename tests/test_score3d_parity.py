@@ -25,7 +25,7 @@ from families.score3d_samplers import (
     reverse_diffusion,
 )
 from families.score3d_sde import VE, VP, SubVP, expand
-from training.optimization import average_of, learning_rate
+from training.optimization import average_of, learning_rate, ramped
 from utils import read_flags
 
 PARITY = Path(os.environ.get('PARITY_DIR', Path(__file__).parents[2] / 'shared' / 'parity'))
@@ -180,7 +180,7 @@ def test_average_of_weights_and_learning_rate(formulas):
     f = formulas['ema']
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(f['weights'][0])
-    average = average_of(model, f['decay'], ramp=True)
+    average = average_of(model, ramped(f['decay']))
     for weight, expected in zip(f['weights'][1:], f['averages'][1:]):
         model.weight.data.fill_(weight)
         average.update_parameters(model)

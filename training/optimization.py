@@ -1,7 +1,7 @@
 """The update of the weights: learning rate, steps that are not finite, batch norms of averaged weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,32 +10,60 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 import launch
 
 
+DROP_EVERY, DROP = 0.4, 0.3          # the 'step' schedule of SADE: share of the steps, factor
+
+
+def cosine(step: int, steps: int, epochs: int, warmup_epochs: int) -> float:
+    """From 1 to 0 along a cosine, the same within an epoch."""
+    last = epochs - warmup_epochs - 1
+    done = min((step // steps - warmup_epochs) / last, 1.0) if last > 0 else 0.0
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+# share of the way from the lowest to the highest rate, after the warm-up
+SCHEDULES = {'cosine': cosine,
+             'step': lambda step, steps, epochs, _: DROP ** int(step / (DROP_EVERY * steps * epochs)),
+             'constant': lambda *_: 1.0}
+
+
 def learning_rate(step: int, steps: int, *, epochs: int, warmup_epochs: int, highest: float,
-                  lowest: float, warmup_steps: int = 0) -> float:
-    """Linear warm-up per step, then a cosine per epoch from the highest to the lowest rate.
+                  lowest: float, warmup_steps: int = 0, schedule: str = 'cosine') -> float:
+    """Linear warm-up per step, then a schedule from the highest rate towards the lowest.
 
     `steps` are those of an epoch. The warm-up takes `warmup_epochs`, and `warmup_steps` if that is longer.
     """
     warm_up = max(warmup_epochs * steps, warmup_steps)
     if step < warm_up:
         return highest * step / warm_up
-    last = epochs - warmup_epochs - 1
-    done = min((step // steps - warmup_epochs) / last, 1.0) if last > 0 else 0.0
-    return lowest + (highest - lowest) * (1 + math.cos(math.pi * done)) / 2
+    return lowest + (highest - lowest) * SCHEDULES[schedule](step, steps, epochs, warmup_epochs)
 
 
-def average_of(model: nn.Module, decay: float, ramp: bool = False, use_buffers: bool = True) -> AveragedModel:
+def steady(decay: float) -> Callable[[int], float]:
+    """What the n-th update of an average keeps of it: nothing at first, then always `decay`."""
+    return lambda n: decay if n > 1 else 0.0
+
+
+def ramped(decay: float) -> Callable[[int], float]:
+    """The same, less at first, so that the average soon forgets where it began."""
+    return lambda n: min(decay, (1 + n) / (10 + n))
+
+
+def by_half_life(half_life: float, ramp: float, images: int) -> Callable[[int], float]:
+    """The same, so that half is kept over `half_life` images, but at most over `ramp` times those seen.
+
+    `images` are those between updates; a `ramp` of 0 is none (Karras et al. 2022, appendix F.1).
+    """
+    return lambda n: 0.5 ** (images / min(half_life, ramp * images * n or half_life))
+
+
+def average_of(model: nn.Module, kept: Callable[[int], float], use_buffers: bool = True) -> AveragedModel:
     """An exponential average of the model's weights, beginning at them as they are.
 
-    With `ramp` the n-th update keeps min(decay, (1 + n) / (10 + n)) of the average, so that it soon forgets
-    where it began; without, the first update is taken whole.
+    Its n-th update keeps the share `kept(n)` of it, n from 1. Whole numbers are copied.
     """
-    if not ramp:
-        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=use_buffers)
-
     def update(averages: list[Tensor], values: list[Tensor], n: Tensor) -> None:
-        kept = min(decay, (1 + int(n)) / (10 + int(n)))
-        get_ema_multi_avg_fn(kept)(averages, values, n)
+        share = kept(int(n)) if averages[0].is_floating_point() else 0.0
+        get_ema_multi_avg_fn(share)(averages, values, n)
 
     average = AveragedModel(model, multi_avg_fn=update, use_buffers=use_buffers)
     average.n_averaged.fill_(1)                 # of 0 updates torch takes the first one whole
