@@ -24,7 +24,7 @@ MSMA_SCHEDULES = ('geometric', 'linear', 'thinned')
 # capability that a score needs -> attribute of the model that shows it
 CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstructions': 'reconstruct', 'maps': 'maps',
                 'encoder parameters': 'encoder_parameters', 'score norms': 'score_norms',
-                'ODE likelihood': 'log_likelihood'}
+                'ODE likelihood': 'log_likelihood', 'voxel densities': 'voxel_nll'}
 
 
 # ------------------------------------------------------------------------------------- functions of the terms
@@ -164,6 +164,10 @@ class Passes:
             seed_noise(*self.noise, 'ode')
             return -self.model.log_likelihood(self.x).double().cpu()
         return self.once(('ode_nll',), make)
+
+    def voxel_nll(self) -> Tensor:
+        """-log p of the features of every voxel, nats: (B, 1, *S)."""
+        return self.once(('voxel_nll',), lambda: self.model.voxel_nll(self.x).float())
 
 
 # ----------------------------------------------------------------------------------------- what a score gives

@@ -37,6 +37,8 @@ from utils import UserError, flag
 __all__ = ['SCORES', 'AnomalyScore', 'Passes', 'Score', 'ScoreConfig', 'Scores', 'choose_scores', 'elbo',
            'iw_bound', 'log_weight']
 
+LESION_SHARE = 0.01        # of the foreground: a lesion is small, and would be lost in a mean over all
+
 
 @dataclass(frozen=True)
 class ScoreConfig:
@@ -203,6 +205,15 @@ def llr_score(k: int) -> Score:
                  lambda passes: passes.bound() - passes.bound(k), lambda passes: llr_map(passes, k))
 
 
+def highest_voxels(passes: Passes, share: float) -> Tensor:
+    """Mean -log p over this share of the foreground, its least likely voxels, float64 on the CPU: (B,)."""
+    means = []
+    for nll, inside in zip(passes.voxel_nll(), passes.model.foreground(passes.x)):
+        values = nll[inside].double()
+        means.append(values.topk(max(1, round(share * len(values)))).values.mean().cpu())
+    return torch.stack(means)
+
+
 # name -> scores for a model with L latent groups
 SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
     'reconstruction': lambda L: [Score(
@@ -244,6 +255,12 @@ SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
     'ode_nll': lambda L: [Score(
         'ode_nll', 'ODE likelihood', "-log p(x) by the probability flow, nats",
         lambda passes: passes.ode_nll())],
+    'voxel_nll': lambda L: [
+        Score('voxel_nll', 'voxel densities', "-log density of the norms of the score around a voxel, nats: "
+              "mean over the least likely 1 % of the foreground",
+              lambda passes: highest_voxels(passes, LESION_SHARE), Passes.voxel_nll),
+        Score('voxel_nll_mean', 'voxel densities', "the same, mean over the foreground, nats",
+              lambda passes: highest_voxels(passes, 1.0))],
     'kl': lambda L: [Score(
         'kl', 'likelihood terms', "KL, sum over groups, nats",
         lambda passes: passes.mean(lambda terms: terms['kl'].sum(1)),

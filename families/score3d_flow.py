@@ -1,8 +1,8 @@
 """Spatial-MSMA: the density of a voxel's score norms, given where the voxel is and what the image is.
 
-Mahmood et al. 2024, "Localizing anomalies ... with multiscale score matching". A frozen score-based model gives n
-maps of an image, one a level of noise; a conditional flow learns the density of their neighbourhoods' norms on
-normal images. B images, C channels, S two or three spatial axes with V voxels, P voxels of a step.
+Mahmood et al. 2024 (arXiv 2407.00148). A frozen score-based model gives n maps of an image, one a level of
+noise; a conditional flow learns the density of their norms around a voxel on normal images. B images, C
+channels, S two or three spatial axes with V voxels, P voxels of a step.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,7 @@
-"""A conditional normalizing flow of vectors: affine autoregressive, then permutations, linear layers, splines.
+"""A conditional normalizing flow of vectors: affine autoregressive, then permutations and splines.
 
-Neural spline flows (Durkan et al. 2019) as in Spatial-MSMA (Mahmood et al. 2024), on zuko's transforms. Rows of
-n numbers, each with a context of c numbers; every transform runs from data to latent.
+Neural spline flows (Durkan et al. 2019) as in Spatial-MSMA (Mahmood et al. 2024), on zuko's transforms. Rows
+of n numbers, each with a context of c numbers; every transform runs from data to latent.
 """
 
 import math
@@ -173,7 +173,7 @@ class Spline(MonotonicRQSTransform):
 
 
 class EvenOdd(Transform):
-    """Entries 0, 2, .. through a spline of their own; 1, 3, .. through one that the former and a network give."""
+    """Entries 0, 2, .. through a spline of their own; 1, 3, .. through one that the former give."""
     domain = codomain = constraints.real_vector
     bijective = True
 

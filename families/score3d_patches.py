@@ -100,7 +100,7 @@ class ConvResidual(nn.Module):
 
 
 class GlobalContext(nn.Module):
-    """What the image is as a whole: images (B, C, *S) on [-1, 1] to (B, E), by attention over large patches."""
+    """Images (B, C, *S) on [-1, 1] as a whole, by attention over large patches: (B, E)."""
 
     def __init__(self, channels: int, size: Sequence[int], *, kernel: int, stride: int, embedding: int,
                  width: int):

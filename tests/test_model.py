@@ -18,6 +18,8 @@ HIERARCHY = {'config_deterministic': json.dumps([
                  for stride in (2, 2)]),
              'config_stochastic': json.dumps([{'block': 'GaussianConv2d', 'latent_features': 2},
                                               {'block': 'GaussianDense', 'latent_features': 3}])}
+SCORE = {'nf': 8, 'blocks_down': (1, 1), 'blocks_up': (1,), 'norm_num_groups': 2, 'time_embedding_sz': 4,
+         'num_scales': 4}
 SMALL = {   # flags of a small model of each family: a new family needs a row
     'hvae': HIERARCHY, 'lvae': HIERARCHY, 'biva': HIERARCHY,
     'ae': {'latent_dim': 3, 'num_layers': 2, 'width': 4, 'input_noise': 0.1},
@@ -26,8 +28,10 @@ SMALL = {   # flags of a small model of each family: a new family needs a row
              'num_postprocess_blocks': 1, 'num_preprocess_cells': 1, 'num_postprocess_cells': 1,
              'num_latent_scales': 2, 'num_groups_per_scale': 1, 'num_latent_per_group': 2,
              'num_mixture_dec': 2, 'res_dist': True, 'weight_decay_norm': 1e-2},
-    'score3d': {'nf': 8, 'blocks_down': (1, 1), 'blocks_up': (1,), 'norm_num_groups': 2,
-                'time_embedding_sz': 4, 'num_scales': 4},
+    'score3d': SCORE,
+    'spatial_msma': {'score_model': json.dumps(SCORE | {'image_size': SHAPE[1:], 'init_scale': 1.0}),
+                     'msma_levels': 3, 'num_blocks': 1, 'hidden_features': 8, 'global_embedding_size': 8,
+                     'context_embedding_size': 6, 'patches_per_step': 20},
 }
 
 
