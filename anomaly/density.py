@@ -7,6 +7,7 @@ likelihood terms (N, 1 + L), see `Passes.features`, or norms of scores (N, n). W
 arrays: `state()`, and `from_state` on the same class gives the same scores, bit by bit.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
@@ -20,7 +21,14 @@ from utils import UserError
 
 RIDGE = 1e-9                 # variance added to standardised features, so that a constant one has an inverse
 GMM_RIDGE = 1e-3             # the same for a component of a mixture, which may hold few images
-CHOOSING_FOLDS = 5           # of the cross-validation that chooses a mixture
+CHOOSING_FOLDS = 5           # of the cross-validation that chooses a mixture, or a kernel and its width
+MOST_TO_CHOOSE = 2000        # images among which it chooses a kernel: its time grows with their square
+COVARIANCES = ('full', 'diag')
+# Published rules that choose a mixture, arguments of GMM: in 3D (SADE), and in 2D (Mahmood et al. 2021).
+SADE_RULE = {'components': (3, 4, 5), 'covariances': ('full',), 'quantile': 0.1, 'ridge': 1e-6,
+             'iterations': 100_000}
+MSMA_2D_RULE = {'components': range(2, 21, 2), 'covariances': ('full',), 'choosing_folds': 10,
+                'ridge': 1e-6, 'iterations': 100_000}
 
 
 class Density:
@@ -89,6 +97,11 @@ class Density:
     def standardised(self, features: np.ndarray) -> np.ndarray:
         return (features - self.mean) / self.std
 
+    def left_as_is(self, features: np.ndarray) -> np.ndarray:
+        """Sets a mean of 0 and a standard deviation of 1, with which `standardised` changes nothing."""
+        self.mean, self.std = np.zeros(features.shape[1]), np.ones(features.shape[1])
+        return features
+
 
 class Typicality(Density):
     """|sum of features - mean sum of normal images|: of likelihood terms, |NELBO - mean NELBO| in nats.
@@ -133,13 +146,43 @@ class KNN(Density):
         self.k, self.scale = k, scale
 
     def learn(self, features: np.ndarray) -> None:
-        self.mean, self.std = np.zeros(features.shape[1]), np.ones(features.shape[1])
-        self.reference = self.standardise(features) if self.scale else features                       # (N, D)
+        self.reference = self.standardise(features) if self.scale else self.left_as_is(features)      # (N, D)
 
     def rate(self, features: np.ndarray) -> np.ndarray:
         from sklearn.neighbors import NearestNeighbors
         neighbours = NearestNeighbors(n_neighbors=min(int(self.k), len(self.reference))).fit(self.reference)
         return neighbours.kneighbors(self.standardised(features))[0][:, -1]
+
+
+class KDE(Density):
+    """-log density of a kernel density estimate, nats: a kernel on every normal image.
+
+    Kernel and bandwidth are those with the largest log density of left-out images, by cross-validation, which
+    follows from `seed`. Unscaled as published, a bandwidth is in the unit of the features.
+    """
+    learned, folds = ('mean', 'std', 'reference', 'kernel', 'bandwidth'), 10
+
+    def __init__(self, kernels: Iterable[str] = ('gaussian', 'exponential'),
+                 bandwidths: Iterable[float] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0), scale: bool = False,
+                 seed: int = 0):
+        """All pairs are tried; with `scale` on standardised features."""
+        self.kernels, self.bandwidths, self.scale, self.seed = tuple(kernels), tuple(bandwidths), scale, seed
+
+    def learn(self, features: np.ndarray) -> None:
+        self.reference = self.standardise(features) if self.scale else self.left_as_is(features)      # (N, D)
+        some = np.random.default_rng(self.seed).permutation(len(features))[:MOST_TO_CHOOSE]
+        self.kernel, self.bandwidth = best_on_left_out(
+            self.reference[some], list(itertools.product(self.kernels, self.bandwidths)), self.estimate,
+            CHOOSING_FOLDS, self.seed)
+
+    def estimate(self, z: np.ndarray, kernel: str, bandwidth: float) -> Any:
+        """scikit-learn's estimate from features (N, D)."""
+        from sklearn.neighbors import KernelDensity
+        return KernelDensity(kernel=str(kernel), bandwidth=float(bandwidth)).fit(z)
+
+    def rate(self, features: np.ndarray) -> np.ndarray:
+        estimate = self.estimate(self.reference, self.kernel, self.bandwidth)
+        return -estimate.score_samples(self.standardised(features))
 
 
 class GMM(Density):
@@ -151,10 +194,19 @@ class GMM(Density):
     """
     learned, least, folds = ('mean', 'std', 'weights', 'centres', 'roots'), 4, 10
 
-    def __init__(self, components: Iterable[int] = (1, 2, 3, 4, 5),
-                 covariances: Iterable[str] = ('full', 'diag'), seed: int = 0):
-        """All pairs of `components` and `covariances` ('full' or 'diag') are tried."""
+    def __init__(self, components: Iterable[int] = (1, 2, 3, 4, 5), covariances: Iterable[str] = COVARIANCES,
+                 seed: int = 0, *, quantile: float | None = None, choosing_folds: int = CHOOSING_FOLDS,
+                 images_per_feature: int = 0, ridge: float = GMM_RIDGE, iterations: int = 100):
+        """All pairs of `components` and `covariances` ('full' or 'diag') are tried.
+
+        Left out are those that would have fewer than two images, or `images_per_feature` for each feature,
+        a component; where that leaves none, fewer components, of both shapes, are tried instead. With
+        `quantile` not all left-out images decide, but that quantile of their log density. `ridge` is added
+        to variances; `iterations` of EM at most.
+        """
         self.components, self.covariances, self.seed = tuple(components), tuple(covariances), seed
+        self.quantile, self.choosing_folds, self.iterations = quantile, choosing_folds, iterations
+        self.images_per_feature, self.ridge = images_per_feature, ridge
 
     def learn(self, features: np.ndarray) -> None:
         z = self.standardise(features)                                                                # (N, D)
@@ -164,16 +216,15 @@ class GMM(Density):
 
     def choose(self, z: np.ndarray) -> tuple[int, str]:
         """Components and covariance of the mixture that expects left-out images best."""
-        pairs = [(k, c) for k in self.components for c in self.covariances]
+        pairs = list(itertools.product(self.components, self.covariances))
         if len(pairs) == 1:
             return pairs[0]
-        folds = min(CHOOSING_FOLDS, len(z))
-        fold = np.random.default_rng(self.seed).permutation(len(z)) * folds // len(z)
-        # A component needs two images at the least. With the fewest of all, the first pair is what there is.
-        most = (len(z) - len(z) // folds) // 2
-        tried = [pair for pair in pairs if pair[0] <= most] or pairs[:1]
-        return max(tried, key=lambda pair: sum(
-            self.mixture(z[fold != i], *pair).score_samples(z[fold == i]).sum() for i in range(folds)))
+        left = len(z) - len(z) // min(self.choosing_folds, len(z))
+        most = left // max(2, self.images_per_feature * z.shape[1])
+        fewer = range(1, max(2, min(min(self.components), left // 2 + 1)))
+        tried = [pair for pair in pairs if pair[0] <= most] or list(itertools.product(fewer, COVARIANCES))
+        judge = np.sum if self.quantile is None else lambda values: np.quantile(values, self.quantile)
+        return best_on_left_out(z, tried, self.mixture, self.choosing_folds, self.seed, judge)
 
     def mixture(self, z: np.ndarray, components: int, covariance: str) -> Any:
         """scikit-learn's mixture, fitted to standardised features (N, D)."""
@@ -183,8 +234,8 @@ class GMM(Density):
         from sklearn.mixture import GaussianMixture
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', ConvergenceWarning)      # left-out images judge what was reached
-            return GaussianMixture(components, covariance_type=covariance, reg_covar=GMM_RIDGE,
-                                   random_state=self.seed).fit(z)
+            return GaussianMixture(components, covariance_type=covariance, reg_covar=self.ridge,
+                                   max_iter=self.iterations, random_state=self.seed).fit(z)
 
     def rate(self, features: np.ndarray) -> np.ndarray:
         from scipy.special import logsumexp
@@ -194,6 +245,44 @@ class GMM(Density):
         log_det = np.log(np.diagonal(self.roots, axis1=1, axis2=2)).sum(1)                              # (K,)
         log_normal = log_det - 0.5 * (white ** 2).sum(2) - 0.5 * z.shape[1] * math.log(2 * math.pi)   # (N, K)
         return -logsumexp(np.log(self.weights) + log_normal, axis=1)
+
+
+class PCAGMM(GMM):
+    """GMM of the first principal components of the features, scaled to variance 1, in place of all features.
+
+    The components are those of the features as they are, so the largest variances decide.
+    """
+    learned = ('mean', 'axes', 'weights', 'centres', 'roots')
+
+    def __init__(self, dimensions: int = 5, **options: Any):
+        """`dimensions` components at most; `options` are those of GMM."""
+        super().__init__(**options)
+        self.dimensions = dimensions
+
+    def standardise(self, features: np.ndarray) -> np.ndarray:
+        """Sets mean (D,) and axes (D, d) of the principal components; returns these: (N, d)."""
+        self.mean = features.mean(0)
+        _, spread, axes = np.linalg.svd(features - self.mean, full_matrices=False)
+        spread = spread[:self.dimensions] / math.sqrt(len(features))
+        varies = spread > 1e-9 * max(1, np.abs(self.mean).max())
+        varies[0] = True                                                 # one there must be, be it constant
+        self.axes = axes[:len(varies)][varies].T / np.where(spread > 0, spread, 1)[varies]
+        return self.standardised(features)
+
+    def standardised(self, features: np.ndarray) -> np.ndarray:
+        return (features - self.mean) @ self.axes
+
+
+def best_on_left_out(z: np.ndarray, tried: list[tuple], make: Callable[..., Any], folds: int, seed: int,
+                     judge: Callable[[np.ndarray], float] = np.sum) -> tuple:
+    """The arguments, of those `tried`, with which `make(z, *arguments)` expects left-out rows of z best.
+
+    What is made has `score_samples`; `judge` makes one number of the log densities of a fold.
+    """
+    folds = min(folds, len(z))
+    fold = np.random.default_rng(seed).permutation(len(z)) * folds // len(z)
+    return max(tried, key=lambda arguments: sum(
+        judge(make(z[fold != i], *arguments).score_samples(z[fold == i])) for i in range(folds)))
 
 
 def cross_fit(density: Density, features: np.ndarray, groups: list | None = None,
@@ -224,12 +313,18 @@ class DensityScore:
     not those of a new normal image. The threshold needs scores of validation images that were not fitted on
     themselves, which is what `cross_fit` gives.
     """
-    map = None
+    map: Callable[[Passes], Tensor | None] | None = None
 
     def __init__(self, name: str, about: str, density: Density, needs: str = 'likelihood terms',
-                 features: Callable[[Passes], Tensor] = Passes.features):
-        """`features` (B, D) of the passes; they are the same for all scores that need the same."""
+                 features: Callable[[Passes], Tensor] = Passes.features,
+                 density_map: Callable[[Density, Passes], Tensor | None] | None = None):
+        """`features` (B, D) of the passes; they are the same for all scores that need the same.
+
+        `density_map` makes a map (B, 1, *S) of the fitted density, or None.
+        """
         self.name, self.about, self.density, self.needs, self.features = name, about, density, needs, features
+        if density_map:
+            self.map = lambda passes: density_map(self.density, passes)
 
     def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
         """Learns from batches of normal images (B, C, H, W)."""
@@ -248,4 +343,5 @@ class DensityScore:
             raise UserError(f"score {self.name} has not been fitted: call fit(model, normal_images) first.")
         passes = as_passes(model, x)
         check_capability(self, passes.model)
-        return Scores(torch.from_numpy(self.density.score(self.features(passes).numpy())))
+        return Scores(torch.from_numpy(self.density.score(self.features(passes).numpy())),
+                      self.map(passes) if self.map and with_map else None)

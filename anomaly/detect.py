@@ -32,7 +32,7 @@ from utils import UserError, finite, read_json, write_atomically, write_json
 # fields of ScoreConfig that the scores, maps and calls of an image depend on
 SETTINGS = ('target_fpr', 'num_draws', 'iw_samples_elbo', 'iw_samples_lk', 'llr_noise', 'regret_steps',
             'regret_learning_rate', 'msma_levels', 'msma_min_timestep', 'msma_max_timestep', 'msma_schedule',
-            'msma_denoise', 'target_pixel_fpr', 'map_smoothing', 'body_mask')
+            'msma_denoise', 'msma_map', 'target_pixel_fpr', 'map_smoothing', 'body_mask')
 
 
 def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_iw_samples: int,
@@ -113,6 +113,7 @@ def examine(model: Any, data: Any, scores: list, baselines: list, primary: str, 
     fitted_on = scorer.fit_baselines()
     validation = scorer.score(data.val, 'val')
     fit_densities(scores, validation)
+    scorer.add_density_maps(data.val, 'val', validation)
     pixel_thresholds = choose_pixel_thresholds(validation, config.target_pixel_fpr)
     validation.maps = None                                          # their memory is needed for the test part
     test = scorer.score(data.test, 'test')

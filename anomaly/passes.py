@@ -24,7 +24,8 @@ MSMA_SCHEDULES = ('geometric', 'linear', 'thinned')
 # capability that a score needs -> attribute of the model that shows it
 CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstructions': 'reconstruct', 'maps': 'maps',
                 'encoder parameters': 'encoder_parameters', 'score norms': 'score_norms',
-                'ODE likelihood': 'log_likelihood', 'voxel densities': 'voxel_nll'}
+                'ODE likelihood': 'log_likelihood', 'voxel densities': 'voxel_nll',
+                'inpainting': 'inpainting_map', 'restoration': 'restoration_map'}
 
 
 # ------------------------------------------------------------------------------------- functions of the terms
@@ -62,14 +63,15 @@ class Passes:
     def __init__(self, model: Any, x: Tensor, *, draws: int = 1, iw_samples: int = 1,
                  iw_samples_elbo: int = 1, iw_samples_lk: int = 1, llr_noise: str = 'separate',
                  regret_steps: int = 20, regret_learning_rate: float = 1e-4,
-                 msma: dict[str, Any] | None = None, bits: int = 8, file_bytes: Tensor | None = None,
-                 noise: tuple = (0,), ids: Sequence[str] = ()):
+                 msma: dict[str, Any] | None = None, msma_map: str = 'none', bits: int = 8,
+                 file_bytes: Tensor | None = None, noise: tuple = (0,), ids: Sequence[str] = ()):
         """`x` (B, C, H, W) in [0, 1]; `bits` per value; `file_bytes` (B,) the sizes of the files on disk;
         `ids` B names, or none.
 
         The counts are those of the flags of the same names (ScoreConfig), `draws` is num_draws; `msma` are
         the arguments of the model's `score_norms`.
         """
+        self.msma_map = msma_map
         self.model, self.x, self.draws, self.iw_samples, self.bits = model, x, draws, iw_samples, bits
         self.iw_samples_elbo, self.iw_samples_lk, self.llr_noise = iw_samples_elbo, iw_samples_lk, llr_noise
         self.regret_steps, self.regret_learning_rate = regret_steps, regret_learning_rate
@@ -157,6 +159,13 @@ class Passes:
     def score_norms(self) -> Tensor:
         """Norms of the model's score at n levels of noise, float64 on the CPU: (B, n)."""
         return self.once(('score_norms',), lambda: self.model.score_norms(self.x, **self.msma).double().cpu())
+
+    def repair_error(self, kind: str) -> Tensor:
+        """The model's own map of what 'inpainting' or 'restoration' changes: (B, 1, *S)."""
+        def make() -> Tensor:
+            with self.seeded(kind):
+                return getattr(self.model, f'{kind}_map')(self.x).float()
+        return self.once((kind,), make)
 
     def ode_nll(self) -> Tensor:
         """-log p(x) by the model's probability flow, nats, float64 on the CPU: (B,)."""

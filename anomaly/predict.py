@@ -190,11 +190,13 @@ class Predictor:
     def passes(self, images: dict[int, np.ndarray]) -> Passes:
         ids, options = [self.found.ids[i] for i in images], self.settings
         batch = self.prepared.batch(list(images.values()), ids)
+        config = ScoreConfig(**{name: options[name] for name in SETTINGS})
         return Passes(self.model, batch.x.to(launch.device()), draws=options['num_draws'],
                       iw_samples=options['num_iw_samples'], iw_samples_elbo=options['iw_samples_elbo'],
                       iw_samples_lk=options['iw_samples_lk'], llr_noise=options['llr_noise'],
                       regret_steps=options['regret_steps'],
-                      regret_learning_rate=options['regret_learning_rate'], bits=self.prepared.pixels.bits,
+                      regret_learning_rate=options['regret_learning_rate'], msma=config.msma,
+                      msma_map=config.msma_map, bits=self.prepared.pixels.bits,
                       noise=(self.seed, 'predict'), ids=ids)
 
     def score(self) -> tuple[np.ndarray, dict[int, str]]:

@@ -50,6 +50,11 @@ class Scored:
         return np.array([entry.class_name for entry in self.entries], object)
 
 
+def unfitted(score: Any) -> bool:
+    """Whether the score is of a density that has not learned yet."""
+    return isinstance(score, DensityScore) and not score.density.fitted
+
+
 class Scorer:
     """Scores the parts of a data set with all scores and baselines; each image once, on one rank."""
 
@@ -62,7 +67,10 @@ class Scorer:
         self.workers, self.device = workers, device
         self.rank, self.world, self.gather = rank, world, gather
         self.features = {s.needs: s.features for s in scores if isinstance(s, DensityScore)}
-        self.mapped = [s for s in [*scores, *baselines] if s.map]
+        # Maps of densities come after their fit.
+        self.late = [s for s in scores if s.map and isinstance(s, DensityScore) and config.msma_map != 'none']
+        self.mapped = [s for s in [*scores, *baselines] if s.map and not isinstance(s, DensityScore)]
+        self.mapped += self.late
         self.warnings: list[str] = []
 
     def fit_baselines(self) -> int:
@@ -93,7 +101,7 @@ class Scorer:
         for index, batch in self.batches(part, name):
             sizes = torch.tensor([float(entries[i].file_bytes) for i in batch.id])
             passes = self.passes(batch, sizes, (self.seed, 'score', name, index))
-            ready = [s for s in self.scores if not (isinstance(s, DensityScore) and not s.density.fitted)]
+            ready = [s for s in self.scores if not unfitted(s)]
             started = time.perf_counter()
             values = {s.name: s(passes, with_map=False).image.double().cpu().numpy() for s in ready}
             seconds = time.perf_counter() - started
@@ -101,8 +109,23 @@ class Scorer:
             features = {needs: of(passes).numpy() for needs, of in self.features.items()}
             rows.append((index, list(batch.id), values, features, seconds))
             if (known := self.known(batch, wanted)).any():
-                maps.append((index, self.judged_maps(passes, batch, known)))
+                mapped = [s for s in self.mapped if not unfitted(s)]
+                maps.append((index, self.judged_maps(passes, batch, known, mapped)))
         return self.collect(name, entries, rows, maps)
+
+    def add_density_maps(self, part: Any, name: str, scored: Scored) -> None:
+        """Adds the maps of density scores, which are there only once these are fitted: a second pass."""
+        if not self.late:
+            return
+        wanted, maps = self.images_with_maps(part.entries, name), []
+        for index, batch in self.batches(part, f'{name}, maps'):
+            passes = self.passes(batch, None, (self.seed, 'score', name, index))
+            if (known := self.known(batch, wanted)).any():
+                maps.append((index, self.judged_maps(passes, batch, known, self.late)))
+        added = self.join(maps)
+        if scored.maps and added:
+            added = added._replace(values=scored.maps.values | added.values)
+        scored.maps = added
 
     def batches(self, part: Any, name: str, only: Collection[int] | None = None) -> Iterable[tuple[int, Any]]:
         """This rank's batches with their numbers, all or those of `only`, behind a progress bar."""
@@ -120,7 +143,8 @@ class Scorer:
                       iw_samples=self.num_iw_samples, iw_samples_elbo=config.iw_samples_elbo,
                       iw_samples_lk=config.iw_samples_lk, llr_noise=config.llr_noise,
                       regret_steps=config.regret_steps, regret_learning_rate=config.regret_learning_rate,
-                      msma=config.msma, bits=self.data.pixels.bits, file_bytes=file_bytes, noise=noise)
+                      msma=config.msma, msma_map=config.msma_map, bits=self.data.pixels.bits,
+                      file_bytes=file_bytes, noise=noise)
 
     def collect(self, name: str, entries: dict, rows: list, maps: list[tuple[int, Maps]]) -> Scored:
         """Brings together what the ranks have scored, in the order of the batches."""
@@ -169,8 +193,9 @@ class Scorer:
             return set()
         most = max(1, MOST_VALUES // (len(self.mapped) * math.prod(self.data.shape[1:])))
         if len(known) > most:
-            self.warnings.append(f"the maps of {len(self.mapped)} scores are kept for a random {most} of "
-                                 f"{len(known)} {name} images: fewer --scores leave memory for more images.")
+            line = (f"the maps of {len(self.mapped)} scores are kept for a random {most} of {len(known)} "
+                    f"{name} images: fewer --scores leave memory for more images.")
+            self.warnings += [line] if line not in self.warnings else []
             random = np.random.default_rng(mix_seed(self.seed, 'maps', name))
             known = [known[i] for i in random.permutation(len(known))[:most]]
         return set(known)
@@ -189,9 +214,9 @@ class Scorer:
         """
         return treated(passes, scores, self.config.map_smoothing, self.config.body_mask)
 
-    def judged_maps(self, passes: Passes, batch: Any, known: np.ndarray) -> Maps:
-        """The maps of all scores, for the `known` images of a batch. Lesions count outside the body too."""
-        values, inside = self.maps(passes, self.mapped)
+    def judged_maps(self, passes: Passes, batch: Any, known: np.ndarray, scores: list) -> Maps:
+        """The maps of `scores`, for the `known` images of a batch. Lesions count outside the body too."""
+        values, inside = self.maps(passes, scores)
         masks = np.zeros((len(batch.x), *batch.x.shape[2:]), bool) if batch.mask is None else (
             batch.mask[:, 0].cpu().numpy() > 0)
         return Maps(masks[known], None if inside is None else (inside | masks)[known],

@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anomaly.density import GMM, KNN, DensityScore, Mahalanobis, Typicality
+from anomaly.attribution import MSMA_MAPS, check_captum, density_map
+from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE, Density, DensityScore, Mahalanobis, Typicality
+from anomaly.flow_density import Flow
 from anomaly.passes import (
     MSMA_SCHEDULES,
     NOISES,
@@ -45,8 +47,8 @@ class ScoreConfig:
     """Anomaly scores: which, how often sampled, and how judged."""
     scores: tuple = flag((), "scores to compute: 'all', rows of the table such as nelbo, llr, complexity, "
                              "or one member of a row such as llr_2, kl_1 (1 = top group); 'all' leaves out "
-                             "regret and ode_nll, which are slow; none given = all, with --compare the "
-                             "primary scores")
+                             "slow ones: regret, ode_nll, inpainting, restoration; none given = all, "
+                             "with --compare the primary scores")
     primary_score: str = flag('', "score that the figures show, chosen before looking at any anomaly; "
                                   "'' = the one that the model is published with, else nelbo, else the "
                                   "first computed")
@@ -63,6 +65,9 @@ class ScoreConfig:
     msma_schedule: str = flag('geometric', "msma: how they are spaced; thinned = those of the sampler's "
                                            "steps", choices=MSMA_SCHEDULES)
     msma_denoise: bool = flag(False, 'msma: first take the finest noise out of the image')
+    msma_map: str = flag('none', "msma: map of its scores, the gradient of the density's score by the image: "
+                                 "its size, times the image, by guided backpropagation, by GradCAM (these "
+                                 "two need captum); none = no map", choices=MSMA_MAPS)
     target_fpr: float = flag(0.05, 'share of normal images that may be called anomalous; sets the thresholds')
     target_pixel_fpr: float = flag(0.005, 'share of the pixels of normal images that may be called; sets the '
                                           'thresholds of maps')
@@ -85,6 +90,7 @@ class ScoreConfig:
             raise UserError(f"--map_smoothing {self.map_smoothing}: it must be at least 0.")
         if not self.regret_learning_rate > 0:
             raise UserError(f"--regret_learning_rate {self.regret_learning_rate}: it must be above 0.")
+        check_captum(self.msma_map)
         if not 0 < self.msma_min_timestep < self.msma_max_timestep <= 1:
             raise UserError(f"--msma_min_timestep {self.msma_min_timestep} --msma_max_timestep "
                             f"{self.msma_max_timestep}: give times above 0, rising, up to 1.")
@@ -181,6 +187,26 @@ def absolute_error(passes: Passes) -> Tensor:
     return passes.residual().abs().mean(1, keepdim=True)
 
 
+def body_mean(passes: Passes, kind: str) -> Tensor:
+    """Mean of a repair's error where the image is above its minimum, the body: (B,) float64."""
+    x = passes.x
+    inside = (x > x.amin(tuple(range(1, x.ndim)), keepdim=True)).any(1).flatten(1).double()      # (B, pixels)
+    errors = passes.repair_error(kind).flatten(1).double()
+    return ((errors * inside).sum(1) / inside.sum(1).clamp(min=1)).cpu()
+
+
+def repair_score(kind: str, about: str) -> Score:
+    """What the model would change of an image (B, C, *S): 'inpainting' or 'restoration'."""
+    return Score(kind, kind, about, lambda passes: body_mean(passes, kind),
+                 lambda passes: passes.repair_error(kind))
+
+
+def msma_score(name: str, about: str, density: Density) -> DensityScore:
+    """A density of the norms of the score at many levels of noise (Mahmood et al. 2021)."""
+    return DensityScore(name, about.replace('norms', "norms of the score at many levels of noise"), density,
+                        'score norms', Passes.score_norms, density_map)
+
+
 def kl_score(i: int) -> Score:
     """KL of group i, 1 = top."""
     return Score(f'kl_{i}', 'likelihood terms', f"KL of latent group {i} (1 = top), nats",
@@ -246,12 +272,19 @@ SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
         'kl_gmm', "-log density of (recon, KL of every group) under a mixture of normals fitted to normal "
         "validation images, nats", GMM())],
     'msma': lambda L: [
-        DensityScore('msma_gmm', "-log density of the norms of the score at many levels of noise, under a "
-                     "mixture of normals fitted to normal validation images, nats", GMM(), 'score norms',
-                     Passes.score_norms),
-        DensityScore('msma_knn', "distance of the norms of the score at many levels of noise to the 5th "
-                     "nearest normal validation image", KNN(k=5, scale=False), 'score norms',
-                     Passes.score_norms)],
+        msma_score('msma_gmm', "-log density of the norms under a mixture of normals fitted to normal "
+                   "validation images, nats", GMM(**SADE_RULE, images_per_feature=2)),
+        msma_score('msma_knn', "distance of the norms to the 5th nearest normal validation image",
+                   KNN(k=5, scale=False)),
+        msma_score('msma_kde', "-log density of the norms, a kernel on each normal validation image, nats",
+                   KDE()),
+        msma_score('msma_pca_gmm', "-log density of 5 principal components of the norms under a mixture of "
+                   "normals, nats", PCAGMM(**SADE_RULE, images_per_feature=2)),
+        msma_score('msma_flow', "-log density of the norms under an autoregressive flow, nats", Flow())],
+    'inpainting': lambda L: [repair_score(
+        'inpainting', "mean |inpainted - x| of the body, half of a checkerboard foretold from the rest")],
+    'restoration': lambda L: [repair_score(
+        'restoration', "mean |restored - x| of the body, noised by a quarter of the steps and denoised")],
     'ode_nll': lambda L: [Score(
         'ode_nll', 'ODE likelihood', "-log p(x) by the probability flow, nats",
         lambda passes: passes.ode_nll())],
@@ -269,7 +302,8 @@ SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
     'lk': lambda L: [lk_score(k) for k in range(1, L)],
     'llr': lambda L: [llr_score(k) for k in range(1, L)],
 }
-ON_REQUEST = ('regret', 'ode_nll')     # rows that 'all' leaves out: they take many times the passes of others
+# rows that 'all' leaves out: they take many times the passes of others
+ON_REQUEST = ('regret', 'ode_nll', 'inpainting', 'restoration')
 
 
 def choose_scores(names: Iterable[str], model: Any,

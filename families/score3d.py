@@ -171,6 +171,16 @@ class Score3D(nn.Module):
         x = denoise(self.diffusion, 2 * x - 1) if denoised else 2 * x - 1
         return score_norms(self.diffusion, x, Levels(**levels).times(self.sde))
 
+    def score_norm(self, x: Tensor, level: int, denoised: bool = False, **levels: Any) -> Tensor:
+        """Feature `level` of score_norms alone, from 0, differentiable: (B,)."""
+        x = denoise(self.diffusion, 2 * x - 1) if denoised else 2 * x - 1
+        return score_norms(self.diffusion, x, Levels(**levels).times(self.sde)[level:level + 1])[:, 0]
+
+    @property
+    def last_block(self) -> nn.Module:
+        """The last block at full size, which heat-maps of activations look at."""
+        return self.network.last_block
+
     @torch.no_grad()
     def score_maps(self, x: Tensor, denoised: bool = False, **levels: Any) -> Tensor:
         """The same per voxel, summed over channels, signed: (B, n, *S)."""

@@ -20,8 +20,9 @@ CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 LINEAR_INTERPOLATION = {2: 'bilinear', 3: 'trilinear'}
 AVERAGE = {2: F.avg_pool2d, 3: F.avg_pool3d}
 DROPOUT = {2: nn.Dropout2d, 3: nn.Dropout3d}                         # of whole channels
-ACTIVATIONS = {'memswish': F.silu, 'swish': F.silu, 'relu': F.relu, 'elu': F.elu,
-               'lrelu': lambda x: F.leaky_relu(x, 0.2)}
+# Modules, so that heat-maps can exchange and watch them.
+ACTIVATIONS = {'memswish': nn.SiLU, 'swish': nn.SiLU, 'relu': nn.ReLU, 'elu': nn.ELU,
+               'lrelu': lambda: nn.LeakyReLU(0.2)}
 NO_SCALE = 1e-10             # what a scale of 0 means: a layer that puts out almost nothing
 ATTENTION_SCALE, ATTENTION_GROUPS = 0.1, 8
 
@@ -120,7 +121,7 @@ class BigGANBlock(Block):
                  before: nn.Module | None = None):
         super().__init__(before)
         groups = min(channels // 4, 32)
-        self.act = ACTIVATIONS[act]
+        self.act = ACTIVATIONS[act]()
         self.norm_0 = nn.GroupNorm(groups, channels, eps=1e-6)
         self.conv_0 = conv(dims, channels, channels, kernel)
         self.dense = initialize(nn.Linear(embedding, 2 * channels), 1.0)
@@ -139,7 +140,7 @@ class SegResNetBlock(Block):
     def __init__(self, dims: int, channels: int, embedding: int, act: str, groups: int, *, kernel: int = 3,
                  dilation: int = 1, plain: bool = False, before: nn.Module | None = None):
         super().__init__(before)
-        self.act = F.relu if plain else ACTIVATIONS[act]
+        self.act = ACTIVATIONS['relu' if plain else act]()
         options = {'bias': False, 'scale': None} if plain else {'kernel': kernel, 'dilation': dilation}
         self.norm_1 = nn.GroupNorm(groups, channels)
         self.norm_2 = nn.GroupNorm(groups, channels)
@@ -208,6 +209,10 @@ class NCSNpp(nn.Module):
                                         config.fourier_scale, config.learnable_embedding)
         self.attention = SelfAttention(dims, widths[-1]) if config.self_attention else nn.Identity()
 
+    @property
+    def last_block(self) -> nn.Module:
+        return (self.up if len(self.up) else self.down)[-1][-1]
+
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         t = self.embedding(sigma)                                                           # (B, 4 E)
         h, kept = self.dropout(self.stem(x)), []                                            # (B, nf, *S)
@@ -256,6 +261,10 @@ class Matryoshka(nn.Module):
         self.from_image = quiet(channels, 2 * nf)
         self.up_block = block(4 * nf)
         self.head = quiet(4 * nf, channels)
+
+    @property
+    def last_block(self) -> nn.Module:
+        return self.up_block
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         t = self.embedding(sigma)

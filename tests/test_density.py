@@ -8,12 +8,33 @@ import torch
 from sklearn.mixture import GaussianMixture
 from test_scores import LinearGaussian, seeded
 
-from anomaly.density import GMM, KNN, DensityScore, Mahalanobis, Typicality, cross_fit
+from anomaly.density import (
+    GMM,
+    KDE,
+    KNN,
+    MSMA_2D_RULE,
+    PCAGMM,
+    SADE_RULE,
+    DensityScore,
+    Mahalanobis,
+    Typicality,
+    cross_fit,
+)
+from anomaly.flow_density import Flow
 from anomaly.passes import Passes
 from anomaly.scores import SCORES
 from utils import UserError
 
 DENSITIES = {'typicality': Typicality, 'kl_profile': Mahalanobis, 'kl_knn': KNN, 'kl_gmm': GMM}
+
+
+class QuickFlow(Flow):
+    """Barely trained."""
+    def __init__(self):
+        super().__init__(hidden=(8,), transforms=2, steps=25)
+
+
+ALL = [*DENSITIES.values(), KDE, PCAGMM, QuickFlow]
 
 
 def correlated(number, dims=3, seed=0):
@@ -79,7 +100,66 @@ def test_gmm_takes_the_components_that_the_data_show():
     assert one.score(middle) < one.score(inside)
 
 
-@pytest.mark.parametrize('make', [Mahalanobis, KNN, GMM])
+def test_left_out_images_choose_a_mixture_by_their_sum_or_a_quantile():
+    random, z = np.random.default_rng(0), two_clusters()
+    rule = {'components': (2, 3), 'covariances': ('full',)}
+    for quantile in (None, 0.1, 0.9):
+        fitted = GMM(**rule, quantile=quantile, choosing_folds=4)
+        fold = np.random.default_rng(0).permutation(400) // 100
+        values = {k: np.array([GaussianMixture(k, reg_covar=1e-3, random_state=0).fit(z[fold != i])
+                               .score_samples(z[fold == i]) for i in range(4)]) for k in (2, 3)}
+        best = max(values, key=lambda k: (values[k].sum() if quantile is None
+                                          else np.quantile(values[k], quantile, axis=1).mean()))
+        assert fitted.choose(z) == (best, 'full')
+    # published rules, and what is left of them with few images: smaller mixtures
+    sade = GMM(**SADE_RULE, images_per_feature=2)
+    assert len(sade.fit(two_clusters(40)).weights) in (3, 4, 5)
+    assert len(sade.fit(random.normal(size=(12, 2))).weights) < 3
+    assert len(PCAGMM(**SADE_RULE).fit(random.normal(size=(4, 2))).weights) == 1
+    few = MSMA_2D_RULE | {'components': MSMA_2D_RULE['components'][:2]}
+    assert len(GMM(**few).fit(two_clusters(60)).weights) in (2, 4)
+
+
+def test_kernels_worked_by_hand_and_chosen_by_what_was_left_out():
+    normal, probe = np.array([[0.0], [3.0]]), np.array([[0.0], [1.0]])
+    gaussian = KDE(kernels=('gaussian',), bandwidths=(2.0,)).fit(normal)
+    density = [sum(np.exp(-(x - c) ** 2 / 8) for c in (0, 3)) / 2 / np.sqrt(8 * np.pi) for x in (0, 1)]
+    np.testing.assert_allclose(gaussian.score(probe), -np.log(density))
+    exponential = KDE(kernels=('exponential',), bandwidths=(0.5,)).fit(normal)
+    density = [sum(np.exp(-2 * abs(x - c)) for c in (0, 3)) / 2 for x in (0, 1)]
+    np.testing.assert_allclose(exponential.score(probe), -np.log(density))
+    scaled = KDE(kernels=('gaussian',), bandwidths=(2.0,), scale=True).fit(normal)         # deviation 1.5
+    np.testing.assert_allclose(scaled.score(probe), KDE(('gaussian',), (2.0,)).fit(normal / 1.5)
+                               .score(probe / 1.5))
+    wide, narrow = (KDE(('gaussian',)).fit(width * correlated(200, 1)).bandwidth for width in (1000, 0.1))
+    assert (wide, narrow) == (3, 0.5), 'the ends of the published grid'
+
+
+def test_principal_components_in_place_of_all_features():
+    """Seven features are mixtures of two: the plane in which they vary is all that counts."""
+    plane = two_clusters() @ np.diag([3, 1])
+    embedded = plane @ np.linalg.qr(np.random.default_rng(1).normal(size=(7, 7)))[0][:2] + 4
+    rule = {'components': (2,), 'covariances': ('full',)}
+    fitted = PCAGMM(**rule).fit(embedded)
+    assert fitted.axes.shape == (7, 2)
+    reference = PCAGMM(**rule).fit(plane)
+    np.testing.assert_allclose(fitted.score(embedded), reference.score(plane), rtol=1e-6)
+    np.testing.assert_allclose(fitted.standardised(embedded).std(0), 1)
+    assert PCAGMM(dimensions=1, **rule).fit(embedded).axes.shape == (7, 1)
+
+
+def test_a_flow_recovers_a_normal():
+    """Its -log density, known on paper, in nats of the standardised features; it learns the correlation."""
+    random = np.random.default_rng(0)
+    normal, new = (random.multivariate_normal([1, -2], [[1, 0.9], [0.9, 1]], n) for n in (1500, 500))
+    fitted = Flow(hidden=(16,), steps=300, learning_rate=0.01).fit(normal)
+    from scipy.stats import multivariate_normal
+    exact = -multivariate_normal(normal.mean(0), np.cov(normal.T)).logpdf(new) - np.log(normal.std(0)).sum()
+    assert np.abs(fitted.score(new) - exact).mean() < 0.1
+    assert fitted.weights.dtype == np.float32 and Flow.from_state(fitted.state()).transforms == 1
+
+
+@pytest.mark.parametrize('make', [Mahalanobis, KNN, GMM, KDE, PCAGMM, QuickFlow])
 def test_far_is_more_anomalous_and_a_constant_feature_harms_nothing(make):
     features = np.column_stack([correlated(60), np.zeros(60)])                   # a collapsed group
     fitted = make().fit(features)
@@ -88,7 +168,7 @@ def test_far_is_more_anomalous_and_a_constant_feature_harms_nothing(make):
     assert fitted.score(features[:1] + [30, 0, 0, 0]) > usual.max()
 
 
-@pytest.mark.parametrize('make', DENSITIES.values())
+@pytest.mark.parametrize('make', ALL)
 def test_rows_that_are_not_finite_teach_nothing_and_score_nan(make):
     features = correlated(40)
     spoilt = np.concatenate([features, np.full((2, 3), np.nan), [[np.inf, 0, 0]]])
@@ -99,7 +179,7 @@ def test_rows_that_are_not_finite_teach_nothing_and_score_nan(make):
     assert np.isnan(fitted.score(spoilt[40:])).all()
 
 
-@pytest.mark.parametrize('make', DENSITIES.values())
+@pytest.mark.parametrize('make', ALL)
 @pytest.mark.parametrize('keep', ['json', 'npz'])
 def test_what_was_learned_is_kept_bit_by_bit(make, keep, tmp_path):
     features, new = correlated(50), correlated(20, seed=1)

@@ -1,7 +1,9 @@
 """SDEs, the loss and MSMA features against closed forms, and what the family promises."""
 
+import csv
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import score_of_mixture
@@ -11,6 +13,7 @@ from small_score3d import SMALL, build, gaussian, make_sde
 from test_train import run
 
 import evaluate
+from anomaly.passes import Passes
 from anomaly.scores import SCORES, ScoreConfig, choose_scores
 from checkpoint import read_checkpoint, save_checkpoint
 from distributions import Pixels
@@ -160,7 +163,7 @@ def test_scores_on_the_norms_and_on_the_likelihood():
     model, data = build((1, 2, 2)), gaussian((1, 2, 2))
     model._score = data.diffusion(model.sde).score
     normal, new = (torch.rand(n, 1, 2, 2, dtype=torch.float64) for n in (20, 4))
-    gmm, knn = SCORES['msma'](0)
+    gmm, knn, *_ = SCORES['msma'](0)
     knn.fit(model, normal.split(7))
     distances = torch.cdist(model.score_norms(new), model.score_norms(normal)).sort(1).values
     torch.testing.assert_close(knn(model, new).image, distances[:, 4])
@@ -169,11 +172,26 @@ def test_scores_on_the_norms_and_on_the_likelihood():
     ode, = SCORES['ode_nll'](0)
     torch.testing.assert_close(ode(model, new).image, -model.log_likelihood(new))
     chosen, left_out = choose_scores(['all'], model)
-    assert [score.name for score in chosen] == ['msma_gmm', 'msma_knn'] and left_out
+    assert [score.name for score in chosen] == [
+        'msma_gmm', 'msma_knn', 'msma_kde', 'msma_pca_gmm', 'msma_flow'] and left_out
     with pytest.raises(UserError, match='likelihood terms'):
         choose_scores(['nelbo'], model)
     with pytest.raises(UserError, match='rising'):
         ScoreConfig(msma_min_timestep=0.9, msma_max_timestep=0.5)
+
+
+@pytest.mark.parametrize('kind', ['inpainting', 'restoration'])
+def test_what_repair_changes_counts_in_the_body_and_follows_from_the_seed(kind):
+    one, = SCORES[kind](0)
+    x = torch.tensor([[[0.1, 0.1], [0.5, 0.2]], [[0.1, 0.3], [0.1, 0.1]]]).reshape(1, 2, 2, 2)
+    known = SimpleNamespace(**{f'{kind}_map': lambda x: torch.tensor([5.0, 1, 2, 6]).reshape(1, 1, 2, 2)})
+    scores = one(known, x)
+    assert scores.image.item() == approx((1 + 2 + 6) / 3) and scores.map.flatten().tolist() == [5, 1, 2, 6]
+    assert one(known, torch.ones(1, 1, 2, 2)).image.item() == 0, 'nothing is above the minimum'
+    model, x = build().float(), torch.rand(2, 1, 8, 8)
+    first, again, other = (one(Passes(model, x, noise=(seed,), ids=('a', 'b'))) for seed in (1, 1, 2))
+    assert first.image.equal(again.image) and not first.image.equal(other.image)
+    assert first.image.equal(one(Passes(model, x, noise=(1,), ids=('a', 'b')), with_map=False).image)
 
 
 # ---------------------------------------------------------------------------------------------------- family
@@ -279,10 +297,24 @@ def test_training_resumes_to_the_bit_and_says_what_it_sees(score_flags, tmp_path
 
     assert evaluate.work(evaluate.parse_args([
         '--checkpoint', str(whole), '--eval_mode', 'anomaly', '--num_bootstrap', '10', '--num_cases', '1',
-        '--msma_levels', '3', '--device', 'cpu'])) == 0
+        '--msma_levels', '3', '--msma_map', 'gradient', '--device', 'cpu', '--scores', 'msma_gmm', 'msma_knn',
+        'inpainting', 'restoration'])) == 0
     result = json.loads((whole / 'anomaly' / 'metrics.json').read_text())['anomaly']
     assert result['primary_score'] == 'msma_gmm' and result['msma_levels'] == 3
-    assert result['scores']['msma_knn']['metrics']['all']['auroc']
+    for name in ('msma_gmm', 'msma_knn', 'inpainting', 'restoration'):
+        assert result['scores'][name]['metrics']['all']['auroc']
+        assert result['scores'][name]['pixel_threshold'] > 0, 'maps of densities come after their fit'
+
+    # new images are scored as the test images were: at the same levels, by the same densities
+    images = score_flags[score_flags.index('--data') + 1]
+    assert evaluate.work(evaluate.parse_args([
+        '--checkpoint', str(whole), '--eval_mode', 'predict', '--data', images, '--num_overlays', '1',
+        '--scores', 'msma_gmm', 'msma_knn', '--device', 'cpu'])) == 0
+    tested, new = ({row['id']: row for row in csv.DictReader((whole / mode / 'scores.csv').open())
+                    if row.get('part') != 'val'} for mode in ('anomaly', 'predict'))
+    assert set(tested) <= set(new)
+    for name in ('msma_gmm', 'msma_knn'):
+        assert [float(new[i][name]) for i in tested] == approx([float(tested[i][name]) for i in tested], 1e-4)
 
 
 def test_pictures_of_volumes_are_their_middle_slices():

@@ -1,0 +1,185 @@
+"""Where an image raises a density score of its norms of scores: gradients of -log density, as heat-maps.
+
+B images x (B, C, *S) in [0, 1], n norms of the model's score, f (B, n), E = energy(f) the score of a fitted
+density. The chain rule goes level by level, dE/dx = sum over i of dE/df_i df_i/dx: the graph of one level is
+in memory at a time.
+"""
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anomaly.density import GMM, KDE, KNN, PCAGMM, Density, Mahalanobis
+from anomaly.flow_density import Flow
+from anomaly.passes import Passes
+from utils import UserError
+
+ACTIVATIONS = (nn.SiLU, nn.ELU, nn.LeakyReLU)
+LINEAR_INTERPOLATION = {2: 'bilinear', 3: 'trilinear'}
+
+
+# -------------------------------------------------------------------------------- densities, differentiable
+
+def tensors(density: Density) -> dict[str, Any]:
+    """What the density has learned, numbers as float64 tensors."""
+    return {name: torch.as_tensor(value, dtype=torch.float64) if value.dtype.kind in 'fi' else str(value)
+            for name, value in density.state().items()}
+
+
+def mahalanobis(density: Density, features: Tensor) -> Tensor:
+    d = tensors(density)
+    z = (features - d['mean']) / d['std']
+    return (z @ d['precision'] * z).sum(1).sqrt()
+
+
+def distances(d: dict[str, Any], features: Tensor) -> Tensor:
+    """To all images that were learned from: (N, R)."""
+    return torch.cdist((features - d['mean']) / d['std'], d['reference'])
+
+
+def knn(density: Density, features: Tensor) -> Tensor:
+    d = tensors(density)
+    return distances(d, features).kthvalue(min(int(d['k']), len(d['reference']))).values
+
+
+def kde(density: Density, features: Tensor) -> Tensor:
+    """Up to a constant."""
+    d = tensors(density)
+    u = distances(d, features) / d['bandwidth']
+    return -torch.logsumexp(-u if d['kernel'] == 'exponential' else -u ** 2 / 2, dim=1)
+
+
+def mixture(d: dict[str, Any], z: Tensor) -> Tensor:
+    """-log density (N,) of a mixture of normals, up to a constant; see GMM.rate."""
+    white = torch.einsum('nkd,kde->nke', z[:, None] - d['centres'], d['roots'])                    # (N, K, D)
+    log_det = d['roots'].diagonal(dim1=1, dim2=2).log().sum(1)                                         # (K,)
+    return -torch.logsumexp(d['weights'].log() + log_det - 0.5 * white.square().sum(2), dim=1)
+
+
+def gmm(density: Density, features: Tensor) -> Tensor:
+    d = tensors(density)
+    return mixture(d, (features - d['mean']) / d['std'])
+
+
+def pca_gmm(density: Density, features: Tensor) -> Tensor:
+    d = tensors(density)
+    return mixture(d, (features - d['mean']) @ d['axes'])
+
+
+# The score of features (N, D), float64: (N,), up to a constant.
+ENERGIES: dict[type, Callable[[Any, Tensor], Tensor]] = {
+    Mahalanobis: mahalanobis, KNN: knn, KDE: kde, GMM: gmm, PCAGMM: pca_gmm, Flow: Flow.energy}
+
+
+def pull(density: Density, features: Tensor) -> Tensor:
+    """Gradient of a fitted density's score by its features: (N, D). That of features not finite is NaN."""
+    with torch.enable_grad():
+        leaf = features.detach().double().requires_grad_()
+        return torch.autograd.grad(ENERGIES[type(density)](density, leaf).sum(), leaf)[0]
+
+
+# ------------------------------------------------------------------------------------------------ heat-maps
+
+class Level(nn.Module):
+    """One level's share of the score, w f_i(x): images (B, C, *S) to (B,). A module, as captum wants it."""
+
+    def __init__(self, model: Any, level: int, weight: Tensor, msma: dict[str, Any]):
+        """`weight` (B,), dE/df_i."""
+        super().__init__()
+        self.model, self.level, self.weight, self.msma = model, level, weight, msma
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.to(x) * self.model.score_norm(x, self.level, **self.msma)
+
+
+def levels(model: Any, weights: Tensor, msma: dict[str, Any]) -> Iterator[Level]:
+    """The shares of all levels, from `weights` (B, n)."""
+    return (Level(model, i, weight, msma) for i, weight in enumerate(weights.T))
+
+
+def gradient(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
+    """dE/dx: (B, C, *S)."""
+    total = torch.zeros_like(x)
+    for level in levels(model, weights, msma):
+        leaf = x.detach().requires_grad_()
+        total += torch.autograd.grad(level(leaf).sum(), leaf)[0]
+    return total
+
+
+def saliency(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
+    """|dE/dx|, mean over channels (Simonyan et al. 2014)."""
+    return gradient(model, x, weights, msma).abs().mean(1, keepdim=True)
+
+
+def gradient_times_input(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
+    """x dE/dx, mean over channels: what the grey value adds to the score, negative where it lowers it."""
+    return (x * gradient(model, x, weights, msma)).mean(1, keepdim=True)
+
+
+def guided_backprop(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
+    """|dE/dx| with what is negative stopped at every ReLU (Springenberg et al. 2015), mean over channels."""
+    from captum.attr import GuidedBackprop
+    total = torch.zeros_like(x)
+    for level in levels(with_relus(model), weights, msma):
+        total += GuidedBackprop(level).attribute(x.detach().clone())
+    return total.abs().mean(1, keepdim=True)
+
+
+def grad_cam(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
+    """Channels of the last block at full size, weighted by the mean of dE by them (Selvaraju et al. 2017).
+
+    Summed over levels, then what is negative is cut off.
+    """
+    from captum.attr import LayerGradCam
+    model = with_relus(model)
+    total = sum(LayerGradCam(level, model.last_block).attribute(x) for level in levels(model, weights, msma))
+    return F.interpolate(total.relu(), x.shape[2:], mode=LINEAR_INTERPOLATION[x.ndim - 2])
+
+
+def with_relus(model: nn.Module) -> nn.Module:
+    """A copy of the model with ReLU in place of all smooth activations, as published for these heat-maps."""
+    # Hooks want gradients everywhere; those of the copy's weights are never computed.
+    model = copy.deepcopy(model).requires_grad_(True)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, ACTIVATIONS):
+                setattr(module, name, nn.ReLU())
+    return model
+
+
+WAYS: dict[str, Callable[[Any, Tensor, Tensor, dict], Tensor]] = {
+    'gradient': saliency, 'gradient_input': gradient_times_input, 'guided': guided_backprop,
+    'gradcam': grad_cam}
+NEED_CAPTUM = ('guided', 'gradcam')
+MSMA_MAPS = ('none', *WAYS)
+
+
+def check_captum(way: str) -> None:
+    """Raises UserError if this way needs captum and it is not there."""
+    if way in NEED_CAPTUM and importlib.util.find_spec('captum') is None:
+        raise UserError(f"--msma_map {way} needs captum: pip install -r requirements-medical.txt. Without "
+                        f"it there are gradient and gradient_input.")
+
+
+def density_map(density: Density, passes: Passes) -> Tensor | None:
+    """The heat-map of a fitted density on the norms of scores, --msma_map: (B, 1, *S), or None.
+
+    The density's own gradient is taken at the model's own norms, also where a network with ReLUs leads it
+    back to the image.
+    """
+    if passes.msma_map == 'none' or not hasattr(passes.model, 'score_norm'):
+        return None
+    check_captum(passes.msma_map)
+
+    def make() -> Tensor:
+        weights = pull(density, passes.score_norms()).to(passes.x)
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')                       # captum announces its hooks
+            return WAYS[passes.msma_map](passes.model, passes.x, weights, passes.msma).detach()
+    return passes.once(('density map', id(density)), make)
