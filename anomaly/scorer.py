@@ -122,10 +122,9 @@ class Scorer:
             passes = self.passes(batch, None, (self.seed, 'score', name, index))
             if (known := self.known(batch, wanted)).any():
                 maps.append((index, self.judged_maps(passes, batch, known, self.late)))
-        added = self.join(maps)
-        if scored.maps and added:
-            added = added._replace(values=scored.maps.values | added.values)
-        scored.maps = added
+        if added := self.join(maps):
+            earlier = scored.maps.values if scored.maps else {}
+            scored.maps = added._replace(values=earlier | added.values)
 
     def batches(self, part: Any, name: str, only: Collection[int] | None = None) -> Iterable[tuple[int, Any]]:
         """This rank's batches with their numbers, all or those of `only`, behind a progress bar."""

@@ -1,9 +1,10 @@
 """Densities on the published features of CIFAR-10 against SVHN (Mahmood et al. 2021), where they are at hand.
 
-    python tests/test_msma_golden.py            all densities and the whole rules: many minutes on one core
+    python tests/test_msma_golden.py            all densities and the whole rules: minutes on one core
 
-The test of a mixture takes the number of components that the published rule for 2D comes to, 20, and one
-image in ten. What EM finds depends on its start: AUROCs of mixtures differ by about 0.01 with the seed.
+Of the published rule for 2D the test takes the largest number of components, 20; mixtures and kernels are
+fitted to one image in ten. What EM finds depends on its start: on all images seed 0 gives 0.963 and seed 1
+0.947.
 """
 
 import os
@@ -38,6 +39,11 @@ def features():
     return read_features()
 
 
+def few(train):
+    """A tenth of the features, at random."""
+    return train[np.random.default_rng(0).permutation(len(train))[:5000]]
+
+
 def auroc(scores, normal, other):
     return roc_auc_score(np.repeat([0, 1], [len(normal), len(other)]),
                          np.concatenate([scores(normal), scores(other)]))
@@ -52,25 +58,26 @@ def test_distances_to_neighbours(features, k):
 
 def test_the_mixture_is_near_the_published_one(features):
     train, normal, other = features
-    some = np.random.default_rng(0).permutation(len(train))[:5000]
-    fitted = GMM(**MSMA_2D_RULE | {'components': (20,)}).fit(train[some])
+    fitted = GMM(**MSMA_2D_RULE | {'components': (20,)}).fit(few(train))
     assert auroc(fitted.score, normal, other) == pytest.approx(PUBLISHED_GMM, abs=0.01)
 
 
 def main():
     train, normal, other = read_features()
-    few = np.random.default_rng(0).permutation(len(train))[:5000]
+    some = few(train)
     rows = {**{f'KNN {k}': (KNN(k, scale=False), train) for k in NEIGHBOURS},
-            'GMM, rule of SADE': (GMM(**SADE_RULE), train), 'PCA-GMM, the same': (PCAGMM(**SADE_RULE), train),
-            'KDE, 5000 images': (KDE(), train[few]), 'flow': (Flow(steps=10_000), train),
-            'GMM, rule of 2D': (GMM(**MSMA_2D_RULE), train)}
+            'PCA-GMM, rule of SADE': (PCAGMM(**SADE_RULE), some),
+            'GMM, rule of SADE': (GMM(**SADE_RULE), some),
+            'flow': (Flow(steps=3000), train), 'KDE': (KDE(), some),
+            'GMM, rule of 2D': (GMM(**MSMA_2D_RULE), some)}
+    chosen = {GMM: lambda d: f'{len(d.weights)} components', KDE: lambda d: f'{d.kernel} {d.bandwidth}'}
+    chosen[PCAGMM] = chosen[GMM]
     for name, (density, images) in rows.items():
-        started = time.perf_counter()
+        started = time.process_time()
         density.fit(images)
-        chosen = {'GMM': lambda d: len(d.weights), 'KDE': lambda d: f'{d.kernel} {d.bandwidth}'}
-        chosen = chosen.get(type(density).__name__.removeprefix('PCA'), lambda d: '')(density)
-        print(f'{name:20} AUROC {auroc(density.score, normal, other):.8f}  {chosen}  '
-              f'{time.perf_counter() - started:.0f} s', flush=True)
+        says = chosen[type(density)](density) if type(density) in chosen else ''
+        print(f'{name:22} {len(images):5} images  AUROC {auroc(density.score, normal, other):.8f}  {says:20} '
+              f'{time.process_time() - started:.0f} s', flush=True)
 
 
 if __name__ == '__main__':
