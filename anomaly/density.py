@@ -265,8 +265,9 @@ class PCAGMM(GMM):
         _, spread, axes = np.linalg.svd(features - self.mean, full_matrices=False)
         spread = spread[:self.dimensions] / math.sqrt(len(features))
         varies = spread > 1e-9 * max(1, np.abs(self.mean).max())
+        scale = np.where(varies, spread, 1)
         varies[0] = True                                                 # one there must be, be it constant
-        self.axes = axes[:len(varies)][varies].T / np.where(spread > 0, spread, 1)[varies]
+        self.axes = axes[:len(varies)][varies].T / scale[varies]
         return self.standardised(features)
 
     def standardised(self, features: np.ndarray) -> np.ndarray:

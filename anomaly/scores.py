@@ -201,10 +201,12 @@ def repair_score(kind: str, about: str) -> Score:
                  lambda passes: passes.repair_error(kind))
 
 
+NORMS = 'the norms of the score at many levels of noise'
+
+
 def msma_score(name: str, about: str, density: Density) -> DensityScore:
     """A density of the norms of the score at many levels of noise (Mahmood et al. 2021)."""
-    return DensityScore(name, about.replace('norms', "norms of the score at many levels of noise"), density,
-                        'score norms', Passes.score_norms, density_map)
+    return DensityScore(name, about, density, 'score norms', Passes.score_norms, density_map)
 
 
 def kl_score(i: int) -> Score:
@@ -272,15 +274,15 @@ SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
         'kl_gmm', "-log density of (recon, KL of every group) under a mixture of normals fitted to normal "
         "validation images, nats", GMM())],
     'msma': lambda L: [
-        msma_score('msma_gmm', "-log density of the norms under a mixture of normals fitted to normal "
+        msma_score('msma_gmm', f"-log density of {NORMS} under a mixture of normals fitted to normal "
                    "validation images, nats", GMM(**SADE_RULE, images_per_feature=2)),
-        msma_score('msma_knn', "distance of the norms to the 5th nearest normal validation image",
+        msma_score('msma_knn', f"distance of {NORMS} to the 5th nearest normal validation image",
                    KNN(k=5, scale=False)),
-        msma_score('msma_kde', "-log density of the norms, a kernel on each normal validation image, nats",
+        msma_score('msma_kde', f"-log density of {NORMS}, a kernel on each normal validation image, nats",
                    KDE()),
-        msma_score('msma_pca_gmm', "-log density of 5 principal components of the norms under a mixture of "
+        msma_score('msma_pca_gmm', f"-log density of 5 principal components of {NORMS} under a mixture of "
                    "normals, nats", PCAGMM(**SADE_RULE, images_per_feature=2)),
-        msma_score('msma_flow', "-log density of the norms under an autoregressive flow, nats", Flow())],
+        msma_score('msma_flow', f"-log density of {NORMS} under an autoregressive flow, nats", Flow())],
     'inpainting': lambda L: [repair_score(
         'inpainting', "mean |inpainted - x| of the body, half of a checkerboard foretold from the rest")],
     'restoration': lambda L: [repair_score(
