@@ -312,14 +312,16 @@ def test_an_ae_gets_one_score_and_a_vae_all():
     assert lines == ['left out, as this model has no likelihood terms: recon_nll, nelbo, iw, complexity, '
                      'typicality, kl_profile, kl_knn, kl_gmm, kl',
                      'left out, as this model has no score norms: msma_gmm, msma_knn, '
-                     'msma_kde, msma_pca_gmm, msma_flow']
+                     'msma_kde, msma_pca_gmm, msma_flow',
+                     'left out, as this model has no voxel densities: voxel_nll, voxel_nll_mean']
     model, x = build(VAE), images()
     chosen, lines = choose_scores(('all', 'regret'), model, iw_samples=2)
     passes = Passes(model, x, draws=2, iw_samples=2, regret_steps=2)
     names = {score.name for score in chosen if not hasattr(score, 'density')}
     assert names == {'reconstruction', 'recon_nll', 'nelbo', 'iw', 'complexity', 'regret', 'kl'}
     assert lines == ['left out, as this model has no score norms: msma_gmm, msma_knn, '
-                     'msma_kde, msma_pca_gmm, msma_flow']
+                     'msma_kde, msma_pca_gmm, msma_flow',
+                     'left out, as this model has no voxel densities: voxel_nll, voxel_nll_mean']
     for score in chosen:
         if score.name in names:
             values = score(passes)
