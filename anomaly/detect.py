@@ -21,7 +21,7 @@ from anomaly.baselines import BASELINES
 from anomaly.datacard import compare_normal, describe
 from anomaly.density import DensityScore, cross_fit
 from anomaly.figures import read_history
-from anomaly.gallery import choose_cases
+from anomaly.gallery import MOST_VOLUMES, choose_cases
 from anomaly.localization import localize
 from anomaly.maps import pixel_threshold
 from anomaly.scorer import Scored, Scorer
@@ -117,7 +117,8 @@ def examine(model: Any, data: Any, scores: list, baselines: list, primary: str, 
     pixel_thresholds = choose_pixel_thresholds(validation, config.target_pixel_fpr)
     validation.maps = None                                          # their memory is needed for the test part
     test = scorer.score(data.test, 'test')
-    places = choose_cases(test.values[primary], test.labels, config.num_cases, config.num_gallery)
+    most = config.num_gallery if len(data.shape) == 3 else min(config.num_gallery, MOST_VOLUMES)
+    places = choose_cases(test.values[primary], test.labels, config.num_cases, most)
     test.cases = scorer.cases(data.test, 'test', places)
     if rank:
         return None

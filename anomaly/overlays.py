@@ -2,7 +2,7 @@
 
 Pixels of the map above the threshold of pixels are outlined.
 
-C channels, H x W pixels.
+C channels, S pixels, (H, W) or (D, H, W).
 """
 
 import math
@@ -13,6 +13,7 @@ from PIL import Image, ImageColor
 from scipy import ndimage
 
 from anomaly.figures import CALLED
+from anomaly.slices import cuts, focus
 
 SHOWN_SIZE = 256            # pixels that a small image is enlarged to, about
 STRENGTH = 0.8              # how much of a pixel the colour of the largest map value covers
@@ -22,31 +23,62 @@ LINE = 2                    # width of an outline, in pixels of the picture
 
 def overlay(image: np.ndarray, reconstruction: np.ndarray | None, anomaly_map: np.ndarray | None,
             look: dict[str, Any], threshold: float = math.inf) -> Image.Image:
-    """`image` and `reconstruction` (C, H, W) in [0, 1], `anomaly_map` (H, W); the latter two may be None.
+    """`image` and `reconstruction` (C, *S) in [0, 1], `anomaly_map` (*S); the latter two may be None.
 
-    `look` is the colour scale: the name of the colours, and the values of its ends.
+    `look` is the colour scale: the name of the colours, and the values of its ends. Of a volume the first
+    channel is shown, in a row each for input, reconstruction and map: axial, coronal and sagittal slices
+    (slices.py) through the largest value of the map, else through the middle.
     """
-    times = max(1, round(SHOWN_SIZE / max(image.shape[-2:])))
+    volume, size = image.ndim == 4, image.shape[1:]
+    place = focus(anomaly_map, size) if volume else ()
+    parts = lambda x: cuts(x, place) if volume else [x]
+    times = max(1, round(SHOWN_SIZE / max(size)))
     enlarged = lambda x: x.repeat(times, 0).repeat(times, 1)
-    panels = [enlarged(as_colour(x)) for x in (image, reconstruction) if x is not None]
+    shown = [parts(x[:1] if volume else x) for x in (image, reconstruction) if x is not None]
+    rows = [[enlarged(as_colour(x)) for x in row] for row in shown]
     if anomaly_map is not None:
-        coloured = enlarged(blend(as_colour(image), anomaly_map, look))
-        above = enlarged(anomaly_map > threshold)
-        line = above & ~ndimage.binary_erosion(above, iterations=LINE, border_value=1)
-        coloured[line] = np.array(ImageColor.getrgb(CALLED[look['cmap']])) / 255
-        panels.append(coloured)
-    gap = np.ones((panels[0].shape[0], GAP, 3))
-    row = [part for panel in panels for part in (gap, panel)][1:]
-    return Image.fromarray((np.concatenate(row, 1).clip(0, 1) * 255).round().astype(np.uint8))
+        rows.append([coloured(enlarged(blend(as_colour(x), values, look)), enlarged(values > threshold), look)
+                     for x, values in zip(shown[0], parts(anomaly_map))])
+    picture = joined([joined(row, 1) for row in rows], 0 if volume else 1)
+    return as_picture(picture)
+
+
+def coloured(picture: np.ndarray, above: np.ndarray, look: dict[str, Any]) -> np.ndarray:
+    """The picture (H, W, 3) with the outline of (H, W) bool drawn into it."""
+    line = above & ~ndimage.binary_erosion(above, iterations=LINE, border_value=1)
+    picture[line] = np.array(ImageColor.getrgb(CALLED[look['cmap']])) / 255
+    return picture
+
+
+def joined(pictures: list[np.ndarray], axis: int) -> np.ndarray:
+    """Pictures (H, W, 3) one below (axis 0) or beside (1) another, white between and after smaller ones."""
+    most = max(picture.shape[1 - axis] for picture in pictures)
+    gap = np.ones((GAP, most, 3) if axis == 0 else (most, GAP, 3))
+    filled = []
+    for picture in pictures:
+        room = [(0, 0)] * 3
+        room[1 - axis] = (0, most - picture.shape[1 - axis])
+        filled += [gap, np.pad(picture, room, constant_values=1)]
+    return np.concatenate(filled[1:], axis)
+
+
+def as_picture(colours: np.ndarray) -> Image.Image:
+    """Colours (H, W, 3) in [0, 1] as a picture of 8 bits."""
+    return Image.fromarray((colours.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def as_grey(values: np.ndarray) -> np.ndarray:
+    """(..., H, W) as colours (..., H, W, 3)."""
+    return values[..., None].repeat(3, -1)
 
 
 def as_colour(image: np.ndarray) -> np.ndarray:
     """(C, H, W) as (H, W, 3): colours if C = 3, else the first channel in grey."""
-    return np.moveaxis(image if len(image) == 3 else image[:1].repeat(3, 0), 0, -1)
+    return np.moveaxis(image, 0, -1) if len(image) == 3 else as_grey(image[0])
 
 
 def blend(background: np.ndarray, anomaly_map: np.ndarray, look: dict[str, Any]) -> np.ndarray:
-    """The map (H, W) in colours over (H, W, 3): the farther a value from 0, the less shows through."""
+    """The map (..., H, W) in colours over (..., H, W, 3): the farther from 0, the less shows through."""
     import matplotlib
     values = np.nan_to_num(anomaly_map.astype(np.float64), nan=look['vmax'], posinf=look['vmax'],
                            neginf=look['vmin']).clip(look['vmin'], look['vmax'])

@@ -25,10 +25,10 @@ MOST_VALUES = 2 ** 28      # of the maps of a part that are kept, in float32 1 G
 class Case(NamedTuple):
     """The pictures of one image. Arrays on the CPU; `reconstruction`, `map` and `mask` may be None."""
     place: int                           # in the part
-    image: np.ndarray                    # (C, H, W) in [0, 1]
-    reconstruction: np.ndarray | None    # (C, H, W)
-    map: np.ndarray | None               # (H, W)
-    mask: np.ndarray | None              # (H, W), bool
+    image: np.ndarray                    # (C, *S) in [0, 1]
+    reconstruction: np.ndarray | None    # (C, *S)
+    map: np.ndarray | None               # (*S)
+    mask: np.ndarray | None              # (*S), bool
 
 
 @dataclasses.dataclass

@@ -77,7 +77,8 @@ class ScoreConfig:
     num_bootstrap: int = flag(1000, 'resamples behind the 95 % intervals')
     num_cases: int = flag(6, 'most and least anomalous test images in figures/cases.png, of each; 0 = none')
     num_gallery: int = flag(60, "test images in the report's gallery: extremes, likely false positives and "
-                                "negatives, others evenly by rank; 0 = those of --num_cases alone")
+                                "negatives, others evenly by rank; 0 = those of --num_cases alone; of "
+                                "volumes at most 20")
     max_train_images: int = flag(1000, 'training images that the baselines (mean image, PCA) are fitted on')
 
     def __post_init__(self):
@@ -125,8 +126,8 @@ def compressed_bits(x: Tensor, bits: int) -> Tensor:
 
 
 def png_bytes(values: np.ndarray) -> int:
-    """Size in bytes of (C, H, W) uint8 or uint16 values as an optimised PNG."""
-    rgb = len(values) == 3 and values.dtype == np.uint8
+    """Size in bytes of (C, *S) uint8 or uint16 values as an optimised PNG."""
+    rgb = values.ndim == 3 and len(values) == 3 and values.dtype == np.uint8
     picture = Image.fromarray(np.moveaxis(values, 0, -1) if rgb else values.reshape(-1, values.shape[-1]))
     buffer = io.BytesIO()
     picture.save(buffer, 'PNG', optimize=True)

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from toy_volumes import LESION, SHAPE, one_case
 
+from anomaly import gallery as cards
 from anomaly.figures import map_scale
 from anomaly.gallery import (
     LARGEST,
@@ -20,8 +22,11 @@ from anomaly.gallery import (
     picture_source,
     short_number,
     shorten,
+    volume_views,
 )
+from anomaly.overlays import overlay
 from anomaly.scorer import Case
+from anomaly.slices import VIEWS, cuts, focus, sheet, stack
 
 
 def test_cases_are_extremes_mistakes_and_every_so_many_th_by_rank():
@@ -112,3 +117,89 @@ def test_models_without_reconstructions_and_maps_have_cards_with_what_they_have(
     figure = case_figure(result, scored(4), scored(4, False, False, False), 1.0, 2)
     assert len(figure.axes) == 4                                     # two most, two least, one picture each
     assert 'called' in figure.texts[1].get_text() and 'called' not in figure.texts[-1].get_text()
+
+
+# --------------------------------------------------------------------------------------------------- volumes
+
+# of the voxel LESION on a grid of SHAPE: where radiologists see it in axial, coronal and sagittal slices
+PLACES = [(12 - 1 - 3, 10 - 1 - 7), (8 - 1 - 5, 10 - 1 - 7), (8 - 1 - 5, 12 - 1 - 3)]
+LOOK = {'cmap': 'inferno', 'vmin': 0, 'vmax': 1}
+
+
+def test_slices_through_a_voxel_show_it_where_radiologists_look_for_it():
+    case = one_case()
+    assert focus(case.map, SHAPE) == LESION and focus(None, SHAPE) == focus(case.map * 0, SHAPE) == (5, 6, 4)
+    found = [tuple(np.argwhere(cut[0])[0]) for cut in cuts(case.image, LESION)]
+    assert found == PLACES
+    # letters are on the side that they name: the largest index along an axis is R, A and S
+    for view in VIEWS:
+        for axis, letters in enumerate(('LR', 'PA', 'IS')):
+            side = np.zeros(SHAPE)
+            side[(slice(None),) * axis + (-1,)] = 1
+            picture = stack(side, view)[0]
+            edges = picture[:, 0], picture[:, -1], picture[0], picture[-1]        # left, right, top, bottom
+            for letter, edge in zip(view.letters, edges):
+                assert letter not in letters or edge.all() == (letter == letters[1])
+
+
+def test_a_sheet_holds_the_slices_row_by_row():
+    slices = np.arange(5 * 2 * 3).reshape(5, 2, 3)
+    joined = sheet(slices)
+    assert joined.shape == (4, 9) and not joined[2:, 6:].any()
+    assert all(np.array_equal(joined[i // 3 * 2:, i % 3 * 3:][:2, :3], slices[i]) for i in range(5))
+
+
+@pytest.mark.parametrize('step', [1, 3])
+def test_the_starting_slice_of_every_sheet_is_the_one_with_the_bright_voxel(monkeypatch, step):
+    monkeypatch.setattr(cards, 'MOST_SLICES', -(-max(SHAPE) // step))
+    shown = volume_views(one_case(channels=2), LOOK, np.array([1.0, 2, 3]), 1e6)
+    assert shown['step'] == step
+    assert [view['aspect'] for view in shown['views']] == pytest.approx([10 / 24, 10 / 24, 24 / 24])
+    for view, (name, across), place in zip(shown['views'], [('axial', 2), ('coronal', 1), ('sagittal', 0)],
+                                           PLACES):
+        assert (view['name'], view['start'], view['total']) == (name, LESION[across], SHAPE[across])
+        number = (view['last'] - view['first']) // step + 1
+        assert number == len(range(LESION[across] % step, SHAPE[across], step))
+        assert [s['title'] for s in view['sheets']] == [f'{kind}, channel {i}' for kind in (
+            'input', 'reconstruction') for i in (1, 2)] + ['map']
+        row, column = view['row'] * view['height'] + place[0], view['column'] * view['width'] + place[1]
+        for picture in view['sheets']:
+            values = np.asarray(decoded(picture['source']).convert('L'), int)
+            assert values.shape == (view['rows'] * view['height'], view['columns'] * view['width'])
+            assert np.unravel_index(values.argmax(), values.shape) == (row, column)
+        assert f'M{column} {row}h1' in view['outline'] and view['outline'].count('M') == 4
+
+
+def test_slices_are_left_out_until_a_volume_fits_but_not_the_starting_one():
+    full, least = (volume_views(one_case(), LOOK, np.ones(3), most) for most in (1e6, 1))
+    size = lambda shown: sum(len(s['source']) for view in shown['views'] for s in view['sheets'])
+    half = volume_views(one_case(), LOOK, np.ones(3), 0.8 * size(full))
+    assert full['step'] == 1 < half['step'] < least['step'] and size(half) <= 0.8 * size(full)
+    for view in least['views']:
+        assert view['first'] == view['last'] == view['start'] and (view['columns'], view['rows']) == (1, 1)
+
+
+def test_an_overlay_of_a_volume_has_three_slices_a_row():
+    case, times = one_case(), round(256 / 12)
+    picture = np.asarray(overlay(case.image, case.reconstruction, case.map, LOOK, threshold=0.5), int)
+    # axial 12 x 10, coronal 8 x 10 and sagittal 8 x 12; rows of input, reconstruction and map
+    assert picture.shape == (3 * 12 * times + 8, (10 + 10 + 12) * times + 8, 3)
+    left, middle = 0, times // 2
+    for view, (row, column) in zip(VIEWS, PLACES):
+        at = row * times + middle, left + column * times + middle
+        assert (picture[at] == 255).all() and (picture[12 * times + 4 + at[0], at[1]] == 128).all()
+        assert (picture[at[0] - times, at[1]] == 0).all()
+        assert (picture[2 * (12 * times + 4) + row * times, left + column * times] == 255).all()   # outlined
+        left += SHAPE[view.columns] * times + 4
+
+
+def test_the_figure_of_cases_has_three_slices_of_each_picture():
+    entries = [SimpleNamespace(id='a', class_name='odd', label=1)]
+    test = SimpleNamespace(entries=entries, cases=[one_case(channels=2)], values={'nelbo': np.ones(1)})
+    figure = case_figure({'primary_score': 'nelbo', 'scores': {'nelbo': {}}}, test, test, 0.0, 1)
+    panels = [panel for panel in figure.axes if panel.images]
+    assert len(panels) == 2 * 9
+    for panel, place in zip(panels[:9], PLACES * 3):
+        values = np.asarray(panel.images[0].get_array())
+        assert np.unravel_index(values.argmax(), values.shape) == place
+    assert any('radiological' in text.get_text() for text in figure.texts)

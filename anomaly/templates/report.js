@@ -1,5 +1,6 @@
 'use strict';
-// Moves the threshold, and filters and sorts the cases. Without it the page shows the threshold from validation.
+// Moves the threshold and the slices of volumes, and filters and sorts the cases. Without it the page shows the
+// threshold from validation, and the slices that it begins with.
 const data = JSON.parse(document.getElementById('report-data').textContent);
 const element = id => document.getElementById(id);
 const slider = element('slider'), field = element('threshold'), histogram = element('histogram');
@@ -130,6 +131,17 @@ function showCases() {
   element('status').textContent = `${shown} of ${cards.length} cases; ${inTest} such images in the test part`;
 }
 
+function showSlice(through) {
+  const view = through.closest('.view'), columns = Number(view.dataset.columns);
+  const place = (through.value - through.min) / through.step;
+  view.style.setProperty('--column', place % columns);
+  view.style.setProperty('--row', Math.floor(place / columns));
+  const total = view.querySelector('.number').textContent.split(' of ')[1];
+  const text = `${Number(through.value) + 1} of ${total}`;
+  view.querySelector('.number').textContent = text;
+  through.setAttribute('aria-valuetext', text);
+}
+
 // ------------------------------------------------------------------------------------------------ controls
 
 slider.addEventListener('input', () =>
@@ -138,6 +150,10 @@ field.addEventListener('input', () => { if (field.value !== '') setThreshold(Num
 element('reset').addEventListener('click', () => setThreshold(data.scores[name].threshold ?? Infinity));
 element('score').addEventListener('change', event => chooseScore(event.target.value));
 element('filters')?.addEventListener('change', showCases);
+for (const through of document.querySelectorAll('.through')) {
+  through.hidden = false;
+  through.addEventListener('input', () => showSlice(through));
+}
 for (const form of document.querySelectorAll('form.controls')) {
   form.hidden = false;
   form.addEventListener('submit', event => event.preventDefault());           // Enter in the field
