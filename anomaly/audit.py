@@ -17,7 +17,7 @@ from anomaly.findings import LEARNED, TESTED, all_findings, sentences
 from anomaly.trivial import FEATURES, TRAITS, Measured, measure
 from readers.source import CLASSES_SHOWN
 from readers.split import PARTS, count
-from utils import UserError, finite, mix_seed
+from utils import finite, mix_seed
 
 __all__ = ['audit', 'sentences']
 
@@ -32,10 +32,8 @@ def audit(data: Any, max_images: int = 500, num_bootstrap: int = 1000, seed: int
 
     At most `max_images` images of each part, of its normal images and of each anomalous class, are drawn by
     `seed` and measured; duplicates are those of all images. 'findings' are sorted, the worst first, see
-    `sentences`. Raises UserError for volumes.
+    `sentences`.
     """
-    if len(data.shape) != 3:
-        raise UserError(f"the audit measures images (C, H, W); the data are volumes {tuple(data.shape)}.")
     samples = draw_samples(data, max_images, seed)
     measured = {key: measure(getattr(data, key[0]), indices) for key, (indices, _) in samples.items()}
     normal = data.normal_classes[0] if len(data.normal_classes) == 1 else 'normal'

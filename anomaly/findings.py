@@ -188,7 +188,7 @@ def of_duplicates(data: Any) -> list[Finding]:
 def of_files(groups: Mapping[str, Any]) -> list[Finding]:
     """One line of what all files have in common."""
     common = []
-    for trait in ('format', 'pixels', 'size'):
+    for trait in ('format', 'pixels', 'size', 'spacing'):
         words = {word for group in groups.values() for word in group['traits'][trait]}
         common += words if len(words) == 1 else []
     return [finding('fine', 'format', f"All files are alike in this: {', '.join(common)}.")] if common else []

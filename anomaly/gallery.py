@@ -18,7 +18,7 @@ from anomaly.metrics import make_finite, percentile
 from anomaly.overlays import as_colour, as_grey, as_picture, blend
 from anomaly.scorer import Case
 from anomaly.slices import CONVENTION, VIEWS, View, cuts, focus, sheet, sheet_columns, stack
-from readers.nifti import Grid
+from readers.nifti import entry_grids
 
 LOSSLESS = 128          # pixels of the longer side up to which pictures on the page are exact
 LARGEST = 256           # and to which larger ones are reduced: 60 cases are then below 10 MB
@@ -98,7 +98,7 @@ def flat_pictures(case: Case, look: dict[str, Any]) -> dict[str, Any]:
 
 def spacing(entry: Any) -> np.ndarray:
     """Distance of the voxels that a model sees, mm or any unit: (3,)."""
-    return Grid.from_json(entry.grids[0]).spacing if getattr(entry, 'grids', ()) else np.ones(3)
+    return entry_grids(entry)[0].spacing if getattr(entry, 'grids', ()) else np.ones(3)
 
 
 def volume_views(case: Case, look: dict[str, Any], distance: np.ndarray, most_bytes: float) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def volume_views(case: Case, look: dict[str, Any], distance: np.ndarray, most_by
         taken = sum(len(view['outline']) + sum(len(s['source']) for s in view['sheets']) for view in views)
         if taken <= most_bytes or step >= max(size):
             return {'views': views, 'step': step}
-        step = max(step + 1, math.floor(step * taken / most_bytes))
+        step = min(max(step + 1, math.floor(step * taken / most_bytes)), max(size))
 
 
 def one_view(case: Case, view: View, place: int, look: dict[str, Any], distance: np.ndarray,
@@ -190,9 +190,10 @@ def case_figure(result: dict[str, Any], validation: Any, test: Any, threshold: f
     kinds = ['input', *(['reconstruction'] if first.reconstruction is not None else []),
              *([f'{name} map'] if first.map is not None else [])]
     volumes = first.image.ndim == 4
-    titles = [f'{kind}, {view.name}' for kind in kinds for view in VIEWS] if volumes else kinds
+    titles = [f"{'' if i else kind}\n{view.name}" for kind in kinds
+              for i, view in enumerate(VIEWS)] if volumes else kinds
     # All measures in inches: every picture `side` wide, two lines of text under each row.
-    side, gap, text, rows, head = 1.1 if volumes else 1.5, 0.07, 0.36, len(most), 0.5
+    side, gap, text, rows, head = 1.1 if volumes else 1.5, 0.07, 0.36, len(most), 0.6 if volumes else 0.5
     block = len(titles) * (side + gap) + 0.2
     height, width = head + rows * (side + text), 2 * block + (0.55 if first.map is not None else 0)
     figure = new_figure(width, height, layout=None)
@@ -212,7 +213,7 @@ def case_figure(result: dict[str, Any], validation: Any, test: Any, threshold: f
             for cell, words in zip(cells, titles):
                 cell.set_axis_off()
                 if row == 0:
-                    cell.set_title(words, fontsize=6.5 if volumes else 7.5, color=INK, loc='left', pad=3)
+                    cell.set_title(words, fontsize=7.5, color=INK, loc='left', pad=3)
             shown = draw_case(cells, case, look, pixel_threshold) or shown
             entry, score = test.entries[case.place], test.values[name][case.place]
             called = '' if score <= threshold else ', called'

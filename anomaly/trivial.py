@@ -1,8 +1,8 @@
 """Trivial features of an image: its file, its frame, its exposure, its sharpness, not what it shows.
 
 Features of the file come from its header, features of the picture from what the model sees, at the model's
-size. C channels, H x W pixels; the content is the picture without uniform bars at its edges, so that a border
-changes the features of the border and no other.
+size. C channels, *S = (H, W) pixels or (D, H, W) voxels; the content is the picture without uniform bars at
+its edges, so that a border changes the features of the border and no other.
 """
 
 import math
@@ -14,11 +14,12 @@ import numpy as np
 from scipy.ndimage import convolve, laplace
 
 from anomaly.scores import png_bytes
+from readers.parts import LEFT_RIGHT
 from readers.traces import Trace, read_trace
 
-BLOCK = 256                # images measured at once
+BLOCK = 2 ** 24            # values measured at once: 256 images of 256 x 256 pixels
 BAR = 8 / 255              # lines at an edge are a bar if their values differ by less
-OUTER = 0.05               # of the height and the width: the border
+OUTER = 0.05               # of every side: the border
 IMMERKAER = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float64)    # blind to edges and slopes
 
 
@@ -67,7 +68,7 @@ TOPICS = {
 
 @dataclass(frozen=True)
 class Look:
-    """One image: its values (C, H, W) and grey values (H, W) in [0, 1], content (h, w), bars in per cent."""
+    """One image: values (C, *S) and grey values (*S) in [0, 1], content (fewer), bars in per cent."""
     values: np.ndarray
     grey: np.ndarray
     content: np.ndarray
@@ -101,6 +102,8 @@ FILE_FEATURES = {
                      of_file=of_trace(lambda t: t.width)),
     'height': Feature('picture size', "height", "are taller", "are less tall", 'pixels', 0,
                       of_file=of_trace(lambda t: t.height)),
+    'depth': Feature('picture size', "number of slices", "have more of them", "have fewer of them", '', 0,
+                     of_file=of_trace(lambda t: t.depth or math.nan)),
     'aspect': Feature('picture size', "ratio of width to height", "are broader", "are slimmer",
                       of_file=of_trace(lambda t: t.width / t.height)),
     'jpeg_quality': Feature('format', "JPEG quality", "are less compressed", "are more compressed", '', 0,
@@ -109,11 +112,13 @@ FILE_FEATURES = {
                          of_file=lambda size, trace: size / 1000 if size else math.nan),
     'bytes_per_pixel': Feature('file size', "size of the file for each pixel", "have more bytes a pixel",
                                "have fewer bytes a pixel", of_file=lambda size, trace: (
-                                   size / (trace.width * trace.height) if size and trace else math.nan)),
+                                   size / (trace.width * trace.height * (trace.depth or 1))
+                                   if size and trace else math.nan)),
 }
 # name -> topic, what it says of a file, and how: told apart by words, not by a number
 TRAITS: dict[str, tuple[str, Callable[[Trace], str]]] = {
-    'size': ('picture size', lambda t: f'{t.size} pixels'),
+    'size': ('picture size', lambda t: f"{t.size} {'voxels' if t.depth else 'pixels'}"),
+    'spacing': ('picture size', lambda t: t.spacing),
     'format': ('format', lambda t: t.format),
     'pixels': ('format', lambda t: t.pixels),
     'encoder': ('format', lambda t: f'{t.format} ({t.encoder})'),
@@ -123,16 +128,16 @@ TRAITS: dict[str, tuple[str, Callable[[Trace], str]]] = {
 # --------------------------------------------------------------------------------------------- of the picture
 
 def look(values: np.ndarray) -> Look:
-    """An image (C, H, W) in [0, 1], its content told from uniform bars at its edges."""
+    """An image (C, *S) in [0, 1], its content told from uniform bars at its edges."""
     grey = values.mean(0, dtype=np.float64)
     box, total = [], 0.0
-    for axis in (0, 1):
-        lines = np.moveaxis(grey, axis, 0)                                     # (H, W), then (W, H)
+    for axis in range(grey.ndim):
+        lines = np.moveaxis(grey, axis, 0).reshape(grey.shape[axis], -1)       # (H, W), then (W, H)
         first, last = bar(lines), bar(lines[::-1])
         if first == len(lines):                   # one value all over: no bars, but a picture of nothing
             first = last = 0
         box.append(slice(first, len(lines) - last))
-        total += 100 * (first + last) / (2 * len(lines))
+        total += 100 * (first + last) / (grey.ndim * len(lines))
     return Look(values, grey, grey[tuple(box)], total)
 
 
@@ -145,8 +150,8 @@ def bar(lines: np.ndarray) -> int:
 def border(image: Look) -> float:
     """Mean of the outer 5 % minus mean of what is inside it, in per cent of white."""
     inside = np.zeros(image.grey.shape, bool)
-    height, width = (max(1, round(OUTER * n)) for n in image.grey.shape)
-    inside[height:-height, width:-width] = True
+    outer = [max(1, round(OUTER * n)) for n in image.grey.shape]
+    inside[tuple(slice(n, -n) for n in outer)] = True
     return 100 * float(image.grey[~inside].mean() - image.grey[inside].mean()) if inside.any() else 0.0
 
 
@@ -162,11 +167,12 @@ def sharpness(image: Look) -> float:
 
 
 def noise(image: Look) -> float:
-    """Standard deviation of the noise (Immerkaer 1996), in per cent of the picture's own."""
+    """Standard deviation of the noise (Immerkaer 1996), in per cent of the picture's own; in axial slices."""
     deviation = image.content.std()
-    if deviation < 1e-6 or min(image.content.shape) < 3:
+    if deviation < 1e-6 or min(image.content.shape[:2]) < 3:
         return 0.0
-    residual = convolve(image.content, IMMERKAER)[1:-1, 1:-1]
+    kernel = IMMERKAER.reshape(3, 3, *[1] * (image.content.ndim - 2))
+    residual = convolve(image.content, kernel)[1:-1, 1:-1]
     return float(100 * math.sqrt(math.pi / 2) * np.abs(residual).mean() / 6 / deviation)
 
 
@@ -174,7 +180,8 @@ def symmetry(image: Look) -> float:
     """Correlation of the picture with its mirror image; 0 of a uniform one."""
     centred = image.content - image.content.mean()
     power = (centred ** 2).sum()
-    return float((centred * centred[:, ::-1]).sum() / power) if power > 1e-9 else 0.0
+    mirrored = np.flip(centred, LEFT_RIGHT[2 + centred.ndim] - 2)
+    return float((centred * mirrored).sum() / power) if power > 1e-9 else 0.0
 
 
 PICTURE_FEATURES = {
@@ -229,8 +236,9 @@ def measure(part: Any, indices: Sequence[int]) -> Measured:
     numbers = {name: np.array([f.of_file(e.file_bytes, t) for e, t in zip(entries, traces)], np.float64)
                for name, f in FILE_FEATURES.items()}
     numbers |= {name: np.full(len(entries), np.nan) for name in PICTURE_FEATURES}
-    for start in range(0, len(entries), BLOCK):
-        batch = part.items(indices[start:start + BLOCK]).x.numpy()                       # (B, C, H, W)
+    block = max(1, BLOCK // part[0][0].numel()) if entries else 1
+    for start in range(0, len(entries), block):
+        batch = part.items(indices[start:start + block]).x.numpy()                       # (B, C, *S)
         for i, values in enumerate(batch, start):
             image = look(values)
             for name, feature in PICTURE_FEATURES.items():

@@ -21,6 +21,8 @@ from utils import UserError, write_atomically
 
 SUFFIXES = ('.nii', '.nii.gz')
 MOST_VOXELS = 1 << 29              # 2 GiB of float32: a larger one is damaged, or no medical volume
+LONGEST_HEADER = 540               # bytes, of NIfTI-2
+PACKED = b'\x1f\x8b'               # how gzip files begin
 SMALLEST_VOLUME = 1e-9             # mm^3 of a voxel, below which an affine is singular
 
 
@@ -136,10 +138,7 @@ def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
     except OSError as error:
         raise Unreadable(f'cannot be opened ({error.strerror or error})') from None
     content = _unpacked(data)
-    kind = next((k for k in (nib.Nifti1Image, nib.Nifti2Image)
-                 if k.header_class.may_contain_header(content[:540])), None)
-    if kind is None:
-        raise Unreadable('is not a NIfTI file')
+    kind = _kind(content)
     try:
         image = kind.from_bytes(content)
         _expect_volume(image)
@@ -173,11 +172,30 @@ def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
     write_atomically(path, lambda p: p.write_bytes(data))
 
 
+def read_header(path: str | Path) -> tuple[Any, bool]:
+    """The header of a file (nibabel's), and whether the file is packed. Raises Unreadable, OSError."""
+    with open(path, 'rb') as file:
+        packed = file.read(2) == PACKED
+    with (gzip.open if packed else open)(path, 'rb') as file:
+        start = file.read(LONGEST_HEADER)
+    kind = _kind(start).header_class
+    return kind(start[:kind.template_dtype.itemsize]), packed
+
+
+def _kind(start: bytes) -> Any:
+    """The class of images with this start."""
+    nib = nibabel()
+    for kind in (nib.Nifti1Image, nib.Nifti2Image):
+        if kind.header_class.may_contain_header(start[:LONGEST_HEADER]):
+            return kind
+    raise Unreadable('is not a NIfTI file')
+
+
 def _unpacked(data: bytes) -> bytes:
     if not data:
         raise Unreadable('is empty (0 bytes)')
     try:
-        return gzip.decompress(data) if data[:2] == b'\x1f\x8b' else data
+        return gzip.decompress(data) if data[:2] == PACKED else data
     except (EOFError, OSError, zlib.error) as error:
         raise Unreadable(f'is cut off or damaged ({error})') from None
 

@@ -5,6 +5,7 @@ by different programs.
 """
 
 import math
+import re
 import struct
 import warnings
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from readers.dicom import MAGIC, MAGIC_START, is_dicom
 from readers.images import FORMATS
+from readers.nifti import SUFFIXES, read_header
 from utils import UserError
 
 ZLIB_LEVELS = ('0 or 1', '2 to 5', '6', '7 to 9')      # RFC 1950, FLEVEL: what a compressor says
@@ -25,6 +27,7 @@ MODES = {'1': '1-bit grey', 'L': '8-bit grey', 'I': '32-bit grey', 'F': 'float',
          'RGB': '8-bit colour', 'RGBA': '8-bit colour with transparency', 'CMYK': '8-bit CMYK'}
 SAMPLINGS = {0: '4:4:4', 1: '4:2:2', 2: '4:2:0'}
 SOFTWARE = 305                                         # TIFF and EXIF tag
+MOST_SIGNS = 40                                        # of the name of a program
 # Mean of the luminance table of ITU-T T.81, K.1, at which the Independent JPEG Group's quality is 50.
 MEAN_QUANTIZATION = 57.625
 DICOM = ('Rows', 'Columns', 'BitsStored', 'PhotometricInterpretation')       # nothing of a patient
@@ -39,15 +42,19 @@ class Trace:
     pixels: str               # '8-bit grey'
     encoder: str              # what tells one program from another: 'compression 6, with gAMA'
     quality: float = math.nan
+    depth: int = 0            # of a volume, voxels along the third axis of the file
+    spacing: str = ''         # and their size: '1 x 1 x 3 mm'
 
     @property
     def size(self) -> str:
-        return f'{self.width} x {self.height}'
+        return f'{self.width} x {self.height}' + f' x {self.depth}' * bool(self.depth)
 
 
 def read_trace(path: str | Path) -> Trace:
-    """The trace of a PNG, JPEG, TIFF, BMP or DICOM file. Raises UserError naming the file if it has none."""
+    """The trace of a PNG, JPEG, TIFF, BMP, DICOM or NIfTI file. Raises UserError naming it if it has none."""
     try:
+        if str(path).lower().endswith(SUFFIXES):
+            return _nifti(path)
         with open(path, 'rb') as file:
             if is_dicom(file.read(MAGIC_START + len(MAGIC))):
                 return _dicom(path)
@@ -107,12 +114,23 @@ def _dicom(path: str | Path) -> Trace:
         raise ValueError('a damaged DICOM file') from None
 
 
+def _nifti(path: str | Path) -> Trace:
+    header, packed = read_header(path)
+    width, height, depth = (int(n) for n in header.get_data_shape()[:3])
+    spacing = ' x '.join(f'{mm:.3g}' for mm in header.get_zooms()[:3])
+    # Numbers are of the scan (echo time, hour), not of the program.
+    program = re.sub(r'\d+(\.\d+)?', '#', bytes(header['descrip'].item()).decode('latin-1'))
+    return Trace('NIfTI, packed' if packed else 'NIfTI', width, height, f'{header.get_data_dtype()} values',
+                 ' '.join(program.split())[:MOST_SIGNS] or 'no program named', depth=depth,
+                 spacing=f'{spacing} mm')
+
+
 READERS = {'PNG': _png, 'JPEG': _jpeg, 'TIFF': _other, 'BMP': _other}
 
 
 def _software(image: Image.Image) -> str:
     """The program that says it has written the file."""
-    return ' '.join(str(image.getexif().get(SOFTWARE, '')).split())[:40]
+    return ' '.join(str(image.getexif().get(SOFTWARE, '')).split())[:MOST_SIGNS]
 
 
 def _words(first: str, second: str, extra: list[str]) -> str:

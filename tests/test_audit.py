@@ -277,6 +277,48 @@ def test_the_trace_of_a_dicom_file_holds_nothing_of_the_patient(tmp_path):
         read_trace(tmp_path / 'scan')
 
 
+@pytest.mark.parametrize('name, kind, form', [('a.nii', 'Nifti1Image', 'NIfTI'),
+                                              ('b.nii.gz', 'Nifti2Image', 'NIfTI, packed')])
+def test_the_trace_of_a_nifti_file(tmp_path, name, kind, form):
+    nibabel = pytest.importorskip('nibabel')
+    image = getattr(nibabel, kind)(np.zeros((6, 5, 4), np.int16), np.diag([1, 1, 2.5, 1]))
+    image.header['descrip'] = b'converter; TE=2.98; Time=143209.400'
+    nibabel.save(image, tmp_path / name)
+    trace = read_trace(tmp_path / name)
+    assert (trace.format, trace.size, trace.spacing) == (form, '6 x 5 x 4', '1 x 1 x 2.5 mm')
+    assert (trace.pixels, trace.encoder) == ('int16 values', 'converter; TE=#; Time=#')
+    (tmp_path / name).write_bytes(bytes(1000))
+    with pytest.raises(UserError, match=rf'{name}.*is not a NIfTI file'):
+        read_trace(tmp_path / name)
+
+
+def test_features_of_volumes_worked_by_hand():
+    x = np.zeros((1, 8, 8, 8), np.float32)
+    x[0, 2:6, 2:6, 2:6] = np.random.default_rng(0).random((4, 4, 4))
+    mirrored = np.maximum(x, x[:, ::-1])
+    volume, even = look(x), look(mirrored)
+    assert volume.content.shape == (4, 4, 4) and volume.bars == 50
+    assert PICTURE_FEATURES['mean'].of_look(volume) == approx(100 * x[0, 2:6, 2:6, 2:6].mean())
+    assert symmetry(even) == approx(1) and symmetry(volume) < 0.5
+    # the outer 5 % are one voxel, all 0: minus the mean of the inner 6 x 6 x 6, of which 4 x 4 x 4 are not 0
+    assert border(volume) == approx(-100 * x.sum() / 6 ** 3)
+    slope = np.add.outer(np.arange(8), np.arange(8))[..., None].repeat(8, 2)[None] / 14
+    assert PICTURE_FEATURES['noise'].of_look(look(slope)) == approx(0)          # a slope has no noise
+
+
+def test_volumes_are_audited(tmp_path):
+    pytest.importorskip('nibabel')
+    from standins import volumes
+    folder = volumes(12, 'label')(tmp_path / 'data', 40, 12)
+    data = load_data(DataConfig(dataset='brain', data=str(folder), image_size=16,
+                                cache_dir=str(tmp_path / 'cache')))
+    result = audit(data, num_bootstrap=20)
+    found = {name for comparison in result['comparisons'] for name in comparison['features']}
+    assert {'mean', 'deviation', 'sharpness', 'noise', 'symmetry', 'png_size'} <= found
+    assert 'All files are alike in this: NIfTI, uint8 values, 12 x 12 x 12 voxels, 3 x 3 x 3 mm.' in str(
+        sentences(result))
+
+
 def test_a_file_without_a_header_is_named(tmp_path):
     (tmp_path / 'broken.png').write_bytes(b'\x89PNG')
     with pytest.raises(UserError, match=r'broken\.png'):

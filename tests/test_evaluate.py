@@ -17,7 +17,6 @@ from PIL import Image
 import evaluate
 import launch
 import train
-from anomaly.audit import audit
 from checkpoint import read_checkpoint, save_checkpoint
 from generative.pictures import image_grid
 from generative.sampling import readjust_batch_norm
@@ -261,13 +260,10 @@ def test_help_shows_the_modes_and_that_the_runs_data_are_the_default(capsys):
     assert set(shown) == set(evaluate.MODES) and "(default: the run's)" in text
 
 
-def test_volumes_are_not_scored_and_that_is_said_in_one_line(tmp_path):
-    """Before anything is read: neither of the three modes that score asks for the data first."""
+def test_volumes_are_not_predicted_and_that_is_said_in_one_line(tmp_path):
+    """Before anything is read."""
     volumes = SimpleNamespace(shape=(1, 8, 8, 8))
-    for mode in ('anomaly', 'predict'):
-        args = evaluate.parse_args(['--checkpoint', str(tmp_path), '--eval_mode', mode, '--data', 'nowhere'])
-        run = evaluate.Evaluation(volumes, {}, args, read_flags(evaluate.EvalConfig, args), print)
-        with pytest.raises(UserError, match=r'volumes \(1, 8, 8, 8\): anomaly scores are made of images'):
-            evaluate.MODES[mode](run)
-    with pytest.raises(UserError, match='the audit measures images'):
-        audit(volumes)
+    args = evaluate.parse_args(['--checkpoint', str(tmp_path), '--eval_mode', 'predict', '--data', 'nowhere'])
+    run = evaluate.Evaluation(volumes, {}, args, read_flags(evaluate.EvalConfig, args), print)
+    with pytest.raises(UserError, match=r'volumes \(1, 8, 8, 8\): anomaly scores are made of images'):
+        evaluate.MODES['predict'](run)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_detect import make_data, make_model, rows_of, run
 from test_scores import LinearGaussian
+from toy_volumes import LESION, SHAPE, Mean, make_volumes
 
 from anomaly.figures import (
     curve_figure,
@@ -332,3 +333,19 @@ def test_findings_of_an_audit_stand_in_the_report(tmp_path):
         scores=('nelbo',), num_draws=1, num_bootstrap=5, num_cases=0, num_gallery=0), findings=[line])
     page = (tmp_path / 'report.html').read_text()
     assert html.escape(line) in page and line not in page.split('</style>')[1].split('<script')[0]
+
+
+def test_a_report_of_volumes_starts_at_the_lesion_and_names_the_sides(tmp_path):
+    run(tmp_path, make_volumes(channels=3), Mean(), ScoreConfig(num_bootstrap=5, num_cases=1, num_gallery=5))
+    source = (tmp_path / 'report.html').read_text()
+    page, text = Page(source), ' '.join(' '.join(Page(source).text).split())
+    assert page.open == [] and "radiological: the patient's right is on the left of the picture" in text
+    assert 'the largest value of the map' in text and 'masks are outlined' in text and 'left out' not in text
+    sliders = [a for tag, a in page.tags if a.get('class') == 'through']
+    lesion = [a for a in sliders if 'Tumour-13' in a['aria-label']]
+    assert [a['aria-valuetext'] for a in lesion] == [
+        f'{LESION[i] + 1} of {SHAPE[i]}' for i in (2, 1, 0)] and all('hidden' in a for a in sliders)
+    titles = [a['alt'] for tag, a in page.tags if tag == 'img' and 'Tumour-13' in a.get('alt', '')]
+    assert len(titles) == 3 * 7 and titles[0].startswith('input, channel 1 of ')
+    ids = [a['id'] for _, a in page.tags if a.get('id', '').startswith('outline-')]
+    assert len(ids) == len(set(ids)) == 3 * 3 and (tmp_path / 'figures' / 'cases.png').exists()

@@ -14,6 +14,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from test_detect import make_data, make_model, rows_of, run
+from toy_volumes import LESION, SHAPE, Mean, make_volumes
 
 from anomaly.metrics import wilson_interval
 from anomaly.scores import ScoreConfig
@@ -282,3 +283,47 @@ def test_the_browser_forbids_the_page_what_comes_from_a_network(chromium, report
         document.addEventListener('securitypolicyviolation', event => done(event.blockedURI));
         new Image().src = address;""", 'http://127.0.0.1:9/picture.png')
     assert refused.startswith('http://127.0.0.1:9/')
+
+
+# --------------------------------------------------------------------------------------------------- volumes
+
+BRIGHT = """
+const read = frame => {                  // width, height, highest value of what a frame shows; its place
+  const [image, box] = [frame.querySelector('img'), frame.getBoundingClientRect()];
+  const whole = image.getBoundingClientRect(), scale = image.naturalWidth / whole.width;
+  const [w, h] = [Math.round(box.width * scale), Math.round(box.height * scale)];
+  const canvas = new OffscreenCanvas(w, h).getContext('2d');
+  canvas.drawImage(image, Math.round((box.x - whole.x) * scale), Math.round((box.y - whole.y) * scale), w, h,
+                   0, 0, w, h);
+  const values = canvas.getImageData(0, 0, w, h).data.filter((_, i) => i % 4 === 0);
+  const highest = Math.max(...values);
+  return [w, h, highest, values.indexOf(highest) % w, Math.floor(values.indexOf(highest) / w)];
+};
+return [...arguments[0].querySelectorAll('.frame')].map(read);"""
+
+
+def test_sliders_go_through_a_volume_by_the_keyboard_input_and_map_together(chromium, media, tmp_path):
+    run(tmp_path, make_volumes(), Mean(), ScoreConfig(num_bootstrap=5, num_cases=1, num_gallery=5))
+    chromium.get_log('browser')
+    chromium.get((tmp_path / 'report.html').as_uri())
+    card = chromium.find_element(By.CSS_SELECTOR, '.case[data-class=Tumour]')
+    places = [(12 - 1 - LESION[1], 10 - 1 - LESION[0]), (8 - 1 - LESION[2], 10 - 1 - LESION[0]),
+              (8 - 1 - LESION[2], 12 - 1 - LESION[1])]
+    for view, across, (row, column) in zip(card.find_elements(By.CLASS_NAME, 'view'), (2, 1, 0), places):
+        slider, number = (view.find_element(By.CLASS_NAME, name) for name in ('through', 'number'))
+        assert number.text == f'{LESION[across] + 1} of {SHAPE[across]}' and slider.is_displayed()
+        start = chromium.execute_script(BRIGHT, view)                       # input, reconstruction, map
+        assert tuple(start[0][3:]) == (column, row) and start[0][2] > 240
+        assert np.abs(np.subtract(start[2][3:], (column, row))).max() <= 1 and start[2][2] > 200
+        slider.send_keys(Keys.ARROW_LEFT)                                   # out of the lesion
+        seen = chromium.execute_script(BRIGHT, view)
+        assert [tuple(s[:2]) for s in seen] == [tuple(s[:2]) for s in start]
+        assert seen[0][2] < 150 and seen[2][2] < 200
+        assert number.text == slider.get_attribute('aria-valuetext') == f'{LESION[across]} of {SHAPE[across]}'
+        slider.send_keys(Keys.ARROW_RIGHT)
+        assert chromium.execute_script(BRIGHT, view) == start
+    media('print')
+    assert not slider.is_displayed() and number.is_displayed()
+    media(width=375)
+    assert chromium.execute_script("const page = document.documentElement; return page.scrollWidth") <= 375
+    assert chromium.get_log('browser') == []
