@@ -9,11 +9,11 @@ import math
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 from scipy import ndimage
 
 from anomaly.figures import CALLED
-from anomaly.slices import cuts, focus
+from anomaly.slices import VIEWS, cuts, focus
 
 SHOWN_SIZE = 256            # pixels that a small image is enlarged to, about
 STRENGTH = 0.8              # how much of a pixel the colour of the largest map value covers
@@ -39,8 +39,9 @@ def overlay(image: np.ndarray, reconstruction: np.ndarray | None, anomaly_map: n
     if anomaly_map is not None:
         rows.append([coloured(enlarged(blend(as_colour(x), values, look)), enlarged(values > threshold), look)
                      for x, values in zip(shown[0], parts(anomaly_map))])
-    picture = joined([joined(row, 1) for row in rows], 0 if volume else 1)
-    return as_picture(picture)
+    if volume:
+        rows = [[lettered(x, view.letters) for x, view in zip(row, VIEWS)] for row in rows]
+    return as_picture(joined([joined(row, 1) for row in rows], 0 if volume else 1))
 
 
 def coloured(picture: np.ndarray, above: np.ndarray, look: dict[str, Any]) -> np.ndarray:
@@ -48,6 +49,16 @@ def coloured(picture: np.ndarray, above: np.ndarray, look: dict[str, Any]) -> np
     line = above & ~ndimage.binary_erosion(above, iterations=LINE, border_value=1)
     picture[line] = np.array(ImageColor.getrgb(CALLED[look['cmap']])) / 255
     return picture
+
+
+def lettered(picture: np.ndarray, letters: str) -> np.ndarray:
+    """The picture (H, W, 3) with what is at its left, right, top and bottom written into it."""
+    image = as_picture(picture)
+    draw, (width, height) = ImageDraw.Draw(image), image.size
+    places = ((4, height / 2), (width - 4, height / 2), (width / 2, 4), (width / 2, height - 4))
+    for letter, place, anchor in zip(letters, places, ('lm', 'rm', 'mt', 'mb')):
+        draw.text(place, letter, 'white', anchor=anchor, stroke_width=1, stroke_fill='black')
+    return np.asarray(image) / 255
 
 
 def joined(pictures: list[np.ndarray], axis: int) -> np.ndarray:
