@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import launch
-from anomaly import metrics, report
+from anomaly import metrics, report, segmentation
 from anomaly.baselines import BASELINES
 from anomaly.datacard import compare_normal, describe
 from anomaly.density import DensityScore, cross_fit
@@ -32,7 +32,8 @@ from utils import UserError, finite, read_json, write_atomically, write_json
 # fields of ScoreConfig that the scores, maps and calls of an image depend on
 SETTINGS = ('target_fpr', 'num_draws', 'iw_samples_elbo', 'iw_samples_lk', 'llr_noise', 'regret_steps',
             'regret_learning_rate', 'msma_levels', 'msma_min_timestep', 'msma_max_timestep', 'msma_schedule',
-            'msma_denoise', 'msma_map', 'target_pixel_fpr', 'map_smoothing', 'body_mask')
+            'msma_denoise', 'msma_map', 'target_pixel_fpr', 'map_smoothing', 'body_mask', 'seg_erosion',
+            'seg_min_voxels', 'seg_dilation')
 
 
 def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_iw_samples: int,
@@ -43,11 +44,12 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     """Scores validation and test images, sets thresholds on the former, judges on the latter, reports.
 
     Writes OUT/scores.csv, metrics.json (its other keys are kept), thresholds.json (also to `run_folder`, if
-    it may be written; its log gives the training curves), figures/ and report.html from rank 0, prints the
-    table with `log`, and returns what stands under 'anomaly' in metrics.json; other ranks return {}. Noise
-    depends on seed, batch and draw, so the numbers do not depend on the number of ranks, but they do on
-    `batch_size`. Device, rank, world and `gather` (joins lists, on every rank) are those of launch if not
-    given. `findings` of an audit stand in the report. Raises UserError if a part is empty or a score unknown.
+    it may be written; its log gives the training curves), figures/ and report.html, of volumes with known
+    lesions segmentation.csv, from rank 0, prints the table with `log`, and returns what stands under
+    'anomaly' in metrics.json; other ranks return {}. Noise depends on seed, batch and draw, so the numbers do
+    not depend on the number of ranks, but they do on `batch_size`. Device, rank, world and `gather` (joins
+    lists, on every rank) are those of launch if not given. `findings` of an audit stand in the report. Raises
+    UserError if a part is empty or a score unknown.
     """
     started, out = time.perf_counter(), Path(out)
     rank, world = launch.rank() if rank is None else rank, launch.world() if world is None else world
@@ -60,7 +62,7 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
                     device=torch.device(device or launch.device()))
     if found is None:
         return {}
-    validation, test, thresholds, pixel_thresholds, judged, samples, fitted_on = found
+    validation, test, thresholds, pixel_thresholds, judged, samples, fitted_on, segmented = found
     settings = {'primary_score': primary, 'num_iw_samples': num_iw_samples, 'batch_size': batch_size,
                 'seed': seed, **{name: getattr(config, name) for name in SETTINGS}}
     warnings += few_images(len(data.val), config.target_fpr) + judged.pop('warnings')
@@ -72,6 +74,8 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     result['seconds'] = round(time.perf_counter() - started, 1)
     result = finite(result)
     write_scores(out / 'scores.csv', {'val': validation, 'test': test}, validation, thresholds)
+    if segmented:
+        segmentation.write_segmentation(out / 'segmentation.csv', segmented)
     kept = keep_thresholds(settings | {'weights': fingerprint(model)}, thresholds, pixel_thresholds,
                            validation, scores)
     path = out / 'metrics.json'
@@ -95,6 +99,7 @@ class Examined(NamedTuple):
     judged: dict[str, Any]                             # groups, scores and warnings, as in metrics.json
     samples: dict[str, dict[str, np.ndarray]]          # group -> score -> AUROC of every resample (R,)
     fitted_on: int                                     # training images behind the baselines
+    segmented: list[dict[str, Any]]                    # a row a volume whose lesions are known: primary score
 
 
 def examine(model: Any, data: Any, scores: list, baselines: list, primary: str, config: ScoreConfig, *,
@@ -128,8 +133,10 @@ def examine(model: Any, data: Any, scores: list, baselines: list, primary: str, 
     judged, samples = judge(validation, test, thresholds, about, config, seed, data.anomalous_classes)
     judged['warnings'] += scorer.warnings
     add_pixels(judged['scores'], test, pixel_thresholds, config.num_bootstrap, seed)
+    segmented = add_segmentations(judged['scores'], test, pixel_thresholds, config, seed)
     test.maps = None
-    return Examined(validation, test, thresholds, pixel_thresholds, judged, samples, fitted_on)
+    return Examined(validation, test, thresholds, pixel_thresholds, judged, samples, fitted_on,
+                    segmented.get(primary, []))
 
 
 def check_parts(data: Any) -> None:
@@ -207,11 +214,14 @@ def judge(validation: Scored, test: Scored, thresholds: dict[str, float], about:
 
 
 def choose_pixel_thresholds(validation: Scored, target_fpr: float) -> dict[str, float]:
-    """The threshold of the pixels of every score with a map, from normal validation images alone."""
-    if validation.maps is None:
+    """The threshold of the pixels of every score with a map, from normal validation images alone; of volumes
+    from where segmentations may begin.
+    """
+    maps = validation.maps
+    if maps is None:
         return {}
-    return {name: pixel_threshold(values, target_fpr, validation.maps.counted)
-            for name, values in validation.maps.values.items()}
+    counted = maps.counted if maps.inside is None else maps.inside
+    return {name: pixel_threshold(values, target_fpr, counted) for name, values in maps.values.items()}
 
 
 def add_pixels(table: dict[str, dict], test: Scored, thresholds: dict[str, float], num_bootstrap: int,
@@ -223,6 +233,20 @@ def add_pixels(table: dict[str, dict], test: Scored, thresholds: dict[str, float
         if maps is not None and maps.masks.any() and not maps.masks.all():
             table[name]['pixels'] = localize(maps.masks, maps.values[name], value, counted=maps.counted,
                                              num_bootstrap=num_bootstrap, seed=seed)
+
+
+def add_segmentations(table: dict[str, dict], test: Scored, thresholds: dict[str, float], config: ScoreConfig,
+                      seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Adds metrics of the segmentations by every score with a map, where volumes have known lesions; returns
+    a row of each volume, by score.
+    """
+    maps, rows = test.maps, {}
+    if maps is None or maps.inside is None or not maps.masks.any():
+        return {}
+    for name, value in thresholds.items():
+        table[name]['segmentation'], rows[name] = segmentation.judge(maps, name, test.entries, value, config,
+                                                                     seed=seed)
+    return rows
 
 
 def verdict(result: dict[str, Any], samples: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:

@@ -18,6 +18,8 @@ class Maps(NamedTuple):
     masks: np.ndarray                    # (N, *S) bool; all False for normal images
     counted: np.ndarray | None           # (N, *S) bool, the pixels that count; None = all
     values: dict[str, np.ndarray]        # score with a map -> (N, *S) float32
+    ids: np.ndarray                      # (N,) of the images
+    inside: np.ndarray | None            # (N, *S) bool, `interior` of volumes; None for images
 
 
 def treated(passes: Any, scores: list, sigma: float,
@@ -63,6 +65,27 @@ def fill(bright: np.ndarray) -> np.ndarray:
     return ndimage.binary_fill_holes((sizes >= BODY_SHARE * sizes.max())[labels])
 
 
+def interior(images: np.ndarray, level: float, erosion: float) -> np.ndarray:
+    """Where a segmentation may begin in images (N, C, *S) in [0, 1]: (N, *S) bool.
+
+    The `body` without what is at most `erosion` voxels from its outside: skulls and rims make false alarms.
+    Where `level` is 0, the body is what is above the darkest value of the image in any channel (Spatial-MSMA,
+    there without the filling of holes). The edge of an image is no edge of the body.
+    """
+    bodies = body(images, level) if level else [fill((x > x.min()).any(0)) for x in images]
+    return np.stack([distance_to(~inside) > erosion for inside in bodies])
+
+
+def distance_to(mask: np.ndarray, spacing: Any = 1.0) -> np.ndarray:
+    """From each voxel to the nearest one of `mask` (*S) bool, Euclidean: (*S); infinite if it is empty.
+
+    `spacing` of the voxels along each axis gives the unit.
+    """
+    if not mask.any():
+        return np.full(mask.shape, np.inf)
+    return ndimage.distance_transform_edt(~mask, sampling=spacing)
+
+
 def neighbours(dimensions: int) -> np.ndarray:
     """The structure of scipy.ndimage.label in which diagonal pixels are neighbours: 8 in 2D, 26 in 3D."""
     return ndimage.generate_binary_structure(dimensions, dimensions)
@@ -77,7 +100,8 @@ def pixel_threshold(maps: np.ndarray, target_fpr: float, counted: np.ndarray | N
     """
     values = maps.ravel() if counted is None else maps[counted]
     if not values.size:
-        raise UserError("no pixel of a normal validation image counts: lower --body_mask.")
+        raise UserError("no pixel of a normal validation image counts: lower --body_mask, of volumes also "
+                        "--seg_erosion.")
     values = np.where(np.isfinite(values), values, np.inf)
     place = values.size - 1 - int(target_fpr * values.size + 1e-9)                # so many lie above it
     return float(np.partition(values, place)[place])

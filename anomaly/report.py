@@ -29,6 +29,11 @@ PIXEL_METRICS = {'auroc': ('AUROC', 3), 'auprc': ('AUPRC', 3), 'aupro': ('AUPRO'
                  'best_dice': ('best Dice', 3), 'dice': ('Dice', 3), 'fpr': ('FPR', 4),
                  'lesions_found': ('lesions found', 3), 'false_regions': ('false regions', 2),
                  'region_ppv': ('region PPV', 3)}
+# of segmentation.py
+SEGMENTATION_METRICS = {'dice': ('Dice', 3), 'tpr': ('TPR', 3), 'fnr': ('FNR', 3), 'ppv': ('PPV', 3),
+                        'iol': ('IOL', 3), 'hd95': ('HD95', 2), 'hd99': ('HD99', 2), 'msd': ('MSD', 2),
+                        'hd95_directed': ('HD95 >', 2), 'hd99_directed': ('HD99 >', 2),
+                        'msd_directed': ('MSD >', 2)}
 MOST_TABLES = 4      # groups that get a table of their own in the terminal, and an open one on the page
 
 
@@ -42,7 +47,8 @@ def text_tables(result: dict[str, Any]) -> list[str]:
         [*auroc_table(result, groups), '', "The other metrics of each class are in report.html."]]
     return [line for table in tables for line in ['', *table]] + [
         "* primary score, chosen beforehand. Sensitivity and FPR: at the threshold from normal validation "
-        f"images, for {100 * result['target_fpr']:g} %.", '', *pixel_table(result)]
+        f"images, for {100 * result['target_fpr']:g} %.", '', *pixel_table(result),
+        *segmentation_table(result)]
 
 
 def group_table(result: dict[str, Any], group: str) -> list[str]:
@@ -73,9 +79,9 @@ def auroc_table(result: dict[str, Any], groups: list[str]) -> list[str]:
             *with_heading(align(rows), result)]
 
 
-def with_pixels(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Pixel metrics of the scores that have them."""
-    return {name: row['pixels'] for name, row in result['scores'].items() if 'pixels' in row}
+def with_pixels(result: dict[str, Any], kind: str = 'pixels') -> dict[str, dict[str, Any]]:
+    """Pixel metrics of the scores that have them; `kind` 'segmentation' takes those of segmentations."""
+    return {name: row[kind] for name, row in result['scores'].items() if kind in row}
 
 
 def pixel_table(result: dict[str, Any]) -> list[str]:
@@ -90,6 +96,28 @@ def pixel_table(result: dict[str, Any]) -> list[str]:
     return [pixel_heading(table), *align(rows),
             "Dice and what follows: at the threshold from the pixels of normal validation images, for "
             f"{100 * result['target_pixel_fpr']:g} %. False regions: an image. Intervals: report.html.", '']
+
+
+def segmentation_table(result: dict[str, Any]) -> list[str]:
+    """Metrics of the segmentations; no line where there are none."""
+    table = with_pixels(result, 'segmentation')
+    if not table:
+        return []
+    rows = [['', *(title for title, _ in SEGMENTATION_METRICS.values()), 'none']]
+    rows += [[marked(name, result), *(number(found[metric]['value'], decimals)
+                                      for metric, (_, decimals) in SEGMENTATION_METRICS.items()),
+              str(found['images_with_lesions'] - found['ppv']['images'])] for name, found in table.items()]
+    return [segmentation_heading(table), *align(rows),
+            "Means over the volumes with a lesion; distances in mm, > from lesions to the call alone. None: "
+            "volumes in which nothing is called,", "which have no PPV and no distances. Each volume: "
+            "segmentation.csv. Intervals: report.html.", '']
+
+
+def segmentation_heading(table: dict[str, dict[str, Any]]) -> str:
+    first = next(iter(table.values()))
+    return (f"segmentations: {first['lesions']} lesions in {first['images_with_lesions']} of "
+            f"{first['images']} test volumes; {100 * first['left_out_share']:.2g} % of the lesions' voxels "
+            f"lie outside of the eroded body or in pieces too small, and are left out")
 
 
 def pixel_heading(table: dict[str, dict[str, Any]]) -> str:
@@ -182,7 +210,9 @@ def render(result: dict[str, Any], figures: dict[str, str], cases: dict[str, Any
         classes=classes, titles=TITLES, interval=interval, wilson=lambda counts: wilson_interval(*counts),
         highest=highest(result), shade=shade, folded=len(shown_groups(result)) > MOST_TABLES,
         has_levels=bool(levels(result, 'llr') or levels(result, 'lk')),
-        pixels=with_pixels(result), pixel_metrics=PIXEL_METRICS, pixel_heading=pixel_heading, number=number)
+        pixels=with_pixels(result), pixel_metrics=PIXEL_METRICS, pixel_heading=pixel_heading, number=number,
+        segmentations=with_pixels(result, 'segmentation'), segmentation_metrics=SEGMENTATION_METRICS,
+        segmentation_heading=segmentation_heading)
 
 
 def interval(metric: dict[str, float]) -> dict[str, float]:

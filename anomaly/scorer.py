@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from anomaly.density import DensityScore
-from anomaly.maps import Maps, treated
+from anomaly.maps import Maps, interior, treated
 from anomaly.passes import Passes
 from anomaly.scores import ScoreConfig
 from datasets import eval_batches
@@ -214,22 +214,27 @@ class Scorer:
         return treated(passes, scores, self.config.map_smoothing, self.config.body_mask)
 
     def judged_maps(self, passes: Passes, batch: Any, known: np.ndarray, scores: list) -> Maps:
-        """The maps of `scores`, for the `known` images of a batch. Lesions count outside the body too."""
+        """The maps of `scores`, for the `known` images of a batch. Lesions count outside the body too, but
+        not for segmentations, which are those of volumes.
+        """
         values, inside = self.maps(passes, scores)
         masks = np.zeros((len(batch.x), *batch.x.shape[2:]), bool) if batch.mask is None else (
             batch.mask[:, 0].cpu().numpy() > 0)
+        x, level, erosion = passes.x.float().cpu().numpy(), self.config.body_mask, self.config.seg_erosion
         return Maps(masks[known], None if inside is None else (inside | masks)[known],
-                    {name: value[known] for name, value in values.items()})
+                    {name: value[known] for name, value in values.items()}, np.array(batch.id)[known],
+                    interior(x[known], level, erosion) if x.ndim == 5 else None)
 
     def join(self, maps: list[tuple[int, Maps]]) -> Maps | None:
         """The maps of all ranks in the order of the batches, on rank 0; one score at a time saves memory."""
         def together(arrays: list[tuple[int, np.ndarray]]) -> np.ndarray | None:
             found = [array for _, array in sorted(self.gather(arrays), key=lambda pair: pair[0])]
             return np.concatenate(found) if found and not self.rank else None
-        masks = together([(index, m.masks) for index, m in maps])
-        counted = together([(index, m.counted) for index, m in maps if m.counted is not None])
+        masks, ids = (together([(index, getattr(m, name)) for index, m in maps]) for name in ('masks', 'ids'))
+        counted, inside = (together([(index, getattr(m, name)) for index, m in maps
+                                     if getattr(m, name) is not None]) for name in ('counted', 'inside'))
         values = {s.name: together([(index, m.values.pop(s.name)) for index, m in maps
                                     if s.name in m.values])
                   for s in self.mapped}
         values = {name: value for name, value in values.items() if value is not None}
-        return Maps(masks, counted, values) if values else None
+        return Maps(masks, counted, values, ids, inside) if values else None

@@ -74,6 +74,12 @@ class ScoreConfig:
     map_smoothing: float = flag(0.0, 'maps: sigma of a Gaussian, in pixels; 0 = not smoothed')
     body_mask: float = flag(0.0, 'maps: grey level in [0, 1] above which a pixel belongs to the body, whose '
                                  'holes are filled; maps are 0 and do not count outside it; 0 = no body mask')
+    seg_erosion: float = flag(2.0, 'segmentations of volumes: they begin so many voxels inside the body, '
+                                   'which is what --body_mask says, at 0 all above the darkest value')
+    seg_min_voxels: int = flag(3, 'segmentations of volumes: pieces of fewer voxels are dropped (18 '
+                                  'neighbours); 1 = none')
+    seg_dilation: float = flag(1.0, 'segmentations of volumes: then they grow by a ball of so many voxels; '
+                                    '0 = not')
     num_bootstrap: int = flag(1000, 'resamples behind the 95 % intervals')
     num_cases: int = flag(6, 'most and least anomalous test images in figures/cases.png, of each; 0 = none')
     num_gallery: int = flag(60, "test images in the report's gallery: extremes, likely false positives and "
@@ -87,8 +93,9 @@ class ScoreConfig:
                 raise UserError(f"--{name} {getattr(self, name)} is not between 0 and 1.")
         if not 0 <= self.body_mask < 1:
             raise UserError(f"--body_mask {self.body_mask}: it must be a grey level from 0 to below 1.")
-        if not 0 <= self.map_smoothing < math.inf:
-            raise UserError(f"--map_smoothing {self.map_smoothing}: it must be at least 0.")
+        for name in ('map_smoothing', 'seg_erosion', 'seg_dilation'):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be at least 0.")
         if not self.regret_learning_rate > 0:
             raise UserError(f"--regret_learning_rate {self.regret_learning_rate}: it must be above 0.")
         check_captum(self.msma_map)
@@ -97,7 +104,7 @@ class ScoreConfig:
                             f"{self.msma_max_timestep}: give times above 0, rising, up to 1.")
         least_of = {'num_draws': 1, 'iw_samples_elbo': 1, 'iw_samples_lk': 1, 'regret_steps': 1,
                     'num_bootstrap': 1, 'num_cases': 0, 'num_gallery': 0, 'max_train_images': 2,
-                    'msma_levels': 1}
+                    'msma_levels': 1, 'seg_min_voxels': 1}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)} is too small: at least {least}.")
