@@ -23,8 +23,19 @@ from readers.files import Preparation
 from readers.images import FITS, read_folder
 from readers.layouts import Layout, read_records
 from readers.mnist import read_mnist, read_stacked_mnist
+from readers.nifti import entry_grids
 from readers.omniglot import read_omniglot
-from readers.ood import OWN, Changed, Wanted, as_anomalies, drawn, parse, read_images, with_sizes
+from readers.ood import (
+    ENHANCED,
+    OWN,
+    Changed,
+    Wanted,
+    as_anomalies,
+    drawn,
+    parse,
+    read_images,
+    with_sizes,
+)
 from readers.packed import is_packed, read_packed
 from readers.part_folders import read_part_folders
 from readers.parts import Batch, JoinedPart, Part
@@ -48,7 +59,7 @@ from readers.split import (
     with_patients,
 )
 from readers.svhn import read_svhn
-from readers.volumes import VolumeConfig, check_volumes, read_volumes
+from readers.volumes import SPREAD, VolumeConfig, check_volumes, read_volumes
 from utils import UserError, flag, mix_seed
 
 # ------------------------------------------------------------------------------------------------------ table
@@ -469,35 +480,30 @@ def with_ood(data: Data, sets: Sequence[str], most: int = 0, seed: int = 0) -> D
 
 
 def _own_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
-    """The run's own normal test images, changed; their border is the same on all sides and turns with them.
+    """The run's own normal test images, changed; or those with known lesions, if these are to be changed.
+
+    Their border is the same on all sides and turns with them.
     """
-    part = data.test
-    entries = drawn([e for e in part.entries if not e.label], most, seed)
-    images = Changed(part.images, wanted.turns, part.depth)
-    return _ood_part(data, wanted, entries, images, data.config.invert != wanted.inverted)
+    part, of_lesions = data.test, ENHANCED in wanted.changes
+    entries = drawn([e for e in part.entries if bool(e.label) == of_lesions and
+                     (e.mask_row >= 0 or not of_lesions)], most, seed)
+    if not wanted.gives_masks:                       # a turned image is odd everywhere, not in its lesions
+        entries = [replace(e, mask_row=-1) for e in entries]
+    images = Changed(part.images, entries, wanted, part.masks, depth=part.depth, seed=seed)
+    return _ood_part(data, wanted, images, data.config.invert != wanted.inverted)
 
 
 def _foreign_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
     """Images that the run does not know; of a published data set its test part."""
-    if len(data.shape) != 3:
-        raise UserError(f"--ood {wanted.name}: other sets are taken for images, {data.config.dataset} has "
-                        f"volumes. Put them into class folders beside the others.")
-    channels, size, _ = data.shape
-    config = replace(data.config, data=wanted.path, image_size=0, channels=0, normal_classes=(),
-                     anomalous_classes=())
-    inner = {'size': size - 2 * data.pixels.padding, 'channels': channels}
-    row = DATASETS.get(wanted.name)
-    if is_packed(wanted.path):
-        source = read_packed(wanted.path, normal=(), normal_wanted=(), anomalous=(), border=0, **inner,
-                             depth=_depth(config), fit=config.fit, masks=False, cache_dir=config.cache_dir)
-    elif row and not row.folder:
-        try:
-            source = row.read(config, replace(row, **inner, padding=0, parts=('test',)))
-        except UserError as error:
-            raise UserError(f"--ood {wanted.name}: {error}") from None
+    border, config = data.pixels.padding, replace(data.config, data=wanted.path, image_size=0, channels=0,
+                                                  normal_classes=(), anomalous_classes=())
+    row, published = DATASETS.get(wanted.name), False
+    if len(data.shape) == 4:
+        source = _foreign_volumes(data, wanted, config)
     else:
-        source = read_images(wanted.path, wanted.name, most=most, seed=seed, **inner, depth=_depth(config),
-                             fit=config.fit, cache_dir=config.cache_dir)
+        inner = {'size': data.shape[1] - 2 * border, 'channels': data.shape[0]}
+        published = bool(row) and not is_packed(wanted.path)
+        source = _foreign_images(wanted, config, row, inner, most, seed)
     report += [f'{wanted.name}: {line}' for line in (*source.notes, *_left_out(source, config.skip_corrupt))]
     entries = source.entries
     if isinstance(entries, Records):
@@ -505,22 +511,57 @@ def _foreign_part(data: Data, wanted: Wanted, most: int, seed: int, report: list
     elif any(e.part for e in entries):
         entries = [e for e in entries if e.part == 'test']
     entries = drawn(entries, most, seed)
-    if row and not is_packed(wanted.path):       # a PNG of its own size and colours would give a set away
+    if published:                                # a PNG of its own size and colours would give a set away
         entries = [e if e.path else replace(e, file_bytes=0) for e in entries]
     known = {file['sha256'] for file in data.split.get('files', ()) if file['sha256']}
     if same := [e.id for e in entries if e.sha256 in known]:
         report.append(f"{count(len(same), 'image')} of {wanted.name} are images of the run's own data: "
                       f"{some(same)}")
-    images = Changed(source.pixels, wanted.turns, _depth(config), data.pixels.padding)
-    return _ood_part(data, wanted, entries, images, wanted.inverted)
+    images = Changed(source.pixels, entries, wanted, source.masks, depth=_depth(config), border=border,
+                     seed=seed)
+    return _ood_part(data, wanted, images, wanted.inverted)
 
 
-def _ood_part(data: Data, wanted: Wanted, entries: Sequence[Entry], images: Changed, invert: bool) -> Part:
+def _foreign_images(wanted: Wanted, config: DataConfig, row: DataSet | None, inner: dict[str, int], most: int,
+                    seed: int) -> Source:
+    """From an LMDB, from the files of a published data set, or from any folder; without a border."""
+    if is_packed(wanted.path):
+        return read_packed(wanted.path, normal=(), normal_wanted=(), anomalous=(), border=0, **inner,
+                           depth=_depth(config), fit=config.fit, masks=False, cache_dir=config.cache_dir)
+    if row and not row.folder:
+        try:
+            return row.read(config, replace(row, **inner, padding=0, parts=('test',)))
+        except UserError as error:
+            raise UserError(f"--ood {wanted.name}: {error}") from None
+    return read_images(wanted.path, wanted.name, most=most, seed=seed, **inner, depth=_depth(config),
+                       fit=config.fit, cache_dir=config.cache_dir)
+
+
+def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
+    """All subjects of a folder, whatever their class, as the run's flags say, in the run's shape; with the
+    masks of their lesions.
+    """
+    row = replace(DATASETS[config.dataset], size=0, folder=_data_folder)
+    try:
+        source = _read_volumes(replace(config, volume_shape=data.shape[1:], key_files=''), row)
+    except UserError as error:
+        raise UserError(f"--ood {wanted.name}: {error}") from None
+    if not source.entries:
+        return source
+    ours, theirs = (entry_grids(entries[0])[0].spacing for entries in (data.train.entries, source.entries))
+    if (np.abs(theirs / ours - 1) > SPREAD).any():
+        words = [' x '.join(f'{mm:.3g}' for mm in spacing) for spacing in (theirs, ours)]
+        raise UserError(f"--ood {wanted.name}: voxels of {words[0]} mm, the run's are of {words[1]}: train "
+                        f"with --spacing, which then holds for both.")
+    return source
+
+
+def _ood_part(data: Data, wanted: Wanted, images: Changed, invert: bool) -> Part:
     # A size that only one side has would be a perfect baseline.
     known = len(data.test) and data.test.entries[0].file_bytes
-    entries = with_sizes(as_anomalies(entries, wanted.name), images if known else None)
-    source = Source(entries, images, None, (), (wanted.name,))
-    return Part(entries, source, data.pixels, _depth(data.config), dequantize=data.config.dequantize,
+    entries = as_anomalies(list(images.entries.values()), wanted.name, wanted.gives_masks)
+    source = Source(with_sizes(entries, images if known else None), images, images.masks, (), (wanted.name,))
+    return Part(source.entries, source, data.pixels, _depth(data.config), dequantize=data.config.dequantize,
                 invert=invert)
 
 

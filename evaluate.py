@@ -96,7 +96,8 @@ class EvalConfig:
     ood: tuple = flag((), 'anomaly: sets of images to tell from the normal ones, each a class NAME, brought '
                           'to the shape of the run. NAME is a data set of --dataset, of which the test part '
                           "is taken, or any name with a folder of images or an LMDB; PATH 'test' is the "
-                          "run's own normal test images. A CHANGE is rot90, rot180, rot270, flip or invert",
+                          "run's own normal test images. A CHANGE is rot90, rot180, rot270, flip, invert, "
+                          'lesion, tumour, or of labelled test images enhanced',
                       metavar='NAME=PATH[:CHANGE]')
     max_ood: int = flag(0, 'anomaly: at most so many images of each set of --ood, drawn by --seed; 0 = all')
     audit_images: int = flag(100, 'anomaly: images of each class and part that the audit in the report '

@@ -1,6 +1,7 @@
 """Images from elsewhere that are to be told from a run's own: what `--ood NAME=PATH[:CHANGE]` names.
 
-B images, C channels, H x W pixels; S x S pixels as the model sees them, with its border.
+B images, C channels, *S = (H, W) pixels or (D, H, W) voxels; S x S pixels as the model sees them, with its
+border.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,18 +13,23 @@ import numpy as np
 
 from readers.arrays import png_bytes
 from readers.images import ImageFile, image_files, scan, stamp
+from readers.nifti import entry_grids
+from readers.parts import LEFT_RIGHT
+from readers.simulated import IMAGE_MM, SIMULATIONS
 from readers.source import Entry, Images, Source, cached
 from utils import UserError, mix_seed
 
 OWN = 'test'               # in place of a path: the run's own normal test images
 INVERT = 'invert'          # light for dark: a Part does it, before it makes an image binary
-TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {               # of (B, C, H, W), H = W
-    'rot90': lambda x: np.rot90(x, 1, (2, 3)),                         # counter-clockwise
+ENHANCED = 'enhanced'      # of the run's own images with known lesions; the other changes are of normal ones
+# of (B, C, *S); the two axes are as long as each other where a quarter is turned
+TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    'rot90': lambda x: np.rot90(x, 1, (2, 3)),                 # counter-clockwise; of volumes seen from above
     'rot180': lambda x: np.rot90(x, 2, (2, 3)),
     'rot270': lambda x: np.rot90(x, 3, (2, 3)),
-    'flip': lambda x: x[..., ::-1],                                    # left for right
+    'flip': lambda x: np.flip(x, LEFT_RIGHT[x.ndim]),          # left for right
 }
-CHANGES = (*TURNS, INVERT)
+CHANGES = (*TURNS, *SIMULATIONS, INVERT)
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,12 @@ class Wanted:
     changes: tuple[str, ...] = ()
 
     @property
-    def turns(self) -> tuple[str, ...]:
+    def of_pixels(self) -> tuple[str, ...]:
         return tuple(c for c in self.changes if c != INVERT)
+
+    @property
+    def gives_masks(self) -> bool:
+        return any(c in SIMULATIONS for c in self.changes)
 
     @property
     def inverted(self) -> bool:
@@ -55,6 +65,9 @@ def parse(text: str) -> Wanted:
     if path.startswith(f'{OWN}:') or (path == OWN and not changes):
         raise UserError(f"--ood {text!r}: the run's own test images need a change of {', '.join(CHANGES)}; a "
                         f"folder of this name is ./{OWN}.")
+    if path != OWN and ENHANCED in changes:
+        raise UserError(f"--ood {text!r}: {ENHANCED} is of the run's own images with known lesions: "
+                        f"NAME={OWN}:{ENHANCED}.")
     return Wanted(name, path, tuple(changes))
 
 
@@ -91,9 +104,12 @@ def drawn(items: Sequence[Any], most: int, seed: int) -> list[Any]:
     return [items[i] for i in sorted(chosen)]
 
 
-def as_anomalies(entries: Sequence[Entry], name: str) -> list[Entry]:
-    """The entries as images of the anomalous class `name`, under ids of their own."""
-    return [replace(e, id=f'{name}/{e.id}', class_name=name, label=1, mask_row=-1, part=OWN) for e in entries]
+def as_anomalies(entries: Sequence[Entry], name: str, masks: bool = False) -> list[Entry]:
+    """The entries as images of the anomalous class `name`, under ids of their own; masks are where images are
+    (see Changed), of all or of those that have one.
+    """
+    return [replace(e, id=f'{name}/{e.id}', class_name=name, label=1, part=OWN,
+                    mask_row=e.row if masks or e.mask_row >= 0 else -1) for e in entries]
 
 
 def with_sizes(entries: list[Entry], images: 'Changed | None') -> list[Entry]:
@@ -104,21 +120,62 @@ def with_sizes(entries: list[Entry], images: 'Changed | None') -> list[Entry]:
 
 
 class Changed:
-    """Images turned, in the bits of the run and with its border: (N, C, S, S)."""
+    """Images of `entries` turned, or with lesions, in the bits of the run and with its border: (N, C, *S).
 
-    def __init__(self, images: Images, turns: Sequence[str] = (), depth: int = 8, border: int = 0):
-        self.images, self.turns, self.depth, self.border = images, tuple(turns), depth, border
-        count, channels, height, width = images.shape
-        self.shape = (count, channels, height + 2 * border, width + 2 * border)
+    An image is found under the row of its entry, and `masks` (N, 1, *S) uint8 0 or 1 under the same row.
+    """
+
+    def __init__(self, images: Images, entries: Sequence[Entry], wanted: Wanted, known: Any = None, *,
+                 depth: int = 8, border: int = 0, seed: int = 0):
+        """`known` are the masks that the entries name (Source.masks), None = none. Simulated lesions follow
+        from (seed, NAME, id). Raises UserError for a turn that does not fit the shape.
+        """
+        self.images, self.known, self.wanted = images, known, wanted
+        self.depth, self.border, self.seed = depth, border, seed
+        self.entries, self.last = {e.row: e for e in entries}, None
+        count, channels, *sides = images.shape
+        if sides[0] != sides[1] and (quarters := [c for c in wanted.changes if c in ('rot90', 'rot270')]):
+            raise UserError(f"--ood {wanted.name}: {quarters[0]} makes another shape of volumes of "
+                            f"{' x '.join(map(str, sides))} voxels to the right, front and up. Take rot180 "
+                            f"or flip.")
+        self.shape = (count, channels, *(side + 2 * border for side in sides))
+        self.masks = ChangedMasks(self)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        x = self.images[rows]                                                    # (B, C, H, W)
+        return self.changed(rows)[0]
+
+    def changed(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Images (B, C, *S) and masks (B, 1, *S) of these rows; a batch asks for one after the other."""
+        if self.last is None or self.last[0] != tuple(rows):
+            self.last = tuple(rows), self.change(rows)
+        return self.last[1]
+
+    def change(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        x = self.images[rows]                                                    # (B, C, *S)
         if self.depth == 16 and x.dtype == np.uint8:
             x = x.astype(np.uint16) * 257                                        # 255 becomes 65535
-        for turn in self.turns:
-            x = TURNS[turn](x)
-        around = (self.border, self.border)
-        return np.pad(x, ((0, 0), (0, 0), around, around)) if self.border else np.ascontiguousarray(x)
+        masks = np.zeros((len(x), 1, *x.shape[2:]), np.uint8)
+        for mask, row in zip(masks, rows):
+            if (mask_row := self.entries[row].mask_row) >= 0:
+                mask[...] = self.known[[mask_row]][0]
+        for number, change in enumerate(self.wanted.of_pixels):
+            if change in TURNS:
+                x, masks = TURNS[change](x), TURNS[change](masks)
+            else:
+                pairs = [self.simulated(change, number, *item) for item in zip(rows, x, masks)]
+                x, masks = (np.stack(arrays) for arrays in zip(*pairs))
+        around = ((0, 0), (0, 0), *[(self.border, self.border)] * (x.ndim - 2))
+        return np.pad(x, around), np.pad(masks, around)
+
+    def simulated(self, change: str, number: int, row: int, values: np.ndarray,
+                  mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One image (C, *S) and its mask (1, *S) after a change, the `number`-th that is made."""
+        entry, most = self.entries[row], np.iinfo(values.dtype).max
+        sides = values.shape[1:]
+        spacing = entry_grids(entry)[0].spacing if entry.grids else np.full(len(sides), IMAGE_MM / max(sides))
+        random = np.random.default_rng(mix_seed(self.seed, 'simulated', self.wanted.name, number, entry.id))
+        x, lesion = SIMULATIONS[change](values / most, mask[0] > 0, spacing, random)
+        return np.rint(x * most).astype(values.dtype), lesion[None].astype(np.uint8)
 
     def png_bytes(self, row: int) -> int:
         """The size of one image without its border as a PNG, of 8 bits."""
@@ -126,3 +183,14 @@ class Changed:
         x = self[[row]][0, :, border:height - border, border:width - border].transpose(1, 2, 0)    # (H, W, C)
         x = x if x.dtype == np.uint8 else (x >> 8).astype(np.uint8)
         return png_bytes(x[..., 0] if x.shape[-1] == 1 else x)
+
+
+class ChangedMasks:
+    """The masks of a `Changed`: `masks[rows]` is (B, 1, *S) uint8."""
+
+    def __init__(self, images: Changed):
+        self.images, (count, _, *sides) = images, images.shape
+        self.shape = (count, 1, *sides)
+
+    def __getitem__(self, rows: Sequence[int]) -> np.ndarray:
+        return self.images.changed(rows)[1]
