@@ -67,7 +67,7 @@ def deform(x: np.ndarray, mask: np.ndarray, spacing: np.ndarray,
 
     Two centres c1 and c2 near the image's, of a volume at one height, and m between them; p shows what was at
     m + (1 - k) (p - m), k = strength / (|p - c1| + |p - c2|), and black what was outside. Far away everything
-    moves by half the strength, so that it moves marks nothing: the mask is the body where tissue is PUSHED
+    moves by half the strength, so that it moves marks nothing: the mask is where tissue is at least PUSHED
     times as far from m as it was, an ellipsoid with the foci c1 and c2. Intensities are scaled like those of
     all volumes; published they are not, which tells such images at once.
     """
@@ -84,7 +84,7 @@ def deform(x: np.ndarray, mask: np.ndarray, spacing: np.ndarray,
     moved = np.stack([np.interp(new, np.percentile(new, PERCENTILES), np.percentile(channel, PERCENTILES))
                       for new, channel in zip(moved, x)])
     old = ndimage.map_coordinates(mask.astype(np.uint8), source, order=0) > 0
-    return moved, old | ((share >= 1 - 1 / PUSHED) & body_of(moved))
+    return moved, old | (share >= 1 - 1 / PUSHED)
 
 
 def enhance(x: np.ndarray, mask: np.ndarray, spacing: np.ndarray,
