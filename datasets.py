@@ -23,6 +23,7 @@ from readers.files import Preparation
 from readers.images import FITS, read_folder
 from readers.layouts import Layout, read_records
 from readers.mnist import read_mnist, read_stacked_mnist
+from readers.new_volumes import NewVolumes
 from readers.nifti import entry_grids
 from readers.omniglot import read_omniglot
 from readers.ood import (
@@ -59,7 +60,7 @@ from readers.split import (
     with_patients,
 )
 from readers.svhn import read_svhn
-from readers.volumes import SPREAD, VolumeConfig, check_volumes, read_volumes
+from readers.volumes import VolumeConfig, VolumePreparation, apart, check_volumes, read_volumes
 from utils import UserError, flag, mix_seed
 
 # ------------------------------------------------------------------------------------------------------ table
@@ -307,9 +308,18 @@ def _pixels(config: DataConfig, row: DataSet) -> Pixels:
     return Pixels(likelihood, 1 if likelihood == 'bernoulli' else config.num_x_bits, _padding(config, row))
 
 
-def preparation(config: DataConfig, shape: tuple[int, int, int], pixels: Pixels) -> Preparation:
-    """What the run with these flags, and a model of this shape and these pixels, does to an image file."""
-    return Preparation(tuple(shape), pixels, _depth(config), config.fit, config.dequantize, config.invert)
+def preparation(config: DataConfig, shape: Sequence[int], pixels: Pixels,
+                spacing: Sequence[float] = ()) -> Preparation | NewVolumes:
+    """What the run with these flags, and a model of this shape and these pixels, does to an image file, or to
+    the files of a subject; `spacing` is that of the run's volumes in mm, which flags need not say.
+    """
+    row = DATASETS[config.dataset]
+    if row.dims == 2:
+        return Preparation(tuple(shape), pixels, _depth(config), config.fit, config.dequantize, config.invert)
+    names = config.modalities or row.modalities
+    prepared = replace(VolumePreparation.of(config, names, _depth(config)), usual=tuple(spacing))
+    return NewVolumes(tuple(shape), pixels, prepared, tuple(names), config.labels or row.labels,
+                      config.dequantize, config.invert)
 
 
 def check(config: DataConfig, row: DataSet) -> None:
@@ -549,7 +559,7 @@ def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
     if not source.entries:
         return source
     ours, theirs = (entry_grids(entries[0])[0].spacing for entries in (data.train.entries, source.entries))
-    if (np.abs(theirs / ours - 1) > SPREAD).any():
+    if apart(theirs, ours):
         words = [' x '.join(f'{mm:.3g}' for mm in spacing) for spacing in (theirs, ours)]
         raise UserError(f"--ood {wanted.name}: voxels of {words[0]} mm, the run's are of {words[1]}: train "
                         f"with --spacing, which then holds for both.")

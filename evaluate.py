@@ -225,12 +225,6 @@ class Evaluation:
                 raise UserError(f"--eval_mode {self.config.eval_mode}: this model has no {lacks}. Choose "
                                 f"another mode.")
 
-    def need_images(self) -> None:
-        """Raises UserError for a model of volumes."""
-        if len(self.model.shape) != 3:
-            raise UserError(f"the model is of volumes {tuple(self.model.shape)}: anomaly scores are made of "
-                            f"images (C, H, W) alone so far. Such a model can be trained and sampled.")
-
     def first_images(self, number: int) -> tuple[Tensor, list[str]]:
         """The first images (number, C, *S) of the part, on the device, and their ids."""
         data = self.data()

@@ -21,9 +21,10 @@ from anomaly.baselines import BASELINES
 from anomaly.datacard import compare_normal, describe
 from anomaly.density import DensityScore, cross_fit
 from anomaly.figures import read_history
-from anomaly.gallery import MOST_VOLUMES, choose_cases
+from anomaly.gallery import MOST_VOLUMES, choose_cases, spacing
 from anomaly.localization import localize
 from anomaly.maps import pixel_threshold
+from anomaly.nifti_maps import write_cases
 from anomaly.scorer import Scored, Scorer
 from anomaly.scores import ScoreConfig, choose_scores
 from checkpoint import fingerprint
@@ -45,11 +46,11 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
 
     Writes OUT/scores.csv, metrics.json (its other keys are kept), thresholds.json (also to `run_folder`, if
     it may be written; its log gives the training curves), figures/ and report.html, of volumes with known
-    lesions segmentation.csv, from rank 0, prints the table with `log`, and returns what stands under
-    'anomaly' in metrics.json; other ranks return {}. Noise depends on seed, batch and draw, so the numbers do
-    not depend on the number of ranks, but they do on `batch_size`. Device, rank, world and `gather` (joins
-    lists, on every rank) are those of launch if not given. `findings` of an audit stand in the report. Raises
-    UserError if a part is empty or a score unknown.
+    lesions segmentation.csv, and maps/ of the volumes in the report, from rank 0, prints the table with
+    `log`, and returns what stands under 'anomaly' in metrics.json; other ranks return {}. Noise depends on
+    seed, batch and draw, so the numbers do not depend on the number of ranks, but they do on `batch_size`.
+    Device, rank, world and `gather` (joins lists, on every rank) are those of launch if not given. `findings`
+    of an audit stand in the report. Raises UserError if a part is empty or a score unknown.
     """
     started, out = time.perf_counter(), Path(out)
     rank, world = launch.rank() if rank is None else rank, launch.world() if world is None else world
@@ -76,12 +77,14 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     write_scores(out / 'scores.csv', {'val': validation, 'test': test}, validation, thresholds)
     if segmented:
         segmentation.write_segmentation(out / 'segmentation.csv', segmented)
-    kept = keep_thresholds(settings | {'weights': fingerprint(model)}, thresholds, pixel_thresholds,
-                           validation, scores)
+    mm = spacing(validation.entries[0]).tolist() if len(data.shape) == 4 else []
+    kept = keep_thresholds(settings | {'weights': fingerprint(model), 'spacing': mm}, thresholds,
+                           pixel_thresholds, validation, scores)
     path = out / 'metrics.json'
     write_json(path, {**(read_json(path) if path.exists() else {}), 'anomaly': result})
     run_folder = Path(run_folder or out)
     report.write(out, result, validation, test, thresholds, config.num_cases, read_history(run_folder))
+    write_cases(out / 'maps', test.cases, test.entries, primary)
     for folder in {out, run_folder} if os.access(run_folder, os.W_OK) else {out}:
         write_json(folder / 'thresholds.json', kept)
     for line in [*report.text_tables(result), *warnings, *(v['text'] for v in result['verdict']),

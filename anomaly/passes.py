@@ -170,8 +170,8 @@ class Passes:
     def ode_nll(self) -> Tensor:
         """-log p(x) by the model's probability flow, nats, float64 on the CPU: (B,)."""
         def make() -> Tensor:
-            seed_noise(*self.noise, 'ode')
-            return -self.model.log_likelihood(self.x).double().cpu()
+            with self.seeded('ode'):
+                return -self.model.log_likelihood(self.x).double().cpu()
         return self.once(('ode_nll',), make)
 
     def voxel_nll(self) -> Tensor:

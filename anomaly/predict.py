@@ -1,15 +1,14 @@
 """Scores new images without labels by what a run knows of normal ones: what `--eval_mode predict` runs.
 
-N files, K scores, B images of a batch, C channels, H x W pixels. The settings, the thresholds, the scores of
-normal validation images and the fitted densities are those that the mode anomaly left in thresholds.json. A
-file's score follows from its pixels, its id and the seed: not from other files, nor from how many processes
-share the work, beyond rounding.
+N files, or subjects of volumes, K scores, B images of a batch, C channels, S pixels, (H, W) or (D, H, W). The
+settings, the thresholds, the scores of normal validation images and the fitted densities are those that the
+mode anomaly left in thresholds.json. A file's score follows from its pixels, its id and the seed: not from
+other files, nor from how many processes share the work, beyond rounding.
 """
 
 import csv
 import dataclasses
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,14 +26,17 @@ from anomaly.density import DensityScore
 from anomaly.detect import SETTINGS, cells, choose_primary, titles
 from anomaly.figures import map_scale
 from anomaly.maps import treated
+from anomaly.nifti_maps import map_names, plain, remove_maps, write_map
 from anomaly.overlays import overlay
 from anomaly.passes import Passes
 from anomaly.scores import ScoreConfig, choose_scores
 from checkpoint import fingerprint
 from datasets import DataConfig, preparation
-from readers.files import Found, Preparation, find_files
+from readers.files import Found, Loaded, Preparation
 from readers.images import cores
+from readers.new_volumes import NewVolumes
 from readers.source import Unreadable
+from readers.split import count, some
 from utils import UserError, flag, read_flags, read_json, write_atomically
 
 SOME_UNREADABLE_STATUS = 3        # exit status: all that could be read is scored, but some files could not
@@ -45,7 +47,8 @@ MOST_THREADS = 2                  # that decode at once: an image takes 30 bytes
 class PredictConfig:
     """Predictions for new images, of a folder or one file: --eval_mode predict --data FOLDER"""
     num_overlays: int = flag(50, 'predict: draw that many images, the most anomalous by the primary score, '
-                                 'with reconstruction and map; -1 = all, 0 = none')
+                                 'with reconstruction and map, and write the maps of volumes as NIfTI; '
+                                 '-1 = all, 0 = none')
     thresholds: str = flag('', "predict: the thresholds.json of an anomaly evaluation; '' = that of the run "
                                "folder, of the last one")
 
@@ -55,8 +58,7 @@ class PredictConfig:
 
 
 def predict(run: Any) -> int:
-    """Writes scores.csv and overlays/ for the files of --data; returns the exit status."""
-    run.need_images()
+    """Writes scores.csv, overlays/ and of volumes maps/ for the files of --data; returns the exit status."""
     data, config = wanted_data(run.args), read_flags(PredictConfig, run.args)
     path = Path(config.thresholds or run.run_folder / 'thresholds.json')
     normal = Normal.read(path, run.model, f'python evaluate.py --checkpoint {run.config.checkpoint} '
@@ -65,17 +67,20 @@ def predict(run: Any) -> int:
     settings = normal.settings(wanted, run.config.num_iw_samples)
     scores = normal.scores(wanted, run.model, settings['num_iw_samples'])
     names = [score.name for score in scores]
+    prepared = preparation(run.data_config, run.model.shape, run.model.pixels, normal.spacing)
     # All walk, so that all meet the same mistake; files may come and go meanwhile, so the first one's count.
-    found = launch.gather([find_files(data, without=run.out)])[0]
+    found = launch.gather([prepared.find(data, without=run.out)])[0]
     primary = normal.primary(wanted, names)
-    predictor = Predictor(run.model, preparation(run.data_config, run.model.shape, run.model.pixels), found,
-                          scores, primary, settings, batch_size=run.batch_size, seed=run.config.seed)
+    predictor = Predictor(run.model, prepared, found, scores, primary, settings, batch_size=run.batch_size,
+                          seed=run.config.seed)
     values, errors = predictor.score()
-    drawn = predictor.draw(values, errors, run.out / 'overlays', config.num_overlays,
-                           normal.pixel_threshold(primary))
+    written = predictor.draw(values, errors, run.out, config.num_overlays, normal.pixel_threshold(primary))
     if launch.is_main():
-        write_predictions(run.out / 'scores.csv', found, values, errors, drawn, normal, names)
-        say_all(run, data, found, values[:, names.index(primary)], errors, drawn, normal, primary, settings)
+        write_predictions(run.out / 'scores.csv', found, values, errors, written, normal, names)
+        for words in dict.fromkeys(words for several in predictor.repairs.values() for words in several):
+            ids = [found.ids[i] for i, several in sorted(predictor.repairs.items()) if words in several]
+            run.say(f"{count(len(ids), 'subject')} {words}: {some(ids)}")
+        say_all(run, data, found, values[:, names.index(primary)], errors, written, normal, primary, settings)
     return SOME_UNREADABLE_STATUS if errors else 0
 
 
@@ -83,7 +88,7 @@ def wanted_data(args: Any) -> str:
     """The --data of the command. Raises UserError without one, and for data flags that the run decides."""
     given = [field.name for field in dataclasses.fields(DataConfig) if field.name in vars(args)]
     if 'data' not in given or not args.data:
-        raise UserError("--eval_mode predict needs --data: a folder of images, or an image file.")
+        raise UserError("--eval_mode predict needs --data: a folder of images or volumes, or one file.")
     if others := [name for name in given if name != 'data']:
         raise UserError(f"--{others[0]} with --eval_mode predict: new images are treated as those of the run "
                         f"were, or their scores could not be compared. Leave it out.")
@@ -104,7 +109,7 @@ class Normal:
         if not path.exists():
             raise UserError(f"there is no {path}, which says what is normal. Make it once: {command}")
         kept = read_json(path)
-        expected = {'weights', 'primary_score', 'num_iw_samples', 'scores', 'fitted', *SETTINGS}
+        expected = {'weights', 'primary_score', 'num_iw_samples', 'scores', 'fitted', 'spacing', *SETTINGS}
         if missing := sorted(expected - set(kept if isinstance(kept, dict) else ())):
             raise UserError(f"{path} lacks {missing[0]!r}: it is not what this version writes. Make it anew: "
                             f"{command}")
@@ -112,6 +117,11 @@ class Normal:
             raise UserError(f"{path} belongs to other weights of the model (training went on, or --no_ema "
                             f"differs). Make it anew: {command}")
         return cls(path, kept)
+
+    @property
+    def spacing(self) -> list[float]:
+        """Of the voxels that the model saw, mm: (3,); empty for images."""
+        return self.kept['spacing']
 
     def settings(self, wanted: ScoreConfig, num_iw_samples: int) -> dict[str, Any]:
         """How scores were made. Raises UserError where the command asks for something else."""
@@ -160,14 +170,19 @@ class Normal:
 class Predictor:
     """Scores files batch by batch: no more than one batch of images is in memory. Every rank has one."""
 
-    def __init__(self, model: Any, prepared: Preparation, found: Found, scores: list, primary: str,
-                 settings: dict[str, Any], *, batch_size: int, seed: int):
+    def __init__(self, model: Any, prepared: Preparation | NewVolumes, found: Found, scores: list,
+                 primary: str, settings: dict[str, Any], *, batch_size: int, seed: int):
         self.model, self.prepared, self.found = model.eval(), prepared, found
+        self.volumes = len(model.shape) == 4
+        self.kinds = ('map',) if self.volumes else ('overlay',)
+        self.repairs: dict[int, tuple[str, ...]] = {}           # number of a file -> what was put right
         self.scores, self.settings, self.batch_size, self.seed = scores, settings, batch_size, seed
         self.primary = next(i for i, score in enumerate(scores) if score.name == primary)
 
     def batches(self, numbers: Sequence[int], title: str) -> Any:
-        """(numbers of files that could be read, their passes, {number: why not}) of this rank's batches."""
+        """({number of a file: what it holds}, passes of these, {number: why it could not be read}) of this
+        rank's batches.
+        """
         from tqdm import tqdm
         chunks = [numbers[i:i + self.batch_size] for i in range(0, len(numbers), self.batch_size)]
         mine = chunks[launch.rank()::launch.world()]
@@ -178,16 +193,16 @@ class Predictor:
                 loaded = dict(zip(chunk, pool.map(self.load, chunk)))
                 errors = {i: x for i, x in loaded.items() if isinstance(x, str)}
                 images = {i: x for i, x in loaded.items() if i not in errors}
-                yield list(images), self.passes(images) if images else None, errors
+                yield images, self.passes(images) if images else None, errors
 
-    def load(self, number: int) -> np.ndarray | str:
-        """A file's image (C, H, W) uint8 or uint16, or why there is none."""
+    def load(self, number: int) -> Loaded | str:
+        """A file's image, or why there is none."""
         try:
             return self.prepared.load(self.found.paths[number])
         except Unreadable as error:
             return str(error)
 
-    def passes(self, images: dict[int, np.ndarray]) -> Passes:
+    def passes(self, images: dict[int, Loaded]) -> Passes:
         ids, options = [self.found.ids[i] for i in images], self.settings
         batch = self.prepared.batch(list(images.values()), ids)
         config = ScoreConfig(**{name: options[name] for name in SETTINGS})
@@ -202,36 +217,50 @@ class Predictor:
     def score(self) -> tuple[np.ndarray, dict[int, str]]:
         """All scores (N, K) float64, NaN where a file could not be read, and why: on every rank."""
         rows = []
-        for numbers, passes, errors in self.batches(range(len(self.found.ids)), 'predict'):
+        for images, passes, errors in self.batches(range(len(self.found.ids)), 'predict'):
             columns = [s(passes, with_map=False).image.double().cpu().numpy() for s in self.scores if passes]
-            rows.append((numbers, columns, errors))
+            rows.append((list(images), columns, errors, {i: x.repairs for i, x in images.items()}))
         values, errors = np.full((len(self.found.ids), len(self.scores)), np.nan), {}
-        for numbers, columns, some in launch.gather(rows):
+        for numbers, columns, unread, repairs in launch.gather(rows):
             if numbers:
                 values[numbers] = np.stack(columns, 1)
-            errors |= some
+            errors |= unread
+            self.repairs |= repairs
         return values, errors
 
-    def draw(self, values: np.ndarray, errors: dict[int, str], folder: Path, number: int,
-             pixel_threshold: float) -> dict[int, str]:
-        """Draws the `number` most anomalous images, -1 = all; returns {number of the file: its picture}."""
+    def draw(self, values: np.ndarray, errors: dict[int, str], out: Path, number: int,
+             pixel_threshold: float) -> dict[str, dict[int, str]]:
+        """Draws the `number` most anomalous images, -1 = all, and writes the maps of volumes as NIfTI.
+
+        Returns for each kind of file {number of the image: name below `out`}; every rank has all.
+        """
         if launch.is_main():
-            for old in folder.glob('[0-9]*_*.png'):                 # of an earlier call
+            for old in (out / 'overlays').glob('[0-9]*_*.png'):     # of an earlier call
                 old.unlink()
+            remove_maps(out / 'maps')
         launch.barrier()
         readable = [i for i in range(len(values)) if i not in errors]
         place = lambda i: -values[i, self.primary] if math.isfinite(values[i, self.primary]) else -math.inf
         chosen = sorted(readable, key=place)[:None if number < 0 else number]
         names = {i: picture_name(rank, len(chosen), self.found.ids[i]) for rank, i in enumerate(chosen, 1)}
+        ordered = sorted(chosen)
+        files = dict(zip(ordered, map_names([self.found.ids[i] for i in ordered],
+                                            self.scores[self.primary].name)))
         # One colour scale for all, that of the most anomalous.
         look = launch.gather([self.colours(chosen[:self.batch_size])] if launch.is_main() else [])[0]
-        drawn = []
-        for numbers, passes, _ in self.batches(chosen, 'overlays'):
-            for i, *arrays in zip(numbers, *self.pictures(passes)) if passes else ():
-                picture = overlay(*arrays, look, pixel_threshold)
-                write_atomically(folder / names[i], lambda path, picture=picture: picture.save(path, 'PNG'))
-                drawn.append(i)
-        return {i: names[i] for i in sorted(launch.gather(drawn))}
+        made = []
+        for images, passes, _ in self.batches(chosen, 'overlays'):
+            for i, *arrays in zip(images, *self.pictures(passes)) if passes else ():
+                if not self.volumes:
+                    picture = overlay(*arrays, look, pixel_threshold)
+                    write_atomically(out / 'overlays' / names[i],
+                                     lambda path, picture=picture: picture.save(path, 'PNG'))
+                    made.append(('overlay', i, f'overlays/{names[i]}'))
+                elif arrays[-1] is not None:
+                    write_map(out / 'maps' / files[i], arrays[-1], *images[i].grids)
+                    made.append(('map', i, f'maps/{files[i]}'))
+        made = sorted(launch.gather(made))
+        return {kind: {i: path for k, i, path in made if k == kind} for kind in self.kinds}
 
     def colours(self, numbers: Sequence[int]) -> dict[str, Any]:
         images = {i: x for i in numbers if not isinstance(x := self.load(i), str)}
@@ -240,7 +269,7 @@ class Predictor:
 
     @torch.no_grad()
     def pictures(self, passes: Passes) -> tuple[Sequence, Sequence, Sequence]:
-        """Images, reconstructions (C, H, W) and maps (H, W) of a batch; None for each where there is none."""
+        """Images, reconstructions (C, *S) and maps (*S) of a batch; None for each where there is none."""
         score = self.scores[self.primary]
         maps, _ = treated(passes, [score] if score.map else [], self.settings['map_smoothing'],
                           self.settings['body_mask'])
@@ -252,30 +281,33 @@ class Predictor:
 
 def picture_name(rank: int, most: int, name: str) -> str:
     """'007_ward_scan.dcm.png': the rank tells names apart that are alike without the signs left out here."""
-    return f'{rank:0{len(str(most))}d}_{re.sub(r"[^A-Za-z0-9.-]+", "_", name)[-80:]}.png'
+    return f'{rank:0{len(str(most))}d}_{plain(name)}.png'
 
 
 # ------------------------------------------------------------------------------------------- what is written
 
 def write_predictions(path: Path, found: Found, values: np.ndarray, errors: dict[int, str],
-                      drawn: dict[int, str], normal: Normal, names: list[str]) -> None:
-    """scores.csv: a row a file. Of an unreadable one the scores are empty, and `error` says why."""
+                      written: dict[str, dict[int, str]], normal: Normal, names: list[str]) -> None:
+    """scores.csv: a row a file. Of an unreadable one the scores are empty, and `error` says why; the columns
+    of `written` name the files that `Predictor.draw` made.
+    """
     columns = [column for k, name in enumerate(names)
                for column in cells(values[:, k], normal.validation(name), normal.threshold(name))]
 
     def write(temporary: Path) -> None:
         with temporary.open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file, lineterminator='\n')
-            writer.writerow(['id', *titles(names), 'overlay', 'error'])
+            writer.writerow(['id', *titles(names), *written, 'error'])
             for i, (name, *row) in enumerate(zip(found.ids, *columns, strict=True)):
-                picture = f'overlays/{drawn[i]}' if i in drawn else ''
                 row = [''] * len(row) if i in errors else row
-                writer.writerow([name, *row, picture, errors.get(i, '')])
+                files = [paths.get(i, '') for paths in written.values()]
+                writer.writerow([name, *row, *files, errors.get(i, '')])
     write_atomically(path, write)
 
 
 def say_all(run: Any, data: str, found: Found, ranking: np.ndarray, errors: dict[int, str],
-            drawn: dict[int, str], normal: Normal, primary: str, settings: dict[str, Any]) -> None:
+            written: dict[str, dict[int, str]], normal: Normal, primary: str,
+            settings: dict[str, Any]) -> None:
     """Tells what became of the files, and keeps it in metrics.json; `ranking` (N,) are the primary scores."""
     total, threshold = len(found.ids), normal.threshold(primary)
     scored, num_normal = total - len(errors), len(normal.validation(primary))
@@ -286,13 +318,13 @@ def say_all(run: Any, data: str, found: Found, ranking: np.ndarray, errors: dict
         'passed_over': found.passed_over, 'primary_score': primary, 'threshold': threshold,
         'num_called': called, 'seed': run.config.seed, **settings})
     if found.passed_over:
-        run.say(f"{found.passed_over} files and folders are passed over: hidden, named masks, or links to "
-                f"folders")
+        run.say(f"{found.passed_over} files and folders are passed over: {found.kinds}")
     if scored:
         promised = max(settings['target_fpr'], 1 / (num_normal + 1))                  # see metrics.threshold
         run.say(f"{called} of {scored} called anomalous: {primary} above {threshold:.5g}, which at most "
                 f"{100 * promised:.3g} % of normal images like those of the run are")
-    if drawn:
-        run.say(f"overlays of the {len(drawn)} most anomalous: {run.out / 'overlays'}")
+    for kind, paths in written.items():
+        if paths:
+            run.say(f"{kind}s of the {len(paths)} most anomalous: {run.out / f'{kind}s'}")
     unread = f"{len(errors)} could not be read" if errors else "none unreadable"
     run.say(f"{scored} scored, {unread}: see {run.out / 'scores.csv'}")

@@ -1,4 +1,5 @@
-"""Image files of any folder, without classes or labels, made ready for a model as its own data were.
+"""Files of any folder, without classes or labels, made ready for a model as its own data were: images here,
+volumes in readers/new_volumes.py.
 
 B images, C channels, S x S pixels as the model sees them, border included.
 """
@@ -7,22 +8,45 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distributions import Pixels
 from readers.images import decode, file_content, to_integers
+from readers.nifti import Grid
 from readers.parts import Batch, Part
 from readers.source import Entry, Source
 from utils import UserError
 
 
 class Found(NamedTuple):
-    """Every file of a folder, by id; `passed_over` counts hidden files and folders that are not entered."""
+    """What of a folder is to be loaded, by id, and what `load` takes of each: a path, or a subject. How many
+    files and folders are `passed_over`, and what these are.
+    """
     ids: list[str]
-    paths: list[str]
+    paths: list[Any]
     passed_over: int
+    kinds: str = 'hidden, named masks, or links to folders'
+
+
+class Loaded(NamedTuple):
+    """An image as its file has it, at the size of the model: pixels (C, *S) uint8 or uint16; of a volume the
+    grid of the model and that of its first file, and what was put right, in words that go on from 'n files'.
+    """
+    pixels: np.ndarray
+    grids: tuple[Grid, ...] = ()
+    repairs: tuple[str, ...] = ()
+
+
+def as_batch(loaded: Sequence[Loaded], ids: Sequence[str], pixels: Pixels, depth: int,
+             **options: bool) -> Batch:
+    """Images of `depth` bits as those of a run in an evaluation, with the `options` of a Part; what is random
+    follows from ids.
+    """
+    entries = [Entry(name, '', '', '', 0, row) for row, name in enumerate(ids)]
+    source = Source(entries, np.stack([x.pixels for x in loaded]), None, (), ())
+    return Part(entries, source, pixels, depth, **options).items(range(len(entries)))
 
 
 def find_files(path: str | Path, without: str | Path = '') -> Found:
@@ -60,24 +84,27 @@ def printable(name: str) -> str:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a run does to an image before its model sees it: for files that are not in its data set."""
+    """What a run does to an image before its model sees it: for files that are not in its data set. Depth 8
+    or 16 bits.
+    """
     shape: tuple[int, int, int]              # (C, S, S)
     pixels: Pixels
-    depth: int                               # 8 or 16 bits, from which the grey levels are taken
+    depth: int
     fit: str
     dequantize: bool = False
     invert: bool = False
 
-    def load(self, path: str) -> np.ndarray:
-        """The image in a file: (C, S, S) uint8 or uint16. Raises Unreadable."""
+    def find(self, path: str | Path, without: str | Path = '') -> Found:
+        """The files below a folder but for `without`, or the one file. Raises UserError if there is none."""
+        return find_files(path, without)
+
+    def load(self, path: str) -> Loaded:
+        """The image in a file. Raises Unreadable."""
         channels, size, _ = self.shape
         border = self.pixels.padding
         x = to_integers(decode(file_content(path)), size - 2 * border, channels, self.depth, self.fit)
-        return np.pad(x, ((0, 0), (border, border), (border, border)))
+        return Loaded(np.pad(x, ((0, 0), (border, border), (border, border))))
 
-    def batch(self, images: Sequence[np.ndarray], ids: Sequence[str]) -> Batch:
-        """Images that `load` gave, as the run's own in an evaluation; what is random follows from ids."""
-        entries = [Entry(name, '', '', '', 0, row) for row, name in enumerate(ids)]
-        part = Part(entries, Source(entries, np.stack(images), None, (), ()), self.pixels, self.depth,
-                    dequantize=self.dequantize, invert=self.invert)
-        return part.items(range(len(entries)))
+    def batch(self, images: Sequence[Loaded], ids: Sequence[str]) -> Batch:
+        """Images that `load` gave, as the run's own."""
+        return as_batch(images, ids, self.pixels, self.depth, dequantize=self.dequantize, invert=self.invert)

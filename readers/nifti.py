@@ -59,9 +59,11 @@ class Grid:
         """`shape` voxels around the same centre: cut where that is less, padded where it is more."""
         return self.box((np.array(self.shape) - shape) // 2, shape)
 
-    def spaced(self, mm: float) -> 'Grid':
-        """The grid from the same first voxel on, `mm` apart, as far as the last one; 0 = this grid."""
-        if not mm:
+    def spaced(self, mm: float | np.ndarray) -> 'Grid':
+        """The grid from the same first voxel on, `mm` apart, or (3,) of them, one an axis, as far as the last
+        one; 0 = this grid.
+        """
+        if not np.any(mm):
             return self
         steps = mm / self.spacing
         shape = ((np.array(self.shape) - 1) / steps + 1e-3).astype(int) + 1

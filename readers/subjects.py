@@ -40,16 +40,19 @@ class Subject:
         return (*self.files, *(path for path in (self.label, self.body) if path))
 
 
-def volume_files(root: Path) -> list[str]:
-    """All NIfTI files below `root`, as sorted paths relative to it with '/', without hidden ones."""
-    found = []
+def volume_files(root: Path, without: str | Path = '') -> list[str]:
+    """All NIfTI files below `root`, as sorted paths relative to it with '/', without hidden ones and those of
+    the folder `without`.
+    """
+    found, own = [], os.path.realpath(without) if without else ''
 
     def stop(error: OSError) -> None:
         raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}): check its "
                         f"permissions.")
 
     for place, folders, names in os.walk(root, onerror=stop):
-        folders[:] = [f for f in folders if not f.startswith('.')]
+        folders[:] = [f for f in folders if not f.startswith('.')
+                      and os.path.realpath(os.path.join(place, f)) != own]
         found += [Path(place, n).relative_to(root).as_posix() for n in names
                   if n.lower().endswith(SUFFIXES) and not n.startswith('.')]
     return sorted(found)
@@ -70,15 +73,15 @@ def owner(path: str, names: Iterable[str]) -> tuple[str, str]:
     return '/'.join(steps), ''
 
 
-def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str
+def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str, without: str | Path = ''
                   ) -> tuple[list[Subject], list[tuple[str, str]]]:
-    """The subjects below `root`, and (id, reason) of those that lack a file. Raises UserError if there are
-    none.
+    """The subjects below `root`, but for the folder `without`, and (id, reason) of those that lack a file.
+    Raises UserError if there are none.
     """
     body = '' if body == AUTO else body
     names = [*modalities, *(name for name in (labels, body) if name)]
     table: dict[str, dict[str, str]] = {}
-    for path in volume_files(root):
+    for path in volume_files(root, without):
         subject, name = owner(path, names)
         files = table.setdefault(subject, {})
         if name in files:

@@ -103,7 +103,8 @@ class Volume(NamedTuple):
 @dataclass(frozen=True)
 class VolumePreparation:
     """What is done to each subject. `channels`: how many a subject must have; `depth` 8 or 16 bits; `window`:
-    () = by percentiles.
+    () = by percentiles; `usual`: the mm along RAS to which a file of another spacing is brought where
+    `spacing` is 0, () = as it is.
     """
     channels: int
     depth: int
@@ -112,6 +113,7 @@ class VolumePreparation:
     spacing: float
     percentiles: tuple[float, float]
     window: tuple[float, ...] = ()
+    usual: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, config: VolumeConfig, modalities: Sequence[str], depth: int) -> 'VolumePreparation':
@@ -130,7 +132,8 @@ class VolumePreparation:
             if (end <= start).any():
                 raise Unreadable(f'has {grid.shape} voxels along RAS, none of them in --crop')
             grid = grid.box(start, end - start)
-        grid = grid.spaced(self.spacing)
+        foreign = self.usual and apart(grid.spacing, self.usual)
+        grid = grid.spaced(self.spacing or (np.array(self.usual) if foreign else 0))
         body = self._body(subject, first)
         if body is None:
             return grid
@@ -146,8 +149,8 @@ class VolumePreparation:
         files = [first, *(self._read(path, first) for path in subject.files[1:])]
         channels = [values for file in files for values in file.values]
         if len(channels) != self.channels:
-            raise Unreadable(f'has {count(len(channels), "channel")}, {self.channels} expected: name them '
-                             f'with --modalities')
+            raise Unreadable(f'has {count(len(channels), "channel")}, {self.channels} expected: as many as '
+                             f'--modalities names')
         body = self._body(subject, first)
         inside = np.ones(grid.shape, bool) if body is None else resample(*body, grid, order=0) > 0
         sources = [file.grid for file in files for _ in file.values]
@@ -360,12 +363,17 @@ def attempt(work: Callable[[Any], T], items: Sequence[Any], title: str) -> list[
         return list(tqdm(pool.map(one, items), title, len(items), unit='subject', disable=None, leave=False))
 
 
+def apart(spacings: np.ndarray, usual: Sequence[float]) -> np.ndarray:
+    """Which spacings (..., 3) are another than the `usual` one (3,): (...) bool."""
+    return (np.abs(spacings / np.asarray(usual) - 1) > SPREAD).any(-1)
+
+
 def expect_one_spacing(subjects: list[Subject], outlines: list[Grid]) -> None:
     """Raises UserError if voxels are of different sizes."""
     spacings = np.array([o.spacing for o in outlines])                                   # (N, 3), mm
-    apart = (np.abs(spacings / spacings[0] - 1) > SPREAD).any(1)
-    if apart.any():
-        other = int(np.argmax(apart))
+    others = apart(spacings, spacings[0])
+    if others.any():
+        other = int(np.argmax(others))
         words = [f"{subjects[i].id} {' x '.join(f'{mm:.3g}' for mm in spacings[i])}" for i in (0, other)]
         raise UserError(f"--data: voxels are of different sizes in mm ({words[0]}, {words[1]}): give one "
                         f"with --spacing.")

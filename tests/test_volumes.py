@@ -250,7 +250,7 @@ def test_channels_along_a_further_axis(config, tmp_path):
     for channel in range(2):
         own = values[..., 0, channel]
         np.testing.assert_allclose(x[channel], (own - own.min()) / (own.max() - own.min()), atol=1e-4)
-    fails(config, 'both has 2 channels, 1 expected: name them with --modalities')
+    fails(config, 'both has 2 channels, 1 expected: as many as --modalities names')
 
 
 def test_a_further_axis_of_one_is_nothing(config, tmp_path):
