@@ -1,4 +1,4 @@
-"""Anomaly maps of volumes as NIfTI files, each on the grid of its subject's first file.
+"""Anomaly maps and segmentations of volumes as NIfTI files, each on the grid of its subject's first file.
 
 *S = (D, H, W) voxels of the model. Nothing of the subject's files gets into these but their grid: headers of
 NIfTI can hold names.
@@ -27,22 +27,20 @@ def plain(name: str) -> str:
     return re.sub(r'[^A-Za-z0-9.-]+', '_', name)[-LONGEST:]
 
 
-def map_names(ids: Sequence[str], score: str) -> list[str]:
-    """A file name for the map of each id, 'ward_7_reconstruction.nii.gz'; a number tells those apart whose
-    ids are alike without the signs left out.
+def file_names(ids: Sequence[str]) -> list[str]:
+    """A name of a file for each id, 'ward_7'; a number tells those apart whose ids are alike without the
+    signs left out.
     """
     names: dict[str, str] = {}                                       # as a file system may compare it -> name
     for name in map(plain, ids):
         choices = chain([name], (f'{name}_{number}' for number in count(2)))
         name = next(choice for choice in choices if choice.casefold() not in names)
         names[name.casefold()] = name
-    return [f'{name}_{score}.nii.gz' for name in names.values()]
+    return list(names.values())
 
 
 def write_map(path: Path, values: np.ndarray, model: Grid, own: Grid) -> None:
-    """A map (*S) on the grid `model` as a file on the grid `own`: float32, linear between voxels, 0 where the
-    model saw nothing.
-    """
+    """A map or segmentation (*S) on the grid `model` as a .nii.gz on the grid `own`: see `to_input_grid`."""
     image = to_input_grid(values, model, own)
     image.header['descrip'] = MARK
     content = gzip.compress(image.to_bytes(), 1, mtime=0)        # without the time: equal maps, equal files
@@ -52,10 +50,10 @@ def write_map(path: Path, values: np.ndarray, model: Grid, own: Grid) -> None:
 def write_cases(folder: Path, cases: Iterable[Any], entries: Sequence[Any], score: str) -> None:
     """The maps of the cases (scorer.py) that have one and are volumes; `entries` are those of their part."""
     remove_maps(folder)
-    mapped = [case for case in cases if case.map is not None and case.map.ndim == 3]
-    names = map_names([entries[case.place].id for case in mapped], score)
+    mapped = [case for case in cases if case.map is not None and getattr(entries[case.place], 'grids', ())]
+    names = file_names([entries[case.place].id for case in mapped])
     for case, name in zip(mapped, names, strict=True):
-        write_map(folder / name, case.map, *entry_grids(entries[case.place]))
+        write_map(folder / f'{name}_{score}.nii.gz', case.map, *entry_grids(entries[case.place]))
 
 
 def remove_maps(folder: Path) -> None:

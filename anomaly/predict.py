@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,20 +26,23 @@ from anomaly.density import DensityScore
 from anomaly.detect import SETTINGS, cells, choose_primary, titles
 from anomaly.figures import map_scale
 from anomaly.maps import treated
-from anomaly.nifti_maps import map_names, plain, remove_maps, write_map
+from anomaly.nifti_maps import file_names, plain, remove_maps, write_map
 from anomaly.overlays import overlay
 from anomaly.passes import Passes
 from anomaly.scores import ScoreConfig, choose_scores
+from anomaly.segmentation import segment
 from checkpoint import fingerprint
 from datasets import DataConfig, preparation
 from readers.files import Found, Loaded, Preparation
 from readers.images import cores
 from readers.new_volumes import NewVolumes
+from readers.nifti import Grid
 from readers.source import Unreadable
 from readers.split import count, some
 from utils import UserError, flag, read_flags, read_json, write_atomically
 
 SOME_UNREADABLE_STATUS = 3        # exit status: all that could be read is scored, but some files could not
+VOLUME_FOLDERS = {'map': 'maps', 'segmentation': 'segmentations'}
 MOST_THREADS = 2                  # that decode at once: an image takes 30 bytes a pixel of its file meanwhile
 
 
@@ -47,8 +50,8 @@ MOST_THREADS = 2                  # that decode at once: an image takes 30 bytes
 class PredictConfig:
     """Predictions for new images, of a folder or one file: --eval_mode predict --data FOLDER"""
     num_overlays: int = flag(50, 'predict: draw that many images, the most anomalous by the primary score, '
-                                 'with reconstruction and map, and write the maps of volumes as NIfTI; '
-                                 '-1 = all, 0 = none')
+                                 'with reconstruction and map, and write map and segmentation of volumes '
+                                 'as NIfTI; -1 = all, 0 = none')
     thresholds: str = flag('', "predict: the thresholds.json of an anomaly evaluation; '' = that of the run "
                                "folder, of the last one")
 
@@ -58,7 +61,9 @@ class PredictConfig:
 
 
 def predict(run: Any) -> int:
-    """Writes scores.csv, overlays/ and of volumes maps/ for the files of --data; returns the exit status."""
+    """Writes scores.csv, overlays/ and of volumes maps/ and segmentations/ for the files of --data; returns
+    the exit status.
+    """
     data, config = wanted_data(run.args), read_flags(PredictConfig, run.args)
     path = Path(config.thresholds or run.run_folder / 'thresholds.json')
     normal = Normal.read(path, run.model, f'python evaluate.py --checkpoint {run.config.checkpoint} '
@@ -174,7 +179,6 @@ class Predictor:
                  primary: str, settings: dict[str, Any], *, batch_size: int, seed: int):
         self.model, self.prepared, self.found = model.eval(), prepared, found
         self.volumes = len(model.shape) == 4
-        self.kinds = ('map',) if self.volumes else ('overlay',)
         self.repairs: dict[int, tuple[str, ...]] = {}           # number of a file -> what was put right
         self.scores, self.settings, self.batch_size, self.seed = scores, settings, batch_size, seed
         self.primary = next(i for i, score in enumerate(scores) if score.name == primary)
@@ -230,37 +234,49 @@ class Predictor:
 
     def draw(self, values: np.ndarray, errors: dict[int, str], out: Path, number: int,
              pixel_threshold: float) -> dict[str, dict[int, str]]:
-        """Draws the `number` most anomalous images, -1 = all, and writes the maps of volumes as NIfTI.
+        """Draws the `number` most anomalous images, -1 = all, and writes map and segmentation of volumes.
 
         Returns for each kind of file {number of the image: name below `out`}; every rank has all.
         """
         if launch.is_main():
             for old in (out / 'overlays').glob('[0-9]*_*.png'):     # of an earlier call
                 old.unlink()
-            remove_maps(out / 'maps')
+            for name in VOLUME_FOLDERS.values():
+                remove_maps(out / name)
         launch.barrier()
         readable = [i for i in range(len(values)) if i not in errors]
         place = lambda i: -values[i, self.primary] if math.isfinite(values[i, self.primary]) else -math.inf
         chosen = sorted(readable, key=place)[:None if number < 0 else number]
         names = {i: picture_name(rank, len(chosen), self.found.ids[i]) for rank, i in enumerate(chosen, 1)}
         ordered = sorted(chosen)
-        files = dict(zip(ordered, map_names([self.found.ids[i] for i in ordered],
-                                            self.scores[self.primary].name)))
+        plain_names = dict(zip(ordered, file_names([self.found.ids[i] for i in ordered])))
         # One colour scale for all, that of the most anomalous.
         look = launch.gather([self.colours(chosen[:self.batch_size])] if launch.is_main() else [])[0]
         made = []
         for images, passes, _ in self.batches(chosen, 'overlays'):
             for i, *arrays in zip(images, *self.pictures(passes)) if passes else ():
-                if not self.volumes:
-                    picture = overlay(*arrays, look, pixel_threshold)
-                    write_atomically(out / 'overlays' / names[i],
-                                     lambda path, picture=picture: picture.save(path, 'PNG'))
-                    made.append(('overlay', i, f'overlays/{names[i]}'))
-                elif arrays[-1] is not None:
-                    write_map(out / 'maps' / files[i], arrays[-1], *images[i].grids)
-                    made.append(('map', i, f'maps/{files[i]}'))
-        made = sorted(launch.gather(made))
-        return {kind: {i: path for k, i, path in made if k == kind} for kind in self.kinds}
+                picture = overlay(*arrays, look, pixel_threshold)
+                write_atomically(out / 'overlays' / names[i],
+                                 lambda path, picture=picture: picture.save(path, 'PNG'))
+                made.append((i, 'overlay', f'overlays/{names[i]}'))
+                if self.volumes and arrays[-1] is not None:
+                    made += [(i, *file) for file in self.write_volumes(
+                        out, plain_names[i], arrays[0], arrays[-1], images[i].grids, pixel_threshold)]
+        made, kinds = launch.gather(made), [*(VOLUME_FOLDERS if self.volumes else ()), 'overlay']
+        return {kind: {i: path for i, k, path in sorted(made) if k == kind} for kind in kinds}
+
+    def write_volumes(self, out: Path, name: str, image: np.ndarray, anomaly_map: np.ndarray,
+                      grids: tuple[Grid, ...], pixel_threshold: float) -> Iterator[tuple[str, str]]:
+        """Writes the map (*S) of an image (C, *S), and what it calls where there is a threshold for it; the
+        (kind, name below `out`) of each file.
+        """
+        volumes = {'map': (f'{name}_{self.scores[self.primary].name}', anomaly_map)}
+        if math.isfinite(pixel_threshold):
+            volumes['segmentation'] = name, segment(anomaly_map, image, pixel_threshold, self.settings)
+        for kind, (file, values) in volumes.items():
+            path = f'{VOLUME_FOLDERS[kind]}/{file}.nii.gz'
+            write_map(out / path, values, *grids)
+            yield kind, path
 
     def colours(self, numbers: Sequence[int]) -> dict[str, Any]:
         images = {i: x for i in numbers if not isinstance(x := self.load(i), str)}

@@ -99,9 +99,12 @@ def resample(values: np.ndarray, source: Grid, target: Grid, order: int = 1, fil
 def to_input_grid(values: Any, model: Grid, own: Grid) -> Any:
     """A map (*S) on the grid `model`, as a NIfTI image on the grid `own` of the file: nibabel.save writes it.
 
-    Linear between voxels, 0 where the model saw nothing. For an entry of a part: `*entry_grids(entry)`.
+    Linear between voxels, or of bool and integers the nearest one, as uint8; 0 where the model saw nothing.
+    For an entry of a part: `*entry_grids(entry)`.
     """
-    values = resample(np.asarray(values, np.float32), model, own)
+    values = np.asarray(values)
+    order, dtype = (1, np.float32) if values.dtype.kind == 'f' else (0, np.uint8)
+    values = resample(values.astype(dtype), model, own, order)
     image = nibabel().Nifti1Image(values, own.affine)
     image.header.set_xyzt_units('mm')
     return image

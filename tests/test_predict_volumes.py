@@ -1,5 +1,6 @@
 """New volumes without labels: as the run treated its own, and maps on the grid of each file."""
 
+import gzip
 import json
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -8,13 +9,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_evaluate import ONE_THREAD, fails
 from test_predict import predict, rows_of
 
 import evaluate
 import launch
 from anomaly.detect import SETTINGS
-from anomaly.nifti_maps import map_names, remove_maps, write_map
+from anomaly.nifti_maps import file_names, remove_maps, write_map
 from anomaly.predict import SOME_UNREADABLE_STATUS, Predictor
 from anomaly.scores import ScoreConfig, choose_scores
 from datasets import DataConfig, load_data, preparation
@@ -23,7 +25,7 @@ from utils import UserError, read_flags
 
 SECRET = b'Doe^Jane 1970'
 SHAPE, MM = (12, 10, 8), (2.0, 2.5, 3.0)              # of the run's files: front to back, down, to the right
-SPOT = np.array([3.0, -4.0, 5.0])                     # mm
+SPOT = np.array([2.0, -3.0, 3.0])                     # mm
 
 
 def affine(codes, mm, turn=0.0, shape=SHAPE):
@@ -42,11 +44,11 @@ OWN = affine('PIR', MM, turn=0.1)
 
 
 def head(grid, seed=0, spot=0.0):
-    """A dim sphere of 10 mm on `grid` with a little noise, `spot` the brightness of a ball around SPOT."""
+    """A dim ball around 0 mm on `grid`, with a little noise; `spot`: brightness of a larger one at SPOT."""
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing='ij'), -1)
     place = index @ grid.affine[:3, :3].T + grid.affine[:3, 3]                             # (X, Y, Z, 3), mm
-    values = 40 / (1 + np.exp(np.linalg.norm(place, axis=-1) - 10))
-    values += spot * np.exp(-((place - SPOT) ** 2).sum(-1) / (2 * 3 ** 2))
+    values = 40 * np.exp(-(place ** 2).sum(-1) / (2 * 4 ** 2))
+    values += spot * np.exp(-((place - SPOT) ** 2).sum(-1) / (2 * 6 ** 2))
     return (values + np.random.default_rng(seed).uniform(0, 1, grid.shape)).astype(np.float32)
 
 
@@ -97,11 +99,10 @@ def world(tmp_path_factory):
     toy, run_args = Toy(load_data(flags)), asdict(flags) | {'batch_size': 3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, 'open_model', lambda path, ema: (toy, run_args))
-        patch.setattr('anomaly.report.write', lambda *_: None)
         args = evaluate.parse_args([
             '--checkpoint', str(root), '--eval_mode', 'anomaly', *ONE_THREAD, '--msma_levels', '3',
             '--scores', 'reconstruction', 'msma_knn', '--audit_images', '0', '--num_bootstrap', '2',
-            '--num_cases', '1', '--num_gallery', '0'])
+            '--num_cases', '1', '--num_gallery', '0', '--target_pixel_fpr', '0.05', '--seg_erosion', '1'])
         assert launch.launch(evaluate.work, args, read_flags(launch.LaunchConfig, args)) == 0
         yield SimpleNamespace(root=root, toy=toy, flags=flags, data=root / 'data')
 
@@ -122,7 +123,7 @@ def test_a_volume_has_the_scores_that_it_had_in_the_run(world, tmp_path):
     assert status == 0 and len(rows) == 14 and len(known) == 4, "labels are no subjects"
     scores = ('reconstruction', 'msma_knn')
     assert list(rows['normal/n0']) == ['id', *(column for score in scores for column in (
-        score, f'{score}_percentile', f'{score}_called')), 'map', 'error']
+        score, f'{score}_percentile', f'{score}_called')), 'map', 'segmentation', 'overlay', 'error']
     for name, row in known.items():
         for score in scores:
             assert float(rows[name][score]) == pytest.approx(float(row[score]), rel=1e-5)
@@ -181,18 +182,24 @@ def test_a_map_lies_on_the_grid_of_its_file(grid, world, tmp_path):
     assert np.linalg.norm(peak(path) - SPOT) < 2.5, "within the voxels of the run"
     x = nib.load(tmp_path / 'new' / 't1' / 'jane.nii.gz').get_fdata()
     assert np.corrcoef(x.ravel(), written.get_fdata().ravel())[0, 1] > 0.85
-    assert float(rows['jane']['reconstruction_percentile']) > 0
+    lesion = nib.load(tmp_path / 'out' / 'segmentations' / 'jane.nii.gz')
+    assert lesion.shape == grid.shape and lesion.affine == pytest.approx(grid.affine, abs=1e-5)
+    called = np.asarray(lesion.dataobj)
+    assert called.dtype == np.uint8 and set(np.unique(called)) == {0, 1}
+    centre = lesion.affine[:3] @ [*np.argwhere(called).mean(0), 1]
+    assert np.linalg.norm(centre - SPOT) < 2.5, "the ball around the spot, and nothing else"
+    picture = Image.open(tmp_path / 'out' / rows['jane']['overlay'])
+    assert picture.info == {} and picture.width > picture.height / 2
 
 
 def test_nothing_of_a_header_comes_along(world, tmp_path, capfd):
     save_subject(tmp_path / 'new', 'a', spot=300)
     predict(world.root, tmp_path / 'new', tmp_path / 'out')
     said = capfd.readouterr()
-    written = [nib.load(p) for p in (tmp_path / 'out').rglob('*.nii.gz')]
-    assert len(written) == 1 and not written[0].header.extensions
-    texts = [written[0].to_bytes(), said.out.encode(), said.err.encode(),
-             *(p.read_bytes() for p in (tmp_path / 'out').glob('*.*'))]
-    assert not any(SECRET[:3] in text for text in texts)
+    written = [gzip.decompress(p.read_bytes()) for p in (tmp_path / 'out').rglob('*.nii.gz')]
+    texts = [*written, said.out.encode(), said.err.encode(),
+             *(p.read_bytes() for p in (tmp_path / 'out').rglob('*.*'))]
+    assert len(written) == 2 and not any(SECRET[:3] in text for text in texts)
 
 
 def test_the_anomaly_mode_writes_the_maps_of_the_cases_that_it_shows(world):
@@ -206,10 +213,8 @@ def test_the_anomaly_mode_writes_the_maps_of_the_cases_that_it_shows(world):
 
 
 def test_names_of_maps_are_safe_and_apart():
-    names = map_names(['ward 1/a', 'ward/1/a', 'WARD_1_a_2', 'b/' + 'é' * 300, '../c', 'd' * 300], 'llr_1')
-    assert names[:5] == [f'{name}_llr_1.nii.gz' for name in (
-        'ward_1_a', 'ward_1_a_2', 'WARD_1_a_2_2', 'b_', '.._c')]
-    assert len(names[5]) == 80 + len('_llr_1.nii.gz')
+    names = file_names(['ward 1/a', 'ward/1/a', 'WARD_1_a_2', 'b/' + 'é' * 300, '../c', 'd' * 300])
+    assert names == ['ward_1_a', 'ward_1_a_2', 'WARD_1_a_2_2', 'b_', '.._c', 'd' * 80]
 
 
 def test_results_in_the_folder_itself_are_no_subjects_and_only_our_maps_are_removed(world, tmp_path):
@@ -281,7 +286,8 @@ def test_one_file(world, tmp_path, monkeypatch, capsys):
     save_subject(tmp_path / 'apart', 'both')
     _, rows = predict(world.root, tmp_path / 'both.nii.gz', tmp_path / 'out', '--num_overlays', 0)
     _, apart = predict(world.root, tmp_path / 'apart', tmp_path / 'other', '--num_overlays', 0)
-    assert rows['both']['map'] == '' and not (tmp_path / 'out' / 'maps').exists()
+    assert rows['both']['map'] == rows['both']['segmentation'] == ''
+    assert not (tmp_path / 'out' / 'maps').exists()
     assert float(rows['both']['reconstruction']) == pytest.approx(float(apart['both']['reconstruction']))
     command = ('--checkpoint', world.root, '--eval_mode', 'predict', '--save', tmp_path / 'out')
     line = fails(monkeypatch, capsys, *command, '--data', tmp_path / 'jane_t1.nii.gz')
