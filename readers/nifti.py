@@ -7,7 +7,7 @@ right, to the front and upwards (RAS+). An affine (4, 4) takes the index of a vo
 import gzip
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -68,6 +68,15 @@ class Grid:
         steps = mm / self.spacing
         shape = ((np.array(self.shape) - 1) / steps + 1e-3).astype(int) + 1
         return Grid(tuple(shape.tolist()), self.affine @ np.diag([*steps, 1]))
+
+    def turned(self, turn: Callable[[np.ndarray], np.ndarray]) -> 'Grid':
+        """Where the voxels of a volume lie after `turn`, which turns or mirrors arrays (N, C, *S)."""
+        index = np.stack(np.meshgrid(*map(np.arange, self.shape), indexing='ij'))
+        index = turn(index[None])[0].astype(float)                              # (3, *S): where it came from
+        first, change = index[:, 0, 0, 0], np.eye(4)
+        change[:3] = np.stack([index[:, 1, 0, 0] - first, index[:, 0, 1, 0] - first,
+                               index[:, 0, 0, 1] - first, first], axis=1)
+        return Grid(index.shape[1:], self.affine @ change)
 
     def as_json(self) -> list:
         return [list(self.shape), self.affine.tolist()]

@@ -132,7 +132,7 @@ class Changed:
         """
         self.images, self.known, self.wanted = images, known, wanted
         self.depth, self.border, self.seed = depth, border, seed
-        self.entries, self.last = {e.row: e for e in entries}, None
+        self.entries, self.last = {e.row: self.placed(e) for e in entries}, None
         count, channels, *sides = images.shape
         if sides[0] != sides[1] and (quarters := [c for c in wanted.changes if c in ('rot90', 'rot270')]):
             raise UserError(f"--ood {wanted.name}: {quarters[0]} makes another shape of volumes of "
@@ -140,6 +140,15 @@ class Changed:
                             f"or flip.")
         self.shape = (count, channels, *(side + 2 * border for side in sides))
         self.masks = ChangedMasks(self)
+
+    def placed(self, entry: Entry) -> Entry:
+        """The entry of a volume with the grid that it has after the turns: maps go back to the file's own."""
+        if not entry.grids:
+            return entry
+        model, own = entry_grids(entry)
+        for change in self.wanted.of_pixels:
+            model = model.turned(TURNS[change]) if change in TURNS else model
+        return replace(entry, grids=(model.as_json(), own.as_json()))
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         return self.changed(rows)[0]

@@ -20,7 +20,9 @@ from anomaly.nifti_maps import file_names, remove_maps, write_map
 from anomaly.predict import SOME_UNREADABLE_STATUS, Predictor
 from anomaly.scores import ScoreConfig, choose_scores
 from datasets import DataConfig, load_data, preparation
-from readers.nifti import Grid
+from readers.nifti import Grid, entry_grids, to_input_grid
+from readers.ood import Changed, parse
+from readers.source import Entry
 from utils import UserError, read_flags
 
 SECRET = b'Doe^Jane 1970'
@@ -210,6 +212,17 @@ def test_the_anomaly_mode_writes_the_maps_of_the_cases_that_it_shows(world):
         f"{row['id'].replace('/', '_')}_reconstruction.nii.gz" for row in (rows[0], rows[-1]))
     assert np.linalg.norm(peak(files[-1]) - SPOT) < 2.5
     assert nib.load(files[-1]).affine == pytest.approx(OWN, abs=1e-5)
+
+
+@pytest.mark.parametrize('change', ['rot90', 'rot180', 'rot270', 'flip'])
+def test_maps_of_turned_sets_go_back_to_the_file(change):
+    """As the map of an image out of distribution, the turned volume itself: voxel by voxel the file again."""
+    grid = Grid((5, 5, 3), affine('LPS', MM, 0.3))
+    values = head(grid)
+    entry = Entry('a', '', '', '', 0, 0, grids=(grid.as_json(), grid.as_json()))
+    images = Changed(values[None, None], [entry], parse(f'turned=test:{change}'))
+    back = to_input_grid(images[[0]][0, 0], *entry_grids(images.entries[0])).get_fdata()
+    assert not np.array_equal(images[[0]][0, 0], values) and back == pytest.approx(values, abs=1e-3)
 
 
 def test_names_of_maps_are_safe_and_apart():
