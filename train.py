@@ -62,6 +62,7 @@ from training.optimization import (
 from training.pictures import show_images
 from training.rehearsal import MEMORY_MARGIN, rehearse
 from training.validation import diagnose, mean_objective
+from training.weights_and_biases import start_wandb
 from utils import (
     RunLog,
     UserError,
@@ -94,6 +95,8 @@ class RunConfig:
     save: str = flag('exp', 'name of this run: it lives in <root>/eval-<save>')
     cont_training: bool = flag(False, 'go on from the checkpoint of this run; start where there is none yet')
     seed: int = flag(1, 'everything random follows from it')
+    wandb_project: str = flag('', "show what TensorBoard gets in this project of Weights & Biases too; '' = "
+                                  "do not")
     dry_run: bool = flag(False, 'build the model, take a step in one process, say what the run would need; '
                                 'nothing is left behind. Without --data on random images')
 
@@ -200,6 +203,8 @@ class Trainer:
         self.folder = Path(self.run.root) / f'eval-{self.run.save}'
         self.device, self.rank, self.world = launch.device(), launch.rank(), launch.world()
         saved = self._saved()
+        self.wandb = start_wandb(self.folder, self.run.wandb_project, vars(args)) \
+            if self.run.wandb_project and launch.is_main() else None        # before TensorBoard's first event
         self.log = RunLog(self.folder, active=launch.is_main(), step=saved['step'] if saved else 0)
         # Batches that a process accumulates are those of as many processes: same images, same noise.
         self.shares = self.world * self.config.accumulate
@@ -363,14 +368,19 @@ class Trainer:
         meter.close()
         if self.step < self.end:
             self.log.say(f'stopped at step {self.step}, checkpoint written: go on with --cont_training')
-            self.log.close()
+            self._close_log()
             return 128 + (self.stop or signal.SIGTERM)          # as shells write it
         self._validate(self.step // self.steps)
         if self.config.image_every:
             self._show_images(next(batches))
         self.log.say(f'done: {self.step} steps, {self.skipped} skipped; {self.folder / "checkpoint.pt"}')
-        self.log.close()
+        self._close_log()
         return 0
+
+    def _close_log(self) -> None:
+        self.log.close()
+        if self.wandb:
+            self.wandb.finish()
 
     def _prepare(self) -> None:
         """What the loop needs besides the model."""
@@ -532,7 +542,7 @@ def dry_run(args: argparse.Namespace) -> int:
                         wanted.num_proc_node * wanted.num_process_per_node)
 
     with tempfile.TemporaryDirectory() as folder:
-        args.root, args.cont_training = folder, False
+        args.root, args.cont_training, args.wandb_project = folder, False, ''
         return launch.launch(rehearsal, args, replace(wanted, **ALONE))
 
 
