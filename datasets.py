@@ -38,6 +38,7 @@ from readers.ood import (
     with_sizes,
 )
 from readers.packed import is_packed, read_packed
+from readers.packed_volumes import read_packed_volumes
 from readers.part_folders import read_part_folders
 from readers.parts import Batch, JoinedPart, Part
 from readers.phantom import write_phantoms
@@ -135,6 +136,10 @@ def _read_records(config: 'DataConfig', row: DataSet) -> Source:
 
 def _read_packed(config: 'DataConfig', row: DataSet) -> Source:
     """Any row from an LMDB that scripts/create_lmdb.py made."""
+    if row.dims == 3:
+        return read_packed_volumes(config.data, config, image_size=config.image_size, normal=row.normal,
+                                   normal_wanted=config.normal_classes, anomalous=config.anomalous_classes,
+                                   depth=_depth(config), cache_dir=config.cache_dir)
     border = _padding(config, row)
     return read_packed(config.data, normal=row.normal, normal_wanted=config.normal_classes,
                        anomalous=config.anomalous_classes, size=(config.image_size or row.size) - 2 * border,
@@ -340,9 +345,6 @@ def check(config: DataConfig, row: DataSet) -> None:
                             f"which it says nothing. Leave it out.")
     if row.dims == 3:
         check_volumes(config, config.image_size)
-        if is_packed(config.data):
-            raise UserError(f"--data {config.data} is an LMDB of images, {config.dataset} has volumes: give "
-                            f"the folder of NIfTI files.")
     if row.likelihood == 'bernoulli' and config.channels not in (0, row.channels):
         raise UserError(f"--channels {config.channels}: the binary images of {config.dataset} have "
                         f"{row.channels}.")

@@ -43,7 +43,7 @@ INFO = {'id': str, 'class': str, 'part': str, 'patient': str, **PAYLOAD}
 MASK = {'name': str, **PAYLOAD}
 ORIGINAL = {'sha256': str, 'num_bytes': int}
 FACTS = {'format': str, 'version': int, 'complete': bool, 'count': int, 'dataset': str, 'classes': list}
-PARTS = ('', 'train', 'test')
+PARTS = ('', 'train', 'val', 'test')
 MOST_ENDS = 20                 # reading processes that a damaged file may end before the rest is given up
 REMEDY = 'make the LMDB anew or restore it'
 
@@ -99,16 +99,22 @@ def values_of(data: bytes, facts: dict[str, Any]) -> np.ndarray:
     """The image in the bytes of a record: (H, W, C) float32 in [0, 1]. Raises Unreadable."""
     if facts['encoding'] == 'file':
         return decode(data)
+    x = raw_of(data, facts)
+    if x.ndim not in (2, 3) or x.shape[2:] not in ((), (1,), (3,)):
+        raise Unreadable(f'has the shape {x.shape}: expected (H, W) or (H, W, 1 or 3)')
+    x = x.reshape(*x.shape[:2], -1)
+    return (x / np.float64(np.iinfo(x.dtype).max)).astype(np.float32)
+
+
+def raw_of(data: bytes, facts: dict[str, Any]) -> np.ndarray:
+    """The array in the bytes of a record, of any shape: uint8 or uint16. Raises Unreadable."""
     encoding, dtype, shape = facts['encoding'], facts['dtype'], facts['shape']
     if encoding != 'raw' or dtype not in RAW_TYPES:
         raise Unreadable(f"is stored as {encoding!r} {dtype}: expected 'file', or 'raw' uint8 or uint16")
     kind = RAW_TYPES[dtype]
-    if len(shape) not in (2, 3) or shape[2:] not in ([], [1], [3]) \
-            or not all(isinstance(n, int) and n > 0 for n in shape) \
-            or len(data) != math.prod(shape) * kind.itemsize:
-        raise Unreadable(f'has {len(data)} bytes for the shape {shape}: expected (H, W) or (H, W, 1 or 3)')
-    x = np.frombuffer(data, kind).reshape(*shape[:2], -1)
-    return (x / np.float64(np.iinfo(kind).max)).astype(np.float32)
+    if not all(isinstance(n, int) and n > 0 for n in shape) or len(data) != math.prod(shape) * kind.itemsize:
+        raise Unreadable(f'has {len(data)} bytes for the shape {shape} of {dtype}')
+    return np.frombuffer(data, kind).reshape(shape)
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -250,7 +256,7 @@ class Packed:
         key = key_of('info', number)
         info = unseal(key, self.records.get(key), INFO)
         if info['part'] not in PARTS:
-            raise Damaged(key, f"has the part {info['part']!r}: expected 'train', 'test' or ''")
+            raise Damaged(key, f"has the part {info['part']!r}: expected 'train', 'val', 'test' or ''")
         for field, fields in {'mask': MASK, 'original': ORIGINAL}.items():
             if field in info:
                 _expect(info[field], fields, key)
@@ -283,12 +289,12 @@ class Packed:
             info = self.info(number)
         except Unreadable as error:
             return None, [(key_of('info', number), getattr(error, 'what', str(error)))]
-        found = []
+        found, decoded = [], raw_of if 'grids' in info else values_of
         for kind, facts in {'data': info, 'mask': info.get('mask')}.items():
             if facts is None:
                 continue
             try:
-                shape = list(values_of(self.payload(kind, number, facts), facts).shape)
+                shape = list(decoded(self.payload(kind, number, facts), facts).shape)
                 if facts['shape'] not in (shape, shape[:2]):
                     raise Unreadable(f"is {shape}, its info record says {facts['shape']}")
             except Unreadable as error:
@@ -337,6 +343,9 @@ def read_packed(path: str | Path, *, normal: Sequence[str], normal_wanted: Seque
 
     def make(target: Path) -> dict:
         with Packed(path) as packed:
+            if 'volumes' in packed.meta:
+                raise UserError(f"{path} is an LMDB of volumes, images are wanted: take --dataset "
+                                f"{packed.meta['dataset']}, which it was made from.")
             files, bad = list_images(packed)                             # {number: file}
             found = sorted({*packed.meta['classes'], *(f.class_name for f in files.values())})
             usual = normal_wanted or [c for c in found if any(same_name(c, n) for n in normal)]

@@ -3,6 +3,7 @@
     python scripts/create_lmdb.py --data FOLDER --out chest.lmdb             the files of a folder of classes
     python scripts/create_lmdb.py ... --image_size 64                        resized to 64 x 64, as arrays
     python scripts/create_lmdb.py --dataset mnist --data FOLDER --out m.lmdb        any row of DATASETS
+    python scripts/create_lmdb.py --dataset brain --data FOLDER --spacing 2 --out b.lmdb    volumes, prepared
     python scripts/create_lmdb.py --verify chest.lmdb                        every byte that a reader uses
     python train.py --dataset folder --data chest.lmdb ...
 
@@ -22,7 +23,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -57,14 +58,17 @@ from readers.packed import (
     read_meta,
     seal,
 )
+from readers.packed_volumes import preparation_flags, volume_record
 from readers.source import CLASSES_SHOWN
 from readers.split import count, some, with_patients
+from readers.volumes import VolumeConfig
 from utils import UserError, add_flags, flag, read_flags, run_program
 
 MOST_ROWS, MOST_BYTES = 512, 32 << 20            # in a transaction: what a kill can lose
 AHEAD = 4                                        # images prepared ahead, for each thread
 DATA_FLAGS = ('dataset', 'data', 'image_size', 'channels', 'num_x_bits', 'fit', 'normal_classes',
-              'patient_pattern', 'patient_metadata', 'skip_corrupt', 'num_phantoms', 'cache_dir')
+              'patient_pattern', 'patient_metadata', 'skip_corrupt', 'num_phantoms', 'cache_dir',
+              *(f.name for f in fields(VolumeConfig) if f.name != 'augment'))
 PIXEL_FLAGS = ('channels', 'num_x_bits', 'fit')  # say nothing of files that are stored as they are
 
 T = TypeVar('T')
@@ -110,12 +114,9 @@ def plan(config: DataConfig) -> Job:
     """The job that the flags describe. Raises UserError."""
     row = DATASETS[config.dataset]
     check(config, row)
-    if row.dims != 2:
-        raise UserError(f"--dataset {config.dataset}: volumes are not packed. Train from their folder: the "
-                        f"cache keeps them as one array.")
     if is_packed(config.data):
         raise UserError(f"--data {config.data} is such an LMDB already: use it as it is.")
-    return (plan_files if row.folder else plan_arrays)(config)
+    return (plan_volumes if row.dims == 3 else plan_files if row.folder else plan_arrays)(config)
 
 
 def plan_files(config: DataConfig) -> Job:
@@ -185,6 +186,35 @@ def plan_arrays(config: DataConfig) -> Job:
                source.notes)
 
 
+def plan_volumes(config: DataConfig) -> Job:
+    """From NIfTI files: the arrays that the reader prepares, and their grids."""
+    row = DATASETS[config.dataset]
+    source = row.read(replace(config, anomalous_classes=()), row)
+    lines = [f'{name} {reason}' for name, reason in source.bad]
+    if lines and not config.skip_corrupt:
+        raise UserError(f"{count(len(lines), 'subject')} cannot be used: {some(lines)}. Replace or remove "
+                        f"them, or pass --skip_corrupt to leave them out.")
+    notes = [*source.notes, *(f'left out: {line}' for line in lines)]
+    entries = with_patients(source.entries, config.patient_metadata, config.patient_pattern, notes)
+
+    def file(number: int) -> ImageFile:
+        entry = entries[number]
+        return ImageFile(entry.id, '', entry.class_name, '', entry.part, entry.patient)
+
+    def load(number: int) -> Record:
+        entry = entries[number]
+        mask = None if entry.mask_row < 0 else source.masks[entry.mask_row][0]
+        return volume_record(entry, source.pixels[entry.row], mask)
+
+    flags = preparation_flags(config, config.image_size)
+    classes = sorted({*source.normal_classes, *source.anomalous_classes})
+    facts = {'dataset': config.dataset, 'classes': classes, 'near_duplicates': True,
+             'made_from': Path(config.data).resolve().name,
+             'volumes': {'flags': flags, 'notes': notes}}
+    settings = {'dataset': config.dataset, 'num_x_bits': config.num_x_bits, **flags}
+    return Job(len(entries), file, load, lambda number: entries[number].sha256, facts, settings, notes)
+
+
 def resized_record(file: ImageFile, config: DataConfig) -> Record:
     """An image file as the reader would hand it over at the size that the flags name. Raises Unreadable."""
     row, picture = DATASETS[config.dataset], load_file(file)
@@ -248,7 +278,9 @@ def add(meta: dict[str, Any], record: Record) -> list[tuple[bytes, bytes]]:
     rows = [(key, seal(key, record.info)), (key_of('data', meta['count']), record.data)]
     rows += [(key_of('mask', meta['count']), record.mask)] if record.mask else []
     meta['count'] += 1
-    meta['channels'] = sorted({*meta['channels'], *(record.info['shape'][2:] or [1])})
+    shape = record.info['shape']
+    channels = shape[0] if 'grids' in record.info else shape[2] if len(shape) == 3 else 1
+    meta['channels'] = sorted({*meta['channels'], channels})
     meta['dtypes'] = sorted({*meta['dtypes'], record.info['dtype']})
     return rows
 

@@ -141,12 +141,6 @@ def test_resized_arrays_give_the_same_images_and_the_same_split(folder, tmp_path
         assert info['dtype'] == ('uint8' if len(flags) == 1 else 'uint16')
 
 
-def test_volumes_are_not_packed(tmp_path):
-    data = make_standin('brain', tmp_path / 'data', count=2, test_count=1)
-    with pytest.raises(UserError, match='--dataset brain: volumes are not packed'):
-        make(data, tmp_path / 'all.lmdb', dataset='brain')
-
-
 @pytest.mark.parametrize('name', [name for name, row in DATASETS.items() if row.dims == 2])
 def test_every_data_set_is_the_same_from_an_lmdb(name, tmp_path):
     data = make_standin(name, tmp_path / 'data', count=12, test_count=4)
