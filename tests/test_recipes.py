@@ -1,5 +1,6 @@
 """Every recipe: its flags are known, the published ones build the published networks and take a step."""
 
+import functools
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from standins import make_standin
+from standins import make_standin, volumes
 
 import evaluate
 import launch
@@ -29,6 +30,11 @@ PUBLISHED_HVAE = {'hvae_mnist': 2_620_258, 'hvae_fashion_mnist': 2_620_258,     
 SMALL = '''--num_channels_enc 4 --num_channels_dec 4 --num_process_per_node 1 --num_proc_node 1 --node_rank 0
     --batch_size 2 --max_steps 1 --epochs 1 --val_iw_samples 1 --image_every 0 --save_every 1 --device cpu
     --num_threads 1 --num_latent_per_group 2 --num_mixture_dec 2'''.split()
+PUBLISHED_SCORES = {'score3d_toy': 172_770, 'score3d_biggan': 43_986_722,              # parameters
+                    'score3d_biggan_highres': 43_986_722}
+TINY_SCORES = '''--crop 0 0 0 16 16 16 --spacing 0 --volume_shape 8 8 8 --val_fraction 0.3 --nf 8
+    --norm_num_groups 2 --blocks_down 1 1 --blocks_up 1 --num_scales 2 --batch_size 4 --max_steps 1 --epochs 1
+    --image_every 0'''.split()
 
 
 @pytest.fixture(scope='module')
@@ -41,10 +47,11 @@ def recorder(tmp_path_factory):
     return path
 
 
-def commands(name, recorder, **env):
-    """The argument lists of the commands that a recipe runs."""
-    done = subprocess.run(['bash', str(FOLDER / f'{name}.sh')], capture_output=True, text=True, check=True,
-                          cwd='/', env={**os.environ, 'PYTHON': str(recorder), 'DATA': 'somewhere', **env})
+def commands(name, recorder, *flags, **env):
+    """The argument lists of the commands that a recipe runs when it is given these flags."""
+    done = subprocess.run(['bash', str(FOLDER / f'{name}.sh'), *flags], capture_output=True, text=True,
+                          check=True, cwd='/',
+                          env={**os.environ, 'PYTHON': str(recorder), 'DATA': 'somewhere', **env})
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -55,6 +62,12 @@ def network(argv):
     with torch.device('meta'):
         return build_model(args.model, data.shape, read_flags(MODELS[args.model].Config, args),
                            data.pixels), args
+
+
+def take(program, argv, cache):
+    """Runs a command in this process, on one thread."""
+    args = program.parse_args([*argv, '--cache_dir', str(cache), '--device', 'cpu', '--num_threads', '1'])
+    assert launch.launch(program.work, args, read_flags(launch.LaunchConfig, args)) == 0
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -81,15 +94,12 @@ def test_published_networks_are_those_of_the_official_code(name, recorder):
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
-def test_published_commands_take_a_step(name, recorder, tmp_path, cache):
+def test_published_commands_take_a_step(name, recorder, tmp_path, cache, monkeypatch):
     """On a stand-in in the published layout on disk, at reduced width."""
-    dataset = train.parse_args(commands(name, recorder)[0][1:]).dataset
-    data = make_standin(dataset, tmp_path / 'data')
-    done = subprocess.run(
-        ['bash', str(FOLDER / f'{name}.sh'), *SMALL, '--cache_dir', str(cache)], text=True, timeout=300,
-        capture_output=True, cwd=tmp_path,
-        env={**os.environ, 'PYTHON': sys.executable, 'DATA': str(data), 'NODES': '1'})
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    (_, *argv), *_ = commands(name, recorder, *SMALL, NODES='1')
+    data = make_standin(train.parse_args(argv).dataset, tmp_path / 'data')
+    take(train, [*argv, '--data', str(data)], cache)
     run, = (tmp_path / 'runs').iterdir()
     assert 'done: 1 steps, 0 skipped' in (run / 'log.txt').read_text()
     first = json.loads((run / 'metrics.jsonl').read_text().splitlines()[0])
@@ -108,17 +118,54 @@ def test_autoencoders_train_as_published_and_are_scored(model, number, scores, r
     assert sum(p.numel() for p in built.parameters()) == number
     assert (args.optimizer, args.learning_rate, args.learning_rate_min, args.warmup_epochs, args.weight_decay,
             args.batch_size, args.max_steps, args.grad_clip) == ('adam', 1e-3, 1e-3, 0, 0, 128, 1000, 0)
-    alone = ['--cache_dir', str(cache), '--device', 'cpu', '--num_threads', '1']
     small = ['--max_steps', '2', '--width', '4', '--batch_size', '8', '--image_every', '0']
     few = ['--scores', *scores, '--num_draws', '1', '--num_bootstrap', '20', '--num_cases', '0']
-    for program, argv in ((train, [*to_train, *small]), (evaluate, [*to_score, *few])):
-        args = program.parse_args([*argv, *alone])
-        assert launch.launch(program.work, args, read_flags(launch.LaunchConfig, args)) == 0
+    take(train, [*to_train, *small], cache)
+    take(evaluate, [*to_score, *few], cache)
     run = tmp_path / 'runs' / f'eval-{model}_mednist'
     assert 'done: 2 steps, 0 skipped' in (run / 'log.txt').read_text()
     result = read_json(run / 'anomaly' / 'metrics.json')['anomaly']
     assert result['primary_score'] == scores[-1] and (run / 'anomaly' / 'report.html').exists()
     assert result['counts']['test'] == {'CXR': 9, 'Hand': 10}
+
+
+@pytest.fixture(scope='module')
+def score_run(recorder, tmp_path_factory, cache):
+    """score_run(name, **env): the folder of a run by a recipe of score models on small volumes, scored."""
+    folder = tmp_path_factory.mktemp('scores')
+    data = volumes(16, 'label', ('t1', 't2'))(folder / 'data', 30, 4)
+
+    @functools.cache
+    def run(name, *flags, **env):
+        training, scoring = commands(name, recorder, *TINY_SCORES, *flags, DATA=str(data),
+                                     ROOT=str(folder), **env)
+        take(train, training[1:], cache)
+        take(evaluate, [*scoring[1:], *'--num_bootstrap 10 --num_cases 0 --batch_size 4'.split()], cache)
+        return folder / f'eval-{train.parse_args(training[1:]).save}'
+
+    return run
+
+
+@pytest.mark.parametrize('name, number', PUBLISHED_SCORES.items())
+def test_published_score_networks(name, number, recorder):
+    """Their size, their data and their noise."""
+    model, args = network(commands(name, recorder)[0][1:])
+    assert sum(p.numel() for p in model.parameters()) == number
+    assert args.modalities == ['t1', 't2'] and args.data == 'somewhere' and args.augment
+    assert model.shape[1:] == tuple(-(-n // args.spacing // 16) * 16 for n in (161, 196, 152))
+
+
+@pytest.mark.parametrize('name, env', [
+    ('score3d_biggan', {}), ('score3d_toy', {}), ('score3d_biggan_highres', {}), ('score3d_finetune', {}),
+    ('score3d_matryoshka', {}), ('score3d_matryoshka', {'FROZEN': '1'})])
+def test_score_models_take_a_step_and_are_scored(name, env, score_run):
+    inner = str(score_run('score3d_biggan'))
+    if name == 'score3d_matryoshka':
+        run = score_run(name, '--volume_shape', '16', '16', '16', INNER=inner, **env)
+    else:
+        run = score_run(name, **({'INIT': inner} if name == 'score3d_finetune' else {}))
+    assert 'done: 1 steps, 0 skipped' in (run / 'log.txt').read_text()
+    assert read_json(run / 'metrics.json')['anomaly']['counts']['test'] == {'normal': 6, 'tumour': 4}
 
 
 def test_three_nodes_need_an_address(recorder):
