@@ -32,9 +32,15 @@ SMALL = '''--num_channels_enc 4 --num_channels_dec 4 --num_process_per_node 1 --
     --num_threads 1 --num_latent_per_group 2 --num_mixture_dec 2'''.split()
 PUBLISHED_SCORES = {'score3d_toy': 172_770, 'score3d_biggan': 43_986_722,              # parameters
                     'score3d_biggan_highres': 43_986_722}
-TINY_SCORES = '''--crop 0 0 0 16 16 16 --spacing 0 --volume_shape 8 8 8 --val_fraction 0.3 --nf 8
-    --norm_num_groups 2 --blocks_down 1 1 --blocks_up 1 --num_scales 2 --batch_size 4 --max_steps 1 --epochs 1
-    --image_every 0'''.split()
+TINY_VOLUMES = {'brain': '--crop 0 0 0 16 16 16 --spacing 0 --volume_shape 8 8 8 --val_fraction 0.3'.split(),
+                'brain_phantom': '--spacing 24 --image_size 8 --val_fraction 0.3'.split()}
+TINY_SCORES = {
+    'score3d': '''--nf 8 --norm_num_groups 2 --blocks_down 1 1 --blocks_up 1 --num_scales 2'''.split(),
+    'spatial_msma': '''--num_blocks 1 --hidden_features 8 --context_embedding_size 8 --global_embedding_size 8
+        --global_patch_kernel 3 --global_patch_stride 2 --msma_levels 2 --patches_per_step 8
+        --patch_batch_size 512'''.split()}
+ONE_STEP = '--batch_size 4 --max_steps 1 --epochs 1 --image_every 0'.split()
+FEW_SCORES = '--num_bootstrap 10 --num_cases 0 --batch_size 4 --audit_images 0'.split()
 
 
 @pytest.fixture(scope='module')
@@ -131,17 +137,23 @@ def test_autoencoders_train_as_published_and_are_scored(model, number, scores, r
 
 @pytest.fixture(scope='module')
 def score_run(recorder, tmp_path_factory, cache):
-    """score_run(name, **env): the folder of a run by a recipe of score models on small volumes, scored."""
-    folder = tmp_path_factory.mktemp('scores')
-    data = volumes(16, 'label', ('t1', 't2'))(folder / 'data', 30, 4)
+    """score_run(recipe, *flags, **env): the folders of its runs on small volumes, after a step and scored."""
+    root = tmp_path_factory.mktemp('scores')
+    data = {'brain': volumes(16, 'label', ('t1', 't2'))(root / 'brain', 30, 4),
+            'brain_phantom': make_standin('brain_phantom', root / 'phantom', 30, 4)}
 
     @functools.cache
-    def run(name, *flags, **env):
-        training, scoring = commands(name, recorder, *TINY_SCORES, *flags, DATA=str(data),
-                                     ROOT=str(folder), **env)
-        take(train, training[1:], cache)
-        take(evaluate, [*scoring[1:], *'--num_bootstrap 10 --num_cases 0 --batch_size 4'.split()], cache)
-        return folder / f'eval-{train.parse_args(training[1:]).save}'
+    def run(name, *words, **env):
+        folders, (recipe, *configuration) = [], name.split()
+        for program, *argv in commands(recipe, recorder, *configuration, ROOT=str(root), **env):
+            if Path(program).name == 'evaluate.py':
+                take(evaluate, [*argv, *FEW_SCORES], cache)
+                continue
+            args = train.parse_args(argv)
+            take(train, [*argv, '--data', str(data[args.dataset]), *TINY_VOLUMES[args.dataset],
+                         *TINY_SCORES[args.model], *ONE_STEP, *words], cache)
+            folders.append(root / f'eval-{args.save}')
+        return folders
 
     return run
 
@@ -157,15 +169,16 @@ def test_published_score_networks(name, number, recorder):
 
 @pytest.mark.parametrize('name, env', [
     ('score3d_biggan', {}), ('score3d_toy', {}), ('score3d_biggan_highres', {}), ('score3d_finetune', {}),
-    ('score3d_matryoshka', {}), ('score3d_matryoshka', {'FROZEN': '1'})])
+    ('score3d_matryoshka', {}), ('score3d_matryoshka', {'FROZEN': '1'}), ('score3d_phantom_cpu', {}),
+    ('spatial_msma gmm', {}), ('spatial_msma v2', {}), ('spatial_msma ve', {}),
+    ('spatial_msma matryoshka_gmm', {})])
 def test_score_models_take_a_step_and_are_scored(name, env, score_run):
-    inner = str(score_run('score3d_biggan'))
-    if name == 'score3d_matryoshka':
-        run = score_run(name, '--volume_shape', '16', '16', '16', INNER=inner, **env)
-    else:
-        run = score_run(name, **({'INIT': inner} if name == 'score3d_finetune' else {}))
-    assert 'done: 1 steps, 0 skipped' in (run / 'log.txt').read_text()
-    assert read_json(run / 'metrics.json')['anomaly']['counts']['test'] == {'normal': 6, 'tumour': 4}
+    base, = score_run('score3d_biggan')
+    others = {'INIT': str(base), 'INNER': str(base), 'SCORE_MODEL': str(base)}           # what stands on it
+    larger = ('--volume_shape', '16', '16', '16') if name == 'score3d_matryoshka' else ()
+    for run in score_run(name, *larger, **(others if name != 'score3d_biggan' else {}), **env):
+        assert 'done: 1 steps, 0 skipped' in (run / 'log.txt').read_text()
+        assert read_json(run / 'metrics.json')['anomaly']['counts']['test'] == {'normal': 6, 'tumour': 4}
 
 
 def test_three_nodes_need_an_address(recorder):
