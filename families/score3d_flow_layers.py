@@ -5,12 +5,12 @@ of n numbers, each with a context of c numbers; every transform runs from data t
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import (
-    AffineTransform,
     Categorical,
     Distribution,
     Independent,
@@ -22,7 +22,6 @@ from torch.distributions import (
 )
 from zuko.transforms import (
     AdditiveTransform,
-    AutoregressiveTransform,
     ComposedTransform,
     DependentTransform,
     LULinearTransform,
@@ -85,12 +84,31 @@ class ResidualNetwork(nn.Module):
         return self.final_layer(h)
 
 
+class Pending:
+    """Outputs of a masked linear layer that fill up as its inputs become known, both by rising degree."""
+
+    def __init__(self, weight: Tensor, start: Tensor):
+        """`weight` (outputs, inputs); `start` (..., outputs) or (outputs,), what is there without inputs."""
+        self.weight, self.sums = weight, start
+
+    def push(self, values: Tensor, inputs: slice) -> None:
+        """Adds what these inputs (..., k) give to the outputs that are still to come."""
+        self.sums = self.sums + values @ self.weight[:, inputs].T
+
+    def pop(self, number: int) -> Tensor:
+        """The next outputs, which are complete: (..., number)."""
+        done, self.sums = self.sums.tensor_split([number], dim=-1)
+        self.weight = self.weight[number:]
+        return done
+
+
 class AutoregressiveNetwork(nn.Module):
     """Two numbers for each of n entries, from the entries before it and the context (Germain et al. 2015)."""
 
     def __init__(self, n: int, hidden: int, context: int):
         super().__init__()
-        inputs, units = torch.arange(1, n + 1), torch.arange(hidden) % max(n - 1, 1) + 1       # degrees
+        degrees = max(n - 1, 1)
+        inputs, units = torch.arange(1, n + 1), torch.arange(hidden) % degrees + 1             # degrees
 
         def inner() -> MaskedLinear:
             return MaskedLinear(units[:, None] >= units)
@@ -99,37 +117,134 @@ class AutoregressiveNetwork(nn.Module):
         self.context_layer = nn.Linear(context, hidden)
         self.blocks = nn.ModuleList(ResidualBlock(inner(), inner(), context) for _ in range(RESIDUAL_BLOCKS))
         self.final_layer = MaskedLinear(inputs.repeat_interleave(2)[:, None] > units)
+        self.numbers = [len(range(i, hidden, degrees)) for i in range(degrees)]       # units of each degree
+        self.register_buffer('by_degree', torch.cat([torch.arange(i, hidden, degrees)
+                                                     for i in range(degrees)]), persistent=False)
 
-    def conditions(self, context: Tensor) -> tuple[Tensor, ...]:
-        """What the context adds: the same for every pass."""
-        return self.context_layer(context), *(block.gate(context) for block in self.blocks)
+    @staticmethod
+    def shift_and_scale(values: Tensor) -> tuple[Tensor, Tensor]:
+        """(...) each, of the network's two numbers (..., 2)."""
+        return values[..., 1], torch.sigmoid(values[..., 0] + SCALE_SHIFT) + LEAST
 
-    def forward(self, z: Tensor, conditions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """(..., n) each."""
-        added, *gates = conditions
-        h = self.initial_layer(z) + added
-        for block, gate in zip(self.blocks, gates):
-            h = block(h, gate)
-        return self.final_layer(h).unflatten(-1, (-1, 2)).unbind(-1)
+    def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """shift and scale (..., n) of all entries, of z (..., n)."""
+        h = self.initial_layer(z) + self.context_layer(context)
+        for block in self.blocks:
+            h = block(h, block.gate(context))
+        return self.shift_and_scale(self.final_layer(h).unflatten(-1, (-1, 2)))
+
+    def solve(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """z (..., n) with x = scale(z) z + shift(z), and the scales.
+
+        Entry by entry: what depends on an entry is computed as soon as that is known, all of it once, where n
+        passes of the network would give the same.
+        """
+        order = self.by_degree
+        initial = Pending(self.initial_layer.weight[order],
+                          (self.initial_layer.bias + self.context_layer(context))[..., order])
+        blocks = [(*(Pending(layer.weight[order][:, order], layer.bias[order])
+                     for layer in block.linear_layers), block.gate(context)[..., order])
+                  for block in self.blocks]
+        final = Pending(self.final_layer.weight[:, order], self.final_layer.bias)
+        zs, scales, first = [], [], 0
+        for i, entry in enumerate(x.unbind(-1)):
+            shift, scale = self.shift_and_scale(final.pop(2))
+            zs.append((entry - shift) / scale)
+            scales.append(scale.expand_as(entry))
+            if i == len(self.numbers):
+                break
+            units = slice(first, first := first + self.numbers[i])
+            initial.push(zs[i][..., None], slice(i, i + 1))
+            h = initial.pop(self.numbers[i])
+            for before, after, gate in blocks:
+                before.push(F.relu(h), units)
+                after.push(F.relu(before.pop(self.numbers[i])), units)
+                h = h + after.pop(self.numbers[i]) * gate[..., units]
+            final.push(h, units)
+        return torch.stack(zs, dim=-1), torch.stack(scales, dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------ transforms
 
+class RowTransform(Transform):
+    """A transform of rows (..., n) that gives the result and log |det| together."""
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[1]
+
+
+class Autoregressive(RowTransform):
+    """z_i = (x_i - shift_i) / scale_i, both from z_1 .. z_(i-1) and the context."""
+
+    def __init__(self, net: AutoregressiveNetwork, context: Tensor):
+        super().__init__()
+        self.net, self.context = net, context
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, scale = self.net.solve(x, self.context)
+        return z, -scale.log().sum(-1)
+
+    def _inverse(self, z: Tensor) -> Tensor:
+        shift, scale = self.net(z, self.context)
+        return scale * z + shift
+
+
+class EvenOdd(RowTransform):
+    """Entries 0, 2, .. through a spline of their own; 1, 3, .. through one that the former give."""
+
+    def __init__(self, even: Transform, odd_given: Callable[[Tensor], Transform]):
+        """`odd_given` makes the transform of the odd entries from the even ones as they are in the data."""
+        super().__init__()
+        self.even, self.odd_given = even, odd_given
+
+    @staticmethod
+    def merged(even: Tensor, odd: Tensor) -> Tensor:
+        pairs = torch.stack([even[..., :odd.shape[-1]], odd], dim=-1).flatten(-2)
+        return torch.cat([pairs, even[..., odd.shape[-1]:]], dim=-1)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        even, odd = x[..., ::2], x[..., 1::2]
+        odd, log_det_odd = self.odd_given(even).call_and_ladj(odd)
+        even, log_det_even = self.even.call_and_ladj(even)
+        return self.merged(even, odd), log_det_even.sum(-1) + log_det_odd.sum(-1)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        even = self.even.inv(y[..., ::2])
+        return self.merged(even, self.odd_given(even).inv(y[..., 1::2]))
+
+
+class Spline(MonotonicRQSTransform):
+    """zuko's monotonic rational-quadratic spline with bins and slopes of its own."""
+
+    def __init__(self, widths: Tensor, heights: Tensor, slopes: Tensor):
+        """Unconstrained widths and heights (..., K) and inner slopes (..., K - 1)."""
+        Transform.__init__(self)
+        self.horizontal, self.vertical = self.knots(widths), self.knots(heights)
+        self.derivatives = F.pad(LEAST + F.softplus(slopes), (1, 1), value=1.0)
+
+    @staticmethod
+    def knots(sizes: Tensor) -> Tensor:
+        """From -3 to 3: (..., K + 1)."""
+        sizes = LEAST + (1 - LEAST * sizes.shape[-1]) * torch.softmax(sizes, dim=-1)
+        return BOUND * (2 * F.pad(torch.cumsum(sizes, dim=-1), (1, 0)) - 1)
+
+
+# ---------------------------------------------------------------------------------------- layers of the flow
+
 class AffineAutoregressive(nn.Module):
-    """z_i = (x_i - shift_i) / scale_i, both from z_1 .. z_(i-1) and the context: n passes of its network."""
+    """The affine autoregressive transform of rows with these contexts."""
 
     def __init__(self, n: int, hidden: int, context: int):
         super().__init__()
-        self.n, self.net = n, AutoregressiveNetwork(n, hidden, context)
+        self.net = AutoregressiveNetwork(n, hidden, context)
 
     def forward(self, context: Tensor) -> Transform:
-        conditions = self.net.conditions(context)
-
-        def affine(z: Tensor) -> Transform:
-            scale, shift = self.net(z, conditions)
-            return AffineTransform(shift, torch.sigmoid(scale + SCALE_SHIFT) + LEAST, event_dim=1)
-
-        return AutoregressiveTransform(affine, passes=self.n).inv
+        return Autoregressive(self.net, context)
 
 
 class PermutedLinear(nn.Module):
@@ -154,54 +269,6 @@ class PermutedLinear(nn.Module):
         matrix = lower * diagonal + torch.diag(diagonal) + upper / diagonal[:, None]
         return ComposedTransform(PermutationTransform(self.permutation), LULinearTransform(matrix),
                                  DependentTransform(AdditiveTransform(self.bias), 1))
-
-
-class Spline(MonotonicRQSTransform):
-    """zuko's monotonic rational-quadratic spline with bins and slopes of its own."""
-
-    def __init__(self, widths: Tensor, heights: Tensor, slopes: Tensor):
-        """Unconstrained widths and heights (..., K) and inner slopes (..., K - 1)."""
-        Transform.__init__(self)
-        self.horizontal, self.vertical = self.knots(widths), self.knots(heights)
-        self.derivatives = F.pad(LEAST + F.softplus(slopes), (1, 1), value=1.0)
-
-    @staticmethod
-    def knots(sizes: Tensor) -> Tensor:
-        """From -3 to 3: (..., K + 1)."""
-        sizes = LEAST + (1 - LEAST * sizes.shape[-1]) * torch.softmax(sizes, dim=-1)
-        return BOUND * (2 * F.pad(torch.cumsum(sizes, dim=-1), (1, 0)) - 1)
-
-
-class EvenOdd(Transform):
-    """Entries 0, 2, .. through a spline of their own; 1, 3, .. through one that the former give."""
-    domain = codomain = constraints.real_vector
-    bijective = True
-
-    def __init__(self, even: Transform, odd_given: object):
-        """`odd_given` makes the transform of the odd entries from the even ones as they are in the data."""
-        super().__init__()
-        self.even, self.odd_given = even, odd_given
-
-    @staticmethod
-    def merged(even: Tensor, odd: Tensor) -> Tensor:
-        pairs = torch.stack([even[..., :odd.shape[-1]], odd], dim=-1).flatten(-2)
-        return torch.cat([pairs, even[..., odd.shape[-1]:]], dim=-1)
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        even, odd = x[..., ::2], x[..., 1::2]
-        odd, log_det_odd = self.odd_given(even).call_and_ladj(odd)
-        even, log_det_even = self.even.call_and_ladj(even)
-        return self.merged(even, odd), log_det_even.sum(-1) + log_det_odd.sum(-1)
-
-    def _call(self, x: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[0]
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[1]
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        even = self.even.inv(y[..., ::2])
-        return self.merged(even, self.odd_given(even).inv(y[..., 1::2]))
 
 
 class SplineCoupling(nn.Module):
