@@ -13,7 +13,14 @@ from checkpoint import read_checkpoint
 from distributions import Pixels
 from families.nvae import NVAE, NVAEConfig
 from neural_operations import activation_bytes, checkpoint_activations
-from training.optimization import recalibrate_batch_norm
+from training.optimization import (
+    average_of,
+    by_half_life,
+    learning_rate,
+    ramped,
+    recalibrate_batch_norm,
+    steady,
+)
 from training.rehearsal import Memory, advice
 from utils import UserError, read_flags
 
@@ -54,6 +61,57 @@ def test_resume_with_accumulation_is_exact(train_flags, tmp_path, same_weights):
     run(flags, tmp_path, 'part', '--max_steps', '3')
     part = run(flags, tmp_path, 'part', '--cont_training')
     assert same_weights(whole / 'checkpoint.pt', part / 'checkpoint.pt')
+
+
+# ------------------------------------------------------------------------------- rates, averages, updates
+
+def test_schedules():
+    """A warm-up of 10 of 100 steps, then none, or a factor of 0.3 after every 40 % of all steps."""
+    def rates(schedule, lowest):
+        return [learning_rate(step, 10, epochs=10, warmup_epochs=1, highest=1.0, lowest=lowest,
+                              schedule=schedule) for step in (5, 10, 39, 40, 79, 80, 99)]
+    assert rates('constant', 0.1) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1])
+    assert rates('step', 0.0) == pytest.approx([0.5, 1, 1, 0.3, 0.3, 0.09, 0.09])
+    assert rates('step', 0.1) == pytest.approx([0.5, 1, 1, 0.37, 0.37, 0.181, 0.181])
+
+
+def test_what_averages_keep():
+    assert [steady(0.9)(n) for n in (1, 2, 99)] == [0, 0.9, 0.9]
+    assert [ramped(0.9)(n) for n in (1, 2, 10 ** 6)] == pytest.approx([2 / 11, 3 / 12, 0.9])
+    kept = by_half_life(1000, ramp=0.0, images=100)
+    assert kept(3) ** 10 == pytest.approx(0.5), '1000 images are 10 updates'
+    kept = by_half_life(1000, ramp=0.5, images=100)              # after 4 updates, half of 400 images
+    assert [kept(4), kept(20), kept(50)] == pytest.approx([0.5 ** 0.5, 0.5 ** 0.1, 0.5 ** 0.1])
+
+
+def test_an_average_copies_whole_numbers_and_leaves_what_does_not_change():
+    model = nn.Linear(1, 1, bias=False)
+    model.register_buffer('order', torch.arange(50))
+    model.register_parameter('frozen', nn.Parameter(torch.rand(50), requires_grad=False))
+    frozen, average = model.frozen.clone(), average_of(model, steady(0.9))
+    for value in (1.0, 2.0, 3.0):
+        model.weight.data.fill_(value)
+        average.update_parameters(model)
+    assert average.module.weight.item() == pytest.approx((1 * 0.9 + 2 * 0.1) * 0.9 + 3 * 0.1)
+    assert torch.equal(average.module.order, torch.arange(50)) and torch.equal(average.module.frozen, frozen)
+
+
+@pytest.mark.parametrize('name, first', [('adamw', 0.9), ('radam', 0.0)])
+def test_first_steps_of_optimizers(name, first):
+    """At a rate of 1: AdamW takes the decay off the weight and moves by the rate; RAdam, before it knows the
+    variance, by the gradient, to which the decay is added: 2 - (0.1 * 2 + 1.8)."""
+    weight = nn.Parameter(torch.tensor([2.0]))
+    optimizer = train.OPTIMIZERS[name]([weight], lr=1.0, weight_decay=0.05 if name == 'adamw' else 0.1,
+                                       betas=(0.9, 0.999), foreach=False)
+    weight.grad = torch.tensor([1.8])
+    optimizer.step()
+    assert weight.item() == pytest.approx(first, abs=1e-5)
+
+
+def test_two_averages_at_once_are_refused():
+    with pytest.raises(UserError, match='set one of them to 0'):
+        train.TrainConfig(ema_decay=0.9, ema_halflife_kimg=1.0)
+    assert train.TrainConfig(ema_halflife_kimg=1.0).kept(100)(7) == pytest.approx(0.5 ** 0.1)
 
 
 # -------------------------------------------------------------------------------------- averaged batch norms
