@@ -15,6 +15,7 @@ from distributions import Pixels, full_precision
 from families.score3d_config import Score3DConfig
 from families.score3d_msma import Levels, denoise, score_maps, score_norms
 from families.score3d_official import read_weights
+from families.score3d_patches import foreground
 from families.score3d_samplers import (
     PC,
     Diffusion,
@@ -190,8 +191,7 @@ class Score3D(nn.Module):
     @torch.no_grad()
     def inpainting_map(self, x: Tensor) -> Tensor:
         """What the other half of a checkerboard does not foretell of images in [0, 1]: (B, 1, *S), slow."""
-        inside = (x > x.amin(tuple(range(1, x.ndim)), keepdim=True)).any(1, keepdim=True).to(x)
-        return inpainting_error(self.diffusion, self.pc, 2 * x - 1, inside)
+        return inpainting_error(self.diffusion, self.pc, 2 * x - 1, foreground(x).to(x))
 
     @torch.no_grad()
     def restoration_map(self, x: Tensor) -> Tensor:

@@ -227,6 +227,15 @@ class SpatialMSMA(nn.Module):
         """Those of the score model: see Score3D."""
         return self.score_model.score_norms(x, **options)
 
+    def score_norm(self, x: Tensor, level: int, **options: Any) -> Tensor:
+        """One of them, differentiable: see Score3D."""
+        return self.score_model.score_norm(x, level, **options)
+
+    @property
+    def last_block(self) -> nn.Module:
+        """What heat-maps of activations look at: see Score3D."""
+        return self.score_model.last_block
+
     def score_maps(self, x: Tensor, **options: Any) -> Tensor:
         """Those of the score model: see Score3D."""
         return self.score_model.score_maps(x, **options)

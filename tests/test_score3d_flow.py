@@ -175,16 +175,18 @@ def test_scores():
     """voxel_nll: the mean of the highest 1 %, at least one voxel; norms are those of the score model."""
     model, x = build(), images(2)
     scores, _ = choose_scores(('all',), model)
-    assert [s.name for s in scores] == ['msma_gmm', 'msma_knn', 'voxel_nll', 'voxel_nll_mean']
+    names = [s.name for s in scores]
+    assert names[0] == 'msma_gmm' and names[-2:] == ['voxel_nll', 'voxel_nll_mean']
     passes = Passes(model, x)
     heat, inside = model.voxel_nll(x).float(), model.foreground(x)
-    top, mean = (score(passes) for score in scores[2:])
+    top, mean = (score(passes) for score in scores[-2:])
     for i in range(2):
         assert top.image[i].item() == approx(heat[i].max().item(), rel=1e-6)
         assert mean.image[i].item() == approx(heat[i][inside[i]].mean().item(), rel=1e-6)
     assert torch.equal(top.map, heat) and mean.map is None
     assert torch.equal(model.score_norms(x, number=3), model.score_model.score_norms(x, number=3))
     assert torch.equal(model.score_maps(x, number=3), model.score_model.score_maps(x, number=3))
+    assert torch.equal(model.score_norm(x, 1, number=3), model.score_norms(x, number=3)[:, 1])
 
 
 # ------------------------------------------------------------------------------------------------ in the loop
