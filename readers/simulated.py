@@ -80,7 +80,8 @@ def deform(x: np.ndarray, mask: np.ndarray, spacing: np.ndarray,
         sum(np.linalg.norm(place.T - c, axis=-1).T for c in centres), 1e-9)                      # (*S)
     away = (place.T - centres.mean(0)).T
     source = ((place - share * away).T / spacing).T                                         # voxels
-    moved = np.stack([ndimage.map_coordinates(channel, source, order=1) for channel in x])
+    # Cubic: between voxels linear interpolation would smooth the noise away, which tells such images too.
+    moved = np.stack([ndimage.map_coordinates(channel, source, order=3) for channel in x])
     moved = np.stack([np.interp(new, np.percentile(new, PERCENTILES), np.percentile(channel, PERCENTILES))
                       for new, channel in zip(moved, x)])
     old = ndimage.map_coordinates(mask.astype(np.uint8), source, order=0) > 0
