@@ -313,6 +313,16 @@ def _pixels(config: DataConfig, row: DataSet) -> Pixels:
     return Pixels(likelihood, 1 if likelihood == 'bernoulli' else config.num_x_bits, _padding(config, row))
 
 
+def volume_flags(config: DataConfig) -> dict[str, Any]:
+    """The flags that say how volumes are prepared."""
+    return {f.name: getattr(config, f.name) for f in fields(VolumeConfig)}
+
+
+def from_json(flags: dict[str, Any]) -> dict[str, Any]:
+    """The same with tuples, as flags have them, for the lists that JSON makes of these."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+
+
 def preparation(config: DataConfig, shape: Sequence[int], pixels: Pixels,
                 spacing: Sequence[float] = ()) -> Preparation | NewVolumes:
     """What the run with these flags, and a model of this shape and these pixels, does to an image file, or to
@@ -407,6 +417,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     if not len(entries['train']):
         raise UserError(f"{count(sum(map(len, entries.values())), 'image')} leave none to train on: add "
                         f"normal images, or lower --val_fraction and --test_fraction.")
+    config = replace(config, **from_json(source.flags))
     pixels = _pixels(config, row)
     flip = {'auto': row.flip, 'on': True, 'off': False}[config.flip]
     made = {part: Part(entries[part], source, pixels, _depth(config), static=config.binarize == 'static',

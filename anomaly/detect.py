@@ -28,6 +28,7 @@ from anomaly.nifti_maps import write_cases
 from anomaly.scorer import Scored, Scorer
 from anomaly.scores import ScoreConfig, choose_scores
 from checkpoint import fingerprint
+from datasets import volume_flags
 from utils import UserError, finite, read_json, write_atomically, write_json
 
 # fields of ScoreConfig that the scores, maps and calls of an image depend on
@@ -77,9 +78,10 @@ def detect(model: Any, data: Any, out: str | Path, config: ScoreConfig, *, num_i
     write_scores(out / 'scores.csv', {'val': validation, 'test': test}, validation, thresholds)
     if segmented:
         segmentation.write_segmentation(out / 'segmentation.csv', segmented)
-    mm = spacing(validation.entries[0]).tolist() if len(data.shape) == 4 else []
-    kept = keep_thresholds(settings | {'weights': fingerprint(model), 'spacing': mm}, thresholds,
-                           pixel_thresholds, validation, scores)
+    prepared = settings | {'weights': fingerprint(model), 'spacing': [], 'volumes': {}}
+    if len(data.shape) == 4:
+        prepared |= {'spacing': spacing(validation.entries[0]).tolist(), 'volumes': volume_flags(data.config)}
+    kept = keep_thresholds(prepared, thresholds, pixel_thresholds, validation, scores)
     path = out / 'metrics.json'
     write_json(path, {**(read_json(path) if path.exists() else {}), 'anomaly': result})
     run_folder = Path(run_folder or out)

@@ -32,7 +32,7 @@ from anomaly.passes import Passes
 from anomaly.scores import ScoreConfig, choose_scores
 from anomaly.segmentation import segment
 from checkpoint import fingerprint
-from datasets import DataConfig, preparation
+from datasets import DataConfig, from_json, preparation
 from readers.files import Found, Loaded, Preparation
 from readers.images import cores
 from readers.new_volumes import NewVolumes
@@ -72,7 +72,8 @@ def predict(run: Any) -> int:
     settings = normal.settings(wanted, run.config.num_iw_samples)
     scores = normal.scores(wanted, run.model, settings['num_iw_samples'])
     names = [score.name for score in scores]
-    prepared = preparation(run.data_config, run.model.shape, run.model.pixels, normal.spacing)
+    prepared = preparation(normal.data_config(run.data_config), run.model.shape, run.model.pixels,
+                           normal.spacing)
     # All walk, so that all meet the same mistake; files may come and go meanwhile, so the first one's count.
     found = launch.gather([prepared.find(data, without=run.out)])[0]
     primary = normal.primary(wanted, names)
@@ -114,7 +115,8 @@ class Normal:
         if not path.exists():
             raise UserError(f"there is no {path}, which says what is normal. Make it once: {command}")
         kept = read_json(path)
-        expected = {'weights', 'primary_score', 'num_iw_samples', 'scores', 'fitted', 'spacing', *SETTINGS}
+        expected = {'weights', 'primary_score', 'num_iw_samples', 'scores', 'fitted', 'spacing', 'volumes',
+                    *SETTINGS}
         if missing := sorted(expected - set(kept if isinstance(kept, dict) else ())):
             raise UserError(f"{path} lacks {missing[0]!r}: it is not what this version writes. Make it anew: "
                             f"{command}")
@@ -122,6 +124,10 @@ class Normal:
             raise UserError(f"{path} belongs to other weights of the model (training went on, or --no_ema "
                             f"differs). Make it anew: {command}")
         return cls(path, kept)
+
+    def data_config(self, flags: DataConfig) -> DataConfig:
+        """The run's flags, with those by which its volumes were prepared: of an LMDB these are its own."""
+        return dataclasses.replace(flags, **from_json(self.kept['volumes']))
 
     @property
     def spacing(self) -> list[float]:

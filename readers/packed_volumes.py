@@ -69,7 +69,8 @@ def read_packed_volumes(path: str | Path, config: VolumeConfig, *, image_size: i
             numbers = [n for n, f in files.items() if f.class_name in usual + abnormal]
             made = _unpack(packed, numbers, target, depth)
             return {**made, 'bad': bad + made['bad'], 'notes': packed.meta['volumes']['notes'],
-                    'normal_classes': usual, 'anomalous_classes': abnormal}
+                    'flags': packed.meta['volumes']['flags'], 'normal_classes': usual,
+                    'anomalous_classes': abnormal}
 
     return cached(cache_dir, key, make)
 

@@ -99,6 +99,7 @@ class Source:
     bad: list[tuple[str, str]] = field(default_factory=list)            # (id, reason) of each unreadable file
     twins: list[tuple[str, str, float]] = field(default_factory=list)    # ids of near-duplicates, correlation
     notes: list[str] = field(default_factory=list)                            # what the user should know
+    flags: dict[str, Any] = field(default_factory=dict)                  # by which a packed set was prepared
 
 
 def same_name(a: str, b: str) -> bool:

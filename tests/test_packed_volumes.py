@@ -8,7 +8,7 @@ from nibabel import Nifti1Image
 from nibabel import save as write_nifti
 from test_packed import assert_same
 
-from datasets import DataConfig, load_data
+from datasets import DataConfig, load_data, volume_flags
 from scripts.create_lmdb import FolderConfig, pack, plan, verify
 from utils import UserError
 
@@ -67,6 +67,7 @@ def test_a_data_set_is_the_same_from_its_files_and_from_its_lmdb(scans, packed, 
             grids = [[e.grids for e in getattr(data, part).entries] for data in (files, lmdb)]
             assert grids[0] == grids[1] and all(grids[0])
         assert all(line in lmdb.report for line in files.report)
+        assert volume_flags(lmdb.config) == volume_flags(files.config), "a prediction prepares new files so"
 
 
 def test_sixteen_bits_stay(scans, tmp_path, capsys):
