@@ -183,8 +183,7 @@ class SpatialMSMA(nn.Module):
             raise UserError(f"skip {skip}: spatial_msma has no latent groups, give 0.")
         with full_precision_on(x.device):
             if temperature == 0:
-                nll, inside = self._voxel_nll(x), foreground(x).to(x)
-                return {'loss': (nll * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)}
+                return {'loss': torch.stack([nll.mean() for _, nll in self._foreground_nll(x)]).to(x.dtype)}
             lowest = x.amin()
             inside = (x > lowest).flatten(2).any(1).any(0)                                   # (V,)
             order = torch.rand(len(inside), device=x.device).where(inside | ~inside.any(), -1)
@@ -199,14 +198,15 @@ class SpatialMSMA(nn.Module):
 
     # ------------------------------------------------------------------------------------------- capabilities
 
-    def _voxel_nll(self, x: Tensor) -> Tensor:
-        """-log p of every voxel, nats: (B, 1, *S)."""
-        features, image_code = self.features(x), self.image_code(x)
-        chunks = torch.arange(x[0, 0].numel(), device=x.device).split(self.config.patch_batch_size)
-        rows = [torch.cat([-self.log_prob(features[i:i + 1], None if image_code is None
-                                          else image_code[i:i + 1], voxels) for voxels in chunks], dim=1)
-                for i in range(len(x))]
-        return torch.cat(rows).reshape(len(x), 1, *x.shape[2:]).to(x.dtype)
+    def _foreground_nll(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each image the voxels (P,) of its foreground and -log p there, nats, float64: (P,)."""
+        features, image_code, found = self.features(x), self.image_code(x), []
+        for i, inside in enumerate(foreground(x).flatten(1)):
+            voxels, row = inside.nonzero().squeeze(1), slice(i, i + 1)
+            code = None if image_code is None else image_code[row]
+            found.append((voxels, torch.cat([-self.log_prob(features[row], code, chunk)[0]
+                                             for chunk in voxels.split(self.config.patch_batch_size)])))
+        return found
 
     def foreground(self, x: Tensor) -> Tensor:
         """Where a channel of images x (B, C, *S) is above the least value of its image: (B, 1, *S), bool."""
@@ -219,9 +219,10 @@ class SpatialMSMA(nn.Module):
         Outside the foreground, which the flow has not learnt, the least value of the inside.
         """
         with full_precision_on(x.device):
-            nll, inside = self._voxel_nll(x), foreground(x)
-        least = nll.where(inside, torch.inf).amin(tuple(range(1, x.ndim)), keepdim=True)
-        return nll.where(inside, least)
+            found = self._foreground_nll(x)
+        maps = torch.stack([nll.amin().repeat(x[0, 0].numel()).index_copy(0, voxels, nll)
+                            for voxels, nll in found])
+        return maps.reshape(len(x), 1, *x.shape[2:]).to(x.dtype)
 
     def score_norms(self, x: Tensor, **options: Any) -> Tensor:
         """Those of the score model: see Score3D."""
