@@ -178,7 +178,8 @@ def test_score_models_take_a_step_and_are_scored(name, env, score_run):
     larger = ('--volume_shape', '16', '16', '16') if name == 'score3d_matryoshka' else ()
     for run in score_run(name, *larger, **(others if name != 'score3d_biggan' else {}), **env):
         assert 'done: 1 steps, 0 skipped' in (run / 'log.txt').read_text()
-        assert read_json(run / 'metrics.json')['anomaly']['counts']['test'] == {'normal': 6, 'tumour': 4}
+        assert read_json(run / 'anomaly' / 'metrics.json')['anomaly']['counts']['test'] == {
+            'normal': 6, 'tumour': 4}
 
 
 def test_three_nodes_need_an_address(recorder):
