@@ -147,7 +147,8 @@ def score_run(recorder, tmp_path_factory, cache):
         folders, (recipe, *configuration) = [], name.split()
         for program, *argv in commands(recipe, recorder, *configuration, ROOT=str(root), **env):
             if Path(program).name == 'evaluate.py':
-                take(evaluate, [*argv, *FEW_SCORES], cache)
+                score = 'voxel_nll' if 'spatial_msma' in argv[1] else 'msma_knn'
+                take(evaluate, [*argv, *FEW_SCORES, '--scores', score], cache)
                 continue
             args = train.parse_args(argv)
             take(train, [*argv, '--data', str(data[args.dataset]), *TINY_VOLUMES[args.dataset],
