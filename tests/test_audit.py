@@ -17,6 +17,7 @@ from anomaly.trivial import (
     FEATURES,
     IMMERKAER,
     PICTURE_FEATURES,
+    TRAITS,
     Measured,
     border,
     look,
@@ -342,7 +343,7 @@ def test_the_worst_comes_first_and_of_equals_the_cause():
         row = lambda name, auroc: {'topic': FEATURES[name].topic, 'auroc': auroc, 'low': auroc - 0.02,
                                    'high': auroc + 0.02}
         numbers = {name: {'low': 1.0, 'median': 2.0, 'high': 3.0} for name in aurocs}
-        groups = {name: {'features': numbers, 'traits': {'format': {}, 'pixels': {}, 'size': {}}}
+        groups = {name: {'features': numbers, 'traits': {trait: {} for trait in TRAITS}}
                   for name in ('Normal', 'COVID')}
         comparison = {'kind': 'class', 'first': 'Normal', 'second': 'COVID', 'combined': row('mean', 0.97),
                       'features': {name: row(name, auroc) for name, auroc in aurocs.items()}}
@@ -372,7 +373,7 @@ def test_what_chance_brings_is_told_from_what_it_does_not():
 
 def test_words_that_are_compared():
     def files(*formats):
-        return Measured({}, {trait: list(formats) for trait in ('size', 'format', 'pixels', 'encoder')},
+        return Measured({}, {trait: list(formats) for trait in TRAITS},
                         [str(i) for i in range(len(formats))])
     chosen = lambda a, b: [word for trait, word in common_words(a, b) if trait == 'format']
     assert chosen(files('PNG', 'PNG'), files('PNG', 'JPEG')) == ['JPEG']           # one of two says all

@@ -6,7 +6,6 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,12 +257,3 @@ def test_help_shows_the_modes_and_that_the_runs_data_are_the_default(capsys):
     text = ' '.join(capsys.readouterr().out.split())
     shown = re.search(r'--eval_mode {([\w,]+)}', text)[1].split(',')
     assert set(shown) == set(evaluate.MODES) and "(default: the run's)" in text
-
-
-def test_volumes_are_not_predicted_and_that_is_said_in_one_line(tmp_path):
-    """Before anything is read."""
-    volumes = SimpleNamespace(shape=(1, 8, 8, 8))
-    args = evaluate.parse_args(['--checkpoint', str(tmp_path), '--eval_mode', 'predict', '--data', 'nowhere'])
-    run = evaluate.Evaluation(volumes, {}, args, read_flags(evaluate.EvalConfig, args), print)
-    with pytest.raises(UserError, match=r'volumes \(1, 8, 8, 8\): anomaly scores are made of images'):
-        evaluate.MODES['predict'](run)

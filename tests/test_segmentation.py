@@ -17,6 +17,7 @@ from anomaly.maps import interior
 from anomaly.report import segmentation_table
 from anomaly.scores import ScoreConfig
 from anomaly.segmentation import METRICS, call, compare, segment, summarize, surface_distances, without_small
+from datasets import DataConfig
 from readers.nifti import Grid
 
 MM = (1.0, 1.0, 1.0)
@@ -184,7 +185,7 @@ def volumes(order):
         for entry in made[name].entries:
             entry.label, entry.has_mask = 0, True
     return SimpleNamespace(**made, test=part, shape=(1, 16, 16, 16), anomalous_classes=('tumour',), report=[],
-                           pixels=SimpleNamespace(bits=8, padding=0), config=SimpleNamespace(dataset='toy'),
+                           pixels=SimpleNamespace(bits=8, padding=0), config=DataConfig(dataset='brain'),
                            split={'split_seed': 0, 'duplicates': []})
 
 

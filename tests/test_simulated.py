@@ -75,7 +75,7 @@ def test_volumes_get_lesions_with_masks(brains):
     assert sim.id == [f'sim/{i}' for i in normal.id] and bright.id == [f'bright/{i}' for i in known.id]
     for batch in (sim, pushed):
         assert batch.mask.flatten(1).any(1).all()
-        assert ((batch.x - normal.x).abs().amax(1, keepdim=True) > 0.1)[batch.mask].float().mean() > 0.4
+        assert ((batch.x - normal.x).abs().amax(1, keepdim=True) > 0.1)[batch.mask].float().mean() > 0.3
     assert 0.5 < (sim.x == normal.x).float().mean() < 1, "the soft edges are narrow"
     assert torch.equal(bright.mask, known.mask)
     expected = torch.where(known.mask, (1.5 * known.x).clamp(max=1), known.x)

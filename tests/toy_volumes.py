@@ -8,6 +8,7 @@ from test_detect import Part
 from test_scores import seeded
 
 from anomaly.scorer import Case
+from datasets import DataConfig
 
 SHAPE = (10, 12, 8)                 # voxels to the right, to the front, upwards
 LESION = (7, 3, 5)                  # on the right, at the back, high up
@@ -37,7 +38,7 @@ def make_volumes(channels=1, masks=True):
         train=Part(normal(10, 0), ['Normal'] * 10), val=Part(normal(10, 1), ['Normal'] * 10),
         test=Part(test, ['Normal'] * 10 + ['Tumour'] * 4, marks if masks else None),
         shape=(channels, *SHAPE), pixels=SimpleNamespace(bits=8, padding=0), anomalous_classes=('Tumour',),
-        report=[], split={'split_seed': 0, 'duplicates': []}, config=SimpleNamespace(dataset='toy'))
+        report=[], split={'split_seed': 0, 'duplicates': []}, config=DataConfig(dataset='brain'))
 
 
 def one_case(channels=1, voxel=LESION, size=SHAPE):
