@@ -194,6 +194,7 @@ def test_importing_a_module_does_no_work():
     names = ['.'.join(path.with_suffix('').parts) for path in modules()
              if path.name != '__init__.py' and path.parts[0] != 'scripts']
     done = subprocess.run([sys.executable, '-c', WATCH, *names], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+                          timeout=120, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1',
+                                            'PYTHONDONTWRITEBYTECODE': '1'})
     assert done.returncode == 0, done.stderr
     assert not done.stdout.strip(), done.stdout
