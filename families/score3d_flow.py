@@ -104,15 +104,15 @@ class SpatialMSMA(nn.Module):
                             f"with.")
         self.score_model = Score3D(self.shape, inner, pixels).requires_grad_(False).eval()
         with torch.device('cpu'):                                  # a number, also of models without memory
-            n = len(Levels(**config.levels).times(self.score_model.sde))
+            self.levels = len(Levels(**config.levels).times(self.score_model.sde))
         self.position = PositionCode(config.context_embedding_size, size)
         self.global_context = GlobalContext(
             channels, size, kernel=config.global_patch_kernel, stride=config.global_patch_stride,
             embedding=config.global_embedding_size, width=config.context_embedding_size) \
             if config.use_global_context else None
         width = config.context_embedding_size * (1 + config.use_global_context)
-        self.flow = ConditionalFlow(n, width, hidden=config.hidden_features, num_blocks=config.num_blocks,
-                                    base=config.base_distribution)
+        self.flow = ConditionalFlow(self.levels, width, hidden=config.hidden_features,
+                                    num_blocks=config.num_blocks, base=config.base_distribution)
         self.cache = FeatureCache(int(config.cache_gb * 2 ** 30) if config.cache_maps else 0)
         self.score_model.register_load_state_dict_post_hook(self.cache.clear)
 
@@ -150,8 +150,12 @@ class SpatialMSMA(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Norms of the scores around every voxel at n levels, of images x (B, C, *S) in [0, 1]: (B, n, *S).
 
-        Each image is passed alone: its numbers do not depend on others, nor on what is in the cache.
+        Each image is passed alone: its numbers do not depend on others, nor on what is in the cache. They
+        take no part in the backward pass, so that estimates of its memory need none.
         """
+        if x.is_meta:
+            return x.new_empty(len(x), self.levels, *x.shape[2:])
+
         def make(image: Tensor) -> Tensor:
             maps = self.score_model.score_maps(image[None], **self.config.levels)
             return pool(maps, self.config.local_patch_kernel)[0]

@@ -20,6 +20,7 @@ from torch.distributions import (
     Transform,
     constraints,
 )
+from torch.utils.checkpoint import checkpoint
 from zuko.transforms import (
     AdditiveTransform,
     ComposedTransform,
@@ -236,18 +237,31 @@ class Spline(MonotonicRQSTransform):
 
 # ---------------------------------------------------------------------------------------- layers of the flow
 
-class AffineAutoregressive(nn.Module):
-    """The affine autoregressive transform of rows with these contexts."""
+class Layer(nn.Module):
+    """Rows (..., n) and contexts (..., c) to rows and log |det| (...); `transform` is what it does."""
+    recomputes = False               # keep only the input for the backward pass
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, context, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, context)
+
+    def _forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform(context).call_and_ladj(x)
+
+
+class AffineAutoregressive(Layer):
+    """The affine autoregressive transform."""
 
     def __init__(self, n: int, hidden: int, context: int):
         super().__init__()
         self.net = AutoregressiveNetwork(n, hidden, context)
 
-    def forward(self, context: Tensor) -> Transform:
+    def transform(self, context: Tensor) -> Transform:
         return Autoregressive(self.net, context)
 
 
-class PermutedLinear(nn.Module):
+class PermutedLinear(Layer):
     """A random permutation, then L U x + bias: L with ones on its diagonal, U with positive numbers there."""
 
     def __init__(self, n: int):
@@ -258,7 +272,7 @@ class PermutedLinear(nn.Module):
         self.unconstrained_upper_diag = nn.Parameter(torch.full((n,), SLOPE_OF_1))
         self.bias = nn.Parameter(torch.zeros(n))
 
-    def forward(self, context: Tensor) -> Transform:
+    def transform(self, context: Tensor) -> Transform:
         diagonal = F.softplus(self.unconstrained_upper_diag) + LEAST
         n, empty = len(diagonal), torch.diag(torch.zeros_like(diagonal))
         rows, columns = torch.tril_indices(n, n, -1, device=diagonal.device)
@@ -271,7 +285,7 @@ class PermutedLinear(nn.Module):
                                  DependentTransform(AdditiveTransform(self.bias), 1))
 
 
-class SplineCoupling(nn.Module):
+class SplineCoupling(Layer):
     """Splines of all entries; those of the odd ones depend on the even ones and the context."""
 
     def __init__(self, n: int, hidden: int, context: int):
@@ -283,7 +297,7 @@ class SplineCoupling(nn.Module):
         self.unnormalized_heights = nn.Parameter(torch.zeros(even, BINS))
         self.unnormalized_derivatives = nn.Parameter(torch.full((even, BINS - 1), SLOPE_OF_1))
 
-    def forward(self, context: Tensor) -> Transform:
+    def transform(self, context: Tensor) -> Transform:
         def odd_given(even: Tensor) -> Transform:
             values = self.net(even, context).unflatten(-1, (-1, 3 * BINS - 1))
             widths, heights, slopes = values.split([BINS, BINS, BINS - 1], dim=-1)
@@ -356,12 +370,15 @@ class ConditionalFlow(nn.Module):
 
     def transform(self, context: Tensor) -> Transform:
         """From data to latent, for rows of these contexts."""
-        return ComposedTransform(*(layer(context) for layer in self.layers))
+        return ComposedTransform(*(layer.transform(context) for layer in self.layers))
 
     def log_prob(self, x: Tensor, context: Tensor) -> Tensor:
         """log density, nats, float64: (...)."""
-        z, log_det = self.transform(context).call_and_ladj(x)
-        return self.base().log_prob(z.double()) + log_det
+        log_det = 0.0
+        for layer in self.layers:
+            x, added = layer(x, context)
+            log_det = log_det + added
+        return self.base().log_prob(x.double()) + log_det
 
     @torch.no_grad()
     def sample(self, context: Tensor) -> Tensor:

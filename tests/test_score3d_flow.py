@@ -17,6 +17,7 @@ from families.score3d_flow import SpatialMSMA, SpatialMSMAConfig
 from families.score3d_flow_layers import BASES, ConditionalFlow
 from families.score3d_patches import PositionCode, foreground, pool
 from model import describe, load_model
+from neural_operations import checkpoint_activations
 from utils import UserError
 
 FLAGS = {'msma_levels': 4, 'num_blocks': 1, 'hidden_features': 8, 'context_embedding_size': 6,
@@ -82,8 +83,22 @@ def test_at_the_start_the_flow_only_permutes_and_scales():
     scale = 1 / (1 + math.exp(-2)) + 1e-3
     assert torch.allclose(z, x / scale) and torch.allclose(log_det, torch.tensor(-4 * math.log(scale)))
     permuted = ConditionalFlow(4, 3, hidden=8, num_blocks=1, base='standard').layers[1]
-    y, log_det = permuted(None).call_and_ladj(x)
+    y, log_det = permuted(x, None)
     assert torch.allclose(y, x[:, permuted.permutation], atol=1e-6) and log_det.abs().max() < 1e-6
+
+
+def test_recomputed_layers_give_the_same_gradients():
+    flow = stir(ConditionalFlow(5, 3, hidden=8, num_blocks=1, base='gaussian_mixture'))
+    rows, contexts = (torch.randn(6, size, dtype=torch.float64) for size in (5, 3))
+    gradients, kept = [], []
+    for recomputes in (False, True):
+        checkpoint_activations(flow, recomputes)
+        before = len(kept)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = flow.log_prob(rows, contexts).sum()
+        kept[before:] = [sum(kept[before:])]
+        gradients.append(torch.autograd.grad(loss, list(flow.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and kept[1] < kept[0] / 2
 
 
 def test_training_approaches_a_known_density():
