@@ -103,11 +103,12 @@ def test_published_networks_are_those_of_the_official_code(name, recorder):
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_commands_take_a_step(name, recorder, tmp_path, cache, monkeypatch):
-    """On a stand-in in the published layout on disk, at reduced width."""
+    """On a stand-in in the published layout on disk, at reduced width, and of large images at a quarter."""
     monkeypatch.chdir(tmp_path)
     (_, *argv), *_ = commands(name, recorder, *SMALL, NODES='1')
-    data = make_standin(train.parse_args(argv).dataset, tmp_path / 'data')
-    take(train, [*argv, '--data', str(data)], cache)
+    dataset = train.parse_args(argv).dataset
+    size = ['--image_size', '64'] if DATASETS[dataset].size == 256 else []
+    take(train, [*argv, '--data', str(make_standin(dataset, tmp_path / 'data')), *size], cache)
     run, = (tmp_path / 'runs').iterdir()
     assert 'done: 1 steps, 0 skipped' in (run / 'log.txt').read_text()
     first = json.loads((run / 'metrics.jsonl').read_text().splitlines()[0])
