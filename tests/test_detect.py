@@ -77,6 +77,13 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(autouse=True)
+def without_a_page(request, monkeypatch):
+    """Drawing the report takes longer than all the rest: tests that look at it say so."""
+    if 'page' not in request.keywords:
+        monkeypatch.setattr('anomaly.report.write', lambda *args: None)
+
+
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp('run'), []
@@ -173,6 +180,7 @@ def test_pixel_thresholds_come_from_all_validation_pixels_and_are_kept(finished)
     assert kept['target_pixel_fpr'] == 0.005 and 'pixel_threshold' not in kept['scores']['png_size']
 
 
+@pytest.mark.page
 def test_smoothing_and_the_body_change_maps_alone(finished, tmp_path):
     result = run(tmp_path, make_data(masks=True), config=dataclasses.replace(
         CONFIG, map_smoothing=1.0, body_mask=0.3, scores=('recon_nll',)))
@@ -231,6 +239,7 @@ def test_flags_reach_the_passes(tmp_path, monkeypatch):
         (1, 'score', 'test', i) for i in range(5)]
 
 
+@pytest.mark.page
 def test_the_settings_that_scores_depend_on_are_written(tmp_path):
     config = ScoreConfig(scores=('llr_1',), num_draws=1, iw_samples_lk=2, llr_noise='shared', num_bootstrap=5)
     result = run(tmp_path, config=config)
@@ -260,6 +269,7 @@ def test_a_good_score_finds_the_anomalies_and_the_verdict_says_so(finished):
     assert any(line.startswith('  nelbo *') for line in finished.lines)
 
 
+@pytest.mark.page
 def test_same_command_same_numbers(finished, tmp_path):
     torch.rand(3)
     run(tmp_path, make_data(masks=True))
@@ -272,6 +282,7 @@ def score_on_a_rank(out):
     return 0
 
 
+@pytest.mark.page
 def test_two_ranks_give_what_one_gives(tmp_path):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -330,6 +341,7 @@ def test_an_autoencoder_gets_the_scores_that_it_can(tmp_path):
     assert any('left out' in line and 'likelihood terms' in line for line in lines)
 
 
+@pytest.mark.page
 def test_one_class_and_few_validation_images(tmp_path):
     lines = []
     result = run(tmp_path, make_data(val=12, classes=('COVID',)), config=ScoreConfig(
@@ -339,6 +351,7 @@ def test_one_class_and_few_validation_images(tmp_path):
     assert not (tmp_path / 'figures' / 'cases.png').exists()
 
 
+@pytest.mark.page
 def test_a_test_part_without_anomalies_gives_scores_and_calls_only(tmp_path):
     lines = []
     result = run(tmp_path, make_data(classes=()), config=FEW, log=lines.append)

@@ -56,10 +56,10 @@ def images(n=3, shape=(2, 8, 8), border=2):
 def test_a_density_integrates_to_1(base):
     torch.manual_seed(0)
     flow = stir(ConditionalFlow(2, 3, hidden=8, num_blocks=2, base=base), 0.15)
-    axis = torch.arange(-10, 10, 0.1, dtype=torch.float64)
+    axis = torch.arange(-10, 10, 0.04, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     context = torch.tensor([0.3, -1.0, 0.5], dtype=torch.float64).expand(len(grid), -1)
-    assert flow.log_prob(grid, context).exp().sum().item() * 0.1 ** 2 == approx(1, abs=2e-3)
+    assert flow.log_prob(grid, context).exp().sum().item() * 0.04 ** 2 == approx(1, abs=2e-3)
 
 
 def test_log_det_is_that_of_the_jacobian_and_the_way_back_leads_back():
