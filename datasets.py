@@ -318,7 +318,7 @@ def volume_flags(config: DataConfig) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(VolumeConfig)}
 
 
-def from_json(flags: dict[str, Any]) -> dict[str, Any]:
+def flags_from_json(flags: dict[str, Any]) -> dict[str, Any]:
     """The same with tuples, as flags have them, for the lists that JSON makes of these."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
 
@@ -417,7 +417,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     if not len(entries['train']):
         raise UserError(f"{count(sum(map(len, entries.values())), 'image')} leave none to train on: add "
                         f"normal images, or lower --val_fraction and --test_fraction.")
-    config = replace(config, **from_json(source.flags))
+    config = replace(config, **flags_from_json(source.flags))
     pixels = _pixels(config, row)
     flip = {'auto': row.flip, 'on': True, 'off': False}[config.flip]
     made = {part: Part(entries[part], source, pixels, _depth(config), static=config.binarize == 'static',

@@ -32,7 +32,7 @@ from anomaly.passes import Passes
 from anomaly.scores import ScoreConfig, choose_scores
 from anomaly.segmentation import segment
 from checkpoint import fingerprint
-from datasets import DataConfig, from_json, preparation
+from datasets import DataConfig, flags_from_json, preparation
 from readers.files import Found, Loaded, Preparation
 from readers.images import cores
 from readers.new_volumes import NewVolumes
@@ -127,7 +127,7 @@ class Normal:
 
     def data_config(self, flags: DataConfig) -> DataConfig:
         """The run's flags, with those by which its volumes were prepared: of an LMDB these are its own."""
-        return dataclasses.replace(flags, **from_json(self.kept['volumes']))
+        return dataclasses.replace(flags, **flags_from_json(self.kept['volumes']))
 
     @property
     def spacing(self) -> list[float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from families.score3d_official import renamed
 from utils import UserError
 
 # Our names and the published ones, applied one after the other.
@@ -60,13 +61,5 @@ def from_official(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Ten
     own = model.state_dict()
     names = {name: official_name(name, len(model.flow.layers)) for name in own
              if not name.startswith('score_model.')}
-    missing = sorted(set(names.values()) - weights.keys())
-    surplus = sorted(name for name in weights.keys() - set(names.values()) if not SURPLUS.match(name))
-    if missing or surplus:
-        raise UserError(f"the published weights do not fit these flags: {len(missing)} missing "
-                        f"{missing[:3]}, {len(surplus)} left over {surplus[:3]}.")
-    for name, published in names.items():
-        if own[name].shape != weights[published].shape:
-            raise UserError(f"the published weights do not fit these flags: {published} has the shape "
-                            f"{tuple(weights[published].shape)}, not {tuple(own[name].shape)}.")
-    return own | {name: weights[published] for name, published in names.items()}
+    weights = {name: value for name, value in weights.items() if not SURPLUS.match(name)}
+    return own | renamed(own, names, weights)

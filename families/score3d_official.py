@@ -50,11 +50,11 @@ def to_official(network: nn.Module) -> dict[str, Tensor]:
     return {official_name(network, name): value for name, value in network.state_dict().items()}
 
 
-def from_official(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published weights under our names. UserError if one is missing, left over or of another size."""
-    weights = {name.removeprefix('module.'): value for name, value in weights.items()}
-    weights = {name: value for name, value in weights.items() if name.split('.')[-1] != 'sigmas'}
-    own, names = network.state_dict(), {name: official_name(network, name) for name in network.state_dict()}
+def renamed(own: dict[str, Tensor], names: dict[str, str], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published `weights` under our names; `names` are {ours: published}, `own` what they are to fill.
+
+    UserError if one is missing, left over or of another size.
+    """
     missing = sorted(set(names.values()) - weights.keys())
     surplus = sorted(weights.keys() - set(names.values()))
     if missing or surplus:
@@ -65,6 +65,14 @@ def from_official(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, T
             raise UserError(f"the published weights do not fit these flags: {published} has the shape "
                             f"{tuple(weights[published].shape)}, not {tuple(own[name].shape)}.")
     return {name: weights[published] for name, published in names.items()}
+
+
+def from_official(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights under our names. UserError if one is missing, left over or of another size."""
+    weights = {name.removeprefix('module.'): value for name, value in weights.items()}
+    weights = {name: value for name, value in weights.items() if name.split('.')[-1] != 'sigmas'}
+    own = network.state_dict()
+    return renamed(own, {name: official_name(network, name) for name in own}, weights)
 
 
 def with_averages(network: nn.Module, weights: dict[str, Tensor],
