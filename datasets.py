@@ -24,23 +24,11 @@ from readers.images import FITS, read_folder
 from readers.layouts import Layout, read_records
 from readers.mnist import read_mnist, read_stacked_mnist
 from readers.new_volumes import NewVolumes
-from readers.nifti import entry_grids
 from readers.omniglot import read_omniglot
-from readers.ood import (
-    ENHANCED,
-    OWN,
-    Changed,
-    Wanted,
-    as_anomalies,
-    drawn,
-    parse,
-    read_images,
-    with_sizes,
-)
 from readers.packed import is_packed, read_packed
 from readers.packed_volumes import read_packed_volumes
 from readers.part_folders import read_part_folders
-from readers.parts import Batch, JoinedPart, Part
+from readers.parts import Batch, Part
 from readers.phantom import write_phantoms
 from readers.records import Decoding, Records
 from readers.smallnorb import read_smallnorb
@@ -61,7 +49,7 @@ from readers.split import (
     with_patients,
 )
 from readers.svhn import read_svhn
-from readers.volumes import VolumeConfig, VolumePreparation, apart, check_volumes, read_volumes
+from readers.volumes import VolumeConfig, VolumePreparation, check_volumes, read_volumes
 from utils import UserError, flag, mix_seed
 
 # ------------------------------------------------------------------------------------------------------ table
@@ -95,7 +83,7 @@ class DataSet:
 def _read_folder(config: 'DataConfig', row: DataSet) -> Source:
     return read_folder(row.folder(config), normal=row.normal, normal_wanted=config.normal_classes,
                        anomalous=config.anomalous_classes, size=config.image_size or row.size,
-                       channels=config.channels or row.channels, depth=_depth(config), fit=config.fit,
+                       channels=config.channels or row.channels, depth=config.depth, fit=config.fit,
                        masks=row.masks, cache_dir=config.cache_dir, where=row.where)
 
 
@@ -103,7 +91,7 @@ def _read_volumes(config: 'DataConfig', row: DataSet) -> Source:
     return read_volumes(row.folder(config), config, modalities=config.modalities or row.modalities,
                         labels=config.labels or row.labels, normal=row.normal,
                         normal_wanted=config.normal_classes, anomalous=config.anomalous_classes,
-                        side=config.image_size or row.size, depth=_depth(config), cache_dir=config.cache_dir,
+                        side=config.image_size or row.size, depth=config.depth, cache_dir=config.cache_dir,
                         where=row.where)
 
 
@@ -139,11 +127,11 @@ def _read_packed(config: 'DataConfig', row: DataSet) -> Source:
     if row.dims == 3:
         return read_packed_volumes(config.data, config, image_size=config.image_size, normal=row.normal,
                                    normal_wanted=config.normal_classes, anomalous=config.anomalous_classes,
-                                   depth=_depth(config), cache_dir=config.cache_dir)
+                                   depth=config.depth, cache_dir=config.cache_dir)
     border = _padding(config, row)
     return read_packed(config.data, normal=row.normal, normal_wanted=config.normal_classes,
                        anomalous=config.anomalous_classes, size=(config.image_size or row.size) - 2 * border,
-                       border=border, channels=config.channels or row.channels, depth=_depth(config),
+                       border=border, channels=config.channels or row.channels, depth=config.depth,
                        fit=config.fit, masks=row.masks, cache_dir=config.cache_dir)
 
 
@@ -292,10 +280,10 @@ class DataConfig(VolumeConfig):
     num_workers: int = flag(0, 'processes that prepare batches; 0 = none besides the program')
     cache_dir: str = flag('', "folder for decoded images; '' = a folder in $XDG_CACHE_HOME or ~/.cache")
 
-
-def _depth(config: DataConfig) -> int:
-    """Bits at which decoded images are kept; --num_x_bits takes its grey levels from these."""
-    return 16 if config.num_x_bits > 8 else 8
+    @property
+    def depth(self) -> int:
+        """Bits at which decoded images are kept; --num_x_bits takes its grey levels from these."""
+        return 16 if self.num_x_bits > 8 else 8
 
 
 def _padding(config: DataConfig, row: DataSet) -> int:
@@ -330,9 +318,9 @@ def preparation(config: DataConfig, shape: Sequence[int], pixels: Pixels,
     """
     row = DATASETS[config.dataset]
     if row.dims == 2:
-        return Preparation(tuple(shape), pixels, _depth(config), config.fit, config.dequantize, config.invert)
+        return Preparation(tuple(shape), pixels, config.depth, config.fit, config.dequantize, config.invert)
     names = config.modalities or row.modalities
-    prepared = replace(VolumePreparation.of(config, names, _depth(config)), usual=tuple(spacing))
+    prepared = replace(VolumePreparation.of(config, names, config.depth), usual=tuple(spacing))
     return NewVolumes(tuple(shape), pixels, prepared, tuple(names), config.labels or row.labels,
                       config.dequantize, config.invert)
 
@@ -408,7 +396,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     if split and not config.normal_classes:
         config = replace(config, normal_classes=tuple(split['normal_classes']))
     source = (_read_packed if is_packed(config.data) else row.read)(config, row)
-    report = list(source.notes) + _left_out(source, config.skip_corrupt)
+    report = list(source.notes) + left_out(source, config.skip_corrupt)
     are_records = isinstance(source.entries, Records)
     if split and are_records != ('records' in split):
         raise UserError(f"{config.data} is kept in another form than the data that the run's split.json "
@@ -420,7 +408,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     config = replace(config, **flags_from_json(source.flags))
     pixels = _pixels(config, row)
     flip = {'auto': row.flip, 'on': True, 'off': False}[config.flip]
-    made = {part: Part(entries[part], source, pixels, _depth(config), static=config.binarize == 'static',
+    made = {part: Part(entries[part], source, pixels, config.depth, static=config.binarize == 'static',
                        flip=flip, dequantize=config.dequantize, invert=config.invert, augment=config.augment)
             for part in PARTS}
     stored = {'dataset': config.dataset, 'split_seed': config.split_seed,
@@ -431,7 +419,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
                 split=stored, report=report, config=config)
 
 
-def _left_out(source: Source, skip_corrupt: bool) -> list[str]:
+def left_out(source: Source, skip_corrupt: bool) -> list[str]:
     """A line for each unreadable file. Raises UserError if there is one and none may be left out."""
     lines = [f'{name} {reason}' for name, reason in source.bad]
     if lines and not skip_corrupt:
@@ -479,114 +467,7 @@ def _part_records(config: DataConfig, row: DataSet, source: Source, split: dict[
     return made, {'split_seed': seed, 'duplicates': [], 'records': counts}
 
 
-# -------------------------------------------------------------------------------------- out of distribution
-
-def with_ood(data: Data, sets: Sequence[str], most: int = 0, seed: int = 0) -> Data:
-    """The same with more anomalous images in the part `test`, a class for each of `sets`: NAME=PATH[:CHANGE].
-
-    They are brought to the shape, the bits and the likelihood of `data`. At most `most` images of each set,
-    drawn by `seed`; 0 = all. Raises UserError. What the run stores of its split does not change.
-    """
-    wanted, report = [parse(text) for text in sets], list(data.report)
-    parts = {'': data.test}
-    for one in wanted:
-        if one.name in parts or one.name in {*data.normal_classes, *data.anomalous_classes}:
-            raise UserError(f"--ood {one.name}: there is a class of this name already. Take another name.")
-        read = _own_part if one.path == OWN else _foreign_part
-        parts[one.name] = part = read(data, one, most, seed, report)
-        if not len(part):
-            raise UserError(f"--ood {one.name}: there is no image in {one.path} to take.")
-        changed = f", {', '.join(one.changes)}" if one.changes else ''
-        report.append(f'out of distribution: {one.name}, {count(len(part), "image")} of {one.path}{changed}')
-    return replace(data, test=JoinedPart(list(parts.values())), report=report,
-                   anomalous_classes=(*data.anomalous_classes, *(one.name for one in wanted)))
-
-
-def _own_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
-    """The run's own normal test images, changed; or those with known lesions, if these are to be changed.
-
-    Their border is the same on all sides and turns with them.
-    """
-    part, of_lesions = data.test, ENHANCED in wanted.changes
-    entries = drawn([e for e in part.entries if bool(e.label) == of_lesions and
-                     (e.mask_row >= 0 or not of_lesions)], most, seed)
-    if not wanted.gives_masks:                       # a turned image is odd everywhere, not in its lesions
-        entries = [replace(e, mask_row=-1) for e in entries]
-    images = Changed(part.images, entries, wanted, part.masks, depth=part.depth, seed=seed)
-    return _ood_part(data, wanted, images, data.config.invert != wanted.inverted)
-
-
-def _foreign_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
-    """Images that the run does not know; of a published data set its test part."""
-    border, config = data.pixels.padding, replace(data.config, data=wanted.path, image_size=0, channels=0,
-                                                  normal_classes=(), anomalous_classes=())
-    row, published = DATASETS.get(wanted.name), False
-    if len(data.shape) == 4:
-        source = _foreign_volumes(data, wanted, config)
-    else:
-        inner = {'size': data.shape[1] - 2 * border, 'channels': data.shape[0]}
-        published = bool(row) and not is_packed(wanted.path)
-        source = _foreign_images(wanted, config, row, inner, most, seed)
-    report += [f'{wanted.name}: {line}' for line in (*source.notes, *_left_out(source, config.skip_corrupt))]
-    entries = source.entries
-    if isinstance(entries, Records):
-        entries = entries.at(np.flatnonzero(entries.in_test()))
-    elif any(e.part for e in entries):
-        entries = [e for e in entries if e.part == 'test']
-    entries = drawn(entries, most, seed)
-    if published:                                # a PNG of its own size and colours would give a set away
-        entries = [e if e.path else replace(e, file_bytes=0) for e in entries]
-    known = {file['sha256'] for file in data.split.get('files', ()) if file['sha256']}
-    if same := [e.id for e in entries if e.sha256 in known]:
-        report.append(f"{count(len(same), 'image')} of {wanted.name} are images of the run's own data: "
-                      f"{some(same)}")
-    images = Changed(source.pixels, entries, wanted, source.masks, depth=_depth(config), border=border,
-                     seed=seed)
-    return _ood_part(data, wanted, images, wanted.inverted)
-
-
-def _foreign_images(wanted: Wanted, config: DataConfig, row: DataSet | None, inner: dict[str, int], most: int,
-                    seed: int) -> Source:
-    """From an LMDB, from the files of a published data set, or from any folder; without a border."""
-    if is_packed(wanted.path):
-        return read_packed(wanted.path, normal=(), normal_wanted=(), anomalous=(), border=0, **inner,
-                           depth=_depth(config), fit=config.fit, masks=False, cache_dir=config.cache_dir)
-    if row and not row.folder:
-        try:
-            return row.read(config, replace(row, **inner, padding=0, parts=('test',)))
-        except UserError as error:
-            raise UserError(f"--ood {wanted.name}: {error}") from None
-    return read_images(wanted.path, wanted.name, most=most, seed=seed, **inner, depth=_depth(config),
-                       fit=config.fit, cache_dir=config.cache_dir)
-
-
-def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
-    """All subjects of a folder, whatever their class, as the run's flags say, in the run's shape; with the
-    masks of their lesions.
-    """
-    row = replace(DATASETS[config.dataset], size=0, folder=_data_folder)
-    try:
-        source = _read_volumes(replace(config, volume_shape=data.shape[1:], key_files=''), row)
-    except UserError as error:
-        raise UserError(f"--ood {wanted.name}: {error}") from None
-    if not source.entries:
-        return source
-    ours, theirs = (entry_grids(entries[0])[0].spacing for entries in (data.train.entries, source.entries))
-    if apart(theirs, ours):
-        words = [' x '.join(f'{mm:.3g}' for mm in spacing) for spacing in (theirs, ours)]
-        raise UserError(f"--ood {wanted.name}: voxels of {words[0]} mm, the run's are of {words[1]}: train "
-                        f"with --spacing, which then holds for both.")
-    return source
-
-
-def _ood_part(data: Data, wanted: Wanted, images: Changed, invert: bool) -> Part:
-    # A size that only one side has would be a perfect baseline.
-    known = len(data.test) and data.test.entries[0].file_bytes
-    entries = as_anomalies(list(images.entries.values()), wanted.name, wanted.gives_masks)
-    source = Source(with_sizes(entries, images if known else None), images, images.masks, (), (wanted.name,))
-    return Part(source.entries, source, data.pixels, _depth(data.config), dequantize=data.config.dequantize,
-                invert=invert)
-
+# -------------------------------------------------------------------------------------------------- stand-in
 
 class _Noise:
     """Grey levels drawn at random where images would be: `pixels[rows]` is (B, *shape) uint8 or uint16."""
@@ -609,9 +490,9 @@ def stand_in(config: DataConfig, number: int) -> Data:
         raise UserError(f"--dry_run: how large the volumes of {config.dataset} are follows from them: add "
                         f"--data, or --volume_shape.")
     entries = [Entry(f'noise/{i}', '', 'noise', '', 0, i) for i in range(number)]
-    source = Source(entries, _Noise(shape, _depth(config)), None, ('noise',), ())
+    source = Source(entries, _Noise(shape, config.depth), None, ('noise',), ())
     pixels = _pixels(config, row)
-    parts = {part: Part(entries if part == 'train' else [], source, pixels, _depth(config)) for part in PARTS}
+    parts = {part: Part(entries if part == 'train' else [], source, pixels, config.depth) for part in PARTS}
     return Data(**parts, shape=shape, pixels=pixels, normal_classes=('noise',), anomalous_classes=(),
                 split={}, report=[], config=config)
 

@@ -14,7 +14,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ import launch
 from anomaly.audit import audit, sentences
 from anomaly.compare import Run, compare, run_names
 from anomaly.detect import detect
+from anomaly.out_of_distribution import with_ood
 from anomaly.predict import PredictConfig, predict
 from anomaly.scores import ScoreConfig
 from checkpoint import save_checkpoint
-from datasets import Batch, Data, DataConfig, eval_batches, load_data, with_ood
+from datasets import Batch, Data, DataConfig, eval_batches, load_data
 from distributions import Pixels
 from generative.fid import (
     GREY_LEVELS,
@@ -47,7 +48,7 @@ from generative.likelihood import count_dims, evaluate_likelihood
 from generative.pictures import image_grid, save_png
 from generative.sampling import readjust_batch_norm, samples
 from launch import LaunchConfig
-from model import describe, open_model
+from model import MODELS, describe, open_model, place
 from utils import (
     UserError,
     add_flags,
@@ -63,9 +64,11 @@ from utils import (
 NUM_SHOWN = 64                                    # images in a grid
 DEFAULT_NUM_SAMPLES = {'sample': 64, 'evaluate_fid': 50000, 'reconstruct': 64, 'interpolate': 8,
                        'traverse': 4}
+DEFAULT_TEMPERATURE = 0.7                         # of families that do not say theirs
 DEFAULT_IW_SAMPLES = {'evaluate': 1000, 'anomaly': 16}
 SAMPLE_BATCH = 100
 AUDIT_RESAMPLES = 200                             # behind the intervals of the report's audit
+SAMPLED = [family for family in MODELS.values() if hasattr(family, 'Sampling')]    # with flags of their own
 _DEFAULTS = ', '.join(f'{mode} {number}' for mode, number in DEFAULT_NUM_SAMPLES.items())
 
 
@@ -84,7 +87,8 @@ class EvalConfig:
     eval_on_train: bool = flag(False, 'take the training images, not the test images (anomaly takes both)')
     readjust_bn: bool = flag(False, 'sample, evaluate_fid: first fit the batch norms to the temperature')
     save_bn: bool = flag(False, 'with --readjust_bn: keep the model with these statistics as checkpoint.pt')
-    temp: float = flag(0.7, 'sample, evaluate_fid, decode: temperature of latents drawn from the prior')
+    temp: float | None = flag(None, 'sample, evaluate_fid, decode: temperature of what is drawn from the '
+                                    'prior (default: 0.7; of score3d, whose noise it scales, 1)', type=float)
     num_samples: int = flag(0, f'number of images, or of pairs to interpolate; 0 = {_DEFAULTS}')
     keep_groups: tuple = flag((), 'reconstruct: keep so many latent groups from the top, the others at their '
                                   'prior means; each number is a column; none given = all groups', type=int)
@@ -109,11 +113,13 @@ class EvalConfig:
     seed: int = flag(1, 'all noise follows from it')
 
     def __post_init__(self):
-        least_of = {'num_samples': 0, 'max_images': 0, 'num_iw_samples': 0, 'batch_size': 0, 'temp': 0,
+        least_of = {'num_samples': 0, 'max_images': 0, 'num_iw_samples': 0, 'batch_size': 0,
                     'num_frames': 2, 'channel': -1, 'max_ood': 0, 'audit_images': 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
+        if self.temp is not None and self.temp < 0:
+            raise UserError(f"--temp {self.temp}: it must be at least 0.")
         if self.save_bn and not self.readjust_bn:
             raise UserError("--save_bn keeps readjusted batch-norm statistics: give --readjust_bn too.")
         if self.compare and self.eval_mode not in ('sample', 'anomaly'):
@@ -136,6 +142,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_flags(parser, FidConfig)
     add_flags(parser, LaunchConfig)
     add_flags(parser, DataConfig, optional=True)
+    for family in SAMPLED:
+        add_flags(parser, family.Sampling, optional=True)
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.compare):
         parser.error('give --checkpoint, the checkpoint.pt of a run, or --compare, several runs')
@@ -168,6 +176,12 @@ class Evaluation:
     @property
     def batch_size(self) -> int:
         return self.config.batch_size or int(self.run_args.get('batch_size', 100))
+
+    @property
+    def temperature(self) -> float:
+        if self.config.temp is not None:
+            return self.config.temp
+        return getattr(self.model, 'temperatures', (DEFAULT_TEMPERATURE,))[0]
 
     @property
     def num_samples(self) -> int:
@@ -247,13 +261,13 @@ class Evaluation:
         """Fits the batch norms to samples at the temperature, if asked, and keeps the result, if asked."""
         if not self.config.readjust_bn:
             return
-        readjust_batch_norm(self.model, self.config.temp, seed=self.config.seed)
+        readjust_batch_norm(self.model, self.temperature, seed=self.config.seed)
         if self.config.save_bn:
             if launch.is_main():
                 save_checkpoint(self.out / 'checkpoint.pt', {
                     'description': describe(self.model), 'weights': self.model.state_dict(), 'ema': None,
-                    'args': finite(self.run_args), 'readjusted_to': self.config.temp})
-            self.say(f"readjusted to temperature {self.config.temp}: {self.out / 'checkpoint.pt'}")
+                    'args': finite(self.run_args), 'readjusted_to': self.temperature})
+            self.say(f"readjusted to temperature {self.temperature}: {self.out / 'checkpoint.pt'}")
 
     def write_metrics(self, key: str, values: dict[str, Any]) -> None:
         """Puts `values` under `key` into metrics.json; what other modes wrote stays."""
@@ -292,14 +306,14 @@ def sample(run: Evaluation) -> None:
         for path in run.out.glob('samples_*.npz'):                  # of an earlier, larger call
             if int(path.stem.split('_')[1]) * batch_size >= run.num_samples:
                 path.unlink()
-    for index, images in samples(run.model, run.num_samples, batch_size, config.temp, seed=config.seed,
+    for index, images in samples(run.model, run.num_samples, batch_size, run.temperature, seed=config.seed,
                                  rank=launch.rank(), world=launch.world()):
         write_npz(run.out / f'samples_{index}.npz', samples=images.cpu().numpy())
         if index == 0:
             save_png(run.out / 'samples.png', image_grid(images[:NUM_SHOWN]))
-    run.write_metrics('sample', {'num_samples': run.num_samples, 'temperature': config.temp,
+    run.write_metrics('sample', {'num_samples': run.num_samples, 'temperature': run.temperature,
                                  'readjust_bn': config.readjust_bn, 'seed': config.seed})
-    run.say(f"{run.num_samples} images at temperature {config.temp}: {run.out / 'samples.png'}")
+    run.say(f"{run.num_samples} images at temperature {run.temperature}: {run.out / 'samples.png'}")
 
 
 def evaluate_fid(run: Evaluation) -> None:
@@ -315,17 +329,17 @@ def evaluate_fid(run: Evaluation) -> None:
     run.readjust()
     # Binary models are drawn as probabilities, which are means.
     images = 'mean' if run.model.pixels.likelihood == 'bernoulli' else fid.fid_images
-    drawn = measure_samples(run.model, features, run.num_samples, batch_size, config.temp, seed=config.seed,
-                            mean=images == 'mean')
+    drawn = measure_samples(run.model, features, run.num_samples, batch_size, run.temperature,
+                            seed=config.seed, mean=images == 'mean')
     if not launch.is_main():
         return                                              # the distance takes one process
     for line in reference.notes + drawn.notes:
         run.say(line)
     result = distance(drawn, reference) | {
-        'images': images, 'temperature': config.temp, 'readjust_bn': config.readjust_bn,
+        'images': images, 'temperature': run.temperature, 'readjust_bn': config.readjust_bn,
         'batch_size': batch_size, 'seed': config.seed, 'features': features.identity}
     run.write_metrics('fid', result)
-    run.say(f"FID {result['fid']:.4f} of {result['num_images']} images at temperature {config.temp} to "
+    run.say(f"FID {result['fid']:.4f} of {result['num_images']} images at temperature {run.temperature} to "
             f"{result['num_reference'] or 'an unknown number of'} of {reference.source}")
 
 
@@ -403,7 +417,7 @@ def compare_runs(args: argparse.Namespace, config: EvalConfig, say: Callable[[st
         its_config = replace(config, checkpoint=path, eval_mode='anomaly')
         task = Evaluation(model, run_args, args, its_config, say)
         knows_split = (task.run_folder / 'split.json').exists()
-        runs.append(Run(name, path, model, data_with_ood(task), knows_split))
+        runs.append(Run(name, path, place(model, 'cpu'), data_with_ood(task), knows_split))
         tasks.append(task)
     out = Path(config.save) if config.save else tasks[0].run_folder.parent / 'comparison'
     # One size for all: seconds depend on it, and the noise of a score.
@@ -413,6 +427,17 @@ def compare_runs(args: argparse.Namespace, config: EvalConfig, say: Callable[[st
             workers=runs[0].data.config.num_workers)
 
 
+def change_sampling(model: Any, mode: str, args: argparse.Namespace) -> None:
+    """Gives a model the flags of sampling that this command has; scores keep to those of the run."""
+    flags = {f.name: getattr(args, f.name) for family in SAMPLED for f in fields(family.Sampling)
+             if hasattr(args, f.name)}
+    if flags and (mode not in ('sample', 'evaluate_fid') or not isinstance(model, tuple(SAMPLED))):
+        raise UserError(f"--{next(iter(flags))} is for the modes sample and evaluate_fid of a model that "
+                        f"draws images step by step; this is {mode} of {type(model).__name__}. Leave it out.")
+    if flags:
+        model.change_sampling(**flags)
+
+
 def work(args: argparse.Namespace) -> int:
     config = read_flags(EvalConfig, args)
     say = print if launch.is_main() else (lambda line: None)
@@ -420,7 +445,8 @@ def work(args: argparse.Namespace) -> int:
         compare_runs(args, config, say)
         return 0
     model, run_args = open_model(config.checkpoint, ema=not config.no_ema)
-    run = Evaluation(model.to(launch.device()), run_args, args, config, say)
+    change_sampling(model, config.eval_mode, args)
+    run = Evaluation(place(model, launch.device()), run_args, args, config, say)
     try:
         run.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -214,7 +214,7 @@ def _member(topology: Topology, config: LaunchConfig, tell: Callable[[int, str],
     _here, _device = topology, choose_device(config.device, topology)
     torch.set_num_threads(config.num_threads or _share_of_cores(topology))
     if _device.type == 'cuda':
-        torch.cuda.set_device(_device)
+        _set_up_cuda(config.deterministic)
     try:
         if topology.world > 1:
             _meeting = Meeting(topology, config.timeout * 60, give_up)
@@ -234,10 +234,23 @@ def _member(topology: Topology, config: LaunchConfig, tell: Callable[[int, str],
             if lost:
                 give_up(f'lost touch with the other processes ({_reason(error)}): one of them has ended, or '
                         f'the network is down. {GO_ON}')
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(f"the GPU has not enough memory ({_reason(error)}). Give a smaller --batch_size; "
+                            f"in training add --accumulate, or --checkpoint_activations on.") from error
         raise
     finally:
         _here, _device = Topology(), torch.device('cpu')
         _meeting, _begun_before = None, False
+
+
+def _set_up_cuda(deterministic: bool) -> None:
+    torch.cuda.set_device(_device)
+    torch.backends.cudnn.allow_tf32 = False         # else PyTorch rounds what it convolves to 10 bits
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')         # read at the first matrix product
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def _reason(error: BaseException) -> str:

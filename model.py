@@ -42,6 +42,8 @@ class Model(Protocol):
 
 MODELS: dict[str, type] = {'nvae': NVAE, 'hvae': HVAE, 'lvae': LVAE, 'biva': BIVA,
                            'ae': AE, 'vae': VAE, 'score3d': Score3D, 'spatial_msma': SpatialMSMA}
+# By the axes of an image. Faster on a CPU, by up to 2 for volumes, and on GPUs in bfloat16.
+CHANNELS_LAST = {3: torch.channels_last, 4: torch.channels_last_3d}
 
 
 def build_model(name: str, shape: tuple[int, ...], config: Any, pixels: Pixels) -> Model:
@@ -52,6 +54,11 @@ def build_model(name: str, shape: tuple[int, ...], config: Any, pixels: Pixels) 
         raise UserError(f"--model {name} takes images, the data has volumes of {size} voxels: choose another "
                         f"--model, or --dataset.")
     return family(shape=shape, config=config, pixels=pixels)
+
+
+def place(model: Model, device: str | torch.device) -> Model:
+    """The same on a device, with the filters in the order that is fast there."""
+    return model.to(device, memory_format=CHANNELS_LAST[len(model.shape)])
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -101,4 +108,4 @@ def load_model(path: str | Path, device: str | torch.device = 'cpu', ema: bool =
 
     Raises UserError if the file is missing, damaged or unknown.
     """
-    return open_model(path, ema)[0].to(device)
+    return place(open_model(path, ema)[0], device)

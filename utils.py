@@ -65,7 +65,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool =
             options.setdefault('type', type(default))
         if optional:
             options['help'] += " (default: the run's)"
-        elif not isinstance(default, bool) and default not in ('', ()):
+        elif not isinstance(default, bool) and default not in ('', (), None):
             shown = ' '.join(map(str, default)) if isinstance(default, tuple) else default
             options['help'] += f' (default: {shown})'
         names = [f'--{name}' for name in (field.name, *options.pop('aliases', ()))]

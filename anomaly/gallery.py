@@ -214,8 +214,12 @@ def case_figure(result: dict[str, Any], validation: Any, test: Any, threshold: f
                 cell.set_axis_off()
                 if row == 0:
                     cell.set_title(words, fontsize=7.5, color=INK, loc='left', pad=3)
-            shown = draw_case(cells, case, look, pixel_threshold) or shown
             entry, score = test.entries[case.place], test.values[name][case.place]
+            shown = draw_case(cells, case, look, pixel_threshold) or shown
+            if volumes:
+                distance = spacing(entry)
+                for cell, view in zip(cells, VIEWS * len(kinds)):
+                    cell.set_aspect(distance[view.rows] / distance[view.columns])
             called = '' if score <= threshold else ', called'
             figure.text(left / width, 1 - (top + side + 0.05) / height, f"{entry.class_name} · "
                         f"{shorten(entry.id)}\n{name} {score:.5g}, percentile "

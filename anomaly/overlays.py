@@ -6,6 +6,7 @@ C channels, S pixels, (H, W) or (D, H, W).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ LINE = 2                    # width of an outline, in pixels of the picture
 
 
 def overlay(image: np.ndarray, reconstruction: np.ndarray | None, anomaly_map: np.ndarray | None,
-            look: dict[str, Any], threshold: float = math.inf) -> Image.Image:
-    """`image` and `reconstruction` (C, *S) in [0, 1], `anomaly_map` (*S); the latter two may be None.
+            look: dict[str, Any], threshold: float = math.inf,
+            spacing: Sequence[float] = (1, 1, 1)) -> Image.Image:
+    """`image` and `reconstruction` (C, *S) in [0, 1], `anomaly_map` (*S); the latter two may be None; voxels
+    are `spacing` apart, in any unit.
 
     `look` is the colour scale: the name of the colours, and the values of its ends. Of a volume the first
     channel is shown, in a row each for input, reconstruction and map: axial, coronal and sagittal slices
@@ -32,13 +35,17 @@ def overlay(image: np.ndarray, reconstruction: np.ndarray | None, anomaly_map: n
     volume, size = image.ndim == 4, image.shape[1:]
     place = focus(anomaly_map, size) if volume else ()
     parts = lambda x: cuts(x, place) if volume else [x]
-    times = max(1, round(SHOWN_SIZE / max(size)))
-    enlarged = lambda x: x.repeat(times, 0).repeat(times, 1)
+    scale = SHOWN_SIZE / max(n * mm for n, mm in zip(size, spacing))
+    times = [max(1, round(scale * mm)) for mm in spacing]                          # pixels that show a voxel
+    axes = [(view.rows, view.columns) for view in VIEWS] if volume else [(0, 1)]
+    enlarged = lambda row: [x.repeat(times[a], 0).repeat(times[b], 1) for x, (a, b) in zip(row, axes)]
     shown = [parts(x[:1] if volume else x) for x in (image, reconstruction) if x is not None]
-    rows = [[enlarged(as_colour(x)) for x in row] for row in shown]
+    rows = [enlarged([as_colour(x) for x in row]) for row in shown]
     if anomaly_map is not None:
-        rows.append([coloured(enlarged(blend(as_colour(x), values, look)), enlarged(values > threshold), look)
-                     for x, values in zip(shown[0], parts(anomaly_map))])
+        maps = parts(anomaly_map)
+        colours = enlarged([blend(as_colour(x), values, look) for x, values in zip(shown[0], maps)])
+        above = enlarged([values > threshold for values in maps])
+        rows.append([coloured(x, here, look) for x, here in zip(colours, above)])
     if volume:
         rows = [[lettered(x, view.letters) for x, view in zip(row, VIEWS)] for row in rows]
     return as_picture(joined([joined(row, 1) for row in rows], 0 if volume else 1))

@@ -6,13 +6,14 @@ noise. Images are in [0, 1] outside and on [-1, 1] inside: sigma, scores and nor
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distributions import Pixels, full_precision
-from families.score3d_config import Score3DConfig
+from families.score3d_config import SamplingConfig, Score3DConfig
 from families.score3d_msma import Levels, denoise, score_maps, score_norms
 from families.score3d_official import read_weights
 from families.score3d_patches import foreground
@@ -41,6 +42,7 @@ class Score3D(nn.Module):
     defaults = {'optimizer': 'adam', 'learning_rate': 2e-4, 'learning_rate_min': 2e-4, 'warmup_epochs': 0,
                 'warmup_steps': 1000, 'weight_decay': 0.0, 'grad_clip': 1.0, 'batch_size': 8,
                 'ema_decay': 0.9999, 'ema_ramp': True, 'image_every': 10000}
+    Sampling = SamplingConfig                            # flags that may change when a model is evaluated
     primary_score = 'msma_gmm'
     temperatures, num_shown = (1.0,), 8                  # of the samples that training shows
 
@@ -51,11 +53,16 @@ class Score3D(nn.Module):
         channels, *size = self.shape
         if len(size) not in CONV:
             raise UserError(f"score3d reads images (C, H, W) or (C, D, H, W), not shape {self.shape}.")
-        self.sde = config.make_sde()
+        self.change_sampling()
         self.network = self._matryoshka(channels, size) if config.inner_model else \
             self._unet(channels, size, config, config.scale_by_sigma and config.sde == 'vesde')
-        times = torch.linspace(FIRST_T, 1, config.num_scales)
-        self.register_buffer('sigmas', self.sde.std(times))                                # (N,), ascending
+
+    def change_sampling(self, **flags: Any) -> None:
+        """Takes other flags of Sampling than the model was built with. Raises UserError for wrong ones."""
+        self.config = replace(self.config, **flags)
+        self.sde = self.config.make_sde()
+        sigmas = self.sde.std(torch.linspace(FIRST_T, 1, self.config.num_scales))          # (N,), ascending
+        self.register_buffer('sigmas', sigmas.to(getattr(self, 'sigmas', sigmas)))
 
     def _unet(self, channels: int, size: Any, config: Score3DConfig, divide_by_sigma: bool) -> NCSNpp:
         times = len(config.blocks_down) - 1
@@ -123,7 +130,7 @@ class Score3D(nn.Module):
         """
         if skip:
             raise UserError(f"skip {skip}: score3d has no latent groups, give 0.")
-        u = 0.5 + temperature * (torch.rand(len(x), dtype=x.dtype, device=x.device) - 0.5)
+        u = 0.5 + temperature * (torch.rand_like(x.flatten(1)[:, 0]) - 0.5)
         z = temperature * torch.randn_like(x)
         return {'loss': self._loss(2 * x - 1, times_of(u), z)[0]}
 

@@ -23,14 +23,26 @@ def choice(name: str, default: str, help: str) -> str:
 
 
 @dataclass(frozen=True)
-class Score3DConfig:
+class SamplingConfig:
+    """Sampling of --model score3d"""
+    num_scales: int = flag(2000, 'steps of a sampler')
+    sampler: str = choice('sampler', 'pc', 'pc = predictor and corrector; ode = probability flow')
+    predictor: str = choice('predictor', 'reverse_diffusion', 'pc: the step to less noise')
+    corrector: str = choice('corrector', 'langevin', 'pc: the step at the same noise')
+    snr: float = flag(0.17, 'pc: signal-to-noise ratio of the corrector')
+    n_steps_each: int = flag(1, 'pc: corrector steps at each level')
+    noise_removal: bool = flag(True, 'leave out the noise of the last step')
+    probability_flow: bool = flag(False, 'pc: a predictor without noise')
+
+
+@dataclass(frozen=True)
+class Score3DConfig(SamplingConfig):
     """Flags of --model score3d"""
     sde: str = choice('sde', 'vesde', 'how images turn into noise')
     sigma_min: float = flag(0.06, 'vesde: least standard deviation of the noise; images are on [-1, 1]')
     sigma_max: float = flag(545.0, 'vesde: largest; about the largest distance between two images')
     beta_min: float = flag(0.1, 'vpsde, subvpsde: rate of the noise at the beginning')
     beta_max: float = flag(20.0, 'vpsde, subvpsde: rate at the end')
-    num_scales: int = flag(2000, 'steps of a sampler')
     reduce_mean: bool = flag(True, 'loss is the mean over pixels and channels, not half their sum')
     likelihood_weighting: bool = flag(False, 'weigh levels of noise as the likelihood does (Song et al. '
                                              '2021b), not equally')
@@ -57,13 +69,6 @@ class Score3DConfig:
                                 'its image_size, flags, and checkpoint (ours or published); none = no '
                                 'matryoshka')
     trainable_inner_model: bool = flag(False, 'matryoshka: go on training the inner network')
-    sampler: str = choice('sampler', 'pc', 'pc = predictor and corrector; ode = probability flow')
-    predictor: str = choice('predictor', 'reverse_diffusion', 'pc: the step to less noise')
-    corrector: str = choice('corrector', 'langevin', 'pc: the step at the same noise')
-    snr: float = flag(0.17, 'pc: signal-to-noise ratio of the corrector')
-    n_steps_each: int = flag(1, 'pc: corrector steps at each level')
-    noise_removal: bool = flag(True, 'leave out the noise of the last step')
-    probability_flow: bool = flag(False, 'pc: a predictor without noise')
 
     def __post_init__(self):
         for name, table in CHOICES.items():

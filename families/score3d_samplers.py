@@ -246,7 +246,7 @@ def inpainting_error(d: Diffusion, pc: PC, x: Tensor, inside: Tensor, rounds: in
 def restore(d: Diffusion, pc: PC, x: Tensor, steps: int | None = None, end: float = END_OF_REPAIR) -> Tensor:
     """Images x (B, C, *S), noised and denoised over the last `steps` of N (a quarter): as AnoDDPM does."""
     moments = times(x, end, d.sde.num_scales)
-    moments = moments[len(moments) - (steps or len(moments) // 4):]
+    moments = moments[len(moments) - (steps or max(1, len(moments) // 4)):]
     noisy = d.sde.perturb(x, moments[0].expand(len(x)), d.noise(x))
     return pc.run(d, noisy, moments)[1]
 

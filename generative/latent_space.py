@@ -122,14 +122,14 @@ def decode(run: Any) -> None:
         for start in range(0, len(groups[0]), run.batch_size):
             seed_noise(run.config.seed, 'decode', index, start)
             part = [z[start:start + run.batch_size].to(launch.device()) for z in groups]
-            images.append(run.model.decode(part, run.config.temp).cpu())
+            images.append(run.model.decode(part, run.temperature).cpu())
         images = torch.cat(images)
         write_npz(run.out / f'decoded_{name}.npz', images=images.numpy())
         if index == 0:
             save_png(run.out / 'decoded.png', image_grid(images[:NUM_SHOWN]))
         number += len(images)
     number = sum(launch.gather([number]))
-    run.write_metrics('decode', {'num_images': number, 'temperature': run.config.temp,
+    run.write_metrics('decode', {'num_images': number, 'temperature': run.temperature,
                                  'seed': run.config.seed})
     run.say(f"{number} images of {files} file(s): {run.out / 'decoded.png'}")
 

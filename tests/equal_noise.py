@@ -12,10 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-import distributions
 import train
-from utils import mix_seed, run_program
+from utils import RowNoise, mix_seed, run_program
 
 drawing = {'key': (), 'share': 0, 'draw': 0}
 
@@ -27,14 +27,18 @@ def seed_noise(*parts):
     torch.manual_seed(mix_seed(*parts))
 
 
-def sample(self, temperature=1.0):
-    """Normal.sample with the rows of the joint batch's noise that belong to this share."""
-    generator = torch.Generator().manual_seed(mix_seed(*drawing['key'], 'draw', drawing['draw']))
-    drawing['draw'] += 1
-    rows = len(self.mean)
-    first = drawing['share'] * rows
-    noise = torch.randn(first + rows, *self.mean.shape[1:], generator=generator)[first:]
-    return self.mean + temperature * self.std * noise.to(self.mean.device)
+class JointNoise(TorchFunctionMode):
+    """`randn_like` and `rand_like` give the rows of the joint batch's noise that belong to this share."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function not in RowNoise.FILL:
+            return function(*args, **(kwargs or {}))
+        generator = torch.Generator().manual_seed(mix_seed(*drawing['key'], 'draw', drawing['draw']))
+        drawing['draw'] += 1
+        rows = len(args[0])
+        first = drawing['share'] * rows
+        noise = torch.empty(first + rows, *args[0].shape[1:])
+        return RowNoise.FILL[function](noise, generator=generator)[first:]
 
 
 def in_double(batches):
@@ -48,7 +52,7 @@ def in_double(batches):
 
 # At import, so that processes that train.py spawns do the same.
 torch.set_default_dtype(torch.float64)
-distributions.Normal.sample = sample
+JointNoise().__enter__()
 train.seed_noise = seed_noise
 train.train_batches, train.eval_batches = in_double(train.train_batches), in_double(train.eval_batches)
 

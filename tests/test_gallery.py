@@ -195,6 +195,19 @@ def test_an_overlay_of_a_volume_has_three_slices_a_row():
         left += SHAPE[view.columns] * times + 4
 
 
+def test_pictures_show_millimetres():
+    """Slices 2 mm thick of pixels of 1 mm: a coronal or sagittal picture is twice as high as its voxels."""
+    case, mm = one_case(), (1.0, 1.0, 2.0)
+    picture = np.asarray(overlay(case.image, None, None, LOOK, spacing=mm))
+    times = round(256 / 16)
+    assert picture.shape == (16 * times, (10 + 10 + 12) * times + 8, 3), "12 x 10, 16 x 10 and 16 x 12 mm"
+    grid = [SHAPE, np.diag([*mm, 1]).tolist()]
+    test = SimpleNamespace(entries=[SimpleNamespace(id='a', class_name='odd', label=1, grids=(grid, grid))],
+                           cases=[case], values={'nelbo': np.ones(1)})
+    figure = case_figure({'primary_score': 'nelbo', 'scores': {'nelbo': {}}}, test, test, 0.0, 1)
+    assert [panel.get_aspect() for panel in figure.axes if panel.images][:6] == [1, 2, 2, 1, 2, 2]
+
+
 def test_the_figure_of_cases_has_three_slices_of_each_picture():
     entries = [SimpleNamespace(id='a', class_name='odd', label=1)]
     test = SimpleNamespace(entries=entries, cases=[one_case(channels=2)], values={'nelbo': np.ones(1)})

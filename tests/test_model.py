@@ -9,7 +9,7 @@ import torch
 
 from checkpoint import read_checkpoint, save_checkpoint
 from distributions import Pixels
-from model import MODELS, build_model, describe, load_model, restore
+from model import MODELS, build_model, describe, load_model, place, restore
 from utils import UserError, read_flags
 
 SHAPE = (1, 16, 16)
@@ -128,7 +128,7 @@ def test_every_weight_learns(name):
 def test_a_restored_model_gives_the_same_numbers(name, tmp_path):
     """From the file and from its folder, whatever is drawn in between; for every kind of pixels."""
     for pixels in (Pixels(bits=5), Pixels('bernoulli', 1, padding=2)):
-        model, x = build(name, pixels), images(bits=pixels.bits)
+        model, x = place(build(name, pixels), 'cpu'), images(bits=pixels.bits)
         save_checkpoint(tmp_path / 'checkpoint.pt', content(model))
         for path in (tmp_path, str(tmp_path / 'checkpoint.pt')):
             loaded = load_model(path)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from processes import MPIRUN, TORCHRUN, end, needs_mpirun, saved, start, wait_for_step
+from test_score3d import FLAGS as SCORE_FLAGS
 
 import evaluate
 import launch
@@ -50,6 +51,20 @@ def test_two_processes_come_to_the_weights_of_one(name, one_process, train_flags
     for key, weight in one_process['weights'].items():
         torch.testing.assert_close(two['weights'][key], weight, rtol=0, atol=1e-10, msg=key)
     assert one_process['weights']['stem.weight'].dtype == torch.float64
+
+
+def test_two_processes_come_to_the_scores_of_one(train_flags, tmp_path):
+    """A score-based model: its times and its noise belong to an image of the joint batch."""
+    flags, weights = [*SCORE_FLAGS, *train_flags[train_flags.index('--dataset'):], *STEPS_20[2:]], {}
+    for name, words, more in (('one', [sys.executable, 'tests/equal_noise.py'], []),
+                              ('two', LAUNCHERS['torchrun'], ['--batch_size', '4'])):
+        process = start([*words, *flags, *more, '--root', tmp_path / name], tmp_path / 'log')
+        assert end(process) == [0], (tmp_path / 'log').read_text()
+        run = saved(tmp_path / name / 'eval-exp')
+        assert run['step'] == 20 and run['joint_batch'] == 8
+        weights[name] = run['weights']
+    for key, weight in weights['one'].items():
+        torch.testing.assert_close(weights['two'][key], weight, rtol=0, atol=1e-10, msg=key)
 
 
 # ------------------------------------------------------------------------------------------------- evaluation

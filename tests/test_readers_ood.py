@@ -13,7 +13,8 @@ from standins import image, make_standin
 import evaluate
 import launch
 import train
-from datasets import DataConfig, eval_batches, load_data, with_ood
+from anomaly.out_of_distribution import with_ood
+from datasets import DataConfig, eval_batches, load_data
 from readers.ood import CHANGES, Wanted, parse
 from scripts.create_lmdb import FolderConfig, pack, plan
 from utils import UserError, read_flags

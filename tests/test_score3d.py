@@ -278,7 +278,7 @@ def score_flags(train_flags):
     return [*FLAGS, *train_flags[train_flags.index('--dataset'):], '--warmup_epochs', '0']
 
 
-def test_training_resumes_to_the_bit_and_says_what_it_sees(score_flags, tmp_path, same_weights):
+def test_training_resumes_to_the_bit_and_says_what_it_sees(score_flags, tmp_path, same_weights, monkeypatch):
     whole = run(score_flags, tmp_path, 'whole', '--image_every', '4')
     run(score_flags, tmp_path, 'parts', '--max_steps', '3')
     parts = run(score_flags, tmp_path, 'parts', '--cont_training')
@@ -304,6 +304,19 @@ def test_training_resumes_to_the_bit_and_says_what_it_sees(score_flags, tmp_path
     for name in ('msma_gmm', 'msma_knn', 'inpainting', 'restoration'):
         assert result['scores'][name]['metrics']['all']['auroc']
         assert result['scores'][name]['pixel_threshold'] > 0, 'maps of densities come after their fit'
+
+    # drawn by the steps of another sampler, at the temperature of the family
+    sample = ['--checkpoint', str(whole), '--eval_mode', 'sample', '--num_samples', '2', '--device', 'cpu']
+    passes, score = [], Score3D._score
+    monkeypatch.setattr(Score3D, '_score', lambda *args: passes.append(1) or score(*args))
+    other = ['--num_scales', '6', '--corrector', 'none']
+    for name, flags, number in (('own', [], 2 * 4), ('other', other, 6)):
+        passes.clear()
+        assert evaluate.work(evaluate.parse_args([*sample, '--save', str(tmp_path / name), *flags])) == 0
+        assert len(passes) == number
+        assert json.loads((tmp_path / name / 'metrics.json').read_text())['sample']['temperature'] == 1
+    with pytest.raises(UserError, match='--snr is for the modes sample and evaluate_fid'):
+        evaluate.work(evaluate.parse_args([*sample[:2], '--eval_mode', 'anomaly', '--snr', '1']))
 
     # new images are scored as the test images were: at the same levels, by the same densities
     images = score_flags[score_flags.index('--data') + 1]

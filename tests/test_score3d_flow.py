@@ -16,7 +16,7 @@ from distributions import Pixels
 from families.score3d_flow import SpatialMSMA, SpatialMSMAConfig
 from families.score3d_flow_layers import BASES, ConditionalFlow
 from families.score3d_patches import PositionCode, foreground, pool
-from model import describe, load_model
+from model import describe, load_model, place
 from neural_operations import checkpoint_activations
 from utils import UserError
 
@@ -251,6 +251,6 @@ def test_training_stands_on_a_frozen_run_and_resumes_to_the_bit(train_flags, tmp
     order = 'flow.layers.1.permutation'
     assert torch.equal(saved['ema'][order], saved['weights'][order]), 'copied, not averaged'
 
-    fresh = SpatialMSMA((1, 16, 16), model.config)
+    fresh = place(SpatialMSMA((1, 16, 16), model.config), 'cpu')
     fresh.load_weights(whole)
     assert torch.equal(fresh.eval().voxel_nll(x), model.eval().voxel_nll(x))

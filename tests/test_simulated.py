@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import load_data, with_ood
+from anomaly.out_of_distribution import with_ood
+from datasets import load_data
 from readers.simulated import RADII, add_lesions, deform
 from utils import UserError
 

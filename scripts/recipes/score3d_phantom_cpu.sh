@@ -12,7 +12,7 @@ DATA_FLAGS=(--dataset brain_phantom --data "${DATA:-}" --spacing 6 --image_size 
 
 train() { "$PYTHON" "$REPOSITORY/train.py" "$@" --root "$ROOT" --cont_training "${DATA_FLAGS[@]}" --image_every 0; }
 evaluate() {
-    "$PYTHON" "$REPOSITORY/evaluate.py" --checkpoint "$ROOT/eval-$1" --eval_mode anomaly --batch_size 1 \
+    "$PYTHON" "$REPOSITORY/evaluate.py" --checkpoint "$ROOT/eval-$1" --eval_mode anomaly --batch_size 4 \
         --body_mask 0.03 --num_gallery 12 "${@:2}"
 }
 

@@ -1,0 +1,137 @@
+"""Images from elsewhere, or changed ones of the run, as classes of its test: `--ood NAME=PATH[:CHANGE]`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from datasets import DATASETS, Data, DataConfig, DataSet, left_out
+from readers.nifti import entry_grids
+from readers.ood import (
+    ENHANCED,
+    OWN,
+    Changed,
+    Wanted,
+    as_anomalies,
+    drawn,
+    parse,
+    read_images,
+    with_sizes,
+)
+from readers.packed import is_packed, read_packed
+from readers.parts import JoinedPart, Part
+from readers.records import Records
+from readers.source import Source
+from readers.split import count, some
+from readers.volumes import apart
+from utils import UserError
+
+__all__ = ['with_ood']
+
+
+def with_ood(data: Data, sets: Sequence[str], most: int = 0, seed: int = 0) -> Data:
+    """The same with more anomalous images in the part `test`, a class for each of `sets`: NAME=PATH[:CHANGE].
+
+    They are brought to the shape, the bits and the likelihood of `data`. At most `most` images of each set,
+    drawn by `seed`; 0 = all. Raises UserError. What the run stores of its split does not change.
+    """
+    wanted, report = [parse(text) for text in sets], list(data.report)
+    parts = {'': data.test}
+    for one in wanted:
+        if one.name in parts or one.name in {*data.normal_classes, *data.anomalous_classes}:
+            raise UserError(f"--ood {one.name}: there is a class of this name already. Take another name.")
+        read = _own_part if one.path == OWN else _foreign_part
+        parts[one.name] = part = read(data, one, most, seed, report)
+        if not len(part):
+            raise UserError(f"--ood {one.name}: there is no image in {one.path} to take.")
+        changed = f", {', '.join(one.changes)}" if one.changes else ''
+        report.append(f'out of distribution: {one.name}, {count(len(part), "image")} of {one.path}{changed}')
+    return replace(data, test=JoinedPart(list(parts.values())), report=report,
+                   anomalous_classes=(*data.anomalous_classes, *(one.name for one in wanted)))
+
+
+def _own_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
+    """The run's own normal test images, changed; or those with known lesions, if these are to be changed.
+
+    Their border is the same on all sides and turns with them.
+    """
+    part, of_lesions = data.test, ENHANCED in wanted.changes
+    entries = drawn([e for e in part.entries if bool(e.label) == of_lesions and
+                     (e.mask_row >= 0 or not of_lesions)], most, seed)
+    if not wanted.gives_masks:                       # a turned image is odd everywhere, not in its lesions
+        entries = [replace(e, mask_row=-1) for e in entries]
+    images = Changed(part.images, entries, wanted, part.masks, depth=part.depth, seed=seed)
+    return _ood_part(data, wanted, images, data.config.invert != wanted.inverted)
+
+
+def _foreign_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
+    """Images that the run does not know; of a published data set its test part."""
+    border, config = data.pixels.padding, replace(data.config, data=wanted.path, image_size=0, channels=0,
+                                                  normal_classes=(), anomalous_classes=())
+    row, published = DATASETS.get(wanted.name), False
+    if len(data.shape) == 4:
+        source = _foreign_volumes(data, wanted, config)
+    else:
+        inner = {'size': data.shape[1] - 2 * border, 'channels': data.shape[0]}
+        published = bool(row) and not is_packed(wanted.path)
+        source = _foreign_images(wanted, config, row, inner, most, seed)
+    report += [f'{wanted.name}: {line}' for line in (*source.notes, *left_out(source, config.skip_corrupt))]
+    entries = source.entries
+    if isinstance(entries, Records):
+        entries = entries.at(np.flatnonzero(entries.in_test()))
+    elif any(e.part for e in entries):
+        entries = [e for e in entries if e.part == 'test']
+    entries = drawn(entries, most, seed)
+    if published:                                # a PNG of its own size and colours would give a set away
+        entries = [e if e.path else replace(e, file_bytes=0) for e in entries]
+    known = {file['sha256'] for file in data.split.get('files', ()) if file['sha256']}
+    if same := [e.id for e in entries if e.sha256 in known]:
+        report.append(f"{count(len(same), 'image')} of {wanted.name} are images of the run's own data: "
+                      f"{some(same)}")
+    images = Changed(source.pixels, entries, wanted, source.masks, depth=config.depth, border=border,
+                     seed=seed)
+    return _ood_part(data, wanted, images, wanted.inverted)
+
+
+def _foreign_images(wanted: Wanted, config: DataConfig, row: DataSet | None, inner: dict[str, int], most: int,
+                    seed: int) -> Source:
+    """From an LMDB, from the files of a published data set, or from any folder; without a border."""
+    if is_packed(wanted.path):
+        return read_packed(wanted.path, normal=(), normal_wanted=(), anomalous=(), border=0, **inner,
+                           depth=config.depth, fit=config.fit, masks=False, cache_dir=config.cache_dir)
+    if row and not row.folder:
+        try:
+            return row.read(config, replace(row, **inner, padding=0, parts=('test',)))
+        except UserError as error:
+            raise UserError(f"--ood {wanted.name}: {error}") from None
+    return read_images(wanted.path, wanted.name, most=most, seed=seed, **inner, depth=config.depth,
+                       fit=config.fit, cache_dir=config.cache_dir)
+
+
+def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
+    """All subjects of a folder, whatever their class, as the run's flags say, in the run's shape; with the
+    masks of their lesions.
+    """
+    files = DATASETS['brain']                        # the run's own may be drawn
+    row = replace(DATASETS[config.dataset], size=0, folder=files.folder)
+    try:
+        source = files.read(replace(config, volume_shape=data.shape[1:], key_files=''), row)
+    except UserError as error:
+        raise UserError(f"--ood {wanted.name}: {error}") from None
+    if not source.entries:
+        return source
+    ours, theirs = (entry_grids(entries[0])[0].spacing for entries in (data.train.entries, source.entries))
+    if apart(theirs, ours):
+        words = [' x '.join(f'{mm:.3g}' for mm in spacing) for spacing in (theirs, ours)]
+        raise UserError(f"--ood {wanted.name}: voxels of {words[0]} mm, the run's are of {words[1]}: train "
+                        f"with --spacing, which then holds for both.")
+    return source
+
+
+def _ood_part(data: Data, wanted: Wanted, images: Changed, invert: bool) -> Part:
+    # A size that only one side has would be a perfect baseline.
+    known = len(data.test) and data.test.entries[0].file_bytes
+    entries = as_anomalies(list(images.entries.values()), wanted.name, wanted.gives_masks)
+    source = Source(with_sizes(entries, images if known else None), images, images.masks, (), (wanted.name,))
+    return Part(source.entries, source, data.pixels, data.config.depth, dequantize=data.config.dequantize,
+                invert=invert)
