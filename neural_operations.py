@@ -49,7 +49,7 @@ class WeightNormConv2d(nn.Conv2d):
     def effective_weight(self) -> Tensor:
         """The normalized filters: (C_out, C_in / groups, k, k)."""
         weight = self._masked()
-        return torch.exp(self.log_weight_norm) * weight / (self._norm(weight) + WEIGHT_NORM_EPS)
+        return weight * (torch.exp(self.log_weight_norm) / (self._norm(weight) + WEIGHT_NORM_EPS))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.initializing:
@@ -84,9 +84,19 @@ def initialize_from_data(model: nn.Module, run: Callable[[], object]) -> None:
             conv.initializing = False
 
 
-def effective_weight(conv: nn.Conv2d) -> Tensor:
-    """The filters a convolution applies, weight-normalized or plain."""
-    return conv.effective_weight() if isinstance(conv, WeightNormConv2d) else conv.weight
+def effective_weights(convs: Sequence[nn.Conv2d]) -> Tensor:
+    """The filters that convolutions of one shape apply, weight-normalized or plain: (n, C_out, fan_in).
+
+    All at once where all are of a kind: hundreds of small operations would keep a GPU waiting.
+    """
+    normed = [isinstance(conv, WeightNormConv2d) for conv in convs]
+    if all(normed):
+        weight = torch.stack([conv._masked() for conv in convs]).flatten(2)
+        gain = torch.stack([conv.log_weight_norm.flatten() for conv in convs]).unsqueeze(2)
+        norm = torch.linalg.vector_norm(weight, dim=2, keepdim=True)
+        return weight * (torch.exp(gain) / (norm + WEIGHT_NORM_EPS))
+    return torch.stack([conv.effective_weight() if is_normed else conv.weight
+                        for conv, is_normed in zip(convs, normed)]).flatten(2)
 
 
 class SqueezeExcite(nn.Sequential):
@@ -308,21 +318,27 @@ class SpectralRegularizer(nn.Module):
         total = 0.0
         with torch.autocast(self.warm.device.type, enabled=False):
             for i, members in enumerate(self._groups):
-                weight = torch.stack([effective_weight(conv).flatten(1) for conv in members])    # (n, R, C)
-                u, v = self.get_buffer(f'u{i}'), self.get_buffer(f'v{i}')
+                weight = effective_weights(members)                                              # (n, R, C)
+                u, v = self.get_buffer(f'u{i}')[:, None], self.get_buffer(f'v{i}')[..., None]
                 with torch.no_grad():
+                    row = u                                                                      # (n, 1, R)
                     for _ in range(iterations):
-                        v.copy_(F.normalize(torch.einsum('nr,nrc->nc', u, weight), dim=1, eps=self.EPS))
-                        u.copy_(F.normalize(torch.einsum('nrc,nc->nr', weight, v), dim=1, eps=self.EPS))
-                total = total + torch.einsum('nr,nrc,nc->', u.clone(), weight, v.clone())
+                        column = F.normalize((row @ weight).mT, dim=1, eps=self.EPS)             # (n, C, 1)
+                        row = F.normalize((weight @ column).mT, dim=2, eps=self.EPS)
+                    u.copy_(row)
+                    v.copy_(column)
+                total = total + (row @ weight @ column).sum()
         self.warm.fill_(True)
         return total
 
 
 def batch_norm_regularizer(model: nn.Module) -> Tensor:
     """Sum over batch-norm layers of the largest absolute scale; 0 without such layers."""
-    scales = [m.weight.abs().max() for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    return torch.stack(scales).sum() if scales else torch.zeros(())
+    by_width: dict[int, list[Tensor]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            by_width.setdefault(len(module.weight), []).append(module.weight)
+    return sum((torch.stack(scales).abs().amax(1).sum() for scales in by_width.values()), torch.zeros(()))
 
 
 def check_latents(latents: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:

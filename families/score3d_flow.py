@@ -91,6 +91,7 @@ class SpatialMSMA(nn.Module):
     defaults = {'optimizer': 'adamw', 'learning_rate': 3e-4, 'lr_schedule': 'constant', 'warmup_epochs': 0,
                 'weight_decay': 1e-5, 'batch_size': 2, 'ema_halflife_kimg': 50.0, 'ema_rampup_ratio': 0.01}
     primary_score = 'voxel_nll'
+    capturable = False                     # its foreground is where the images have one
 
     def __init__(self, shape: tuple[int, ...], config: SpatialMSMAConfig, pixels: Pixels = EIGHT_BITS):
         """`shape` (C, *S). Raises UserError if the score model has another size."""

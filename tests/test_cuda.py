@@ -108,6 +108,26 @@ def test_the_same_command_and_a_resumed_run_give_the_same_bits(model, amp, train
     assert all(same_weights(whole, other) for other in others)
 
 
+FAMILIES = {'nvae': [], 'vae': TINY_SCORES['ae'], 'lvae': [word for flag, value in SMALL['lvae'].items()
+                                                             for word in (f'--{flag}', value)]}
+
+
+@pytest.mark.parametrize('amp', ['off', 'bf16'])
+@pytest.mark.parametrize('model', [*FAMILIES, 'score3d'])
+def test_a_graph_of_the_passes_trains_to_the_same_weights(model, amp, train_flags, brains, tmp_path, cache):
+    """With the noise of the eager run, and running statistics that the warm-up left alone."""
+    flags = on_volumes(model, brains, cache) if model == 'score3d' else \
+        [*FAMILIES[model], *(train_flags if model == 'nvae' else
+                             ['--model', model, *train_flags[train_flags.index('--dataset'):]])]
+    flags += ['--root', tmp_path, '--amp', amp]
+    take(train, *flags, '--save', 'eager')
+    take(train, *flags, '--save', 'graph', '--cuda_graph')
+    eager, graph = (torch.load(tmp_path / f'eval-{run}' / 'checkpoint.pt', weights_only=True)['weights']
+                    for run in ('eager', 'graph'))
+    limit = 1e-3 if amp == 'off' else 0.05
+    assert [key for key in eager if not close(graph[key].double(), eager[key].double(), limit)] == []
+
+
 @pytest.fixture(scope='module')
 def trained(train_flags, tmp_path_factory):
     root = tmp_path_factory.mktemp('gpu')

@@ -46,6 +46,14 @@ def test_one_process_has_no_group_and_its_device_is_given_back():
     assert launch.launch(work, None, Flags(device='cpu', num_threads=1)) == 0
 
 
+def test_a_gpu_without_memory_is_said_in_one_line():
+    def work(_):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...')
+    told = r'the GPU has not enough memory \(CUDA out of memory\). Give a smaller --batch_size'
+    with pytest.raises(UserError, match=told):
+        launch.launch(work, None, Flags(device='cpu', num_threads=1))
+
+
 # ------------------------------------------------------------------------------------------- real processes
 
 def work(task):

@@ -11,7 +11,7 @@ from pytest import approx
 from checkpoint import read_checkpoint
 from families.nvae import balance_coefficients, balanced_kl
 from model import load_model, restore
-from neural_operations import SpectralRegularizer, batch_norm_regularizer, effective_weight
+from neural_operations import SpectralRegularizer, batch_norm_regularizer, effective_weights
 
 PARITY = Path(os.environ.get('PARITY_DIR', Path(__file__).parents[2] / 'shared' / 'parity'))
 NAMES = ['nvae_binary', 'nvae_rgb_flow']
@@ -66,7 +66,7 @@ def test_regularizer(name):
     model, answers = model_and_answers(name)
     convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     exact = sum(
-        torch.linalg.svdvals(effective_weight(c).detach().double().flatten(1))[0].item() for c in convs
+        torch.linalg.svdvals(effective_weights([c])[0].detach().double())[0].item() for c in convs
     )
     expected = answers['regulariser']
     assert len(convs) == expected['num_conv']

@@ -13,6 +13,7 @@ from checkpoint import read_checkpoint
 from distributions import Pixels
 from families.nvae import NVAE, NVAEConfig
 from neural_operations import activation_bytes, checkpoint_activations
+from training.graph import check_graph
 from training.optimization import (
     average_of,
     by_half_life,
@@ -232,3 +233,17 @@ def test_estimated_activations_are_what_autograd_keeps():
     assert activation_bytes(model, (1, 32, 32)) == (plain, recomputed) and model.training
     inputs = (kept(4) - kept(2)) / 2
     assert inputs < recomputed < 0.35 * plain, 'the inputs of the cells, and one cell'
+
+
+@pytest.mark.parametrize('changes, told', [
+    ({}, 'is for a GPU: this run is on the CPU'),
+    ({'device': 'cuda', 'world': 2}, 'is for one process'),
+    ({'device': 'cuda', 'accumulate': 2}, 'and --accumulate exclude each other'),
+    ({'device': 'cuda', 'recomputes': True}, 'and --checkpoint_activations exclude each other'),
+    ({'device': 'cuda', 'capturable': False}, 'is not for Linear')])
+def test_passes_that_cannot_be_a_graph(changes, told):
+    case = {'device': 'cpu', 'world': 1, 'accumulate': 1, 'recomputes': False, 'capturable': True} | changes
+    model = torch.nn.Linear(1, 1)
+    model.capturable = case.pop('capturable')
+    with pytest.raises(UserError, match=f'--cuda_graph {told}'):
+        check_graph(model, torch.device(case.pop('device')), **case)

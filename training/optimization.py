@@ -77,12 +77,14 @@ class SafeBuffers:
         self.copies = [b.clone() for b in self.buffers]
 
     def keep(self) -> None:
-        for copy, buffer in zip(self.copies, self.buffers):
-            copy.copy_(buffer)
+        self._copy(self.copies, self.buffers)
 
     def restore(self) -> None:
-        for copy, buffer in zip(self.copies, self.buffers):
-            buffer.copy_(copy)
+        self._copy(self.buffers, self.copies)
+
+    def _copy(self, to: list[Tensor], values: list[Tensor]) -> None:
+        if values:                                    # one operation, not one each
+            torch._foreach_copy_(to, values)
 
 
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, safe: SafeBuffers,
