@@ -1,5 +1,7 @@
 """The passes of a network as one CUDA graph: a GPU no longer waits for Python to start each operation."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ def capture_passes(model: nn.Module, x: Tensor, amp: bool) -> None:
     Weights may change in place, other passes are as before. Noise follows the seed of each step: a replay
     draws what the pass would have drawn. Running statistics stay as they are.
     """
+    # Gradients are written by the stream that captured them, and their sums wait for it.
+    warnings.filterwarnings('ignore', "The AccumulateGrad node's stream does not match")
     buffers = [buffer.clone() for buffer in model.buffers()]
     # The weights are cast inside the graph, not kept from the passes that warm it up.
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=amp, cache_enabled=False):

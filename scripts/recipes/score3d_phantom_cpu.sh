@@ -8,7 +8,7 @@ set -euo pipefail
 PYTHON=${PYTHON:-python}
 ROOT=${ROOT:-runs}
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-DATA_FLAGS=(--dataset brain_phantom --data "${DATA:-}" --spacing 6 --image_size 32)
+DATA_FLAGS=(--dataset brain_phantom --data "${DATA:-}" --num_phantoms 136 --spacing 6 --image_size 32)
 
 train() { "$PYTHON" "$REPOSITORY/train.py" "$@" --root "$ROOT" --cont_training "${DATA_FLAGS[@]}" --image_every 0; }
 evaluate() {
@@ -22,7 +22,7 @@ train --model score3d --save score3d_phantom --sigma_min 0.05 --sigma_max 50 --n
 
 train --model spatial_msma --save spatial_msma_phantom --score_model "$ROOT/eval-score3d_phantom" --msma_levels 10 \
     --num_blocks 4 --hidden_features 128 --global_embedding_size 128 --patches_per_step 2048 --batch_size 4 \
-    --epochs 12 --learning_rate 1e-3 --ema_halflife_kimg 0.2 --val_every 6 "$@"
+    --epochs 28 --learning_rate 1e-3 --ema_halflife_kimg 0.2 --val_every 7 "$@"
 
 train --model ae --save ae_brain_phantom --batch_size 8 --epochs 60 --val_every 20 "$@"
 
