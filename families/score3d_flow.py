@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import launch
 from checkpoint import read_checkpoint
 from distributions import Pixels
 from families.score3d import Score3D
@@ -24,6 +25,7 @@ from utils import UserError, flag
 
 Terms = dict[str, Tensor]
 EIGHT_BITS = Pixels()
+LEAST_SPREAD = 1e-6        # of a feature that is the same in all voxels of the first batch
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class SpatialMSMAConfig:
                                   'one with all covariances, or the standard one', choices=tuple(BASES))
     num_blocks: int = flag(20, 'permutations with linear layers and splines')
     hidden_features: int = flag(256, 'width of the networks of the flow')
+    standardize: bool = flag(False, 'give the flow features of mean 0 and variance 1, by the first batch: '
+                                    'short trainings come further (published: as they are)')
     patches_per_step: int = flag(16384, 'voxels of an image in a step, at random in the foreground',
                                  aliases=('patches_per_train_step',))
     patch_batch_size: int = flag(16384, 'voxels at a time where all are scored: less takes less memory')
@@ -114,6 +118,9 @@ class SpatialMSMA(nn.Module):
         width = config.context_embedding_size * (1 + config.use_global_context)
         self.flow = ConditionalFlow(self.levels, width, hidden=config.hidden_features,
                                     num_blocks=config.num_blocks, base=config.base_distribution)
+        one = torch.ones(self.levels, dtype=torch.float64)                    # of the features of each level
+        self.register_buffer('mean', 0 * one, persistent=config.standardize)
+        self.register_buffer('std', one, persistent=config.standardize)
         self.cache = FeatureCache(int(config.cache_gb * 2 ** 30) if config.cache_maps else 0)
         self.score_model.register_load_state_dict_post_hook(self.cache.clear)
 
@@ -124,11 +131,19 @@ class SpatialMSMA(nn.Module):
         return self
 
     def initialize(self, x: Tensor) -> None:
-        """Fills the score model from its checkpoint, once before training."""
+        """Fills the score model from its checkpoint, and with --standardize the mean and spread of features
+        from the images x (B, C, *S) in [0, 1] of all ranks: once before training.
+        """
         path = read_network(self.config.score_model)[2]
         if path:
             self.score_model.load_weights(path)
             self.cache.clear()
+        if self.config.standardize:
+            with full_precision_on(x.device):
+                rows = self.features(x).double().movedim(1, -1)[foreground(x)[:, 0]]                # (N, n)
+            mean, square = map(launch.mean_over_ranks, (rows.mean(0), rows.square().mean(0)))
+            self.mean.copy_(mean)
+            self.std.copy_((square - mean ** 2).clamp(min=LEAST_SPREAD ** 2).sqrt())
 
     def load_weights(self, path: str) -> None:
         """Fills all from a run folder or checkpoint of ours; or the flow from a published one.
@@ -173,7 +188,8 @@ class SpatialMSMA(nn.Module):
         context = self.position(voxels).to(rows).expand(len(rows), -1, -1)                   # (B, P, E)
         if image_code is not None:
             context = torch.cat([context, image_code[:, None].expand(-1, len(voxels), -1)], dim=2)
-        return self.flow.log_prob(rows, context)
+        standard = ((rows - self.mean) / self.std).to(rows)
+        return self.flow.log_prob(standard, context) - self.std.log().sum()
 
     # ----------------------------------------------------------------------------------------------- training
 

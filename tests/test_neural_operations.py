@@ -18,6 +18,7 @@ from neural_operations import (
     activation_bytes,
     batch_norm_regularizer,
     checkpoint_activations,
+    effective_weights,
     initialize_from_data,
 )
 
@@ -102,6 +103,17 @@ def test_spectral_regularizer_finds_the_sum_of_largest_singular_values():
     assert value.item() == approx(exact, rel=1e-5)
 
 
+def test_filters_of_convolutions_of_a_shape_are_those_of_each():
+    """Three kinds of groups: weight-normalized, one of them masked; plain; and mixed."""
+    torch.manual_seed(2)
+    mask = (torch.rand(4, 3, 3, 3) > 0.5).float()
+    normed = [WeightNormConv2d(3, 4, 3), WeightNormConv2d(3, 4, 3, mask=mask)]
+    plain = [nn.Conv2d(3, 4, 3, bias=False) for _ in range(2)]
+    for convs in (normed, plain, [normed[0], plain[0]]):
+        each = [conv.effective_weight() if conv in normed else conv.weight for conv in convs]
+        torch.testing.assert_close(effective_weights(convs), torch.stack(each).flatten(2))
+
+
 def test_gradient_of_the_largest_singular_value_is_the_outer_product_of_its_vectors():
     torch.manual_seed(1)
     conv = nn.Conv2d(5, 4, 1, bias=False)
@@ -114,10 +126,16 @@ def test_gradient_of_the_largest_singular_value_is_the_outer_product_of_its_vect
 
 
 def test_batch_norm_regularizer_adds_the_largest_scales():
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(3))
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(3), nn.BatchNorm2d(2))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([1.0, -4.0]))
-    assert batch_norm_regularizer(model).item() == approx(4 + 1)
+        model[2].weight.copy_(torch.tensor([0.5, 2.0]))
+    loss = batch_norm_regularizer(model)
+    assert loss.item() == approx(4 + 1 + 2)
+    loss.backward()
+    assert model[0].weight.grad.tolist() == [0, -1] and model[2].weight.grad.tolist() == [0, 1]
+    assert model[1].weight.grad.tolist() == approx([1 / 3] * 3), "equal ones share"
+    assert batch_norm_regularizer(nn.Linear(1, 1)).item() == 0
 
 
 # ------------------------------------------------------------------------------------------------------ flows

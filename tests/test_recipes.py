@@ -33,7 +33,7 @@ SMALL = '''--num_channels_enc 4 --num_channels_dec 4 --num_process_per_node 1 --
 PUBLISHED_SCORES = {'score3d_toy': 172_770, 'score3d_biggan': 43_986_722,              # parameters
                     'score3d_biggan_highres': 43_986_722}
 TINY_VOLUMES = {'brain': '--crop 0 0 0 16 16 16 --spacing 0 --volume_shape 8 8 8 --val_fraction 0.3'.split(),
-                'brain_phantom': '--spacing 24 --image_size 8 --val_fraction 0.3'.split()}
+                'brain_phantom': '--num_phantoms 120 --spacing 24 --image_size 8 --val_fraction 0.3'.split()}
 TINY_SCORES = {
     'score3d': '''--nf 8 --norm_num_groups 2 --blocks_down 1 1 --blocks_up 1 --num_scales 2'''.split(),
     'spatial_msma': '''--num_blocks 1 --hidden_features 8 --context_embedding_size 8 --global_embedding_size 8

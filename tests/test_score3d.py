@@ -17,9 +17,10 @@ from anomaly.passes import Passes
 from anomaly.scores import SCORES, ScoreConfig, choose_scores
 from checkpoint import read_checkpoint, save_checkpoint
 from distributions import Pixels
+from families import score3d_msma
 from families.score3d import Score3D, denoising_loss
 from families.score3d_config import Score3DConfig
-from families.score3d_msma import Levels, denoise, score_maps, score_norms
+from families.score3d_msma import PASS_VOXELS, Levels, denoise, score_maps, score_norms
 from families.score3d_samplers import Diffusion
 from families.score3d_sde import SDES, expand
 from generative.pictures import image_grid
@@ -121,9 +122,14 @@ def test_a_network_of_zeros_loses_the_square_of_the_noise():
 
 # ------------------------------------------------------------------------------------------------------ MSMA
 
+@pytest.mark.parametrize('most', [1, 70, PASS_VOXELS])
 @pytest.mark.parametrize('name', SDES)
-def test_features_of_gaussian_data(name):
-    """sigma |s| at the mean m x of the noisy image: s = m (mu - x) / (m^2 w + sigma^2)."""
+def test_features_of_gaussian_data(name, most, monkeypatch):
+    """sigma |s| at the mean m x of the noisy image: s = m (mu - x) / (m^2 w + sigma^2).
+
+    7 levels of 5 images of 3 voxels: one at a time, 4 at a time, and all at once.
+    """
+    monkeypatch.setattr(score3d_msma, 'PASS_VOXELS', most)
     data, sde = gaussian(), make_sde(name)
     times = Levels(number=7, min_timestep=0.05, max_timestep=0.9).times(sde).double()
     x = data.sample(5)

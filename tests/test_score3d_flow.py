@@ -223,6 +223,22 @@ def test_a_score_model_of_another_size_is_refused():
         SpatialMSMA((2, 16, 16), build().config)
 
 
+@torch.no_grad()
+def test_standard_features_change_the_scale_alone():
+    """Of mean 0 and variance 1 in the foreground of the first batch; densities are those of the features."""
+    plain, model, x = build(), build(standardize=True), images()
+    model.initialize(x)
+    features, inside = model.features(x), foreground(x)[:, 0]
+    rows = features.movedim(1, -1)[inside]
+    torch.testing.assert_close(model.mean, rows.mean(0))
+    torch.testing.assert_close(model.std, rows.std(0, correction=0))
+    voxels, code = torch.arange(20, 40), model.image_code(x)
+    standard = (features - rows.mean(0)[:, None, None]) / rows.std(0, correction=0)[:, None, None]
+    torch.testing.assert_close(model.log_prob(features, code, voxels) + model.std.log().sum(),
+                               plain.log_prob(standard, code, voxels))
+    assert 'mean' in model.state_dict() and 'mean' not in plain.state_dict(), 'as published without'
+
+
 def test_training_stands_on_a_frozen_run_and_resumes_to_the_bit(train_flags, tmp_path, same_weights):
     """With the averaged weights of the score model; --init_from reads a run."""
     from families.score3d import Score3D

@@ -207,6 +207,8 @@ def test_restoration_leaves_normal_images_and_moves_others():
     few, many = (restore(data.diffusion(sde), PC(snr=0.1), x, steps) for steps in (2, 80))
     assert few[1].mean().item() == approx(1.5, abs=0.2), 'little noise, little change'
     assert many.abs().max() < 0.5, 'nothing is left of an image under much noise'
+    one = restore(data.diffusion(make_sde('vesde', 2)), PC(snr=0.1), x)
+    assert one.isfinite().all(), 'a quarter of 2 steps is one'
 
 
 # ---------------------------------------------------------------------------------------------- of the family

@@ -22,7 +22,7 @@ train --model score3d --save score3d_phantom --sigma_min 0.05 --sigma_max 50 --n
 
 train --model spatial_msma --save spatial_msma_phantom --score_model "$ROOT/eval-score3d_phantom" --msma_levels 10 \
     --num_blocks 4 --hidden_features 128 --global_embedding_size 128 --patches_per_step 2048 --batch_size 4 \
-    --epochs 28 --learning_rate 1e-3 --ema_halflife_kimg 0.2 --val_every 7 "$@"
+    --epochs 26 --learning_rate 1e-3 --ema_halflife_kimg 0.2 --standardize --val_every 13 "$@"
 
 train --model ae --save ae_brain_phantom --batch_size 8 --epochs 60 --val_every 20 "$@"
 
