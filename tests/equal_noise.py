@@ -31,7 +31,7 @@ class JointNoise(TorchFunctionMode):
     """`randn_like` and `rand_like` give the rows of the joint batch's noise that belong to this share."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function not in RowNoise.FILL:
+        if function not in RowNoise.FILL or args[0].is_meta:
             return function(*args, **(kwargs or {}))
         generator = torch.Generator().manual_seed(mix_seed(*drawing['key'], 'draw', drawing['draw']))
         drawing['draw'] += 1
