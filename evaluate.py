@@ -413,6 +413,7 @@ def compare_runs(args: argparse.Namespace, config: EvalConfig, say: Callable[[st
     runs, tasks = [], []
     for name, path in zip(run_names(config.compare), config.compare):
         model, run_args = open_model(path, ema=not config.no_ema)
+        change_sampling(model, 'anomaly', args)
         say(f'{name}: {path}')
         its_config = replace(config, checkpoint=path, eval_mode='anomaly')
         task = Evaluation(model, run_args, args, its_config, say)
@@ -431,7 +432,7 @@ def change_sampling(model: Any, mode: str, args: argparse.Namespace) -> None:
     """Gives a model the flags of sampling that this command has; scores keep to those of the run."""
     flags = {f.name: getattr(args, f.name) for family in SAMPLED for f in fields(family.Sampling)
              if hasattr(args, f.name)}
-    if flags and (mode not in ('sample', 'evaluate_fid') or not isinstance(model, tuple(SAMPLED))):
+    if flags and (mode not in ('sample', 'evaluate_fid') or not hasattr(model, 'Sampling')):
         raise UserError(f"--{next(iter(flags))} is for the modes sample and evaluate_fid of a model that "
                         f"draws images step by step; this is {mode} of {type(model).__name__}. Leave it out.")
     if flags:

@@ -29,7 +29,7 @@ class LaunchConfig:
     master_port: int = flag(0, f'port there; 0 = a free one on a single node, {PUBLISHED_PORT} on several')
     device: str = flag('auto', 'where to compute; auto = CUDA where there is any, else the CPU',
                        choices=('auto', 'cpu', 'cuda'))
-    deterministic: bool = flag(False, 'CUDA: the same command gives the same bits, at some speed')
+    deterministic: bool = flag(False, 'GPU: the same command gives the same bits; slower')
     timeout: float = flag(10.0, 'minutes without a sign of life, then a process is gone and the others end')
     num_threads: int = flag(0, 'CPU threads of a process; 0 = $OMP_NUM_THREADS, else an even share of cores')
 

@@ -112,7 +112,7 @@ def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
     """All subjects of a folder, whatever their class, as the run's flags say, in the run's shape; with the
     masks of their lesions.
     """
-    files = DATASETS['brain']                        # the run's own may be drawn
+    files = DATASETS['brain']               # read from files, also where the run's own volumes are drawn
     row = replace(DATASETS[config.dataset], size=0, folder=files.folder)
     try:
         source = files.read(replace(config, volume_shape=data.shape[1:], key_files=''), row)

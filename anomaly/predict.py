@@ -261,8 +261,8 @@ class Predictor:
         made = []
         for images, passes, _ in self.batches(chosen, 'overlays'):
             for i, *arrays in zip(images, *self.pictures(passes)) if passes else ():
-                distance = {'spacing': images[i].grids[0].spacing} if self.volumes else {}
-                picture = overlay(*arrays, look, pixel_threshold, **distance)
+                spacing = images[i].grids[0].spacing if self.volumes else (1, 1)
+                picture = overlay(*arrays, look, pixel_threshold, spacing)
                 write_atomically(out / 'overlays' / names[i],
                                  lambda path, picture=picture: picture.save(path, 'PNG'))
                 made.append((i, 'overlay', f'overlays/{names[i]}'))

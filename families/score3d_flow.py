@@ -95,7 +95,7 @@ class SpatialMSMA(nn.Module):
     defaults = {'optimizer': 'adamw', 'learning_rate': 3e-4, 'lr_schedule': 'constant', 'warmup_epochs': 0,
                 'weight_decay': 1e-5, 'batch_size': 2, 'ema_halflife_kimg': 50.0, 'ema_rampup_ratio': 0.01}
     primary_score = 'voxel_nll'
-    capturable = False                     # its foreground is where the images have one
+    capturable = False                     # which voxels a pass takes depends on the images
 
     def __init__(self, shape: tuple[int, ...], config: SpatialMSMAConfig, pixels: Pixels = EIGHT_BITS):
         """`shape` (C, *S). Raises UserError if the score model has another size."""
@@ -118,9 +118,9 @@ class SpatialMSMA(nn.Module):
         width = config.context_embedding_size * (1 + config.use_global_context)
         self.flow = ConditionalFlow(self.levels, width, hidden=config.hidden_features,
                                     num_blocks=config.num_blocks, base=config.base_distribution)
-        one = torch.ones(self.levels, dtype=torch.float64)                    # of the features of each level
-        self.register_buffer('mean', 0 * one, persistent=config.standardize)
-        self.register_buffer('std', one, persistent=config.standardize)
+        one = torch.ones(self.levels, dtype=torch.float64)
+        self.register_buffer('feature_mean', 0 * one, persistent=config.standardize)                # (n,)
+        self.register_buffer('feature_std', one, persistent=config.standardize)
         self.cache = FeatureCache(int(config.cache_gb * 2 ** 30) if config.cache_maps else 0)
         self.score_model.register_load_state_dict_post_hook(self.cache.clear)
 
@@ -142,8 +142,8 @@ class SpatialMSMA(nn.Module):
             with full_precision_on(x.device):
                 rows = self.features(x).double().movedim(1, -1)[foreground(x)[:, 0]]                # (N, n)
             mean, square = map(launch.mean_over_ranks, (rows.mean(0), rows.square().mean(0)))
-            self.mean.copy_(mean)
-            self.std.copy_((square - mean ** 2).clamp(min=LEAST_SPREAD ** 2).sqrt())
+            self.feature_mean.copy_(mean)
+            self.feature_std.copy_((square - mean ** 2).clamp(min=LEAST_SPREAD ** 2).sqrt())
 
     def load_weights(self, path: str) -> None:
         """Fills all from a run folder or checkpoint of ours; or the flow from a published one.
@@ -188,8 +188,8 @@ class SpatialMSMA(nn.Module):
         context = self.position(voxels).to(rows).expand(len(rows), -1, -1)                   # (B, P, E)
         if image_code is not None:
             context = torch.cat([context, image_code[:, None].expand(-1, len(voxels), -1)], dim=2)
-        standard = ((rows - self.mean) / self.std).to(rows)
-        return self.flow.log_prob(standard, context) - self.std.log().sum()
+        standard = ((rows - self.feature_mean) / self.feature_std).to(rows)
+        return self.flow.log_prob(standard, context) - self.feature_std.log().sum()
 
     # ----------------------------------------------------------------------------------------------- training
 

@@ -321,8 +321,9 @@ def test_training_resumes_to_the_bit_and_says_what_it_sees(score_flags, tmp_path
         assert evaluate.work(evaluate.parse_args([*sample, '--save', str(tmp_path / name), *flags])) == 0
         assert len(passes) == number
         assert json.loads((tmp_path / name / 'metrics.json').read_text())['sample']['temperature'] == 1
-    with pytest.raises(UserError, match='--snr is for the modes sample and evaluate_fid'):
-        evaluate.work(evaluate.parse_args([*sample[:2], '--eval_mode', 'anomaly', '--snr', '1']))
+    for words in ([*sample[:2], '--eval_mode', 'anomaly'], ['--compare', str(whole), str(parts)]):
+        with pytest.raises(UserError, match='--snr is for the modes sample and evaluate_fid'):
+            evaluate.work(evaluate.parse_args([*words, '--snr', '1']))
 
     # new images are scored as the test images were: at the same levels, by the same densities
     images = score_flags[score_flags.index('--data') + 1]

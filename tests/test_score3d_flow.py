@@ -230,13 +230,13 @@ def test_standard_features_change_the_scale_alone():
     model.initialize(x)
     features, inside = model.features(x), foreground(x)[:, 0]
     rows = features.movedim(1, -1)[inside]
-    torch.testing.assert_close(model.mean, rows.mean(0))
-    torch.testing.assert_close(model.std, rows.std(0, correction=0))
+    torch.testing.assert_close(model.feature_mean, rows.mean(0))
+    torch.testing.assert_close(model.feature_std, rows.std(0, correction=0))
     voxels, code = torch.arange(20, 40), model.image_code(x)
     standard = (features - rows.mean(0)[:, None, None]) / rows.std(0, correction=0)[:, None, None]
-    torch.testing.assert_close(model.log_prob(features, code, voxels) + model.std.log().sum(),
+    torch.testing.assert_close(model.log_prob(features, code, voxels) + model.feature_std.log().sum(),
                                plain.log_prob(standard, code, voxels))
-    assert 'mean' in model.state_dict() and 'mean' not in plain.state_dict(), 'as published without'
+    assert model.state_dict().keys() - plain.state_dict().keys() == {'feature_mean', 'feature_std'}
 
 
 def test_training_stands_on_a_frozen_run_and_resumes_to_the_bit(train_flags, tmp_path, same_weights):

@@ -16,7 +16,7 @@ def check_graph(model: nn.Module, device: torch.device, world: int, accumulate: 
         (world > 1, 'is for one process'),
         (accumulate > 1, 'and --accumulate exclude each other: gradients stay where the graph writes them'),
         (recomputes, 'and --checkpoint_activations exclude each other: lower --batch_size'),
-        (not getattr(model, 'capturable', True), f'is not for {type(model).__name__}: what it computes '
+        (not getattr(model, 'capturable', True), f'is not for {type(model).__name__}: which voxels it takes '
                                                  f'depends on the images')) if hinders), '')
     if hindrance:
         raise UserError(f"--cuda_graph {hindrance}. Leave it out.")
