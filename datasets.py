@@ -16,22 +16,22 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from distributions import Pixels
-from readers.archive import unpacked
-from readers.brain_phantom import write_brain_phantoms
-from readers.cifar10 import read_cifar10
-from readers.files import Preparation
-from readers.images import FITS, read_folder
-from readers.layouts import Layout, read_records
-from readers.mnist import read_mnist, read_stacked_mnist
-from readers.new_volumes import NewVolumes
-from readers.omniglot import read_omniglot
-from readers.packed import is_packed, read_packed
-from readers.packed_volumes import read_packed_volumes
-from readers.part_folders import read_part_folders
+from readers.images.archive import unpacked
+from readers.images.folder import FITS, read_folder
+from readers.images.new_files import Preparation
+from readers.lmdb.packed import is_packed, read_packed
+from readers.lmdb.packed_volumes import read_packed_volumes
 from readers.parts import Batch, Part
-from readers.phantom import write_phantoms
-from readers.records import Decoding, Records
-from readers.smallnorb import read_smallnorb
+from readers.phantoms.brain import write_brain_phantoms
+from readers.phantoms.chest import write_phantoms
+from readers.published.cifar10 import read_cifar10
+from readers.published.layouts import Layout, read_records
+from readers.published.mnist import read_mnist, read_stacked_mnist
+from readers.published.omniglot import read_omniglot
+from readers.published.part_folders import read_part_folders
+from readers.published.records import Decoding, Records
+from readers.published.smallnorb import read_smallnorb
+from readers.published.svhn import read_svhn
 from readers.source import Entry, Source
 from readers.split import (
     PARTS,
@@ -48,8 +48,8 @@ from readers.split import (
     warnings,
     with_patients,
 )
-from readers.svhn import read_svhn
-from readers.volumes import VolumeConfig, VolumePreparation, check_volumes, read_volumes
+from readers.volumes.new_volumes import NewVolumes
+from readers.volumes.volumes import VolumeConfig, VolumePreparation, check_volumes, read_volumes
 from utils import UserError, flag, mix_seed
 
 # ------------------------------------------------------------------------------------------------------ table

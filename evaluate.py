@@ -24,17 +24,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import launch
-from anomaly.audit import audit, sentences
 from anomaly.compare import Run, compare, run_names
 from anomaly.detect import detect
 from anomaly.out_of_distribution import with_ood
 from anomaly.predict import PredictConfig, predict
 from anomaly.scores import ScoreConfig
-from checkpoint import save_checkpoint
+from audit.audit import audit, sentences
 from datasets import Batch, Data, DataConfig, eval_batches, load_data
+from distributed import launch
+from distributed.launch import LaunchConfig
 from distributions import Pixels
-from generative.fid import (
+from evaluation.fid import (
     GREY_LEVELS,
     FidConfig,
     distance,
@@ -43,11 +43,10 @@ from generative.fid import (
     measure_samples,
     read_statistics,
 )
-from generative.latent_space import decode, interpolation, latents, traversal
-from generative.likelihood import count_dims, evaluate_likelihood
-from generative.pictures import image_grid, save_png
-from generative.sampling import readjust_batch_norm, samples
-from launch import LaunchConfig
+from evaluation.latent_space import decode, interpolation, latents, traversal
+from evaluation.likelihood import count_dims, evaluate_likelihood
+from evaluation.pictures import image_grid, save_png
+from evaluation.sampling import readjust_batch_norm, samples
 from model import MODELS, describe, open_model, place
 from utils import (
     UserError,
@@ -57,6 +56,7 @@ from utils import (
     read_flags,
     read_json,
     run_program,
+    save_checkpoint,
     write_json,
     write_npz,
 )
@@ -88,7 +88,7 @@ class EvalConfig:
     readjust_bn: bool = flag(False, 'sample, evaluate_fid: first fit the batch norms to the temperature')
     save_bn: bool = flag(False, 'with --readjust_bn: keep the model with these statistics as checkpoint.pt')
     temp: float | None = flag(None, 'sample, evaluate_fid, decode: temperature of what is drawn from the '
-                                    'prior (default: 0.7; of score3d, whose noise it scales, 1)', type=float)
+                                    'prior (default: 0.7; of score, whose noise it scales, 1)', type=float)
     num_samples: int = flag(0, f'number of images, or of pairs to interpolate; 0 = {_DEFAULTS}')
     keep_groups: tuple = flag((), 'reconstruct: keep so many latent groups from the top, the others at their '
                                   'prior means; each number is a column; none given = all groups', type=int)

@@ -7,17 +7,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from checkpoint import read_checkpoint
 from distributions import Pixels
-from families.autoencoder import AE, VAE
-from families.hvae import BIVA, HVAE, LVAE
-from families.hvae_official import official_folder
-from families.hvae_official import read_official as read_official_folder
-from families.nvae import NVAE
-from families.nvae_official import is_official, read_official
-from families.score3d import Score3D
-from families.score3d_flow import SpatialMSMA
-from utils import UserError, read_flags
+from families.autoencoder.model import AE, VAE
+from families.hvae.model import BIVA, HVAE, LVAE
+from families.hvae.official import official_folder
+from families.hvae.official import read_official as read_official_folder
+from families.nvae.model import NVAE
+from families.nvae.official import is_official, read_official
+from families.score.model import ScoreModel
+from families.spatial_msma.model import SpatialMSMA
+from utils import UserError, read_checkpoint, read_flags
 
 Terms = dict[str, Tensor]     # per image, never averaged: (B,) or (B, L)
 
@@ -41,7 +40,7 @@ class Model(Protocol):
 
 
 MODELS: dict[str, type] = {'nvae': NVAE, 'hvae': HVAE, 'lvae': LVAE, 'biva': BIVA,
-                           'ae': AE, 'vae': VAE, 'score3d': Score3D, 'spatial_msma': SpatialMSMA}
+                           'ae': AE, 'vae': VAE, 'score': ScoreModel, 'spatial_msma': SpatialMSMA}
 # By device and axes of an image, where it is faster: by up to 2 on a CPU; volumes on an H100 are slower.
 CHANNELS_LAST = {('cpu', 3): torch.channels_last, ('cpu', 4): torch.channels_last_3d,
                  ('cuda', 3): torch.channels_last}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-import launch
+from distributed import launch
 from utils import UserError
 
 WEIGHT_NORM_EPS = 1e-5
@@ -347,3 +347,12 @@ def check_latents(latents: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) 
     if not given or given != list(shapes[:len(given)]) or len({len(z) for z in latents}) > 1:
         raise UserError(f"latents of shapes {given}: expected the first of {list(shapes)}, one or more, all "
                         f"for the same images.")
+
+
+def foreground(x: Tensor) -> Tensor:
+    """Where a channel of an image (B, C, *S) is above the least value of the image: (B, 1, *S), bool.
+
+    All of an image that has only one value.
+    """
+    inside = (x > x.amin(tuple(range(1, x.ndim)), keepdim=True)).any(1, keepdim=True)
+    return inside | ~inside.flatten(1).any(1).reshape(-1, *[1] * (x.ndim - 1))

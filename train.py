@@ -29,8 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import launch
-from checkpoint import read_checkpoint, save_checkpoint
 from datasets import (
     DATASETS,
     Batch,
@@ -42,8 +40,9 @@ from datasets import (
     steps_per_epoch,
     train_batches,
 )
-from generative.likelihood import count_dims, evaluate_likelihood
-from launch import LaunchConfig
+from distributed import launch
+from distributed.launch import LaunchConfig
+from evaluation.likelihood import count_dims, evaluate_likelihood
 from model import MODELS, build_model, describe, place
 from neural_operations import activation_bytes, checkpoint_activations
 from training.finetuning import start_from, update_slow_weights
@@ -70,9 +69,11 @@ from utils import (
     add_flags,
     flag,
     mix_seed,
+    read_checkpoint,
     read_flags,
     read_json,
     run_program,
+    save_checkpoint,
     seed_noise,
     write_json,
 )

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-import launch
-from anomaly import compare_report
 from anomaly.baselines import BASELINES
 from anomaly.detect import SETTINGS, Examined, best_baseline, choose_primary, examine, few_images, versions
-from anomaly.figures import shown_groups
 from anomaly.metrics import paired_difference
-from anomaly.scorer import Scored
+from anomaly.report import comparison as compare_report
+from anomaly.report.figures import shown_groups
 from anomaly.scores import ScoreConfig, choose_scores
+from anomaly.scoring import Scored
+from distributed import launch
 from readers.parts import SomeOf
 from utils import UserError, finite
 

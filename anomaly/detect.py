@@ -15,21 +15,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-import launch
-from anomaly import metrics, report, segmentation
+from anomaly import metrics
 from anomaly.baselines import BASELINES
-from anomaly.datacard import compare_normal, describe
 from anomaly.density import DensityScore, cross_fit
-from anomaly.figures import read_history
-from anomaly.gallery import MOST_VOLUMES, choose_cases, spacing
-from anomaly.localization import localize
-from anomaly.maps import pixel_threshold
-from anomaly.nifti_maps import write_cases
-from anomaly.scorer import Scored, Scorer
+from anomaly.maps import segmentation
+from anomaly.maps.localization import localize
+from anomaly.maps.nifti import write_cases
+from anomaly.maps.postprocessing import pixel_threshold
+from anomaly.report import page as report
+from anomaly.report.datacard import compare_normal, describe
+from anomaly.report.figures import read_history
+from anomaly.report.gallery import MOST_VOLUMES, choose_cases, spacing
 from anomaly.scores import ScoreConfig, choose_scores
-from checkpoint import fingerprint
+from anomaly.scoring import Scored, Scorer
 from datasets import volume_flags
-from utils import UserError, finite, read_json, write_atomically, write_json
+from distributed import launch
+from utils import UserError, fingerprint, finite, read_json, write_atomically, write_json
 
 # fields of ScoreConfig that the scores, maps and calls of an image depend on
 SETTINGS = ('target_fpr', 'num_draws', 'iw_samples_elbo', 'iw_samples_lk', 'llr_noise', 'regret_steps',

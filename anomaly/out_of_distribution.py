@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from datasets import DATASETS, Data, DataConfig, DataSet, left_out
-from readers.nifti import entry_grids
-from readers.ood import (
+from readers.lmdb.packed import is_packed, read_packed
+from readers.out_of_distribution import (
     ENHANCED,
     OWN,
     Changed,
@@ -18,12 +18,12 @@ from readers.ood import (
     read_images,
     with_sizes,
 )
-from readers.packed import is_packed, read_packed
 from readers.parts import JoinedPart, Part
-from readers.records import Records
+from readers.published.records import Records
 from readers.source import Source
 from readers.split import count, some
-from readers.volumes import apart
+from readers.volumes.nifti import entry_grids
+from readers.volumes.volumes import apart
 from utils import UserError
 
 __all__ = ['with_ood']

@@ -20,26 +20,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-import launch
 from anomaly.baselines import BASELINES
 from anomaly.density import DensityScore
 from anomaly.detect import SETTINGS, cells, choose_primary, titles
-from anomaly.figures import map_scale
-from anomaly.maps import treated
-from anomaly.nifti_maps import file_names, plain, remove_maps, write_map
-from anomaly.overlays import overlay
+from anomaly.maps.nifti import file_names, plain, remove_maps, write_map
+from anomaly.maps.overlays import overlay
+from anomaly.maps.postprocessing import treated
+from anomaly.maps.segmentation import segment
 from anomaly.passes import Passes
+from anomaly.report.figures import map_scale
 from anomaly.scores import ScoreConfig, choose_scores
-from anomaly.segmentation import segment
-from checkpoint import fingerprint
 from datasets import DataConfig, flags_from_json, preparation
-from readers.files import Found, Loaded, Preparation
-from readers.images import cores
-from readers.new_volumes import NewVolumes
-from readers.nifti import Grid
+from distributed import launch
+from readers.images.folder import cores
+from readers.images.new_files import Found, Loaded, Preparation
 from readers.source import Unreadable
 from readers.split import count, some
-from utils import UserError, flag, read_flags, read_json, write_atomically
+from readers.volumes.new_volumes import NewVolumes
+from readers.volumes.nifti import Grid
+from utils import UserError, fingerprint, flag, read_flags, read_json, write_atomically
 
 SOME_UNREADABLE_STATUS = 3        # exit status: all that could be read is scored, but some files could not
 VOLUME_FOLDERS = {'map': 'maps', 'segmentation': 'segmentations'}

@@ -178,7 +178,7 @@ for name, make in BASELINES.items():
 # says it in words.
 
 # %%
-from anomaly.audit import audit, sentences
+from audit.audit import audit, sentences
 
 audited = audit(data, max_images=100, num_bootstrap=200)
 for sentence in sentences(audited)[:4]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distributions import Pixels
-from readers.augment import augmented
-from readers.records import LazyImages, Records, columns
+from readers.published.records import LazyImages, Records, columns
 from readers.source import Entry, Source
+from readers.volumes.augment import augmented
 from utils import mix_seed
 
 # Of a batch with so many axes, the one from left to right: the last of an image, the first of a volume (RAS).

@@ -48,7 +48,7 @@ class Entry:
     part: str = ''            # 'train', 'val' or 'test' where the data set has its own parts
     patient: str = ''         # '' = unknown
     label: int = 0            # 0 normal, 1 anomalous
-    grids: tuple = ()         # of a volume: the model's grid and the file's (readers/nifti.py); () = an image
+    grids: tuple = ()         # of a volume: the model's grid and the file's; () = an image
 
     @property
     def has_mask(self) -> bool:
@@ -89,7 +89,7 @@ class Images(Protocol):
 @dataclass(frozen=True)
 class Source:
     """A data set as its reader found it: `pixels` (N, C, *S) uint8 or uint16, `masks` (M, 1, *S) uint8 0 or
-    1. A large one has its entries and pixels made when asked for (readers/records.py).
+    1. A large one has its entries and pixels made when asked for (readers/published/records.py).
     """
     entries: Sequence[Entry]
     pixels: Images

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from readers.records import Records
+from readers.published.records import Records
 from readers.source import CLASSES_SHOWN, Entry
 from utils import UserError, mix_seed
 

@@ -16,9 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
 
-from anomaly.audit import LEAST_IMAGES, audit
-from anomaly.findings import SEVERITIES
-from anomaly.trivial import FEATURES
+from audit.audit import LEAST_IMAGES, audit
+from audit.findings import SEVERITIES
+from audit.trivial import FEATURES
 from datasets import DataConfig, load_data
 from readers.split import count
 from utils import UserError, add_flags, flag, read_flags, read_json, run_program, write_atomically, write_json

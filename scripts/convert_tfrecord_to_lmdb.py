@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
 
-from readers.lmdb_maker import make_lmdb
-from readers.tfrecord import features, read_records
+from readers.lmdb.maker import make_lmdb
+from readers.published.tfrecord import features, read_records
 from utils import UserError, run_program
 
 SIDES = {'imagenet-oord_32': 32, 'imagenet-oord_64': 64, 'celeba': 256}

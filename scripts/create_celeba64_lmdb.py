@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
 
-from readers.celeba import LAYOUT, celeba_store, find_celeba
-from readers.lmdb_maker import in_threads, make_lmdb
-from readers.records import Decoding, LazyImages
+from readers.lmdb.maker import in_threads, make_lmdb
+from readers.published.celeba import LAYOUT, celeba_store, find_celeba
+from readers.published.records import Decoding, LazyImages
 from utils import UserError, run_program
 
 NAMES = {'train': 'train.lmdb', 'valid': 'validation.lmdb', 'test': 'test.lmdb'}       # the published ones

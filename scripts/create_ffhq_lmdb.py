@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run fr
 import torch
 from PIL import Image
 
-from readers.lmdb_maker import in_threads, make_lmdb
+from readers.lmdb.maker import in_threads, make_lmdb
 from utils import UserError, mix_seed, run_program, write_atomically
 
 SIZE = 256

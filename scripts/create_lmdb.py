@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets import DATASETS, DataConfig, check
-from readers.images import (
+from readers.images.folder import (
     ImageFile,
     Unreadable,
     cores,
@@ -42,8 +42,8 @@ from readers.images import (
     to_integers,
     with_masks,
 )
-from readers.lmdb_file import LmdbWriter, is_lmdb
-from readers.packed import (
+from readers.lmdb.file import LmdbWriter, is_lmdb
+from readers.lmdb.packed import (
     FORMAT,
     META,
     VERSION,
@@ -58,10 +58,10 @@ from readers.packed import (
     read_meta,
     seal,
 )
-from readers.packed_volumes import preparation_flags, volume_record
+from readers.lmdb.packed_volumes import preparation_flags, volume_record
 from readers.source import CLASSES_SHOWN
 from readers.split import count, some, with_patients
-from readers.volumes import VolumeConfig
+from readers.volumes.volumes import VolumeConfig
 from utils import UserError, add_flags, flag, read_flags, run_program
 
 MOST_ROWS, MOST_BYTES = 512, 32 << 20            # in a transaction: what a kill can lose

@@ -26,11 +26,11 @@ from itertools import product
 import numpy as np
 
 from datasets import DATASETS, DataConfig
-from readers.nifti import Grid, resample, write_nifti
 from readers.source import Entry, same_name
 from readers.split import PARTS, count, some, split_given, with_patients
-from readers.subjects import KEYS, NORMAL, Subject, find_subjects, with_classes, with_keys
-from readers.volumes import LESION, VolumePreparation, attempt, check_volumes, expect_one_spacing
+from readers.volumes.nifti import Grid, resample, write_nifti
+from readers.volumes.subjects import KEYS, NORMAL, Subject, find_subjects, with_classes, with_keys
+from readers.volumes.volumes import LESION, VolumePreparation, attempt, check_volumes, expect_one_spacing
 from utils import UserError, add_flags, flag, read_flags, run_program, write_atomically
 
 ROW = DATASETS['brain']

@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
 
-import launch
 from datasets import DataConfig, load_data
-from generative.fid import (
+from distributed import launch
+from distributed.launch import LaunchConfig
+from evaluation.fid import (
     GREY_LEVELS,
     MAX_REFERENCE,
     FidConfig,
@@ -26,7 +27,6 @@ from generative.fid import (
     statistics_file,
     write_statistics,
 )
-from launch import LaunchConfig
 from utils import UserError, add_flags, flag, read_flags, run_program
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
 
 import torch
-from small_score3d import Mixture
+from small_score import Mixture
 
 from distributions import Pixels
-from families.score3d import Score3D
-from families.score3d_config import Score3DConfig
-from families.score3d_sde import SDES
+from families.score.config import ScoreModelConfig
+from families.score.model import ScoreModel
+from families.score.sde import SDES
 from training.optimization import average_of, learning_rate, ramped
 
 FLAGS = {'nf': 64, 'blocks_down': (3,), 'blocks_up': (), 'conv_size': 1, 'norm_num_groups': 1,
@@ -35,11 +35,11 @@ def mixture() -> Mixture:
     return Mixture(means, torch.tensor([0.02, 0.04]).reshape(2, 1, 1), torch.tensor([0.2, 0.3, 0.5]))
 
 
-def train(name: str, steps: int, seed: int = 0) -> Score3D:
+def train(name: str, steps: int, seed: int = 0) -> ScoreModel:
     """The averaged weights after `steps` steps of Adam on fresh points of the mixture."""
     torch.manual_seed(seed)
     data = mixture()
-    model = Score3D((2, 1, 1), Score3DConfig(sde=name, **FLAGS), Pixels())
+    model = ScoreModel((2, 1, 1), ScoreModelConfig(sde=name, **FLAGS), Pixels())
     average = average_of(model, ramped(0.999))
     optimizer = torch.optim.Adam(model.parameters())
     for step in range(steps):
@@ -55,7 +55,7 @@ def train(name: str, steps: int, seed: int = 0) -> Score3D:
 
 
 @torch.no_grad()
-def errors(model: Score3D, times: tuple[float, ...] = TIMES, points: int = 20000) -> list[float]:
+def errors(model: ScoreModel, times: tuple[float, ...] = TIMES, points: int = 20000) -> list[float]:
     """Relative errors of the model's score at these times."""
     torch.manual_seed(1)
     data, sde, result = mixture(), model.sde, []

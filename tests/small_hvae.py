@@ -5,7 +5,7 @@ import json
 import torch
 
 from distributions import Pixels
-from families.hvae import BIVA, HVAE, LVAE, HVAEConfig
+from families.hvae.model import BIVA, HVAE, LVAE, HVAEConfig
 
 FAMILIES = {'hvae': HVAE, 'lvae': LVAE, 'biva': BIVA}
 BINARY, GREY = Pixels('bernoulli', 1), Pixels()

@@ -19,9 +19,9 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from readers import brain_phantom
-from readers.lmdb_file import LmdbWriter
-from readers.phantom import VERSION
+from readers.lmdb.file import LmdbWriter
+from readers.phantoms import brain as brain_phantom
+from readers.phantoms.chest import VERSION
 
 TEST_COUNT = 9
 CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')

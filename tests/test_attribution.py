@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_score3d import build
+from small_score import build
 from torch import nn
 
 from anomaly import attribution

@@ -11,9 +11,9 @@ from PIL import Image
 from pytest import approx
 from test_dicom import as_bytes, made
 
-from anomaly.audit import audit, classify, common_words, sentences
-from anomaly.findings import BOUNDS, all_findings, of_parts, severity, told
-from anomaly.trivial import (
+from audit.audit import audit, classify, common_words, sentences
+from audit.findings import BOUNDS, all_findings, of_parts, severity, told
+from audit.trivial import (
     FEATURES,
     IMMERKAER,
     PICTURE_FEATURES,
@@ -27,9 +27,9 @@ from anomaly.trivial import (
     symmetry,
 )
 from datasets import DataConfig, load_data
+from readers.headers import read_trace
 from readers.source import Entry
 from readers.split import contradictions, spread_patients
-from readers.traces import read_trace
 from utils import UserError
 
 SIZE, NORMAL, ILL = 32, 80, 30

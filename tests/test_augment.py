@@ -6,8 +6,8 @@ import pytest
 import torch
 from pytest import approx
 
-import readers.augment
-from readers.augment import (
+import readers.volumes.augment
+from readers.volumes.augment import (
     CHANGES,
     add_noise,
     augmented,

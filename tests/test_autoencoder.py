@@ -13,13 +13,13 @@ from standins import make_standin
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 import evaluate
-import launch
 import train
 from anomaly.detect import choose_primary
 from anomaly.passes import Passes, elbo, log_weight
 from anomaly.scores import SCORES, choose_scores
+from distributed import launch
 from distributions import Pixels
-from families.autoencoder import AE, LOG_NORMALIZERS, LOSSES, VAE, AEConfig, VAEConfig, dissimilarity
+from families.autoencoder.model import AE, LOG_NORMALIZERS, LOSSES, VAE, AEConfig, VAEConfig, dissimilarity
 from model import load_model
 from utils import UserError, read_flags, read_json
 

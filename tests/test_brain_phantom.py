@@ -6,7 +6,7 @@ from pytest import approx
 from scipy.ndimage import binary_dilation, label
 
 from datasets import DataConfig, load_data
-from readers.brain_phantom import (
+from readers.phantoms.brain import (
     HYPERINTENSITIES,
     NORMAL,
     TUMOUR,

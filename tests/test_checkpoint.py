@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 
-from checkpoint import read_checkpoint, save_checkpoint
-from utils import UserError
+from utils import UserError, read_checkpoint, save_checkpoint
 
 CONTENT = {'weights': {'w': torch.arange(6.).view(2, 3), 'n': torch.tensor(True)}, 'step': 7, 'rate': 0.5,
            'args': {'name': 'x', 'kinds': ['a'], 'none': None}}

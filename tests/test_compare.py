@@ -14,13 +14,14 @@ import torch
 from test_scores import LinearGaussian
 
 import evaluate
-import launch
 import train
-from anomaly import compare_report, scorer
+from anomaly import scoring as scorer
 from anomaly.compare import Run, common_images, compare, run_names
-from anomaly.compare_report import text_tables
+from anomaly.report import comparison as compare_report
+from anomaly.report.comparison import text_tables
 from anomaly.scores import ScoreConfig
 from datasets import Data, DataConfig
+from distributed import launch
 from distributions import Pixels
 from readers.parts import Part, SomeOf
 from readers.source import Entry, Source

@@ -11,8 +11,8 @@ from test_parity import PARITY, agrees
 from test_recipes import FEW_SCORES, ONE_STEP, TINY_SCORES, TINY_VOLUMES
 
 import evaluate
-import launch
 import train
+from distributed import launch
 from model import load_model
 from utils import read_flags, read_json
 
@@ -96,7 +96,7 @@ def on_volumes(model, data, cache):
 
 
 @pytest.mark.parametrize('amp', ['off', 'bf16'])
-@pytest.mark.parametrize('model', ['nvae', 'score3d', 'ae'])
+@pytest.mark.parametrize('model', ['nvae', 'score', 'ae'])
 def test_the_same_command_and_a_resumed_run_give_the_same_bits(model, amp, train_flags, brains, tmp_path,
                                                                cache, same_weights):
     flags = [*(train_flags if model == 'nvae' else on_volumes(model, brains, cache)),
@@ -114,13 +114,13 @@ FAMILIES = {'nvae': [], 'vae': TINY_SCORES['ae'], 'lvae': [word for flag, value 
 
 
 @pytest.mark.parametrize('amp', ['off', 'bf16'])
-@pytest.mark.parametrize('model', [*FAMILIES, 'score3d'])
+@pytest.mark.parametrize('model', [*FAMILIES, 'score'])
 def test_a_graph_of_the_passes_trains_as_they_do(model, amp, train_flags, brains, tmp_path, cache):
     """With the noise of the eager run, and running statistics that the warm-up left alone.
 
     Losses are compared: a bias before a second batch norm has no gradient but rounding, which moves it.
     """
-    flags = on_volumes(model, brains, cache) if model == 'score3d' else \
+    flags = on_volumes(model, brains, cache) if model == 'score' else \
         [*FAMILIES[model], *(train_flags if model == 'nvae' else
                              ['--model', model, *train_flags[train_flags.index('--dataset'):]])]
     flags += ['--root', tmp_path, '--amp', amp]
@@ -171,11 +171,11 @@ def test_a_model_trained_here_is_scored_alike_on_the_cpu(trained, tmp_path):
 
 def test_volumes_are_trained_on_and_scored(brains, tmp_path, cache):
     """A score network, the density of its voxels, an autoencoder."""
-    score = tmp_path / 'eval-score3d'
-    for model in ('score3d', 'spatial_msma', 'ae'):
+    score = tmp_path / 'eval-score'
+    for model in ('score', 'spatial_msma', 'ae'):
         above = ['--score_model', score] if model == 'spatial_msma' else []
         take(train, *on_volumes(model, brains, cache), '--root', tmp_path, '--save', model, *above)
-        slow = ['inpainting', 'restoration', 'ode_nll'] if model == 'score3d' else []
+        slow = ['inpainting', 'restoration', 'ode_nll'] if model == 'score' else []
         take(evaluate, '--checkpoint', tmp_path / f'eval-{model}', '--eval_mode', 'anomaly', *FEW_SCORES,
              '--num_cases', '1', '--msma_levels', '3', '--scores', 'all', *slow, '--cache_dir', cache)
         result = read_json(tmp_path / f'eval-{model}' / 'anomaly' / 'metrics.json')['anomaly']

@@ -16,10 +16,10 @@ from PIL import Image
 from pytest import approx
 
 import datasets
-import readers.images
+import readers.images.folder
 from datasets import DataConfig, eval_batches, load_data, steps_per_epoch, train_batches
 from readers.duplicates import near_duplicates
-from readers.images import decode, to_channels, to_size
+from readers.images.folder import decode, to_channels, to_size
 from readers.parts import grey_levels
 from readers.source import Entry
 from readers.split import split_parts

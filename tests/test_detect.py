@@ -12,13 +12,13 @@ import pytest
 import torch
 from test_scores import LinearGaussian, seeded
 
-import launch
-from anomaly import scorer
-from anomaly.datacard import compare_normal
+from anomaly import scoring as scorer
 from anomaly.detect import detect
 from anomaly.metrics import threshold
+from anomaly.report.datacard import compare_normal
 from anomaly.scores import SCORES, Passes, ScoreConfig
 from datasets import Batch
+from distributed import launch
 from utils import UserError
 
 CONFIG = ScoreConfig(num_draws=2, num_bootstrap=50, num_cases=2, num_gallery=6)
@@ -81,7 +81,7 @@ def rows_of(path):
 def without_a_page(request, monkeypatch):
     """Drawing the report takes longer than all the rest: tests that look at it say so."""
     if 'page' not in request.keywords:
-        monkeypatch.setattr('anomaly.report.write', lambda *args: None)
+        monkeypatch.setattr('anomaly.report.page.write', lambda *args: None)
 
 
 @pytest.fixture(scope='module')

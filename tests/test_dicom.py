@@ -14,7 +14,7 @@ from test_packed import make
 
 from datasets import DataConfig, load_data
 from readers.dicom import decode_dicom
-from readers.images import decode, read_image
+from readers.images.folder import decode, read_image
 from readers.source import Unreadable
 from utils import UserError
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import launch
 import train
+from distributed import launch
 from utils import read_flags
 
 PAGES = sorted([*ROOT.glob('docs/*.md'), ROOT / 'README.md'])

@@ -14,13 +14,12 @@ from conftest import make_images
 from PIL import Image
 
 import evaluate
-import launch
 import train
-from checkpoint import read_checkpoint, save_checkpoint
-from generative.pictures import image_grid
-from generative.sampling import readjust_batch_norm
+from distributed import launch
+from evaluation.pictures import image_grid
+from evaluation.sampling import readjust_batch_norm
 from model import load_model
-from utils import UserError, read_flags
+from utils import UserError, read_checkpoint, read_flags, save_checkpoint
 
 ONE_THREAD = ('--device', 'cpu', '--num_threads', '1')
 
@@ -245,7 +244,7 @@ def test_a_part_without_images(copy, monkeypatch, capsys, tmp_path):
 
 
 def test_a_model_without_the_capability(trained, monkeypatch, tmp_path):
-    from families.nvae import NVAE
+    from families.nvae.model import NVAE
     monkeypatch.delattr(NVAE, 'sample')
     with pytest.raises(UserError, match='no `sample`'):
         run(trained, tmp_path, 'sample', '--readjust_bn')

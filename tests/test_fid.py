@@ -19,18 +19,17 @@ from conftest import ROOT
 from torch import nn
 
 import evaluate
-import generative.fid as fid
-import launch
+import evaluation.fid as fid
 import train
-from checkpoint import save_checkpoint
 from datasets import DataConfig, load_data
+from distributed import launch
 from distributions import Pixels
-from families.nvae import NVAE
-from generative.fid import FidConfig, Moments, frechet_distance, load_features
-from generative.sampling import samples
+from evaluation.fid import FidConfig, Moments, frechet_distance, load_features
+from evaluation.sampling import samples
+from families.nvae.model import NVAE
 from model import build_model, describe, load_model
 from scripts import precompute_fid_statistics as script
-from utils import UserError, read_flags
+from utils import UserError, read_flags, save_checkpoint
 
 CPU = torch.device('cpu')
 ONE_THREAD = ('--device', 'cpu', '--num_threads', '1')

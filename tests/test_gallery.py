@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 from toy_volumes import LESION, SHAPE, one_case
 
-from anomaly import gallery as cards
-from anomaly.figures import map_scale
-from anomaly.gallery import (
+from anomaly.maps.overlays import overlay
+from anomaly.maps.slices import VIEWS, cuts, focus, sheet, stack
+from anomaly.report import gallery as cards
+from anomaly.report.figures import map_scale
+from anomaly.report.gallery import (
     LARGEST,
     case_figure,
     choose_cases,
@@ -24,9 +26,7 @@ from anomaly.gallery import (
     shorten,
     volume_views,
 )
-from anomaly.overlays import overlay
-from anomaly.scorer import Case
-from anomaly.slices import VIEWS, cuts, focus, sheet, stack
+from anomaly.scoring import Case
 
 
 def test_cases_are_extremes_mistakes_and_every_so_many_th_by_rank():

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from processes import MPIRUN, TORCHRUN, end, needs_mpirun, saved, start, wait_for_step
 
-import launch
+from distributed import launch
 
 ADDRESSES = '10.77.0.1', '10.77.0.2'
 

@@ -20,9 +20,9 @@ from small_hvae import (
 )
 
 from distributions import Normal, Pixels
-from families.hvae import BIVA, HVAE, LVAE, HVAEConfig, free_nats, kl_weight
-from families.hvae_layers import GaussianLatent, ResBlock, centred, softplus_ln2
-from families.hvae_stages import draw
+from families.hvae.layers import GaussianLatent, ResBlock, centred, softplus_ln2
+from families.hvae.model import BIVA, HVAE, LVAE, HVAEConfig, free_nats, kl_weight
+from families.hvae.stages import draw
 from utils import UserError
 
 

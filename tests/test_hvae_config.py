@@ -8,7 +8,7 @@ import torch
 from small_hvae import BINARY, BLOCKS, GREY, LATENTS, UNEQUAL, block, build, config, dense
 
 from distributions import Pixels
-from families.hvae import BIVA, HVAE, LVAE, HVAEConfig
+from families.hvae.model import BIVA, HVAE, LVAE, HVAEConfig
 from utils import UserError
 
 

@@ -9,17 +9,17 @@ from pytest import approx
 from small_hvae import BINARY, GREY, block, build, dense, images
 
 from distributions import DiscretizedLogisticMixture, Pixels
-from families.hvae import BIVA
-from families.hvae_config import Block
-from families.hvae_layers import Conv, Dense, ResBlock, UpConv, same_padding, skip_layer
-from families.hvae_likelihoods import (
+from families.hvae.config import Block
+from families.hvae.layers import Conv, Dense, ResBlock, UpConv, same_padding, skip_layer
+from families.hvae.likelihoods import (
     LIKELIHOODS,
     DiscretizedLogistic,
     PixelBeta,
     PixelNormal,
     PublishedMixture,
 )
-from families.hvae_official import to_official
+from families.hvae.model import BIVA
+from families.hvae.official import to_official
 from utils import UserError
 
 

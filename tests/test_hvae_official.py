@@ -11,8 +11,8 @@ import torch
 from small_hvae import VARIANTS, build, images
 
 from distributions import Pixels
-from families.hvae import BIVA, HVAE, LVAE
-from families.hvae_official import official_folder, read_official, to_official
+from families.hvae.model import BIVA, HVAE, LVAE
+from families.hvae.official import official_folder, read_official, to_official
 from model import load_model
 from utils import UserError
 

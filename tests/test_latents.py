@@ -8,14 +8,13 @@ import torch
 from PIL import Image
 
 import evaluate
-import launch
 import train
-from checkpoint import read_checkpoint
+from distributed import launch
 from distributions import Pixels
-from families.nvae import NVAE, NVAEConfig
-from generative.latent_space import interpolate, traverse
+from evaluation.latent_space import interpolate, traverse
+from families.nvae.model import NVAE, NVAEConfig
 from model import load_model
-from utils import UserError, read_flags
+from utils import UserError, read_checkpoint, read_flags
 
 ONE_THREAD = ('--device', 'cpu', '--num_threads', '1')
 SMALL = NVAEConfig(num_channels_enc=4, num_channels_dec=4, num_preprocess_blocks=1, num_postprocess_blocks=1,

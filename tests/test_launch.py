@@ -9,10 +9,10 @@ from multiprocessing import SimpleQueue
 import pytest
 import torch
 
-import launch
-from launch import FAILURE, LOST, MISTAKE
-from topology import LaunchConfig as Flags
-from topology import Topology, free_port
+from distributed import launch
+from distributed.launch import FAILURE, LOST, MISTAKE
+from distributed.topology import LaunchConfig as Flags
+from distributed.topology import Topology, free_port
 from utils import UserError
 
 

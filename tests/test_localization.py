@@ -8,9 +8,9 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from anomaly import localization
-from anomaly.localization import FPR_LIMIT, localize
-from anomaly.maps import body, pixel_threshold, treat
+from anomaly.maps import localization
+from anomaly.maps.localization import FPR_LIMIT, localize
+from anomaly.maps.postprocessing import body, pixel_threshold, treat
 from utils import UserError
 
 METRICS = ('auroc', 'auprc', 'aupro', 'best_dice', 'dice', 'fpr', 'lesions_found', 'false_regions',

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import HashStore
 
-import launch
-import meeting
-from meeting import Meeting, fresh_prefix, gloo_interface
-from topology import Topology, free_port
+from distributed import launch
+from distributed import rendezvous as meeting
+from distributed.rendezvous import Meeting, fresh_prefix, gloo_interface
+from distributed.topology import Topology, free_port
 from utils import UserError
 
 

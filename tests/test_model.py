@@ -7,10 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from checkpoint import read_checkpoint, save_checkpoint
 from distributions import Pixels
 from model import MODELS, build_model, describe, load_model, place, restore
-from utils import UserError, read_flags
+from utils import UserError, read_checkpoint, read_flags, save_checkpoint
 
 SHAPE = (1, 16, 16)
 HIERARCHY = {'config_deterministic': json.dumps([
@@ -28,7 +27,7 @@ SMALL = {   # flags of a small model of each family: a new family needs a row
              'num_postprocess_blocks': 1, 'num_preprocess_cells': 1, 'num_postprocess_cells': 1,
              'num_latent_scales': 2, 'num_groups_per_scale': 1, 'num_latent_per_group': 2,
              'num_mixture_dec': 2, 'res_dist': True, 'weight_decay_norm': 1e-2},
-    'score3d': SCORE,
+    'score': SCORE,
     'spatial_msma': {'score_model': json.dumps(SCORE | {'image_size': SHAPE[1:], 'init_scale': 1.0}),
                      'msma_levels': 3, 'num_blocks': 1, 'hidden_features': 8, 'global_embedding_size': 8,
                      'context_embedding_size': 6, 'patches_per_step': 20},

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pytest import approx
 from torch import nn
 
-from families.nvae_flows import FlowCell, autoregressive_mask
+from families.nvae.flows import FlowCell, autoregressive_mask
 from neural_operations import (
     RESIDUAL_OPS,
     Cell,

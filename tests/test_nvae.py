@@ -8,7 +8,7 @@ import torch
 from pytest import approx
 
 from distributions import Pixels
-from families.nvae import (
+from families.nvae.model import (
     ARCHITECTURES,
     EIGHT_BITS,
     NVAE,
@@ -18,7 +18,7 @@ from families.nvae import (
     groups_per_scale,
     kl_weight,
 )
-from families.nvae_official import official_names, read_official, to_official
+from families.nvae.official import official_names, read_official, to_official
 from utils import UserError
 
 SMALL = NVAEConfig(

@@ -29,8 +29,8 @@ from standins import make_standin
 
 import scripts.create_lmdb as program_file
 from datasets import DATASETS, DataConfig, load_data, train_batches
-from readers.images import Unreadable
-from readers.packed import GuardedLmdb, Packed, is_packed, seal, unseal
+from readers.images.folder import Unreadable
+from readers.lmdb.packed import GuardedLmdb, Packed, is_packed, seal, unseal
 from scripts.create_lmdb import FolderConfig, pack, plan, verify
 from utils import UserError
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from processes import MPIRUN, TORCHRUN, end, needs_mpirun, saved, start, wait_for_step
-from test_score3d import FLAGS as SCORE_FLAGS
+from test_score import FLAGS as SCORE_FLAGS
 
 import evaluate
-import launch
-from topology import free_port
+from distributed import launch
+from distributed.topology import free_port
 from utils import read_flags
 
 # ---------------------------------------------------------------------------------- as one process would do

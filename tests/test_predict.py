@@ -17,15 +17,15 @@ from test_dicom import NAME, as_bytes, made
 from test_evaluate import ONE_THREAD, fails, run
 
 import evaluate
-import launch
 import train
-from anomaly.overlays import GAP, overlay
+from anomaly.maps.overlays import GAP, overlay
 from anomaly.predict import SOME_UNREADABLE_STATUS, picture_name
 from datasets import DataConfig, load_data, preparation
+from distributed import launch
 from distributions import Pixels
 from model import load_model
-from readers.files import Preparation, find_files, printable
-from readers.images import read_image
+from readers.images.folder import read_image
+from readers.images.new_files import Preparation, find_files, printable
 from utils import UserError, read_flags, write_json
 
 SCORES = ('reconstruction', 'nelbo', 'regret', 'kl_profile', 'llr_1')        # in the table's order

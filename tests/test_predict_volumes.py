@@ -14,15 +14,15 @@ from test_evaluate import ONE_THREAD, fails
 from test_predict import predict, rows_of
 
 import evaluate
-import launch
 from anomaly.detect import SETTINGS
-from anomaly.nifti_maps import file_names, remove_maps, write_map
+from anomaly.maps.nifti import file_names, remove_maps, write_map
 from anomaly.predict import SOME_UNREADABLE_STATUS, Predictor
 from anomaly.scores import ScoreConfig, choose_scores
 from datasets import DataConfig, load_data, preparation
-from readers.nifti import Grid, entry_grids, to_input_grid
-from readers.ood import Changed, parse
+from distributed import launch
+from readers.out_of_distribution import Changed, parse
 from readers.source import Entry
+from readers.volumes.nifti import Grid, entry_grids, to_input_grid
 from utils import UserError, read_flags
 
 SECRET = b'Doe^Jane 1970'

@@ -23,12 +23,12 @@ from standins import (
     write_lmdb,
 )
 
-import readers.cifar10
+import readers.published.cifar10
 from datasets import DATASETS, DataConfig, load_data, train_batches
-from readers.arrays import prepare
-from readers.lmdb_file import Lmdb
-from readers.omniglot import read_chardata
-from readers.records import Decoding, LazyImages, LmdbStore, Records
+from readers.lmdb.file import Lmdb
+from readers.published.arrays import prepare
+from readers.published.omniglot import read_chardata
+from readers.published.records import Decoding, LazyImages, LmdbStore, Records
 from readers.split import split_records
 from utils import UserError, read_json, write_json
 
@@ -389,7 +389,7 @@ class Many:
 def test_three_million_records_make_no_objects(monkeypatch):
     made = []
     records = Records([Many('train', 3_000_000), Many('test', 50)], 'image')
-    monkeypatch.setattr('readers.records.Entry', lambda **fields: made.append(1))
+    monkeypatch.setattr('readers.published.records.Entry', lambda **fields: made.append(1))
     parts = split_records(records, 0, 0, 0, None)
     assert [len(parts[p]) for p in ('train', 'val', 'test')] == [3_000_000, 0, 50] and not made
     assert len(records.at(parts['test'])) == 50 and not made

@@ -20,9 +20,9 @@ from standins import celeba_files, example, image, message, tfrecord, varint, wr
 from standins import crc32c as crc32c_by_the_book
 
 from datasets import DataConfig, load_data
-from readers.lmdb_file import Lmdb
-from readers.lmdb_maker import make_lmdb, unfinished
-from readers.tfrecord import crc32c, features, read_records
+from readers.lmdb.file import Lmdb
+from readers.lmdb.maker import make_lmdb, unfinished
+from readers.published.tfrecord import crc32c, features, read_records
 from utils import UserError
 
 

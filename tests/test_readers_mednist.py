@@ -9,7 +9,7 @@ from standins import make_standin
 
 import train
 from datasets import DataConfig, load_data
-from readers.archive import unpacked
+from readers.images.archive import unpacked
 from readers.source import Entry
 from readers.split import split_by_name
 from utils import UserError

@@ -11,11 +11,11 @@ from conftest import make_images
 from standins import image, make_standin
 
 import evaluate
-import launch
 import train
 from anomaly.out_of_distribution import with_ood
 from datasets import DataConfig, eval_batches, load_data
-from readers.ood import CHANGES, Wanted, parse
+from distributed import launch
+from readers.out_of_distribution import CHANGES, Wanted, parse
 from scripts.create_lmdb import FolderConfig, pack, plan
 from utils import UserError, read_flags
 

@@ -13,8 +13,8 @@ from standins import image
 
 from datasets import DataConfig, Pixels, load_data, train_batches
 from readers.parts import dequantized, grey_levels
-from readers.smallnorb import read_matrix
-from readers.svhn import read_mat
+from readers.published.smallnorb import read_matrix
+from readers.published.svhn import read_mat
 from utils import UserError
 
 SMALL = {'fashion_mnist': (28, 28, 1), 'kmnist': (28, 28, 1), 'notmnist': (28, 28, 1), 'svhn': (32, 32, 3),

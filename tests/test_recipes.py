@@ -13,9 +13,9 @@ from conftest import ROOT
 from standins import make_standin, volumes
 
 import evaluate
-import launch
 import train
 from datasets import DATASETS, DataConfig, stand_in
+from distributed import launch
 from model import MODELS, build_model
 from utils import read_flags, read_json
 
@@ -30,17 +30,17 @@ PUBLISHED_HVAE = {'hvae_mnist': 2_620_258, 'hvae_fashion_mnist': 2_620_258,     
 SMALL = '''--num_channels_enc 4 --num_channels_dec 4 --num_process_per_node 1 --num_proc_node 1 --node_rank 0
     --batch_size 2 --max_steps 1 --epochs 1 --val_iw_samples 1 --image_every 0 --save_every 1 --device cpu
     --num_threads 1 --num_latent_per_group 2 --num_mixture_dec 2'''.split()
-PUBLISHED_SCORES = {'score3d_toy': 172_770, 'score3d_biggan': 43_986_722,              # parameters
-                    'score3d_biggan_highres': 43_986_722}
+PUBLISHED_SCORES = {'score_toy': 172_770, 'score_biggan': 43_986_722,              # parameters
+                    'score_biggan_highres': 43_986_722}
 TINY_VOLUMES = {'brain': '--crop 0 0 0 16 16 16 --spacing 0 --volume_shape 8 8 8 --val_fraction 0.3'.split(),
                 'brain_phantom': '--num_phantoms 120 --spacing 24 --image_size 8 --val_fraction 0.3'.split()}
 TINY_SCORES = {
-    'score3d': '''--nf 8 --norm_num_groups 2 --blocks_down 1 1 --blocks_up 1 --num_scales 2'''.split(),
+    'score': '''--nf 8 --norm_num_groups 2 --blocks_down 1 1 --blocks_up 1 --num_scales 2'''.split(),
     'spatial_msma': '''--num_blocks 1 --hidden_features 8 --context_embedding_size 8 --global_embedding_size 8
         --global_patch_kernel 3 --global_patch_stride 2 --msma_levels 2 --patches_per_step 8
         --patch_batch_size 512'''.split(),
     'ae': '--latent_dim 4 --num_layers 2 --width 4'.split()}
-SCORE = {'score3d': 'msma_knn', 'spatial_msma': 'voxel_nll', 'ae_': 'reconstruction'}    # by the run's name
+SCORE = {'score': 'msma_knn', 'spatial_msma': 'voxel_nll', 'ae_': 'reconstruction'}    # by the run's name
 ONE_STEP = '--batch_size 4 --max_steps 1 --epochs 1 --image_every 0'.split()
 FEW_SCORES = '--num_bootstrap 10 --num_cases 0 --num_gallery 0 --batch_size 4 --audit_images 0'.split()
 
@@ -172,18 +172,18 @@ def test_published_score_networks(name, number, recorder):
 
 
 @pytest.mark.parametrize('name, env', [
-    ('score3d_biggan', {}), ('score3d_toy', {}), ('score3d_biggan_highres', {}), ('score3d_finetune', {}),
-    ('score3d_matryoshka', {}), ('score3d_matryoshka', {'FROZEN': '1'}), ('score3d_phantom_cpu', {}),
+    ('score_biggan', {}), ('score_toy', {}), ('score_biggan_highres', {}), ('score_finetune', {}),
+    ('score_matryoshka', {}), ('score_matryoshka', {'FROZEN': '1'}), ('score_phantom_cpu', {}),
     ('spatial_msma gmm', {}), ('spatial_msma v2', {}), ('spatial_msma ve', {}),
     ('spatial_msma matryoshka_gmm', {})])
 def test_score_models_take_a_step_and_are_scored(name, env, score_run):
-    base, = score_run('score3d_biggan')
+    base, = score_run('score_biggan')
     others = {'INIT': str(base), 'INNER': str(base), 'SCORE_MODEL': str(base)}           # what stands on it
-    larger = ('--volume_shape', '16', '16', '16') if name == 'score3d_matryoshka' else ()
-    runs = score_run(name, *larger, **(others if name != 'score3d_biggan' else {}), **env)
+    larger = ('--volume_shape', '16', '16', '16') if name == 'score_matryoshka' else ()
+    runs = score_run(name, *larger, **(others if name != 'score_biggan' else {}), **env)
     assert all('done: 1 steps, 0 skipped' in (run / 'log.txt').read_text() for run in runs)
     scored = [run / 'anomaly' / 'metrics.json' for run in runs if (run / 'anomaly').exists()]
-    assert len(scored) == (2 if name == 'score3d_phantom_cpu' else 1)
+    assert len(scored) == (2 if name == 'score_phantom_cpu' else 1)
     assert all(read_json(file)['anomaly']['counts']['test'] == {'normal': 6, 'tumour': 4} for file in scored)
 
 

@@ -14,7 +14,7 @@ from test_detect import make_data, make_model, rows_of, run
 from test_scores import LinearGaussian
 from toy_volumes import LESION, SHAPE, Mean, make_volumes
 
-from anomaly.figures import (
+from anomaly.report.figures import (
     curve_figure,
     figure_scores,
     level_figure,
@@ -23,7 +23,7 @@ from anomaly.figures import (
     shown_groups,
     training_figure,
 )
-from anomaly.report import number, pixel_table, shade, share, text_tables
+from anomaly.report.page import number, pixel_table, shade, share, text_tables
 from anomaly.scores import ScoreConfig
 
 

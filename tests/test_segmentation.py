@@ -11,14 +11,22 @@ import torch
 from scipy.spatial.distance import directed_hausdorff
 from test_detect import Part
 
-from anomaly import report
 from anomaly.detect import detect
-from anomaly.maps import interior
-from anomaly.report import segmentation_table
+from anomaly.maps.postprocessing import interior
+from anomaly.maps.segmentation import (
+    METRICS,
+    call,
+    compare,
+    segment,
+    summarize,
+    surface_distances,
+    without_small,
+)
+from anomaly.report import page as report
+from anomaly.report.page import segmentation_table
 from anomaly.scores import ScoreConfig
-from anomaly.segmentation import METRICS, call, compare, segment, summarize, surface_distances, without_small
 from datasets import DataConfig
-from readers.nifti import Grid
+from readers.volumes.nifti import Grid
 
 MM = (1.0, 1.0, 1.0)
 

@@ -4,9 +4,9 @@ import socket
 
 import pytest
 
-import topology
-from topology import LaunchConfig as Flags
-from topology import Topology, resolve
+from distributed import topology
+from distributed.topology import LaunchConfig as Flags
+from distributed.topology import Topology, resolve
 from utils import UserError
 
 TORCHRUN = {'RANK': '5', 'WORLD_SIZE': '8', 'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '4', 'MASTER_ADDR': 'n0',

@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT
 from pytest import approx
 
-import launch
 import train
+from distributed import launch
 from utils import UserError
 
 
@@ -182,7 +182,7 @@ def gradients(args):
     path, flags, world = args
     parsed = train.parse_args(flags)
     torch.set_default_dtype(torch.float64)
-    from families.nvae import NVAE, NVAEConfig
+    from families.nvae.model import NVAE, NVAEConfig
 
     torch.manual_seed(0)
     model = NVAE((1, 16, 16), train.read_flags(NVAEConfig, parsed))

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-import launch
 import train
-from checkpoint import read_checkpoint
+from distributed import launch
 from distributions import Pixels
-from families.nvae import NVAE, NVAEConfig
+from families.nvae.model import NVAE, NVAEConfig
 from neural_operations import activation_bytes, checkpoint_activations
 from training.graph import check_graph
 from training.optimization import (
@@ -23,7 +22,7 @@ from training.optimization import (
     steady,
 )
 from training.rehearsal import Memory, advice
-from utils import UserError, read_flags
+from utils import UserError, read_checkpoint, read_flags
 
 
 def run(flags, root, name, *more):

@@ -12,10 +12,9 @@ from torch import nn
 
 import model
 import train
-from checkpoint import read_checkpoint
 from model import load_model
 from training.validation import mean_objective
-from utils import UserError, flag
+from utils import UserError, flag, read_checkpoint
 
 
 class Mean(nn.Module):

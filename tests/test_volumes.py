@@ -11,9 +11,9 @@ import torch
 from pytest import approx
 
 from datasets import DataConfig, load_data, stand_in, train_batches
-from readers.nifti import Grid, entry_grids, read_nifti, resample, to_input_grid
-from readers.subjects import owner
-from readers.volumes import bright
+from readers.volumes.nifti import Grid, entry_grids, read_nifti, resample, to_input_grid
+from readers.volumes.subjects import owner
+from readers.volumes.volumes import bright
 from utils import UserError
 
 

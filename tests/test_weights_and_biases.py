@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import launch
 import train
+from distributed import launch
 from training.weights_and_biases import start_wandb
 from utils import UserError, read_flags
 

@@ -7,7 +7,7 @@ import torch
 from test_detect import Part
 from test_scores import seeded
 
-from anomaly.scorer import Case
+from anomaly.scoring import Case
 from datasets import DataConfig
 
 SHAPE = (10, 12, 8)                 # voxels to the right, to the front, upwards

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import launch
+from distributed import launch
 
 
 class Meter:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-import launch
+from distributed import launch
 
 DROP_EVERY, DROP = 0.4, 0.3          # the 'step' schedule of SADE: share of the steps, factor
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generative.pictures import image_grid
+from evaluation.pictures import image_grid
 from utils import RunLog, seed_noise
 
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0)         # of samples, where a family says nothing else

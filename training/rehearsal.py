@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import launch
+from distributed import launch
 from neural_operations import activation_bytes
 
 MEMORY_MARGIN = 1.3          # gradients and work space, beside what is kept for the backward pass

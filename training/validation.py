@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import launch
+from distributed import launch
 from utils import seed_noise
 
 

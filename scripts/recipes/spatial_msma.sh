@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Spatial-MSMA (Mahmood et al. 2024, arXiv 2407.00148), the published flow configurations: the density of every voxel's
-# score norms, with the score network of score3d_biggan.sh or score3d_matryoshka.sh; then scores and maps of test volumes.
+# score norms, with the score network of score_biggan.sh or score_matryoshka.sh; then scores and maps of test volumes.
 #
 #   DATA=path/to/nifti bash scripts/recipes/spatial_msma.sh gmm           more flags go to train.py
 #   ... spatial_msma.sh v2       more images and fewer voxels a step, up to the most noise
 #   ... spatial_msma.sh ve       a short run with small patches. Departure: its base distribution is not published
-#   ... spatial_msma.sh matryoshka_gmm                                    at 1 mm, around score3d_matryoshka.sh
+#   ... spatial_msma.sh matryoshka_gmm                                    at 1 mm, around score_matryoshka.sh
 #   SCORE_MODEL=runs/eval-NAME MODALITIES="t1 flair" KEYS=folder/of/key/files ...
 #
 # DATA is a folder of NIfTI files in MNI space at 1 mm (docs/data.md, Volumes); a file may hold both channels.
@@ -16,7 +16,7 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 CONFIG=${1:?name a configuration: gmm, v2, ve or matryoshka_gmm}
 shift
 
-SCORES=score3d_biggan
+SCORES=score_biggan
 GRID=(--spacing 2 --volume_shape 96 112 80)
 WIDE=(--global_patch_kernel 17 --global_patch_stride 8)
 case $CONFIG in          # steps are thousands of images / images a batch
@@ -30,7 +30,7 @@ ve)
     FLOW=(--batch_size 1 --max_steps 1000 --patches_per_step 2 --patch_batch_size 32
         --local_patch_kernel 3 --global_patch_kernel 11 --global_patch_stride 4 --msma_max_timestep 1) ;;
 matryoshka_gmm)
-    SCORES=score3d_matryoshka
+    SCORES=score_matryoshka
     GRID=(--spacing 1 --volume_shape 176 208 160)
     FLOW=(--batch_size 2 --max_steps 100000 --patches_per_step 16384 --patch_batch_size 2048
         --local_patch_kernel 5 "${WIDE[@]}" --msma_max_timestep 0.8) ;;

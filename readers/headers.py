@@ -1,0 +1,137 @@
+"""What the file of an image gives away before anybody looks at the picture: format, size, depth, encoder.
+
+Read from the header alone, without decoding: two hospitals whose images look alike may still have saved them
+by different programs.
+"""
+
+import math
+import re
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+
+from readers.dicom import MAGIC, MAGIC_START, is_dicom
+from readers.images.folder import FORMATS
+from readers.volumes.nifti import SUFFIXES, read_header
+from utils import UserError
+
+ZLIB_LEVELS = ('0 or 1', '2 to 5', '6', '7 to 9')      # RFC 1950, FLEVEL: what a compressor says
+PNG_COLOURS = {0: 'grey', 2: 'colour', 3: 'palette', 4: 'grey with transparency',
+               6: 'colour with transparency'}
+PNG_IMAGE = ('IHDR', 'PLTE', 'tRNS', 'IDAT')           # chunks of the picture; others are the program's
+MODES = {'1': '1-bit grey', 'L': '8-bit grey', 'I': '32-bit grey', 'F': 'float', 'P': 'palette',
+         'RGB': '8-bit colour', 'RGBA': '8-bit colour with transparency', 'CMYK': '8-bit CMYK'}
+SAMPLINGS = {0: '4:4:4', 1: '4:2:2', 2: '4:2:0'}
+SOFTWARE = 305                                         # TIFF and EXIF tag
+MOST_SIGNS = 40                                        # of the name of a program
+# Mean of the luminance table of ITU-T T.81, K.1, at which the Independent JPEG Group's quality is 50.
+MEAN_QUANTIZATION = 57.625
+DICOM = ('Rows', 'Columns', 'BitsStored', 'PhotometricInterpretation')       # nothing of a patient
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The header of one image file. `quality` is JPEG's, 1 to 100, estimated; NaN where there is none."""
+    format: str               # 'PNG'
+    width: int                # pixels
+    height: int
+    pixels: str               # '8-bit grey'
+    encoder: str              # what tells one program from another: 'compression 6, with gAMA'
+    quality: float = math.nan
+    depth: int = 0            # of a volume, voxels along the third axis of the file
+    spacing: str = ''         # and their size: '1 x 1 x 3 mm'
+
+    @property
+    def size(self) -> str:
+        return f'{self.width} x {self.height}' + f' x {self.depth}' * bool(self.depth)
+
+
+def read_trace(path: str | Path) -> Trace:
+    """The trace of a PNG, JPEG, TIFF, BMP, DICOM or NIfTI file. Raises UserError naming it if it has none."""
+    try:
+        if str(path).lower().endswith(SUFFIXES):
+            return _nifti(path)
+        with open(path, 'rb') as file:
+            if is_dicom(file.read(MAGIC_START + len(MAGIC))):
+                return _dicom(path)
+        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
+            warnings.simplefilter('ignore')            # of odd metadata: that is what is looked for
+            pixels, encoder, quality = READERS[image.format](image, Path(path))
+            return Trace(image.format, image.width, image.height, pixels, encoder, quality)
+    except (OSError, UnidentifiedImageError, ValueError, struct.error) as error:
+        raise UserError(f"the header of {path} cannot be read ({error}): replace or remove the "
+                        f"file.") from None
+
+
+def _png(image: Image.Image, path: Path) -> tuple[str, str, float]:
+    chunks, level = [], ''
+    with path.open('rb') as file:
+        file.seek(8)
+        while not level:                               # up to the picture itself
+            length, kind = struct.unpack('>I4s', file.read(8))
+            name = kind.decode('latin-1')
+            chunks.append(name)
+            data = file.read(2 if name == 'IDAT' else length)
+            if name == 'IHDR':
+                depth, colour, interlaced = data[8], data[9], data[12]
+            if name == 'IDAT':
+                level = ZLIB_LEVELS[data[1] >> 6]
+            file.seek(4, 1)                            # its checksum
+    pixels = f'{depth}-bit {PNG_COLOURS.get(colour, "")}'
+    extra = list(dict.fromkeys(c for c in chunks if c not in PNG_IMAGE))
+    return pixels, _words(f'compression {level}', interlaced and 'interlaced', extra), math.nan
+
+
+def _jpeg(image: Image.Image, path: Path) -> tuple[str, str, float]:
+    table = next(iter(image.quantization.values()))
+    # The tables of quality q are those of 50, times 50 / q below it and times 2 - q / 50 above it.
+    scale = float(np.mean(table)) / MEAN_QUANTIZATION
+    quality = float(np.clip(50 / scale if scale > 1 else 100 - 50 * scale, 1, 100))
+    sampling = SAMPLINGS.get(JpegImagePlugin.get_sampling(image), 'no subsampling')
+    progressive = 'progressive' if image.info.get('progressive') else 'baseline'
+    extra = [name for name in ('exif', 'icc_profile', 'adobe', 'comment', 'jfif') if name in image.info]
+    return MODES.get(image.mode, image.mode), _words(f'{sampling}, {progressive}', _software(image),
+                                                     extra), quality
+
+
+def _other(image: Image.Image, path: Path) -> tuple[str, str, float]:
+    pixels = '16-bit grey' if image.mode.startswith('I;16') else MODES.get(image.mode, image.mode)
+    compression = str(image.info.get('compression', 'raw'))
+    return pixels, _words(f'compression {compression}', _software(image), []), math.nan
+
+
+def _dicom(path: str | Path) -> Trace:
+    import pydicom
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(DICOM))
+        return Trace('DICOM', header.Columns, header.Rows, f'{header.BitsStored}-bit '
+                     f'{header.PhotometricInterpretation}', header.file_meta.TransferSyntaxUID.name)
+    except Exception:                                  # its words may hold values of the file
+        raise ValueError('a damaged DICOM file') from None
+
+
+def _nifti(path: str | Path) -> Trace:
+    header, packed = read_header(path)
+    width, height, depth = (int(n) for n in header.get_data_shape()[:3])
+    spacing = ' x '.join(f'{mm:.3g}' for mm in header.get_zooms()[:3])
+    # Numbers are of the scan (echo time, hour), not of the program.
+    program = re.sub(r'\d+(\.\d+)?', '#', bytes(header['descrip'].item()).decode('latin-1'))
+    return Trace('NIfTI, packed' if packed else 'NIfTI', width, height, f'{header.get_data_dtype()} values',
+                 ' '.join(program.split())[:MOST_SIGNS] or 'no program named', depth=depth,
+                 spacing=f'{spacing} mm')
+
+
+READERS = {'PNG': _png, 'JPEG': _jpeg, 'TIFF': _other, 'BMP': _other}
+
+
+def _software(image: Image.Image) -> str:
+    """The program that says it has written the file."""
+    return ' '.join(str(image.getexif().get(SOFTWARE, '')).split())[:MOST_SIGNS]
+
+
+def _words(first: str, second: str, extra: list[str]) -> str:
+    return ', '.join([first, *([second] if second else []), *([f"with {' '.join(extra)}"] if extra else [])])

@@ -1,0 +1,54 @@
+"""SVHN, cropped digits, in torchvision's layout: `<data>/train_32x32.mat` and `<data>/test_32x32.mat`.
+
+`X` (32, 32, 3, N) holds the images, `y` (N, 1) their digits, where 10 stands for the digit 0. The 531,131
+easier digits of `extra_32x32.mat` are not read.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from readers.published.arrays import Parts, read_arrays
+from readers.source import Source
+from utils import UserError
+
+FILES = {'train': 'train_32x32.mat', 'test': 'test_32x32.mat'}
+CLASSES = tuple('0123456789')
+SHAPE = (32, 32, 3)
+
+
+def read_svhn(folder: str | Path, *, where: str, parts: Sequence[str], **options: object) -> Source:
+    """The digits of the chosen classes, '0' to '9'; `options` are those of read_arrays.
+
+    Only the files of `parts` are looked for.
+    """
+    if not folder:
+        raise UserError(f"--data is missing. {where}")
+    names = [FILES[part] for part in parts]
+    places = (Path(folder), Path(folder, 'svhn'), Path(folder, 'SVHN'))
+    base = next((p for p in places if all((p / name).is_file() for name in names)), None)
+    if base is None:
+        raise UserError(f"--data: {str(folder)!r} has no {' and '.join(names)}. {where}")
+
+    def load() -> Parts:
+        return {part: read_mat(base / FILES[part]) for part in parts}
+
+    return read_arrays('SVHN', load, [base / name for name in names], classes=CLASSES, **options)
+
+
+def read_mat(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Images (N, 32, 32, 3) uint8 and the digit of each. Raises UserError naming a damaged file."""
+    import scipy.io
+    try:
+        file = scipy.io.loadmat(path, variable_names=('X', 'y'))
+        x, labels = file['X'], np.asarray(file['y']).reshape(-1)                # (32, 32, 3, N), (N,)
+        if x.dtype != np.uint8 or x.shape != (*SHAPE, len(labels)):
+            raise ValueError(f'X is {x.dtype} {x.shape}, y has {len(labels)} labels')
+        if len(labels) and not 0 <= labels.min() <= labels.max() <= 10:
+            raise ValueError(f'labels from {labels.min()} to {labels.max()}')
+    except Exception as error:                           # on damaged bytes SciPy raises anything
+        reason = f'no {error}' if isinstance(error, KeyError) else ' '.join(str(error).split())
+        raise UserError(f"{path} is not a file of SVHN's cropped digits ({reason}): fetch it "
+                        f"again.") from None
+    return x.transpose(3, 0, 1, 2), [CLASSES[int(label) % 10] for label in labels]

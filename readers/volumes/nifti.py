@@ -1,0 +1,225 @@
+"""NIfTI files: a volume in, on whatever grid is asked for; a map out, on the grid of the file.
+
+X, Y, Z voxels along a file's own axes, K volumes in it; *S voxels of a model's grid, whose axes run to the
+right, to the front and upwards (RAS+). An affine (4, 4) takes the index of a voxel to its place in mm.
+"""
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.ndimage import affine_transform, gaussian_filter
+
+from readers.images.folder import Unreadable
+from utils import UserError, write_atomically
+
+SUFFIXES = ('.nii', '.nii.gz')
+MOST_VOXELS = 1 << 29              # 2 GiB of float32: a larger one is damaged, or no medical volume
+LONGEST_HEADER = 540               # bytes, of NIfTI-2
+PACKED = b'\x1f\x8b'               # how gzip files begin
+SMALLEST_VOLUME = 1e-9             # mm^3 of a voxel, below which an affine is singular
+
+
+def nibabel() -> ModuleType:
+    """The library that reads NIfTI, which is needed only here. Raises UserError if it is not installed."""
+    try:
+        import nibabel
+    except ImportError:
+        raise UserError("NIfTI files need nibabel: pip install -r requirements-medical.txt") from None
+    return nibabel
+
+
+# ------------------------------------------------------------------------------------------------------ grids
+
+@dataclass(frozen=True)
+class Grid:
+    """Where voxels lie: `shape` (X, Y, Z), and the `affine` (4, 4) from their indices to mm."""
+    shape: tuple[int, ...]
+    affine: np.ndarray
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """Distance between neighbours along each axis, mm: (3,)."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+    def box(self, start: Sequence[int], shape: Sequence[int]) -> 'Grid':
+        """The part, or the surroundings, of this grid: `shape` voxels from index `start` on, even negative.
+        """
+        shift = np.eye(4)
+        shift[:3, 3] = start
+        return Grid(tuple(int(n) for n in shape), self.affine @ shift)
+
+    def centred(self, shape: Sequence[int]) -> 'Grid':
+        """`shape` voxels around the same centre: cut where that is less, padded where it is more."""
+        return self.box((np.array(self.shape) - shape) // 2, shape)
+
+    def spaced(self, mm: float | np.ndarray) -> 'Grid':
+        """The grid from the same first voxel on, `mm` apart, or (3,) of them, one an axis, as far as the last
+        one; 0 = this grid.
+        """
+        if not np.any(mm):
+            return self
+        steps = mm / self.spacing
+        shape = ((np.array(self.shape) - 1) / steps + 1e-3).astype(int) + 1
+        return Grid(tuple(shape.tolist()), self.affine @ np.diag([*steps, 1]))
+
+    def turned(self, turn: Callable[[np.ndarray], np.ndarray]) -> 'Grid':
+        """Where the voxels of a volume lie after `turn`, which turns or mirrors arrays (N, C, *S)."""
+        index = np.stack(np.meshgrid(*map(np.arange, self.shape), indexing='ij'))
+        index = turn(index[None])[0].astype(float)                              # (3, *S): where it came from
+        first, change = index[:, 0, 0, 0], np.eye(4)
+        change[:3] = np.stack([index[:, 1, 0, 0] - first, index[:, 0, 1, 0] - first,
+                               index[:, 0, 0, 1] - first, first], axis=1)
+        return Grid(index.shape[1:], self.affine @ change)
+
+    def as_json(self) -> list:
+        return [list(self.shape), self.affine.tolist()]
+
+    @classmethod
+    def from_json(cls, value: Sequence) -> 'Grid':
+        return cls(tuple(value[0]), np.array(value[1], np.float64))
+
+
+def resample(values: np.ndarray, source: Grid, target: Grid, order: int = 1, fill: float = 0.0) -> np.ndarray:
+    """The volume `values` (X, Y, Z) on `source`, as it is at the voxels of `target`: float32 or its own type.
+
+    Order 1 is linear, after a Gaussian where the target is coarser (sigma half a step less half a voxel, as
+    in scikit-image: finer structures would alias); order 0 takes the nearest voxel. `fill` is all around.
+    """
+    to_source = np.linalg.inv(source.affine) @ target.affine                     # (4, 4), index to index
+    matrix, offset = to_source[:3, :3], to_source[:3, 3]
+    if order:
+        sigma = np.maximum(np.linalg.norm(matrix, axis=1) - 1, 0) / 2            # voxels of the source
+        if sigma.max() > 1e-3:
+            values = gaussian_filter(values, sigma, mode='nearest')
+    if np.abs(matrix - np.diag(np.diag(matrix))).max() < 1e-6:
+        matrix = np.diag(matrix)                                                 # axis by axis: much faster
+    # 'constant' would take a voxel at index -1e-14 for one outside.
+    return affine_transform(values, matrix, offset, target.shape, order=order, mode='grid-constant',
+                            cval=fill, prefilter=False)
+
+
+def to_input_grid(values: Any, model: Grid, own: Grid) -> Any:
+    """A map (*S) on the grid `model`, as a NIfTI image on the grid `own` of the file: nibabel.save writes it.
+
+    Linear between voxels, or of bool and integers the nearest one, as uint8; 0 where the model saw nothing.
+    For an entry of a part: `*entry_grids(entry)`.
+    """
+    values = np.asarray(values)
+    order, dtype = (1, np.float32) if values.dtype.kind == 'f' else (0, np.uint8)
+    values = resample(values.astype(dtype), model, own, order)
+    image = nibabel().Nifti1Image(values, own.affine)
+    image.header.set_xyzt_units('mm')
+    return image
+
+
+def entry_grids(entry: Any) -> tuple[Grid, Grid]:
+    """The grid of the model and that of the file, of an entry (readers/source.py) that is a volume."""
+    model, own = (Grid.from_json(value) for value in entry.grids)
+    return model, own
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+class Nifti(NamedTuple):
+    """A file: its volumes (K, X, Y, Z) float32, turned so that the axes of `grid` run RAS; the grid `own` of
+    the file; whether that came from the file (`placed`) or was made up of its voxel sizes; how many voxels
+    were not finite, and are 0; hash and size of the file.
+    """
+    values: np.ndarray
+    grid: Grid
+    own: Grid
+    placed: bool
+    repaired: int
+    sha256: str
+    num_bytes: int
+
+
+def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
+    """A NIfTI file, packed or not, by its content. Raises Unreadable.
+
+    A file that does not say where it lies takes the place of `like`, where that has the same shape.
+    """
+    nib = nibabel()
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise Unreadable(f'cannot be opened ({error.strerror or error})') from None
+    content = _unpacked(data)
+    kind = _kind(content)
+    try:
+        image = kind.from_bytes(content)
+        _expect_volume(image)
+        values = np.asarray(image.dataobj, np.float32)
+    except Unreadable:
+        raise
+    except Exception as error:                   # on damaged bytes anything is raised: struct.error, OSError
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise Unreadable(f'cannot be decoded ({reason})') from None
+    values = values.reshape(*values.shape[:3], -1)                                       # (X, Y, Z, K)
+    placed = bool(image.header['sform_code'] > 0 or image.header['qform_code'] > 0)
+    own = Grid(values.shape[:3], np.array(image.affine, np.float64))
+    if not placed and like and like.own.shape == own.shape:
+        own, placed = like.own, like.placed
+    if not np.isfinite(own.affine).all() or abs(np.linalg.det(own.affine[:3, :3])) < SMALLEST_VOLUME:
+        raise Unreadable('has a singular affine: its voxels lie in no space. Set its sform or qform')
+    turn = nib.io_orientation(own.affine)
+    values = nib.apply_orientation(values, turn)
+    affine = own.affine @ nib.orientations.inv_ornt_aff(turn, own.shape)
+    finite = np.isfinite(values)
+    repaired = values.size - int(finite.sum())
+    values = np.where(finite, values, np.float32(0)) if repaired else values
+    return Nifti(np.moveaxis(values, -1, 0), Grid(values.shape[:3], affine), own, placed, repaired,
+                 hashlib.sha256(data).hexdigest(), len(data))
+
+
+def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
+    """Writes (X, Y, Z) or (X, Y, Z, K) as a packed file, atomically; equal values make equal bytes."""
+    image = nibabel().Nifti1Image(values, affine)
+    data = gzip.compress(image.to_bytes(), 6, mtime=0)       # the time in the header would make files differ
+    write_atomically(path, lambda p: p.write_bytes(data))
+
+
+def read_header(path: str | Path) -> tuple[Any, bool]:
+    """The header of a file (nibabel's), and whether the file is packed. Raises Unreadable, OSError."""
+    with open(path, 'rb') as file:
+        packed = file.read(2) == PACKED
+    with (gzip.open if packed else open)(path, 'rb') as file:
+        start = file.read(LONGEST_HEADER)
+    kind = _kind(start).header_class
+    return kind(start[:kind.template_dtype.itemsize]), packed
+
+
+def _kind(start: bytes) -> Any:
+    """The class of images with this start."""
+    nib = nibabel()
+    for kind in (nib.Nifti1Image, nib.Nifti2Image):
+        if kind.header_class.may_contain_header(start[:LONGEST_HEADER]):
+            return kind
+    raise Unreadable('is not a NIfTI file')
+
+
+def _unpacked(data: bytes) -> bytes:
+    if not data:
+        raise Unreadable('is empty (0 bytes)')
+    try:
+        return gzip.decompress(data) if data[:2] == PACKED else data
+    except (EOFError, OSError, zlib.error) as error:
+        raise Unreadable(f'is cut off or damaged ({error})') from None
+
+
+def _expect_volume(image: Any) -> None:
+    """Raises Unreadable unless this is one volume of numbers, or several along one further axis."""
+    shape = tuple(int(n) for n in image.shape)
+    if len(shape) < 3 or sum(n > 1 for n in shape[3:]) > 1 or min(shape) < 1:
+        raise Unreadable(f'has the shape {shape}: expected (X, Y, Z), or one more axis of channels')
+    if np.prod(shape, dtype=np.float64) > MOST_VOXELS:
+        raise Unreadable(f'has {shape} voxels, over {MOST_VOXELS:,}: resample it')
+    if image.get_data_dtype().kind not in 'iuf':
+        raise Unreadable(f'has voxels of type {image.get_data_dtype()}: expected numbers')

@@ -1,0 +1,158 @@
+"""Which files are whose: the channels, labels and masks of each subject among NIfTI files.
+
+    <data>/<subject>.nii.gz                                    one channel, or as many as --modalities names
+    <data>/t1/<subject>.nii.gz      <data>/flair/<subject>.nii.gz                     --modalities t1 flair
+    <data>/<subject>/t1.nii.gz      <data>/<subject>/<subject>_t1.nii.gz              the same
+    <data>/<class>/...              any of these, in class folders
+    <data>/train_keys.txt           subjects of the part `train`, one a line; val_keys.txt, test_keys.txt
+
+Labels of lesions and masks of the body are found as the modalities are.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from readers.source import same_name
+from readers.split import PARTS, count, some
+from readers.volumes.nifti import SUFFIXES
+from utils import UserError
+
+NORMAL = 'normal'                   # the class of a subject of which no folder and no key file says more
+KEYS = '_keys.txt'
+AUTO = 'auto'                       # a mask that is made, not found
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The files of one person at one time; label and body are '' where there is none."""
+    id: str
+    files: tuple[str, ...]                 # one a channel, or one with all channels
+    label: str = ''
+    body: str = ''
+    class_name: str = NORMAL
+    part: str = ''
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        return (*self.files, *(path for path in (self.label, self.body) if path))
+
+
+def volume_files(root: Path, without: str | Path = '') -> list[str]:
+    """All NIfTI files below `root`, as sorted paths relative to it with '/', without hidden ones and those of
+    the folder `without`.
+    """
+    found, own = [], os.path.realpath(without) if without else ''
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}): check its "
+                        f"permissions.")
+
+    for place, folders, names in os.walk(root, onerror=stop):
+        folders[:] = [f for f in folders if not f.startswith('.')
+                      and os.path.realpath(os.path.join(place, f)) != own]
+        found += [Path(place, n).relative_to(root).as_posix() for n in names
+                  if n.lower().endswith(SUFFIXES) and not n.startswith('.')]
+    return sorted(found)
+
+
+def owner(path: str, names: Iterable[str]) -> tuple[str, str]:
+    """The subject and the one of `names` that a file belongs to, '' if to none of them.
+
+    ('ill/s1', 't1') of ill/t1/s1.nii.gz, of ill/s1_t1.nii.gz and of ill/s1/t1.nii.gz.
+    """
+    steps = re.sub(r'\.nii(\.gz)?$', '', path, flags=re.IGNORECASE).split('/')
+    for name in names:
+        others = [step for step in steps if step.casefold() != name.casefold()]
+        if len(others) < len(steps):
+            return '/'.join(others), name
+        if steps[-1].casefold().endswith(f'_{name}'.casefold()):
+            return '/'.join([*steps[:-1], steps[-1][:-len(name) - 1]]), name
+    return '/'.join(steps), ''
+
+
+def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str, without: str | Path = ''
+                  ) -> tuple[list[Subject], list[tuple[str, str]]]:
+    """The subjects below `root`, but for the folder `without`, and (id, reason) of those that lack a file.
+    Raises UserError if there are none.
+    """
+    body = '' if body == AUTO else body
+    names = [*modalities, *(name for name in (labels, body) if name)]
+    table: dict[str, dict[str, str]] = {}
+    for path in volume_files(root, without):
+        subject, name = owner(path, names)
+        files = table.setdefault(subject, {})
+        if name in files:
+            raise UserError(f"--data: {path} and {files[name]} are both {name or 'the volume'} of the "
+                            f"subject {subject}: remove one.")
+        files[name] = path
+    apart = len(modalities) == 1 or any(name in files for files in table.values() for name in modalities)
+    channels = list(modalities) if apart else ['']                # else the channels are in one file
+    subjects, bad = [], []
+    for subject, files in sorted(table.items()):
+        if not any(channel in files for channel in channels):
+            continue
+        wanted = channels + [body] * bool(body)
+        if lacking := [name for name in wanted if name not in files]:
+            bad.append((subject, f'has no file of {lacking[0] or "the volume"}'))
+            continue
+        place = lambda name, files=files: str(root / files[name]) if name and name in files else ''
+        subjects.append(Subject(subject, tuple(str(root / files[c]) for c in channels), place(labels),
+                                place(body)))
+    if not subjects and bad:
+        raise UserError(f"--data: no subject in {root} is complete: {bad[0][0]} {bad[0][1]}.")
+    if not subjects:
+        found = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())[:10]) or 'no folders'
+        raise UserError(f"--data: {root} holds no {' or '.join(SUFFIXES)} file of "
+                        f"{', '.join(modalities) or 'a volume'}: found {found}.")
+    return subjects, bad
+
+
+def with_keys(subjects: list[Subject], folder: Path, notes: list[str]) -> list[Subject]:
+    """The subjects that the key files in `folder` name, with their part or class; all if there is no such
+    file. Raises UserError for a name that no subject has, or several, and for one that is named twice.
+    """
+    named: dict[str, tuple[str, Path]] = {}
+    by_name: dict[str, list[str]] = {}
+    for subject in subjects:
+        for name in {subject.id, subject.id.rsplit('/', 1)[-1]}:
+            by_name.setdefault(name, []).append(subject.id)
+    files = sorted(folder.glob(f'*{KEYS}'))
+    for file in files:
+        group = file.name.removesuffix(KEYS)
+        group = word if (word := re.split('[-_]', group)[-1]) in PARTS else group
+        for line in filter(None, map(str.strip, file.read_text().splitlines())):
+            key = re.sub(r'\.nii(\.gz)?$', '', line)
+            if len(found := by_name.get(key, [])) != 1:
+                raise UserError(f"{file} names {key!r}, which {len(found) or 'no'} "
+                                f"subject{'s have' if found else ' has'}: correct it, or check --data.")
+            if found[0] in named:
+                raise UserError(f"{file} names {key!r}, and so does {named[found[0]][1]}: a subject can be "
+                                f"in one alone.")
+            named[found[0]] = group, file
+    if not files:
+        return subjects
+    chosen = []
+    for subject in subjects:
+        if subject.id in named:
+            group = named[subject.id][0]
+            what = {'part': group} if group in PARTS else {'class_name': group}
+            chosen.append(replace(subject, **what))
+    if left := len(subjects) - len(chosen):
+        notes.append(f'left out: {count(left, "subject")} that no key file in {folder} names')
+    return chosen
+
+
+def with_classes(subjects: list[Subject], normal: Sequence[str], where: str) -> list[Subject]:
+    """The subjects with the folder of their class, if one of the topmost folders has the name of a normal
+    class.
+    """
+    tops = {s.id.split('/')[0] for s in subjects if '/' in s.id}
+    if not any(same_name(top, name) for top in tops for name in normal):
+        return subjects
+    if loose := [s.id for s in subjects if '/' not in s.id]:
+        raise UserError(f"--data: {loose[0]} lies in no class folder, others lie in {some(sorted(tops))}: "
+                        f"move it to one. {where}")
+    return [replace(s, class_name=s.id.split('/')[0]) for s in subjects]
