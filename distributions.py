@@ -5,11 +5,14 @@ Images are in [0, 1]; a likelihood maps them to [-1, 1] itself. All log-probabil
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 MIN_LOG_SCALE = -7.0     # of a logistic, on [-1, 1]: its width is then 1/8 of an 8-bit grey level
 SOFT_CLAMP = 5.0         # means and log standard deviations stay within (-5, 5)
@@ -248,3 +251,27 @@ def pixel_likelihood(pixels: Pixels, channels: int, num_mixture: int, official: 
     if num_mixture == 1:
         return DiscretizedNormal(channels, pixels.bits, official)
     return DiscretizedLogisticMixture(channels, pixels.bits, num_mixture, official)
+
+
+# ------------------------------------------------------------------------------------------------------ noise
+
+class RowNoise(TorchFunctionMode):
+    """Inside `with RowNoise(seeds)`, each row of what `torch.randn_like` or `rand_like` draws follows from a
+    seed of its own, and not from the other rows. All that is drawn has as many rows as there are seeds.
+    """
+    FILL = {torch.randn_like: torch.Tensor.normal_, torch.rand_like: torch.Tensor.uniform_}
+
+    def __init__(self, seeds: Sequence[int]):
+        super().__init__()
+        self.seeds, self.generators = seeds, []
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        if function not in self.FILL:
+            return function(*args, **(kwargs or {}))
+        drawn = torch.empty_like(*args, **(kwargs or {}))
+        if not self.generators:
+            self.generators = [torch.Generator(drawn.device).manual_seed(seed) for seed in self.seeds]
+        for row, generator in zip(drawn, self.generators, strict=True):
+            self.FILL[function](row, generator=generator)
+        return drawn

@@ -1,22 +1,27 @@
-"""What every program shares: flags made from dataclasses, seeds, log files, user errors. Knows no images."""
+"""What every program shares: flags made from dataclasses, seeds, the run folder, checkpoints, user errors.
+
+Knows no images. Imports neither PyTorch nor NumPy before they are needed.
+"""
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
 import hashlib
 import json
 import math
+import operator
 import os
 import pickle
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-import torch
-from torch.overrides import TorchFunctionMode
+if TYPE_CHECKING:       # PyTorch is imported where it is used: a program answers --help without it
+    import torch
 
 T = TypeVar('T')
 
@@ -27,16 +32,56 @@ class UserError(ValueError):
 
 # ------------------------------------------------------------------------------------------------------ flags
 
-def flag(default: Any, help: str, **argparse_options: Any) -> Any:
+def flag(default: Any, help: str, *, least: float | None = None, most: float | None = None,
+         above: float | None = None, below: float | None = None, basic: bool = False,
+         **argparse_options: Any) -> Any:
     """A dataclass field that is a command-line flag; `help` states its unit and any special value.
 
-    `argparse_options` go to `add_argument` as they are (choices, nargs, type, metavar); `aliases` are further
-    names of the flag.
+    A value must be at least `least`, at most `most`, above `above` and below `below`; of a tuple each value.
+    `basic` flags stand in --help, the others in --help_all. `argparse_options` go to `add_argument` as they
+    are (choices, nargs, type, metavar); `aliases` are further names of the flag.
     """
-    metadata = {'help': help, **argparse_options}
     if isinstance(default, list | dict | set):
         raise TypeError(f"flag default {default!r} is mutable: use a tuple")
-    return dataclasses.field(default=default, metadata=metadata)
+    limits = {'least': least, 'most': most, 'above': above, 'below': below}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    return dataclasses.field(default=default, metadata={
+        'help': help, 'limits': limits, 'basic': basic, **argparse_options})
+
+
+LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    'least': ('at least', operator.ge), 'most': ('at most', operator.le),
+    'above': ('above', operator.gt), 'below': ('below', operator.lt)}
+
+
+def flags(cls: type[T]) -> type[T]:
+    """Decorator: a frozen dataclass of flags, which raises UserError for a value outside its limits or choices
+    before its own `__post_init__` looks at what else must hold.
+    """
+    own = cls.__dict__.get('__post_init__')
+
+    def __post_init__(self: Any) -> None:
+        check_flags(self)
+        if own is not None:
+            own(self)
+    cls.__post_init__ = __post_init__
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+def check_flags(config: Any) -> None:
+    """Raises UserError for the first field outside its limits or choices."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is None:
+                continue
+            choices = field.metadata.get('choices')
+            if choices is not None and one not in choices:
+                raise UserError(f"--{field.name} {one}: choose one of {', '.join(map(str, choices))}.")
+            limits = field.metadata.get('limits', {})
+            if not all(LIMITS[name][1](one, limit) for name, limit in limits.items()):
+                wanted = ' and '.join(f'{LIMITS[name][0]} {limit:g}' for name, limit in limits.items())
+                raise UserError(f"--{field.name} {one}: it must be {wanted}.")
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool = False,
@@ -55,7 +100,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool =
     for field in dataclasses.fields(config):
         if only is not None and field.name not in only:
             continue
-        options = dict(field.metadata)
+        options = {k: v for k, v in field.metadata.items() if k not in ('limits', 'basic')}
         default = (defaults or {}).get(field.name, field.default)
         options['help'] = options['help'].replace('%', '%%')
         if isinstance(default, bool):
@@ -98,29 +143,8 @@ def seed_noise(*parts: int | str) -> None:
     Noise is a function of a counter (the run's seed, the step, the rank), never of a state carried along: a
     resumed run draws what the uninterrupted run draws, and nothing has to be saved.
     """
+    import torch
     torch.manual_seed(mix_seed(*parts))
-
-
-class RowNoise(TorchFunctionMode):
-    """Inside `with RowNoise(seeds)`, each row of what `torch.randn_like` or `rand_like` draws follows from a
-    seed of its own, and not from the other rows. All that is drawn has as many rows as there are seeds.
-    """
-    FILL = {torch.randn_like: torch.Tensor.normal_, torch.rand_like: torch.Tensor.uniform_}
-
-    def __init__(self, seeds: Sequence[int]):
-        super().__init__()
-        self.seeds, self.generators = seeds, []
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
-        if function not in self.FILL:
-            return function(*args, **(kwargs or {}))
-        drawn = torch.empty_like(*args, **(kwargs or {}))
-        if not self.generators:
-            self.generators = [torch.Generator(drawn.device).manual_seed(seed) for seed in self.seeds]
-        for row, generator in zip(drawn, self.generators, strict=True):
-            self.FILL[function](row, generator=generator)
-        return drawn
 
 
 # ------------------------------------------------------------------------------------------------- run folder
@@ -146,6 +170,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_npz(path: str | Path, **arrays: Any) -> None:
     """Writes named arrays as a compressed npz file, atomically."""
+    import numpy as np
     def write(temporary: Path) -> None:
         with temporary.open('wb') as f:
             np.savez_compressed(f, **arrays)
@@ -220,6 +245,7 @@ class RunLog:
 
     def histogram(self, step: int, tag: str, values: torch.Tensor) -> None:
         """Shows how values of any shape are distributed in TensorBoard; leaves out what is not finite."""
+        import torch
         values = values[torch.isfinite(values)]
         if self.writer and len(values):
             self.writer.add_histogram(tag, values, step)
@@ -233,6 +259,7 @@ class RunLog:
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Writes `content` atomically: a kill at any moment leaves the last whole checkpoint in place."""
+    import torch
     path = Path(path)
     for left_by_a_kill in path.parent.glob(f'.{path.name}.*.tmp'):
         left_by_a_kill.unlink(missing_ok=True)
@@ -244,6 +271,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises UserError if the file is missing, damaged, or holds anything but data.
     """
+    import torch
     path = Path(path)
     if path.is_dir():
         path = path / 'checkpoint.pt'
@@ -266,6 +294,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def fingerprint(model: torch.nn.Module) -> str:
     """16 hexadecimal digits that tell these weights from any others."""
+    import torch
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())

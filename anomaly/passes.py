@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils import RowNoise, UserError, mix_seed, seed_noise
+from distributions import RowNoise
+from utils import UserError, mix_seed, seed_noise
 
 Terms = dict[str, Tensor]
 TERMS = ('recon', 'kl', 'log_q', 'log_p')

@@ -1,7 +1,7 @@
 """Who a process is among many: from flags, and from the environment that a launcher made.
 
-Processes are started by launch.py itself (`--num_process_per_node`, the published way), by torchrun, mpirun or
-srun. Their environment is read; flags that are given win; what contradicts is refused.
+Processes are started by launch.py itself (`--num_process_per_node`, the published way), by torchrun, mpirun
+or srun. Their environment is read; flags that are given win; what contradicts is refused.
 """
 
 import os

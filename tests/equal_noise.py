@@ -15,7 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import train
-from utils import RowNoise, mix_seed, run_program
+from distributions import RowNoise
+from utils import mix_seed, run_program
 
 drawing = {'key': (), 'share': 0, 'draw': 0}
 

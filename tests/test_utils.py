@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from distributions import RowNoise
 from utils import (
-    RowNoise,
     RunLog,
     UserError,
     add_flags,
