@@ -55,8 +55,8 @@ LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 
 
 def flags(cls: type[T]) -> type[T]:
-    """Decorator: a frozen dataclass of flags, which raises UserError for a value outside its limits or choices
-    before its own `__post_init__` looks at what else must hold.
+    """Decorator: a frozen dataclass of flags, which raises UserError for a value outside its limits or
+    choices before its own `__post_init__` looks at what else must hold.
     """
     own = cls.__dict__.get('__post_init__')
 

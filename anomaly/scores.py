@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from anomaly.attribution import MSMA_MAPS, check_captum, density_map
+from anomaly.config import Judging, MapConfig, Showing
 from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE, Density, DensityScore, Mahalanobis, Typicality
 from anomaly.flow_density import Flow
 from anomaly.passes import (
@@ -33,7 +34,7 @@ from anomaly.passes import (
     log_weight,
 )
 from anomaly.regret import likelihood_regret
-from utils import UserError, flag
+from utils import UserError, flag, flags
 
 # what the other floors and users take from here
 __all__ = ['SCORES', 'AnomalyScore', 'Passes', 'Score', 'ScoreConfig', 'Scores', 'choose_scores', 'elbo',
@@ -42,72 +43,46 @@ __all__ = ['SCORES', 'AnomalyScore', 'Passes', 'Score', 'ScoreConfig', 'Scores',
 LESION_SHARE = 0.01        # of the foreground: a lesion is small, and would be lost in a mean over all
 
 
-@dataclass(frozen=True)
-class ScoreConfig:
-    """Anomaly scores: which, how often sampled, and how judged."""
-    scores: tuple = flag((), "scores to compute: 'all', rows of the table such as nelbo, llr, complexity, "
-                             "or one member of a row such as llr_2, kl_1 (1 = top group); 'all' leaves out "
-                             "slow ones: regret, ode_nll, inpainting, restoration; none given = all, "
-                             "with --compare the primary scores")
-    primary_score: str = flag('', "score that the figures show, chosen before looking at any anomaly; "
-                                  "'' = the one that the model is published with, else nelbo, else the "
-                                  "first computed")
-    num_draws: int = flag(4, 'draws of the latents that every sampled score averages over')
-    iw_samples_elbo: int = flag(1, 'llr: importance samples behind each draw of L; 1 = the plain bound')
-    iw_samples_lk: int = flag(1, 'llr, lk: importance samples behind each draw of L>k; 1 = the plain bound')
+@flags
+class Selection:
+    """Anomaly scores"""
+    scores: tuple = flag((), "scores to compute: 'all', rows of the table such as nelbo, llr or complexity, "
+                             "or one member of a row such as llr_2 or kl_1 (1 = top group); 'all' excludes the "
+                             "slow scores regret, ode_nll, inpainting and restoration (default: all; with "
+                             "--compare the primary scores)", basic=True)
+    primary_score: str = flag('', "score shown in the figures, to be chosen before looking at any anomaly; "
+                                  "'' = the score the model was published with, else nelbo, else the first "
+                                  "computed", basic=True)
+    max_train_images: int = flag(1000, 'number of training images on which the baselines (mean image, PCA) '
+                                       'are fitted', least=2)
+
+
+@flags
+class Scoring:
+    """Computation of the scores"""
+    num_draws: int = flag(4, 'draws of the latents over which every sampled score averages', least=1,
+                          basic=True)
+    iw_samples_elbo: int = flag(1, 'llr: importance samples for each draw of L; 1 = the ELBO', least=1)
+    iw_samples_lk: int = flag(1, 'llr, lk: importance samples for each draw of L>k; 1 = the ELBO', least=1)
     llr_noise: str = flag('separate', 'llr: noise of L and of L>k: separate, as published, or shared',
                           choices=NOISES)
-    regret_steps: int = flag(20, 'regret: steps of Adam on the encoder, for every image alone')
-    regret_learning_rate: float = flag(1e-4, 'regret: their learning rate')
-    msma_levels: int = flag(20, 'msma: levels of noise at which the score is taken')
-    msma_min_timestep: float = flag(0.01, 'msma: time of the least noise, 0 to 1')
-    msma_max_timestep: float = flag(1.0, 'msma: time of the most noise')
-    msma_schedule: str = flag('geometric', "msma: how they are spaced; thinned = those of the sampler's "
-                                           "steps", choices=MSMA_SCHEDULES)
-    msma_denoise: bool = flag(False, 'msma: first take the finest noise out of the image')
-    msma_map: str = flag('none', "msma: map of its scores, the gradient of the density's score by the image: "
-                                 "its size, times the image, by guided backpropagation, by GradCAM (these "
-                                 "two need captum); none = no map", choices=MSMA_MAPS)
-    target_fpr: float = flag(0.05, 'share of normal images that may be called anomalous; sets the thresholds')
-    target_pixel_fpr: float = flag(0.005, 'share of the pixels of normal images that may be called; sets the '
-                                          'thresholds of maps')
-    map_smoothing: float = flag(0.0, 'maps: sigma of a Gaussian, in pixels; 0 = not smoothed')
-    body_mask: float = flag(0.0, 'maps: grey level in [0, 1] above which a pixel belongs to the body, whose '
-                                 'holes are filled; maps are 0 and do not count outside it; 0 = no body mask')
-    seg_erosion: float = flag(2.0, 'segmentations of volumes: they begin so many voxels inside the body, '
-                                   'which is what --body_mask says, at 0 all above the darkest value')
-    seg_min_voxels: int = flag(3, 'segmentations of volumes: pieces of fewer voxels are dropped (18 '
-                                  'neighbours); 1 = none')
-    seg_dilation: float = flag(1.0, 'segmentations of volumes: then they grow by a ball of so many voxels; '
-                                    '0 = not')
-    num_bootstrap: int = flag(1000, 'resamples behind the 95 % intervals')
-    num_cases: int = flag(6, 'most and least anomalous test images in figures/cases.png, of each; 0 = none')
-    num_gallery: int = flag(60, "test images in the report's gallery: extremes, likely false positives and "
-                                "negatives, others evenly by rank; 0 = those of --num_cases alone; of "
-                                "volumes at most 20")
-    max_train_images: int = flag(1000, 'training images that the baselines (mean image, PCA) are fitted on')
+    regret_steps: int = flag(20, 'regret: Adam steps on the encoder for each image', least=1)
+    regret_learning_rate: float = flag(1e-4, 'regret: learning rate of Adam', above=0)
+    msma_levels: int = flag(20, 'msma: number of noise levels', least=1)
+    msma_min_timestep: float = flag(0.01, 'msma: time of the lowest noise level, 0 to 1', above=0, most=1)
+    msma_max_timestep: float = flag(1.0, 'msma: time of the highest noise level, 0 to 1', above=0, most=1)
+    msma_schedule: str = flag('geometric', "msma: spacing of the noise levels; thinned = a subset of the "
+                                           "sampler's steps", choices=MSMA_SCHEDULES)
+    msma_denoise: bool = flag(False, 'msma: remove the finest noise from the image first')
+    msma_map: str = flag('none', "msma: anomaly map: magnitude of the gradient of the density's score with "
+                                 "respect to the image, gradient times image, guided backpropagation, or "
+                                 "GradCAM (the last two need captum); none = no map", choices=MSMA_MAPS)
 
     def __post_init__(self):
-        for name in ('target_fpr', 'target_pixel_fpr'):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} is not between 0 and 1.")
-        if not 0 <= self.body_mask < 1:
-            raise UserError(f"--body_mask {self.body_mask}: it must be a grey level from 0 to below 1.")
-        for name in ('map_smoothing', 'seg_erosion', 'seg_dilation'):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be at least 0.")
-        if not self.regret_learning_rate > 0:
-            raise UserError(f"--regret_learning_rate {self.regret_learning_rate}: it must be above 0.")
         check_captum(self.msma_map)
-        if not 0 < self.msma_min_timestep < self.msma_max_timestep <= 1:
+        if not self.msma_min_timestep < self.msma_max_timestep:
             raise UserError(f"--msma_min_timestep {self.msma_min_timestep} --msma_max_timestep "
-                            f"{self.msma_max_timestep}: give times above 0, rising, up to 1.")
-        least_of = {'num_draws': 1, 'iw_samples_elbo': 1, 'iw_samples_lk': 1, 'regret_steps': 1,
-                    'num_bootstrap': 1, 'num_cases': 0, 'num_gallery': 0, 'max_train_images': 2,
-                    'msma_levels': 1, 'seg_min_voxels': 1}
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)} is too small: at least {least}.")
+                            f"{self.msma_max_timestep}: the first must be below the second.")
 
     @property
     def msma(self) -> dict[str, Any]:
@@ -115,6 +90,14 @@ class ScoreConfig:
         return {'number': self.msma_levels, 'min_timestep': self.msma_min_timestep,
                 'max_timestep': self.msma_max_timestep, 'schedule': self.msma_schedule,
                 'denoised': self.msma_denoise}
+
+
+@flags
+class ScoreConfig(Selection, Scoring, MapConfig, Judging, Showing):
+    """All flags of the mode anomaly in one: to be taken apart by its users."""
+
+    def __post_init__(self):
+        Scoring.__post_init__(self)
 
 
 # ----------------------------------------------------------------------------------------- compressed size

@@ -1,7 +1,7 @@
 """Volumes in an LMDB of scripts/create_lmdb.py: as they were prepared, on the model's grid.
 
-The format is that of packed.py (docs/lmdb.md): `data` is (C, D, H, W), `mask` (D, H, W), `info` has the grids.
-Read back, a data set is what it was from its files.
+The format is that of packed.py (docs/lmdb.md): `data` is (C, D, H, W), `mask` (D, H, W), `info` has the
+grids. Read back, a data set is what it was from its files.
 """
 
 import os

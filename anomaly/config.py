@@ -1,0 +1,40 @@
+"""Flags of the mode anomaly besides those of its scores: treatment of maps, judging, report."""
+
+from utils import flag, flags
+
+
+@flags
+class MapConfig:
+    """Anomaly maps and segmentations"""
+    map_smoothing: float = flag(0.0, 'maps: standard deviation of a Gaussian filter in pixels; '
+                                     '0 = no smoothing', least=0, most=1e6)
+    body_mask: float = flag(0.0, 'maps: gray level in [0, 1] above which a pixel belongs to the body; holes '
+                                 'are filled, and maps are 0 and not judged outside it; 0 = no body mask',
+                            least=0, below=1)
+    seg_erosion: float = flag(2.0, 'segmentations of volumes: erosion in voxels of the body, inside which '
+                                   'lesions may start; with --body_mask 0 the body is all above the darkest value',
+                              least=0, most=1e6)
+    seg_min_voxels: int = flag(3, 'segmentations of volumes: smallest component in voxels (18 neighbors); '
+                                  'smaller ones are removed', least=1)
+    seg_dilation: float = flag(1.0, 'segmentations of volumes: radius in voxels of the final dilation; '
+                                    '0 = none', least=0, most=1e6)
+
+
+@flags
+class Judging:
+    """Thresholds and metrics"""
+    target_fpr: float = flag(0.05, 'false-positive rate on normal images that sets the thresholds', above=0,
+                             below=1, basic=True)
+    target_pixel_fpr: float = flag(0.005, 'false-positive rate on pixels of normal images that sets the '
+                                          'thresholds of maps', above=0, below=1)
+    num_bootstrap: int = flag(1000, 'bootstrap resamples for the 95 % intervals', least=1)
+
+
+@flags
+class Showing:
+    """Report"""
+    num_cases: int = flag(6, 'number of most anomalous and of least anomalous test images in '
+                             'figures/cases.png; 0 = none', least=0)
+    num_gallery: int = flag(60, "number of test images in the report's gallery: extremes, likely false "
+                                "positives and negatives, and others evenly spaced by rank, at most 20 for "
+                                "volumes; 0 = only those of --num_cases", least=0)
