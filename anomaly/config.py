@@ -12,8 +12,8 @@ class MapConfig:
                                  'are filled, and maps are 0 and not judged outside it; 0 = no body mask',
                             least=0, below=1)
     seg_erosion: float = flag(2.0, 'segmentations of volumes: erosion in voxels of the body, inside which '
-                                   'lesions may start; with --body_mask 0 the body is all above the darkest value',
-                              least=0, most=1e6)
+                                   'lesions may start; with --body_mask 0 the body is all above the darkest '
+                                   'value', least=0, most=1e6)
     seg_min_voxels: int = flag(3, 'segmentations of volumes: smallest component in voxels (18 neighbors); '
                                   'smaller ones are removed', least=1)
     seg_dilation: float = flag(1.0, 'segmentations of volumes: radius in voxels of the final dilation; '

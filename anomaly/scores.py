@@ -47,9 +47,9 @@ LESION_SHARE = 0.01        # of the foreground: a lesion is small, and would be 
 class Selection:
     """Anomaly scores"""
     scores: tuple = flag((), "scores to compute: 'all', rows of the table such as nelbo, llr or complexity, "
-                             "or one member of a row such as llr_2 or kl_1 (1 = top group); 'all' excludes the "
-                             "slow scores regret, ode_nll, inpainting and restoration (default: all; with "
-                             "--compare the primary scores)", basic=True)
+                             "or one member of a row such as llr_2 or kl_1 (1 = top group); 'all' excludes "
+                             "the slow scores regret, ode_nll, inpainting and restoration (default: all; "
+                             "with --compare the primary scores)", basic=True)
     primary_score: str = flag('', "score shown in the figures, to be chosen before looking at any anomaly; "
                                   "'' = the score the model was published with, else nelbo, else the first "
                                   "computed", basic=True)
