@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomaly.scores import Passes, Scores, as_passes, png_bytes
+from anomaly.passes import Passes, Scores, as_passes
+from readers.images.png import png_bytes
 from utils import UserError
 
 PCA_VARIANCE = 0.9       # share of the variance of normal images that the components keep

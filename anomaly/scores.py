@@ -5,7 +5,6 @@ counted from the image up. L>k is the bound with these k groups from the prior, 
 bounds are those of passes.py, densities those of density.py; all scores of a batch share its passes.
 """
 
-import io
 import lzma
 import math
 from collections.abc import Callable, Iterable
@@ -14,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from anomaly.attribution import MSMA_MAPS, check_captum, density_map
@@ -34,6 +32,7 @@ from anomaly.passes import (
     log_weight,
 )
 from anomaly.regret import likelihood_regret
+from readers.images.png import png_bytes
 from utils import UserError, flag, flags
 
 # what the other floors and users take from here
@@ -113,15 +112,6 @@ def compressed_bits(x: Tensor, bits: int) -> Tensor:
     step, dtype = (255 / levels, np.uint8) if levels < 256 else (1, np.uint16)
     values = (x.detach().cpu().double().clamp(0, 1) * levels).round().mul(step).numpy().astype(dtype)
     return torch.tensor([8.0 * min(png_bytes(v), lzma_bytes(v)) for v in values], dtype=torch.float64)
-
-
-def png_bytes(values: np.ndarray) -> int:
-    """Size in bytes of (C, *S) uint8 or uint16 values as an optimised PNG."""
-    rgb = values.ndim == 3 and len(values) == 3 and values.dtype == np.uint8
-    picture = Image.fromarray(np.moveaxis(values, 0, -1) if rgb else values.reshape(-1, values.shape[-1]))
-    buffer = io.BytesIO()
-    picture.save(buffer, 'PNG', optimize=True)
-    return buffer.tell()
 
 
 def lzma_bytes(values: np.ndarray) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import convolve, laplace
 
-from anomaly.scores import png_bytes
 from readers.headers import Trace, read_trace
+from readers.images.png import png_bytes
 from readers.parts import LEFT_RIGHT
 
 BLOCK = 2 ** 24            # values measured at once: 256 images of 256 x 256 pixels

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from readers.images.folder import ImageFile, image_files, scan, stamp
+from readers.images.png import png_bytes
 from readers.parts import LEFT_RIGHT
 from readers.phantoms.lesions import IMAGE_MM, SIMULATIONS
-from readers.published.arrays import png_bytes
 from readers.source import Entry, Images, Source, cached
 from readers.volumes.nifti import entry_grids
 from utils import UserError, mix_seed
@@ -189,9 +189,8 @@ class Changed:
     def png_bytes(self, row: int) -> int:
         """The size of one image without its border as a PNG, of 8 bits."""
         (height, width), border = self.shape[2:], self.border
-        x = self[[row]][0, :, border:height - border, border:width - border].transpose(1, 2, 0)    # (H, W, C)
-        x = x if x.dtype == np.uint8 else (x >> 8).astype(np.uint8)
-        return png_bytes(x[..., 0] if x.shape[-1] == 1 else x)
+        x = self[[row]][0, :, border:height - border, border:width - border]                       # (C, H, W)
+        return png_bytes(x if x.dtype == np.uint8 else (x >> 8).astype(np.uint8), optimize=False)
 
 
 class ChangedMasks:

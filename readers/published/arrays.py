@@ -4,13 +4,13 @@ N images of H x W as the files have them, C channels, S x S pixels as the model 
 """
 
 import hashlib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from readers.images.png import png_bytes
 from readers.published.records import MODES, to_array
 from readers.source import Entry, Source, cached, choose_classes
 from utils import UserError
@@ -42,7 +42,8 @@ def read_arrays(name: str, load: Callable[[], Parts], files: Sequence[Path], *, 
             for i in tqdm(keep, f'reading {name}, {part}', unit='image', disable=None, leave=False):
                 entries.append(Entry(id=f'{part}/{i:05d}', path='', class_name=names[i],
                                      sha256=hashlib.sha256(images[i].tobytes()).hexdigest(),
-                                     file_bytes=png_bytes(images[i]), row=len(entries), part=part))
+                                     file_bytes=png_bytes(channels_first(images[i]), optimize=False),
+                                     row=len(entries), part=part))
             chosen.append((images, keep))
         if not entries:
             raise UserError(f"{name} in {files[0].parent} has no image of the classes "
@@ -60,6 +61,11 @@ def read_arrays(name: str, load: Callable[[], Parts], files: Sequence[Path], *, 
                               'padding': padding, 'normal': usual, 'anomalous': abnormal}, make)
 
 
+def channels_first(images: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, 3) as (C, H, W)."""
+    return np.moveaxis(np.atleast_3d(images), -1, 0)
+
+
 def prepare(images: np.ndarray, size: int, channels: int, padding: int) -> np.ndarray:
     """(B, H, W) or (B, H, W, 3) as (B, C, S, S): resized if they do not fit into the border, grey by luma."""
     inner = size - 2 * padding
@@ -74,10 +80,3 @@ def prepare(images: np.ndarray, size: int, channels: int, padding: int) -> np.nd
 def _fitted(image: np.ndarray, size: int, channels: int) -> np.ndarray:
     picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert(MODES[channels])
     return to_array(picture.resize((size, size), Image.Resampling.BILINEAR), channels)
-
-
-def png_bytes(x: np.ndarray) -> int:
-    """The size of an image (H, W) or (H, W, 3) as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(x).save(file, 'PNG')
-    return file.tell()
