@@ -213,8 +213,9 @@ def judge(validation: Scored, test: Scored, thresholds: dict[str, float], about:
             **{group: [int(called[chosen].sum()), int(chosen.sum())] for group, chosen in groups.items()}}}
         for group, drawn in resamples.items():
             chosen = groups[group]
-            row['metrics'][group], resampled = metrics.evaluate_score(scores[normal], scores[chosen], drawn)
-            samples[group][name] = resampled['auroc']
+            estimates = metrics.evaluate_score(scores[normal], scores[chosen], drawn)
+            row['metrics'][group] = {metric: estimate.as_json() for metric, estimate in estimates.items()}
+            samples[group][name] = estimates['auroc'].resamples
         table[name] = row
     return {'groups': list(groups), 'scores': table, 'warnings': warnings}, samples
 

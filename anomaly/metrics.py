@@ -1,36 +1,114 @@
-"""How well scores tell normal from anomalous: AUROC, AUPRC, FPR at a TPR, intervals, thresholds, percentiles.
+"""Metrics of anomaly scores, their bootstrap intervals, and the thresholds that normal images give.
 
 n normal and m anomalous images, R resamples, U distinct scores of anomalous images. Anomalous is the positive
-class; larger score = more anomalous. Point estimates are scikit-learn's, on float64.
+class; a larger score is more anomalous.
+
+A metric is one row of METRICS: tables, pages and files follow the rows. Maps and segmentations have tables of
+the same class `Metric` in maps/localization.py and maps/segmentation.py.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from utils import UserError
+from utils import UserError, finite
 
-METRICS = ('auroc', 'auprc', 'fpr80', 'fpr95')
-CHUNK = 2 ** 17          # resampled counts worked on at once: they stay in the processor's cache
+CHUNK = 2 ** 17          # resampled counts that are worked on at once: they stay in the processor's cache
 
 
-def fpr_at_tpr(labels: np.ndarray, scores: np.ndarray, tpr: float) -> float:
-    """False-positive rate at the first ROC vertex with a true-positive rate of at least `tpr`."""
-    false_positive, true_positive, _ = roc_curve(labels, scores, drop_intermediate=False)
-    # 1e-12: 0.8 times a number of images is not exact in binary, and a vertex at exactly 80 % counts.
-    return float(false_positive[np.argmax(true_positive >= tpr - 1e-12)])
+@dataclass(frozen=True)
+class Metric:
+    """A row of a table of metrics. `function` maps what the table measures to one value a resample (R,)."""
+    name: str                                  # its key in metrics.json
+    title: str                                 # the head of its column
+    about: str                                 # one line for the report
+    function: Callable[[Any], np.ndarray]
+    digits: int = 3                            # after the decimal point
+    higher_is_better: bool = True
+    resampled: bool = True                     # False: no interval
 
 
-def point_estimates(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """AUROC, AUPRC (average precision), FPR at 80 % and 95 % TPR; labels 0 normal, 1 anomalous."""
-    scores = np.asarray(scores, np.float64)
-    return {'auroc': float(roc_auc_score(labels, scores)),
-            'auprc': float(average_precision_score(labels, scores)),
-            'fpr80': fpr_at_tpr(labels, scores, 0.80), 'fpr95': fpr_at_tpr(labels, scores, 0.95)}
+@dataclass(frozen=True)
+class Estimate:
+    """A metric of the test images with its 95 % bootstrap interval; NaN where it does not exist."""
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    resamples: np.ndarray | None = field(default=None, repr=False, compare=False)          # (R,)
+    images: int | None = None                  # that it is a mean over, where these are not all
 
+    @classmethod
+    def of(cls, value: float, resamples: np.ndarray | None = None, images: int | None = None) -> 'Estimate':
+        """The value with the 2.5 and 97.5 percentiles of its finite resamples (R,), if there are any."""
+        known = resamples[np.isfinite(resamples)] if resamples is not None else np.zeros(0)
+        low, high = np.percentile(known, [2.5, 97.5]).tolist() if len(known) else (math.nan, math.nan)
+        return cls(float(value), low, high, resamples, images)
+
+    def __sub__(self, other: 'Estimate') -> 'Estimate':
+        """The difference of two estimates from the same resamples: its interval is that of the pairs."""
+        return Estimate.of(self.value - other.value, self.resamples - other.resamples)
+
+    @property
+    def reversed(self) -> 'Estimate':
+        """The AUROC of the negated score."""
+        return Estimate.of(1 - self.value, 1 - self.resamples)
+
+    def as_json(self) -> dict[str, float | None]:
+        """Value and interval, None where they do not exist; `images` where it is known."""
+        counted = {} if self.images is None else {'images': self.images}
+        return finite({'value': self.value, 'low': self.low, 'high': self.high, **counted})
+
+
+# ------------------------------------------------------------------------------------------------ the metrics
+
+class Curves(NamedTuple):
+    """ROC curves of R resamples: numbers of images at the U distinct anomalous scores, largest score first.
+
+    Nothing is lost: the true-positive rate, and with it every metric below, changes at anomalous scores only.
+    """
+    positive: np.ndarray          # (R, U) anomalous images with this very score
+    true_positive: np.ndarray     # (R, U) anomalous images with this score or a larger one
+    false_positive: np.ndarray    # (R, U) normal images with this score or a larger one
+    above: np.ndarray             # (R, U) normal images with a larger score
+    normal: int                   # n
+    anomalous: int                # m
+
+
+def auroc(curves: Curves) -> np.ndarray:
+    """Area under the ROC curve (R,): the share of pairs in which the anomalous score is larger, ties half."""
+    beaten_by = curves.above + curves.false_positive
+    lost = 0.5 * np.einsum('ru,ru->r', curves.positive, beaten_by, dtype=np.float64)
+    return 1 - lost / (curves.normal * curves.anomalous)
+
+
+def average_precision(curves: Curves) -> np.ndarray:
+    """Mean precision at the scores of the anomalous images (R,)."""
+    precision = curves.true_positive / np.maximum(curves.true_positive + curves.false_positive, 1)
+    return np.einsum('ru,ru->r', curves.positive, precision) / curves.anomalous
+
+
+def fpr_at_tpr(curves: Curves, tpr: float) -> np.ndarray:
+    """False-positive rate at the first ROC vertex with a true-positive rate of at least `tpr` (R,)."""
+    # 1e-9: 0.8 times a number of images is not exact in binary, and a vertex at exactly 80 % counts.
+    vertex = np.argmax(curves.true_positive >= (tpr - 1e-9) * curves.anomalous, axis=1)
+    return curves.false_positive[np.arange(len(vertex)), vertex] / curves.normal
+
+
+METRICS = (
+    Metric('auroc', 'AUROC', "area under the ROC curve; chance is 0.5", auroc),
+    Metric('auprc', 'AUPRC', "average precision; chance is the share of anomalous images", average_precision),
+    Metric('fpr80', 'FPR80', "share of normal images above the score that 80 % of the anomalous ones reach",
+           partial(fpr_at_tpr, tpr=0.80), higher_is_better=False),
+    Metric('fpr95', 'FPR95', "share of normal images above the score that 95 % of the anomalous ones reach",
+           partial(fpr_at_tpr, tpr=0.95), higher_is_better=False),
+)
+
+
+# ----------------------------------------------------------------------------------------------- resampling
 
 @dataclass(frozen=True)
 class Resamples:
@@ -51,52 +129,51 @@ class Resamples:
             return drawn
         return cls(counts(n), counts(m))
 
+    @classmethod
+    def once(cls, n: int, m: int) -> 'Resamples':
+        """Every image once: the sample itself, R = 1."""
+        return cls(np.ones((1, n), np.uint8), np.ones((1, m), np.uint8))
 
-def bootstrap(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples) -> dict[str, np.ndarray]:
-    """The four metrics on every resample: each (R,). Equal to `point_estimates` of the resampled scores.
 
-    Scores are sorted once; a resample only changes how often each counts, so curves are cumulative sums of
-    counts. All metrics change at anomalous scores only, so curves are followed at their U distinct values.
+def roc_curves(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples) -> Iterator[Curves]:
+    """The curves of all resamples of the scores (n,) and (m,), some resamples at a time.
+
+    Scores are sorted once; a resample only changes how often each counts.
     """
     n, m = len(normal), len(anomalous)
     falling_normal, falling = np.argsort(-normal, kind='stable'), np.argsort(-anomalous, kind='stable')
     values = anomalous[falling]
     starts = np.flatnonzero(np.r_[True, np.diff(values) != 0])                  # first of each distinct value
-    # how many normal scores are above each value (U,), and how many at or above it
-    above = np.searchsorted(-normal[falling_normal], -values[starts], 'left')
-    at = np.searchsorted(-normal[falling_normal], -values[starts], 'right')
-    results: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
+    # how many normal scores are larger than each value (U,), and how many at least as large
+    larger = np.searchsorted(-normal[falling_normal], -values[starts], 'left')
+    reached = np.searchsorted(-normal[falling_normal], -values[starts], 'right')
     rows = max(1, CHUNK // (n + m))
     for first in range(0, len(resamples.normal), rows):
         positive = resamples.anomalous[first:first + rows].take(falling, 1)                     # (r, m)
         if len(starts) < m:
-            positive = np.add.reduceat(positive, starts, 1, dtype=np.int32)                   # (r, U)
-        true_positive = positive.cumsum(1, dtype=np.int32)
-        # how often the 0 .. n normal images with the highest scores are drawn: (r, n + 1)
+            positive = np.add.reduceat(positive, starts, 1, dtype=np.int32)                     # (r, U)
+        # how often the 0 .. n normal images with the largest scores are drawn: (r, n + 1)
         drawn = np.zeros((len(positive), n + 1), np.int32)
         resamples.normal[first:first + rows].take(falling_normal, 1).cumsum(1, out=drawn[:, 1:])
-        false_positive = drawn.take(at, 1)                                               # (r, U)
-        # Mann-Whitney: an anomalous image beats the normal ones below it, and ties with half of its equals.
-        beaten_by = false_positive + drawn.take(above, 1)
-        results['auroc'].append(1 - 0.5 * (positive * beaten_by).sum(1, dtype=np.int64) / (n * m))
-        precision = true_positive / np.maximum(true_positive + false_positive, 1)
-        results['auprc'].append(np.einsum('ru,ru->r', positive, precision) / m)
-        for name, tpr in (('fpr80', 0.80), ('fpr95', 0.95)):
-            vertex = np.argmax(true_positive >= tpr * m - 1e-9 * m, axis=1)
-            results[name].append(false_positive[np.arange(len(vertex)), vertex] / n)
-    return {name: np.concatenate(chunks) for name, chunks in results.items()}
+        yield Curves(positive, positive.cumsum(1, dtype=np.int32), drawn.take(reached, 1),
+                     drawn.take(larger, 1), n, m)
 
 
-def evaluate_score(normal: np.ndarray, anomalous: np.ndarray,
-                   resamples: Resamples) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
-    """Each metric's value and 95 % interval, {'auroc': {'value', 'low', 'high'}}, and its resamples (R,)."""
+def bootstrap(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples,
+              metrics: Sequence[Metric] = METRICS) -> dict[str, np.ndarray]:
+    """Each metric on every resample of the scores (n,) and (m,): {name: (R,)}."""
+    chunks = [[metric.function(curves) for metric in metrics]
+              for curves in roc_curves(normal, anomalous, resamples)]
+    return {metric.name: np.concatenate(values) for metric, values in zip(metrics, zip(*chunks))}
+
+
+def evaluate_score(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples,
+                   metrics: Sequence[Metric] = METRICS) -> dict[str, Estimate]:
+    """Each metric of a score of n normal (n,) and m anomalous images (m,), all finite, by its name."""
     normal, anomalous = np.asarray(normal, np.float64), np.asarray(anomalous, np.float64)
-    labels = np.r_[np.zeros(len(normal), int), np.ones(len(anomalous), int)]
-    values = point_estimates(labels, np.concatenate([normal, anomalous]))
-    resampled = bootstrap(normal, anomalous, resamples)
-    intervals = {name: np.percentile(resampled[name], [2.5, 97.5]) for name in METRICS}
-    return {name: {'value': values[name], 'low': float(intervals[name][0]), 'high': float(intervals[name][1])}
-            for name in METRICS}, resampled
+    values = bootstrap(normal, anomalous, Resamples.once(len(normal), len(anomalous)), metrics)
+    resampled = bootstrap(normal, anomalous, resamples, [metric for metric in metrics if metric.resampled])
+    return {name: Estimate.of(value[0], resampled.get(name)) for name, value in values.items()}
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
@@ -159,6 +236,6 @@ def wilson_interval(count: int, total: int) -> tuple[float, float]:
     if not total:
         return 0.0, 1.0
     z, share = 1.959963984540054, count / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    center = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)

@@ -131,8 +131,8 @@ def compare(first: Measured, second: Measured, num_bootstrap: int, seed: int) ->
 
 
 def interval(first: np.ndarray, second: np.ndarray, resamples: metrics.Resamples) -> dict[str, float]:
-    auroc = metrics.evaluate_score(first, second, resamples)[0]['auroc']
-    return {'auroc': auroc['value'], 'low': auroc['low'], 'high': auroc['high']}
+    auroc = metrics.evaluate_score(first, second, resamples)['auroc']
+    return {'auroc': auroc.value, 'low': auroc.low, 'high': auroc.high}
 
 
 def common_words(first: Measured, second: Measured) -> list[tuple[str, str]]:

@@ -1,21 +1,39 @@
 """Metrics and thresholds with answers known on paper, and the fast bootstrap against scikit-learn."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from anomaly.metrics import (
     METRICS,
+    Estimate,
+    Metric,
     Resamples,
     bootstrap,
     evaluate_score,
     make_finite,
     percentile,
-    point_estimates,
     smallest_sample,
     threshold,
     wilson_interval,
 )
 from utils import UserError
+
+
+def by_scikit_learn(labels, scores):
+    """The four metrics of one sample."""
+    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
+    return {'auroc': roc_auc_score(labels, scores), 'auprc': average_precision_score(labels, scores),
+            **{f'fpr{rate}': fpr[np.argmax(tpr >= rate / 100 - 1e-12)] for rate in (80, 95)}}
+
+
+def point_estimates(labels, scores):
+    """Ours: {name: value}."""
+    normal, anomalous = scores[labels == 0], scores[labels == 1]
+    found = evaluate_score(normal, anomalous, Resamples.once(len(normal), len(anomalous)))
+    return {name: estimate.value for name, estimate in found.items()}
 
 
 def test_metrics_worked_by_hand():
@@ -42,9 +60,12 @@ def test_bootstrap_kernel_equals_scikit_learn_with_and_without_ties(levels):
     fast = bootstrap(normal, anomalous, drawn)
     for i in range(60):
         again = np.r_[np.repeat(normal, drawn.normal[i]), np.repeat(anomalous, drawn.anomalous[i])]
-        slow = point_estimates(np.r_[np.zeros(40), np.ones(25)], again)
-        for name in METRICS:
+        slow = by_scikit_learn(np.r_[np.zeros(40), np.ones(25)], again)
+        assert slow.keys() == fast.keys() == {metric.name for metric in METRICS}
+        for name in slow:
             assert fast[name][i] == pytest.approx(slow[name], abs=1e-12), name
+    labels, scores = np.r_[np.zeros(40), np.ones(25)], np.r_[normal, anomalous]
+    assert point_estimates(labels, scores) == pytest.approx(by_scikit_learn(labels, scores), abs=1e-12)
 
 
 def test_resamples_are_stratified_seeded_and_shared():
@@ -59,15 +80,47 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     random, covered = np.random.default_rng(0), 0
     drawn = Resamples.draw(60, 40, 300, seed=0)
     for _ in range(200):
-        found, _ = evaluate_score(random.normal(0, 1, 60), random.normal(1, 1, 40), drawn)
-        covered += found['auroc']['low'] <= 0.7602 <= found['auroc']['high']
+        found = evaluate_score(random.normal(0, 1, 60), random.normal(1, 1, 40), drawn)['auroc']
+        covered += found.low <= 0.7602 <= found.high
     assert 0.89 <= covered / 200 <= 0.985
 
 
 def test_separable_scores_have_a_perfect_interval():
-    found, samples = evaluate_score(np.arange(10.0), np.arange(10.0) + 100, Resamples.draw(10, 10, 50, 0))
-    assert found['auroc'] == {'value': 1, 'low': 1, 'high': 1} and found['fpr95']['high'] == 0
-    assert samples['auprc'].shape == (50,)
+    found = evaluate_score(np.arange(10.0), np.arange(10.0) + 100, Resamples.draw(10, 10, 50, 0))
+    assert found['auroc'] == Estimate(1, 1, 1) and found['fpr95'].high == 0
+    assert found['auroc'].as_json() == {'value': 1, 'low': 1, 'high': 1}
+    assert found['auprc'].resamples.shape == (50,)
+
+
+def test_a_new_metric_is_one_row():
+    detected = Metric('detected', 'detected', 'anomalous images above every normal one', lambda curves:
+                      (curves.positive * (curves.false_positive == 0)).sum(1) / curves.anomalous)
+    plain = replace(detected, name='plain', resampled=False)
+    drawn = Resamples.draw(4, 4, 50, 0)
+    found = evaluate_score(np.arange(4.0), np.r_[2.5, 5, 6, 7], drawn, (detected, plain))
+    assert found['detected'].value == 3 / 4 and found['detected'].low < 3 / 4 <= found['detected'].high
+    assert found['plain'].value == 3 / 4
+    assert found['plain'].as_json() == {'value': 3 / 4, 'low': None, 'high': None}
+
+
+def test_a_difference_has_the_interval_of_the_pairs():
+    random = np.random.default_rng(0)
+    normal, anomalous = random.normal(0, 1, 60), random.normal(1, 1, 40)
+    drawn = Resamples.draw(60, 40, 200, seed=0)
+    score, worse = (evaluate_score(normal, anomalous - shift, drawn)['auroc'] for shift in (0, 0.5))
+    assert (score - score).as_json() == {'value': 0, 'low': 0, 'high': 0}
+    difference = score - worse
+    assert 0 < difference.low <= difference.value <= difference.high
+    assert difference.high - difference.low < score.high - score.low
+    negated = evaluate_score(-normal, -anomalous, drawn)['auroc']
+    assert negated.reversed.value == pytest.approx(score.value)
+    assert np.allclose(negated.reversed.resamples, score.resamples)
+
+
+def test_what_does_not_exist_in_a_resample_is_left_out_of_the_interval():
+    assert Estimate.of(0.5, np.r_[np.nan, 0.25, 0.75]).as_json()['low'] == pytest.approx(0.2625)
+    assert Estimate.of(np.nan, np.full(3, np.nan), images=0).as_json() == {
+        'value': None, 'low': None, 'high': None, 'images': 0}
 
 
 def test_threshold_is_the_conformal_quantile():

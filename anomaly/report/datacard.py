@@ -33,5 +33,5 @@ def compare_normal(validation: Any, test: Any, number: int, seed: int) -> dict[s
     both = {name: make_finite(np.concatenate([validation.values[name], values[normal]]))[0]
             for name, values in test.values.items()}
     first = len(validation.entries)
-    return {name: evaluate_score(values[:first], values[first:], drawn)[0]['auroc']
+    return {name: evaluate_score(values[:first], values[first:], drawn)['auroc'].as_json()
             for name, values in both.items()}
