@@ -168,6 +168,17 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, lambda p: p.write_text(json.dumps(finite(value), indent=1) + '\n'))
 
 
+def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a table as UTF-8 CSV with Unix line ends, atomically; None and NaN become empty cells."""
+    import csv
+    def write(temporary: Path) -> None:
+        with temporary.open('w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file, lineterminator='\n')
+            writer.writerow(header)
+            writer.writerows([None if cell != cell else cell for cell in row] for row in rows)
+    write_atomically(path, write)
+
+
 def write_npz(path: str | Path, **arrays: Any) -> None:
     """Writes named arrays as a compressed npz file, atomically."""
     import numpy as np

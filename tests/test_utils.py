@@ -20,6 +20,7 @@ from utils import (
     run_program,
     seed_noise,
     write_atomically,
+    write_csv,
     write_json,
 )
 
@@ -127,6 +128,12 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     with pytest.raises(OSError, match='disk full'):
         write_atomically(path, fail)
     assert path.read_text() == 'old' and list(path.parent.iterdir()) == [path]
+
+
+def test_csv_is_the_same_bytes_everywhere_and_empty_where_there_is_no_value(tmp_path):
+    write_csv(tmp_path / 'a.csv', ('id', 'dice'), [('ä, b', 0.1), ('c', math.nan), ('d', None)])
+    assert (tmp_path / 'a.csv').read_bytes() == 'id,dice\n"ä, b",0.1\nc,\nd,\n'.encode()
+    assert [path.name for path in tmp_path.iterdir()] == ['a.csv']
 
 
 def test_json_is_strict_and_its_errors_name_the_file(tmp_path):
