@@ -349,10 +349,14 @@ def check_latents(latents: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) 
                         f"for the same images.")
 
 
-def foreground(x: Tensor) -> Tensor:
-    """Where a channel of an image (B, C, *S) is above the least value of the image: (B, 1, *S), bool.
+def foreground(x: Tensor, level: float | None = None) -> Tensor:
+    """Which pixels of images (B, C, *S) are not background: (B, 1, *S), bool.
 
-    All of an image that has only one value.
+    Those with a mean over channels above `level`, or without a level those above the darkest value of the
+    image in any channel. All of an image that has no such pixel.
     """
-    inside = (x > x.amin(tuple(range(1, x.ndim)), keepdim=True)).any(1, keepdim=True)
+    if level is None:
+        inside = (x > x.amin(tuple(range(1, x.ndim)), keepdim=True)).any(1, keepdim=True)
+    else:
+        inside = x.mean(1, keepdim=True) > level
     return inside | ~inside.flatten(1).any(1).reshape(-1, *[1] * (x.ndim - 1))

@@ -32,6 +32,7 @@ from anomaly.passes import (
     log_weight,
 )
 from anomaly.regret import likelihood_regret
+from neural_operations import foreground
 from readers.images.png import png_bytes
 from utils import UserError, flag, flags
 
@@ -169,11 +170,10 @@ def absolute_error(passes: Passes) -> Tensor:
 
 
 def body_mean(passes: Passes, kind: str) -> Tensor:
-    """Mean of a repair's error where the image is above its minimum, the body: (B,) float64."""
-    x = passes.x
-    inside = (x > x.amin(tuple(range(1, x.ndim)), keepdim=True)).any(1).flatten(1).double()      # (B, pixels)
+    """Mean of a repair's error over the foreground of the image: (B,) float64."""
+    inside = foreground(passes.x).flatten(1).double()                                            # (B, pixels)
     errors = passes.repair_error(kind).flatten(1).double()
-    return ((errors * inside).sum(1) / inside.sum(1).clamp(min=1)).cpu()
+    return ((errors * inside).sum(1) / inside.sum(1)).cpu()
 
 
 def repair_score(kind: str, about: str) -> Score:
@@ -217,7 +217,7 @@ def llr_score(k: int) -> Score:
 def highest_voxels(passes: Passes, share: float) -> Tensor:
     """Mean -log p over this share of the foreground, its least likely voxels, float64 on the CPU: (B,)."""
     means = []
-    for nll, inside in zip(passes.voxel_nll(), passes.model.foreground(passes.x)):
+    for nll, inside in zip(passes.voxel_nll(), foreground(passes.x)):
         values = nll[inside].double()
         means.append(values.topk(max(1, round(share * len(values)))).values.mean().cpu())
     return torch.stack(means)

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from anomaly.density import DensityScore
-from anomaly.maps.postprocessing import Maps, interior, treated
+from anomaly.maps.postprocessing import Maps, treated
 from anomaly.passes import Passes
 from anomaly.scores import ScoreConfig
 from datasets import eval_batches
+from readers.body import body
 from utils import UserError, mix_seed
 
 MOST_VALUES = 2 ** 28      # of the maps of a part that are kept, in float32 1 GiB; of more, a random share
@@ -223,7 +224,7 @@ class Scorer:
         x, level, erosion = passes.x.float().cpu().numpy(), self.config.body_mask, self.config.seg_erosion
         return Maps(masks[known], None if inside is None else (inside | masks)[known],
                     {name: value[known] for name, value in values.items()}, np.array(batch.id)[known],
-                    interior(x[known], level, erosion) if x.ndim == 5 else None)
+                    body(x[known], level or None, erosion) if x.ndim == 5 else None)
 
     def join(self, maps: list[tuple[int, Maps]]) -> Maps | None:
         """The maps of all ranks in the order of the batches, on rank 0; one score at a time saves memory."""

@@ -10,7 +10,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomaly.maps import localization
 from anomaly.maps.localization import FPR_LIMIT, localize
-from anomaly.maps.postprocessing import body, pixel_threshold, treat
+from anomaly.maps.postprocessing import pixel_threshold, treat
+from readers.body import body
 from utils import UserError
 
 METRICS = ('auroc', 'auprc', 'aupro', 'best_dice', 'dice', 'fpr', 'lesions_found', 'false_regions',

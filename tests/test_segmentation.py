@@ -12,7 +12,6 @@ from scipy.spatial.distance import directed_hausdorff
 from test_detect import Part
 
 from anomaly.detect import detect
-from anomaly.maps.postprocessing import interior
 from anomaly.maps.segmentation import (
     METRICS,
     call,
@@ -26,6 +25,7 @@ from anomaly.report import page as report
 from anomaly.report.page import segmentation_table
 from anomaly.scores import ScoreConfig
 from datasets import DataConfig
+from readers.body import body
 from readers.volumes.nifti import Grid
 
 MM = (1.0, 1.0, 1.0)
@@ -118,12 +118,12 @@ def test_the_body_loses_its_rim_but_not_its_holes():
     image = np.full((1, 2, 24, 24, 24), 0.1)
     image[0, 1][ball((12, 12, 12), 8)] = 0.5                     # one channel is enough
     image[0, 1, 12, 12, 12] = 0.1
-    np.testing.assert_array_equal(interior(image, 0.0, 0)[0], ball((12, 12, 12), 8))
-    inside = interior(image, 0.0, 2)[0]
+    np.testing.assert_array_equal(body(image, None, 0)[0], ball((12, 12, 12), 8))
+    inside = body(image, None, 2)[0]
     # the head ends at 4; beside its pole, at (4, 13, 12), it is outside: 1.4 voxels from 5, 2.2 from 6
     assert inside[12, 12, 12] and inside[6, 12, 12] and not inside[5, 12, 12]
-    assert interior(image, 0.2, 0)[0].sum() == ball((12, 12, 12), 8).sum()           # the mean is 0.3
-    assert interior(image, 0.9, 2)[0].all()                      # no body: all; no rim at the edge
+    assert body(image, 0.2, 0)[0].sum() == ball((12, 12, 12), 8).sum()           # the mean is 0.3
+    assert body(image, 0.9, 2)[0].all()                      # no body: all; no rim at the edge
 
 
 def test_small_pieces_go_and_the_others_grow():
@@ -249,7 +249,7 @@ def test_the_threshold_is_that_of_voxels_inside_of_normal_validation_volumes(fin
     kept = json.loads((finished.out / 'thresholds.json').read_text())
     assert (kept['seg_erosion'], kept['seg_min_voxels'], kept['seg_dilation']) == (2, 3, 0)
     x = volumes(range(6)).val.x.numpy()
-    inside, values = interior(x, 0.0, 2), np.abs(x - 0.4)[:, 0]
+    inside, values = body(x, None, 2), np.abs(x - 0.4)[:, 0]
     threshold = kept['scores']['reconstruction']['pixel_threshold']
     assert (values[inside] > threshold).sum() == int(0.001 * inside.sum()) > 0
     assert finished.result['scores']['reconstruction']['segmentation']['threshold'] == threshold

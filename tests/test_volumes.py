@@ -11,9 +11,9 @@ import torch
 from pytest import approx
 
 from datasets import DataConfig, load_data, stand_in, train_batches
+from readers.body import body, otsu
 from readers.volumes.nifti import Grid, entry_grids, read_nifti, resample, to_input_grid
 from readers.volumes.subjects import owner
-from readers.volumes.volumes import bright
 from utils import UserError
 
 
@@ -361,12 +361,12 @@ def test_a_body_mask_blackens_and_cuts_off_what_is_outside(config, tmp_path):
 
 def test_what_is_brighter_than_the_air():
     values = np.random.default_rng(0).uniform(0, 10, (12, 12, 12)).astype(np.float32)
-    body = np.zeros(values.shape, bool)
-    body[3:9, 2:10, 4:11] = True
-    values[body] += 100
+    head = np.zeros(values.shape, bool)
+    head[3:9, 2:10, 4:11] = True
+    values[head] += 100
     values[0, 0, 0] = 100                                        # a speck apart
     values[5, 5, 6] = 0                                          # a hole
-    assert np.array_equal(bright(values), body)
+    assert np.array_equal(body(values[None, None], otsu(values), largest=True)[0], head)
 
 
 # ----------------------------------------------------------------------------------------------------- errors

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from anomaly.maps.postprocessing import neighbours
 from anomaly.metrics import Resamples, make_finite
+from readers.body import neighbors
 from utils import UserError, finite
 
 FPR_LIMIT = 0.3         # AUPRO: the largest false-positive rate (Bergmann et al. 2021, section 6)
@@ -68,7 +68,7 @@ def localize(masks: np.ndarray, maps: np.ndarray, threshold: float, *, counted: 
                         f"one shape, (images, height, width) or (images, depth, height, width).")
     maps = maps if np.isfinite(maps).all() else make_finite(maps)[0]
     masks = masks & counted
-    structure = neighbours(masks.ndim - 1)
+    structure = neighbors(masks.ndim - 1)
     lesions = [ndimage.label(mask, structure) for mask in masks]
     images = [pixels(*image) for image in zip(lesions, maps, counted)]
     called = (maps > threshold) & counted
@@ -163,7 +163,7 @@ def count(lesions: tuple[np.ndarray, int], called: np.ndarray, counted: np.ndarr
     """The counts of one image, from the labels (*S) and number of its lesions and its called pixels (*S)."""
     labels, number = lesions
     mask = labels > 0
-    regions, number_called = ndimage.label(called, neighbours(called.ndim))
+    regions, number_called = ndimage.label(called, neighbors(called.ndim))
     both = mask & called
     return (both.sum(), called.sum(), mask.sum(), counted.sum() - mask.sum(),
             number, len(np.unique(labels[both])), number_called, len(np.unique(regions[both])))

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from readers.body import body
 from utils import UserError
-
-BODY_SHARE = 0.1       # a region below this share of the largest one is no body: labels, markers, noise
 
 
 class Maps(NamedTuple):
@@ -43,52 +42,6 @@ def treat(maps: np.ndarray, sigma: float, inside: np.ndarray | None) -> np.ndarr
     if sigma:
         maps = ndimage.gaussian_filter(maps, sigma, axes=tuple(range(1, maps.ndim)))
     return maps if inside is None else np.where(inside, maps, np.zeros_like(maps))
-
-
-def body(images: np.ndarray, level: float) -> np.ndarray:
-    """Where the body is in images (N, C, *S) in [0, 1]: (N, *S) bool.
-
-    The pixels whose mean over channels is above `level`, in regions of at least BODY_SHARE of the largest
-    region's size, with their holes filled: dark lungs inside a bright chest belong to it. Regions and holes
-    are taken with all neighbours, diagonal ones too. All of an image that has no pixel above `level`.
-    """
-    return np.stack([fill(image.mean(0) > level) for image in images])
-
-
-def fill(bright: np.ndarray) -> np.ndarray:
-    """The large regions of (*S) bool without holes; everything if there is none."""
-    labels, number = ndimage.label(bright, neighbours(bright.ndim))
-    if not number:
-        return np.ones_like(bright)
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0                                                             # the background is no region
-    return ndimage.binary_fill_holes((sizes >= BODY_SHARE * sizes.max())[labels])
-
-
-def interior(images: np.ndarray, level: float, erosion: float) -> np.ndarray:
-    """Where a segmentation may begin in images (N, C, *S) in [0, 1]: (N, *S) bool.
-
-    The `body` without what is at most `erosion` voxels from its outside: skulls and rims make false alarms.
-    Where `level` is 0, the body is what is above the darkest value of the image in any channel (Spatial-MSMA,
-    there without the filling of holes). The edge of an image is no edge of the body.
-    """
-    bodies = body(images, level) if level else [fill((x > x.min()).any(0)) for x in images]
-    return np.stack([distance_to(~inside) > erosion for inside in bodies])
-
-
-def distance_to(mask: np.ndarray, spacing: Any = 1.0) -> np.ndarray:
-    """From each voxel to the nearest one of `mask` (*S) bool, Euclidean: (*S); infinite if it is empty.
-
-    `spacing` of the voxels along each axis gives the unit.
-    """
-    if not mask.any():
-        return np.full(mask.shape, np.inf)
-    return ndimage.distance_transform_edt(~mask, sampling=spacing)
-
-
-def neighbours(dimensions: int) -> np.ndarray:
-    """The structure of scipy.ndimage.label in which diagonal pixels are neighbours: 8 in 2D, 26 in 3D."""
-    return ndimage.generate_binary_structure(dimensions, dimensions)
 
 
 def pixel_threshold(maps: np.ndarray, target_fpr: float, counted: np.ndarray | None = None) -> float:

@@ -15,7 +15,8 @@ import numpy as np
 from scipy import ndimage
 
 from anomaly.maps.localization import draw, with_interval
-from anomaly.maps.postprocessing import Maps, distance_to, interior, neighbours
+from anomaly.maps.postprocessing import Maps
+from readers.body import body, distance_to, neighbors
 from readers.volumes.nifti import entry_grids
 from utils import finite, write_atomically
 
@@ -33,7 +34,7 @@ def segment(values: np.ndarray, image: np.ndarray, threshold: float,
     `settings` are those of thresholds.json, or the flags of ScoreConfig as a dict: body_mask, seg_erosion,
     seg_min_voxels and seg_dilation are read. `threshold` is a score's pixel_threshold.
     """
-    inside = interior(image[None], settings['body_mask'], settings['seg_erosion'])[0]
+    inside = body(image[None], settings['body_mask'] or None, settings['seg_erosion'])[0]
     return call(values, inside, threshold, settings['seg_min_voxels'], settings['seg_dilation'])
 
 
@@ -78,7 +79,7 @@ def compare(called: np.ndarray, lesion: np.ndarray, spacing: Sequence[float]) ->
       surfaces, in the unit of `spacing`; msd: mean of the distances of both ways. `_directed` is from the
       lesions to the call, as published: false regions do not change it.
     """
-    structure, both = neighbours(called.ndim), called & lesion
+    structure, both = neighbors(called.ndim), called & lesion
     (lesions, number), (regions, num_regions) = (ndimage.label(mask, structure) for mask in (lesion, called))
     found, true = (len(np.unique(labels[both])) for labels in (lesions, regions))
     false = num_regions - true

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
-from readers.volumes.volumes import bright
+from readers.body import body, otsu
 
 LESIONS = (1, 4)                # how many, both included
 RADII = (0.10, 0.25)            # of a lesion, as shares of the radius of a ball as large as the body
@@ -30,29 +30,24 @@ def add_lesions(x: np.ndarray, mask: np.ndarray, spacing: np.ndarray,
 
     The mask is where at least half of the change is made.
     """
-    body = body_of(x)
-    shape, dims = body.shape, body.ndim
+    gray = x.mean(0)
+    tissue = body(gray[None, None], otsu(gray), largest=True)[0]         # (*S)
+    shape, dims = tissue.shape, tissue.ndim
     ball = np.pi if dims == 2 else np.pi * 4 / 3
-    size = (body.sum() / ball) ** (1 / dims)                                               # voxels
-    index, inside = np.indices(shape), np.argwhere(body)
+    size = (tissue.sum() / ball) ** (1 / dims)                                               # voxels
+    index, inside = np.indices(shape), np.argwhere(tissue)
     x, mask = x.copy(), mask.copy()
     for _ in range(random.integers(LESIONS[0], LESIONS[1] + 1)):
         centre, radius = random.choice(inside), max(LEAST_RADIUS, size * random.uniform(*RADII))
         away = (index - centre.reshape(-1, *[1] * dims)) / random.uniform(*STRETCH, (dims, *[1] * dims))
         ragged = ndimage.gaussian_filter(random.standard_normal(shape), radius / 2, mode='wrap')
         depth = radius * (1 + RAGGED * ragged / ragged.std()) - np.sqrt((away ** 2).sum(0))
-        share = np.clip(depth + 0.5, 0, 1) * body                                              # (*S)
+        share = np.clip(depth + 0.5, 0, 1) * tissue         # (*S)
         mask |= share >= 0.5
         for channel in x:
             before = (channel * share).sum() / max(share.sum(), 1e-9)
             channel += share * (another(before, random) - before)
     return x.clip(0, 1), mask
-
-
-def body_of(x: np.ndarray) -> np.ndarray:
-    """The largest piece that Otsu's threshold leaves, with its holes; everything if it leaves none: (*S)."""
-    body = bright(x.mean(0)) > 0
-    return body if body.any() else np.ones_like(body)
 
 
 def another(value: float, random: np.random.Generator) -> float:
@@ -77,7 +72,7 @@ def deform(x: np.ndarray, mask: np.ndarray, spacing: np.ndarray,
     if len(middle) == 3:
         centres[1, 2] = centres[0, 2]
     share = random.uniform(*STRENGTHS) / np.maximum(
-        sum(np.linalg.norm(place.T - c, axis=-1).T for c in centres), 1e-9)                      # (*S)
+        sum(np.linalg.norm(place.T - c, axis=-1).T for c in centres), 1e-9)         # (*S)
     away = (place.T - centres.mean(0)).T
     source = ((place - share * away).T / spacing).T                                         # voxels
     # Cubic: between voxels linear interpolation would smooth the noise away, which tells such images too.

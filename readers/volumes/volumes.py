@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from scipy import ndimage
 
+from readers.body import body, otsu
 from readers.duplicates import near_duplicates
 from readers.images.folder import DTYPES, Unreadable, cores, stamp
 from readers.source import Entry, Source, cached, check_room, choose_classes, same_name
@@ -27,7 +28,6 @@ from utils import UserError, flag
 LESION = 'lesion'                          # the class of a subject with a label, of which no folder says more
 SPREAD = 0.01                              # relative difference of voxel sizes that counts as none
 MOST_THREADS = 4                           # that read at once: of large volumes each takes a gigabyte
-BINS = 256                                 # of the histogram that a threshold is found in
 
 T = TypeVar('T')
 
@@ -184,7 +184,8 @@ class VolumePreparation:
     def _body(self, subject: Subject, first: Nifti) -> tuple[np.ndarray, Grid] | None:
         """The inside (X, Y, Z) uint8 0 or 1 with its grid; None if all is inside."""
         if self.body == AUTO:
-            return bright(first.values[0]), first.grid
+            values = first.values[0]
+            return body(values[None, None], otsu(values), largest=True)[0].astype(np.uint8), first.grid
         if not subject.body:
             return None
         mask = self._read(subject.body, first)
@@ -209,23 +210,6 @@ class VolumePreparation:
             return None
         label = self._read(subject.label, first)
         return (label.values > 0).any(0).astype(np.uint8), label.grid
-
-
-def bright(values: np.ndarray) -> np.ndarray:
-    """What is brighter than the air (X, Y, Z) uint8: above the threshold of Otsu 1979, which leaves the least
-    variance within the two classes; of it the largest piece, without holes.
-    """
-    numbers, edges = np.histogram(values, BINS)
-    centres = (edges[:-1] + edges[1:]) / 2
-    below, above = np.cumsum(numbers), numbers.sum() - np.cumsum(numbers)
-    sums = np.cumsum(numbers * centres)
-    with np.errstate(invalid='ignore', divide='ignore'):
-        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    pieces, number = ndimage.label(values > edges[1:][np.nanargmax(between)])
-    if not number:
-        return np.zeros(values.shape, np.uint8)
-    largest = 1 + np.argmax(np.bincount(pieces.ravel())[1:])
-    return ndimage.binary_fill_holes(pieces == largest).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------- scan
