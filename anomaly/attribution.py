@@ -6,7 +6,6 @@ in memory at a time.
 """
 
 import copy
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anomaly.config import check_captum
 from anomaly.density import GMM, KDE, KNN, PCAGMM, Density, Mahalanobis
 from anomaly.flow_density import Flow
 from anomaly.passes import Passes
-from utils import UserError
 
 ACTIVATIONS = (nn.SiLU, nn.ELU, nn.LeakyReLU)
 LINEAR_INTERPOLATION = {2: 'bilinear', 3: 'trilinear'}
@@ -156,15 +155,6 @@ def with_relus(model: nn.Module) -> nn.Module:
 WAYS: dict[str, Callable[[Any, Tensor, Tensor, dict], Tensor]] = {
     'gradient': saliency, 'gradient_input': gradient_times_input, 'guided': guided_backprop,
     'gradcam': grad_cam}
-NEED_CAPTUM = ('guided', 'gradcam')
-MSMA_MAPS = ('none', *WAYS)
-
-
-def check_captum(way: str) -> None:
-    """Raises UserError if this way needs captum and it is not there."""
-    if way in NEED_CAPTUM and importlib.util.find_spec('captum') is None:
-        raise UserError(f"--msma_map {way} needs captum: pip install -r requirements-medical.txt. Without "
-                        f"it there are gradient and gradient_input.")
 
 
 def density_map(density: Density, passes: Passes) -> Tensor | None:

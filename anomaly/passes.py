@@ -19,8 +19,6 @@ from utils import UserError, mix_seed, seed_noise
 
 Terms = dict[str, Tensor]
 TERMS = ('recon', 'kl', 'log_q', 'log_p')
-NOISES = ('separate', 'shared')
-MSMA_SCHEDULES = ('geometric', 'linear', 'thinned')
 
 # capability that a score needs -> attribute of the model that shows it
 CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstructions': 'reconstruct', 'maps': 'maps',

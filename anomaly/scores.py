@@ -15,13 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomaly.attribution import MSMA_MAPS, check_captum, density_map
-from anomaly.config import Judging, MapConfig, Showing
+from anomaly.attribution import density_map
+from anomaly.config import ScoreConfig
 from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE, Density, DensityScore, Mahalanobis, Typicality
 from anomaly.flow_density import Flow
 from anomaly.passes import (
-    MSMA_SCHEDULES,
-    NOISES,
     Passes,
     Scores,
     as_passes,
@@ -34,70 +32,13 @@ from anomaly.passes import (
 from anomaly.regret import likelihood_regret
 from neural_operations import foreground
 from readers.images.png import png_bytes
-from utils import UserError, flag, flags
+from utils import UserError
 
 # what the other floors and users take from here
 __all__ = ['SCORES', 'AnomalyScore', 'Passes', 'Score', 'ScoreConfig', 'Scores', 'choose_scores', 'elbo',
            'iw_bound', 'log_weight']
 
 LESION_SHARE = 0.01        # of the foreground: a lesion is small, and would be lost in a mean over all
-
-
-@flags
-class Selection:
-    """Anomaly scores"""
-    scores: tuple = flag((), "scores to compute: 'all', rows of the table such as nelbo, llr or complexity, "
-                             "or one member of a row such as llr_2 or kl_1 (1 = top group); 'all' excludes "
-                             "the slow scores regret, ode_nll, inpainting and restoration (default: all; "
-                             "with --compare the primary scores)", basic=True)
-    primary_score: str = flag('', "score shown in the figures, to be chosen before looking at any anomaly; "
-                                  "'' = the score the model was published with, else nelbo, else the first "
-                                  "computed", basic=True)
-    max_train_images: int = flag(1000, 'number of training images on which the baselines (mean image, PCA) '
-                                       'are fitted', least=2)
-
-
-@flags
-class Scoring:
-    """Computation of the scores"""
-    num_draws: int = flag(4, 'draws of the latents over which every sampled score averages', least=1,
-                          basic=True)
-    iw_samples_elbo: int = flag(1, 'llr: importance samples for each draw of L; 1 = the ELBO', least=1)
-    iw_samples_lk: int = flag(1, 'llr, lk: importance samples for each draw of L>k; 1 = the ELBO', least=1)
-    llr_noise: str = flag('separate', 'llr: noise of L and of L>k: separate, as published, or shared',
-                          choices=NOISES)
-    regret_steps: int = flag(20, 'regret: Adam steps on the encoder for each image', least=1)
-    regret_learning_rate: float = flag(1e-4, 'regret: learning rate of Adam', above=0)
-    msma_levels: int = flag(20, 'msma: number of noise levels', least=1)
-    msma_min_timestep: float = flag(0.01, 'msma: time of the lowest noise level, 0 to 1', above=0, most=1)
-    msma_max_timestep: float = flag(1.0, 'msma: time of the highest noise level, 0 to 1', above=0, most=1)
-    msma_schedule: str = flag('geometric', "msma: spacing of the noise levels; thinned = a subset of the "
-                                           "sampler's steps", choices=MSMA_SCHEDULES)
-    msma_denoise: bool = flag(False, 'msma: remove the finest noise from the image first')
-    msma_map: str = flag('none', "msma: anomaly map: magnitude of the gradient of the density's score with "
-                                 "respect to the image, gradient times image, guided backpropagation, or "
-                                 "GradCAM (the last two need captum); none = no map", choices=MSMA_MAPS)
-
-    def __post_init__(self):
-        check_captum(self.msma_map)
-        if not self.msma_min_timestep < self.msma_max_timestep:
-            raise UserError(f"--msma_min_timestep {self.msma_min_timestep} --msma_max_timestep "
-                            f"{self.msma_max_timestep}: the first must be below the second.")
-
-    @property
-    def msma(self) -> dict[str, Any]:
-        """What a model's `score_norms` is asked for."""
-        return {'number': self.msma_levels, 'min_timestep': self.msma_min_timestep,
-                'max_timestep': self.msma_max_timestep, 'schedule': self.msma_schedule,
-                'denoised': self.msma_denoise}
-
-
-@flags
-class ScoreConfig(Selection, Scoring, MapConfig, Judging, Showing):
-    """All flags of the mode anomaly in one: to be taken apart by its users."""
-
-    def __post_init__(self):
-        Scoring.__post_init__(self)
 
 
 # ----------------------------------------------------------------------------------------- compressed size

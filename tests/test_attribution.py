@@ -6,8 +6,9 @@ import torch
 from small_score import build
 from torch import nn
 
-from anomaly import attribution
-from anomaly.attribution import NEED_CAPTUM, WAYS, density_map, grad_cam, gradient, guided_backprop, pull
+from anomaly import config
+from anomaly.attribution import WAYS, density_map, grad_cam, gradient, guided_backprop, pull
+from anomaly.config import NEED_CAPTUM
 from anomaly.density import GMM, KDE, KNN, PCAGMM, Mahalanobis
 from anomaly.flow_density import Flow
 from anomaly.passes import Passes
@@ -101,7 +102,7 @@ def test_maps_of_a_score_network_in_2d_and_3d(shape, flags):
 
 
 def test_without_captum_and_without_a_differentiable_model(monkeypatch):
-    monkeypatch.setattr(attribution.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(config.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(UserError, match='guided needs captum: pip install -r requirements-medical'):
         ScoreConfig(msma_map='guided')
     assert ScoreConfig(msma_map='gradient').msma_map == 'gradient'
