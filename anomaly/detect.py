@@ -239,7 +239,7 @@ def add_pixels(table: dict[str, dict], test: Scored, thresholds: dict[str, float
         table[name]['pixel_threshold'] = value
         if maps is not None and maps.masks.any() and not maps.masks.all():
             table[name]['pixels'] = localize(maps.masks, maps.values[name], value, counted=maps.counted,
-                                             num_bootstrap=num_bootstrap, seed=seed)
+                                             num_bootstrap=num_bootstrap, seed=seed).as_json()
 
 
 def add_segmentations(table: dict[str, dict], test: Scored, thresholds: dict[str, float], config: ScoreConfig,
@@ -251,8 +251,9 @@ def add_segmentations(table: dict[str, dict], test: Scored, thresholds: dict[str
     if maps is None or maps.inside is None or not maps.masks.any():
         return {}
     for name, value in thresholds.items():
-        table[name]['segmentation'], rows[name] = segmentation.judge(maps, name, test.entries, value, config,
-                                                                     seed=seed)
+        found = segmentation.judge(maps, name, test.entries, value, config,
+                                   num_bootstrap=config.num_bootstrap, seed=seed)
+        table[name]['segmentation'], rows[name] = found.as_json(), found.rows
     return rows
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -278,7 +279,8 @@ class Predictor:
         """
         volumes = {'map': (f'{name}_{self.scores[self.primary].name}', anomaly_map)}
         if math.isfinite(pixel_threshold):
-            volumes['segmentation'] = name, segment(anomaly_map, image, pixel_threshold, self.settings)
+            volumes['segmentation'] = name, segment(anomaly_map, image, pixel_threshold,
+                                                    SimpleNamespace(**self.settings))
         for kind, (file, values) in volumes.items():
             path = f'{VOLUME_FOLDERS[kind]}/{file}.nii.gz'
             write_map(out / path, values, *grids)

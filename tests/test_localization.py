@@ -14,14 +14,13 @@ from anomaly.maps.postprocessing import pixel_threshold, treat
 from readers.body import body
 from utils import UserError
 
-METRICS = ('auroc', 'auprc', 'aupro', 'best_dice', 'dice', 'fpr', 'lesions_found', 'false_regions',
-           'region_ppv')
+METRICS = [metric.name for metric in localization.METRICS]
 
 
 def values(masks, maps, threshold=0.5, **options):
     """The values of the metrics, without intervals."""
-    found = localize(masks, maps, threshold, **{'num_bootstrap': 2, **options})
-    return {name: found[name]['value'] for name in METRICS}
+    found = localize(masks, maps, threshold, **{'num_bootstrap': 2, **options}).metrics
+    return {name: found[name].value for name in METRICS}
 
 
 def boxes(shape, *places):
@@ -49,11 +48,12 @@ def noisy(seed=0, shape=(12, 16, 16), levels=None):
 def test_a_perfect_map_is_perfect_in_two_and_three_dimensions(shape, place):
     masks = boxes(shape, place)
     found = localize(masks, masks.astype(np.float32), 0.5, num_bootstrap=20)
-    for name in METRICS:
-        assert list(found[name].values()) == [float(name not in ('fpr', 'false_regions'))] * 3, name
-    assert found['lesions'] == found['images_with_lesions'] == 1 and found['images'] == shape[0]
-    assert found['lesion_share'] == masks.mean() and found['threshold'] == 0.5
-    json.dumps(found, allow_nan=False)
+    for metric in localization.METRICS:
+        assert list(found.metrics[metric.name].as_json().values()) == [float(metric.higher_is_better)] * 3
+    assert found.lesions == found.images_with_lesions == 1 and found.images == shape[0]
+    assert found.lesion_share == masks.mean() and found.threshold == 0.5
+    assert list(json.loads(json.dumps(found.as_json(), allow_nan=False))) == [
+        *METRICS, 'threshold', 'images', 'images_with_lesions', 'lesions', 'lesion_share']
 
 
 def test_a_map_turned_round_finds_nothing():
@@ -104,15 +104,15 @@ def test_regions_are_counted():
     masks = boxes((4, 9, 9), *lesions)       # the first two touch at a corner: one lesion; so three in all
     called = boxes(masks.shape, (0, 0, 0), (0, 1, 1), (0, 4, 0), (1, 4, slice(3, 6)), (2, 0, 0), (2, 0, 4))
     found = localize(masks, called.astype(float), 0.5, num_bootstrap=5)
-    assert (found['lesions'], found['images'], found['images_with_lesions']) == (3, 4, 2)
-    assert found['lesions_found']['value'] == pytest.approx(2 / 3)
-    assert found['false_regions']['value'] == 3 / 4
-    assert found['region_ppv']['value'] == pytest.approx(2 / 5)
+    assert (found.lesions, found.images, found.images_with_lesions) == (3, 4, 2)
+    assert found.metrics['lesions_found'].value == pytest.approx(2 / 3)
+    assert found.metrics['false_regions'].value == 3 / 4
+    assert found.metrics['region_ppv'].value == pytest.approx(2 / 5)
 
 
 def test_nothing_called_has_no_ppv():
     masks, maps = noisy()
-    found = localize(masks, maps, math.inf, num_bootstrap=5)
+    found = localize(masks, maps, math.inf, num_bootstrap=5).as_json()
     assert found['region_ppv'] == {'value': None, 'low': None, 'high': None} and found['threshold'] is None
     assert found['dice']['value'] == found['false_regions']['value'] == 0
 
@@ -166,18 +166,18 @@ def test_intervals_are_those_of_resampled_images():
     for name in METRICS:
         low, high = np.percentile([row[name] for row in slow], [2.5, 97.5])
         width = high - low
-        assert found[name]['low'] < found[name]['value'] < found[name]['high']
-        assert found[name]['low'] == pytest.approx(low, abs=0.35 * width), name
-        assert found[name]['high'] == pytest.approx(high, abs=0.35 * width), name
+        assert found.metrics[name].low < found.metrics[name].value < found.metrics[name].high
+        assert found.metrics[name].low == pytest.approx(low, abs=0.35 * width), name
+        assert found.metrics[name].high == pytest.approx(high, abs=0.35 * width), name
     assert found == localize(masks, maps, 1.5, num_bootstrap=200, seed=5)
 
 
 def test_bins_change_little(monkeypatch):
     masks, maps = noisy(shape=(20, 16, 16))
     monkeypatch.setattr(localization, 'BINS', 256)
-    coarse = localize(masks, maps, 1.5, num_bootstrap=50)
+    coarse = localize(masks, maps, 1.5, num_bootstrap=50).as_json()
     monkeypatch.setattr(localization, 'BINS', 10 ** 6)                       # more than there are pixels
-    fine = localize(masks, maps, 1.5, num_bootstrap=50)
+    fine = localize(masks, maps, 1.5, num_bootstrap=50).as_json()
     for name in METRICS:
         assert coarse[name]['value'] == fine[name]['value']
         for end in ('low', 'high'):

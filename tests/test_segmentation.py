@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from scipy.spatial.distance import directed_hausdorff
 from test_detect import Part
 
+from anomaly.config import MapConfig
 from anomaly.detect import detect
+from anomaly.maps import segmentation
 from anomaly.maps.segmentation import (
-    METRICS,
-    call,
     compare,
     segment,
+    segment_inside,
     summarize,
     surface_distances,
     without_small,
@@ -29,6 +31,7 @@ from readers.body import body
 from readers.volumes.nifti import Grid
 
 MM = (1.0, 1.0, 1.0)
+METRICS = [metric.name for metric in segmentation.METRICS]
 
 
 def box(*corners, shape=(20, 20, 20), side=4):
@@ -74,7 +77,8 @@ def test_a_ball_in_a_larger_one_of_the_same_centre():
 def test_a_missed_and_a_false_piece():
     lesion, called = box((1, 1, 1), (12, 12, 12)), box((1, 1, 1), (12, 1, 1))
     found = compare(called, lesion, MM)
-    assert (found['lesions'], found['found'], found['regions'], found['false_regions']) == (2, 1, 2, 1)
+    counts = ('lesions', 'found_lesions', 'regions', 'false_regions')
+    assert [found[name] for name in counts] == [2, 1, 2, 1]
     assert found['tpr'] == found['fnr'] == found['ppv'] == found['iol'] == found['dice'] == 0.5
     # each voxel of the missed cube has its nearest call 11 voxels below in y and in z, and so the other way
     assert found['hd95_directed'] == pytest.approx(math.hypot(11, 11), abs=4)
@@ -92,7 +96,7 @@ def test_nothing_called_and_no_lesion():
     assert all(math.isnan(found[name]) for name in METRICS if name not in ('dice', 'tpr', 'fnr', 'iol'))
     found = compare(box((4, 4, 4)), nothing, MM)
     assert all(math.isnan(found[name]) for name in METRICS)
-    assert (found['false_regions'], found['called_voxels'], found['lesions']) == (1, 64, 0)
+    assert (found['false_regions'], found['segmented_voxels'], found['lesions']) == (1, 64, 0)
 
 
 def test_distances_against_scipy():
@@ -106,7 +110,7 @@ def test_distances_against_scipy():
         inner = np.logical_and.reduce([np.roll(around, step, axis) for axis in range(3) for step in (-1, 1)])
         return np.argwhere(mask & ~inner[1:-1, 1:-1, 1:-1]) * spacing
 
-    there, back = surface_distances(called, lesion, spacing)
+    there, back = surface_distances(lesion, called, spacing)
     assert there.max() == pytest.approx(directed_hausdorff(surface(lesion), surface(called))[0])
     assert back.max() == pytest.approx(directed_hausdorff(surface(called), surface(lesion))[0])
     assert len(there) == len(surface(lesion)) and len(back) == len(surface(called))
@@ -131,13 +135,17 @@ def test_small_pieces_go_and_the_others_grow():
     values[1, 1, 1] = values[1, 2, 2] = values[2, 3, 2] = 2      # joined over edges: one piece of 3
     values[6, 6, 6] = values[7, 7, 7] = values[5, 5, 5] = 2      # joined over corners alone: three pieces
     inside = np.ones(values.shape, bool)
-    kept = call(values, inside, 1.0, 3, 0)
+    config = MapConfig(seg_min_voxels=3, seg_dilation=0.0)
+    single = replace(config, seg_min_voxels=1)
+    kept = segment_inside(inside, values, 1.0, config)
     assert kept.sum() == 3 and kept[1, 1, 1] and not kept[5:, 5:, 5:].any()
-    assert not call(values, inside, 2.0, 1, 0).any()             # called is above, not at
-    one = call(2.0 * np.diag(np.arange(9) == 4), np.ones((9, 9), bool), 1.0, 1, 1)
+    assert not segment_inside(inside, values, 2.0, single).any()             # above the threshold, not at it
+    grown = replace(single, seg_dilation=1.0)
+    one = segment_inside(np.ones((9, 9), bool), 2.0 * np.diag(np.arange(9) == 4), 1.0, grown)
     assert one.sum() == 5 and one[4, 3] and not one[3, 3]        # a ball of 1: across faces
     values[0, 0, 0] = np.nan
-    assert call(values, inside, 1.0, 1, 0)[0, 0, 0] and not call(values, ~inside, 1.0, 1, 1).any()
+    assert segment_inside(inside, values, 1.0, single)[0, 0, 0]
+    assert not segment_inside(~inside, values, 1.0, grown).any()
     assert without_small(box((0, 0), (5, 5), shape=(9, 9), side=2), 4).sum() == 8
 
 
@@ -145,10 +153,10 @@ def test_a_map_becomes_a_segmentation():
     image = np.zeros((1, 24, 24, 24))
     image[0][ball((12, 12, 12), 9)] = 0.5
     values = np.where(ball((12, 12, 12), 3) | ~ball((12, 12, 12), 7), 1.0, 0.0)     # a lesion, and the rim
-    settings = {'body_mask': 0.0, 'seg_erosion': 2.5, 'seg_min_voxels': 3, 'seg_dilation': 0.0}
-    np.testing.assert_array_equal(segment(values, image, 0.5, settings), ball((12, 12, 12), 3))
-    assert segment(values, image, 0.5, settings | {'seg_erosion': 0})[12, 12, 4]
-    assert not segment(values, image, math.inf, settings).any()
+    config = MapConfig(body_mask=0.0, seg_erosion=2.5, seg_min_voxels=3, seg_dilation=0.0)
+    np.testing.assert_array_equal(segment(values, image, 0.5, config), ball((12, 12, 12), 3))
+    assert segment(values, image, 0.5, replace(config, seg_erosion=0.0))[12, 12, 4]
+    assert not segment(values, image, math.inf, config).any()
 
 
 def test_means_are_over_images_with_a_lesion_for_which_the_metric_exists():
@@ -156,12 +164,12 @@ def test_means_are_over_images_with_a_lesion_for_which_the_metric_exists():
             compare(np.zeros((20, 20, 20), bool), box((4, 4, 4)), MM),
             compare(box((4, 4, 4)), np.zeros((20, 20, 20), bool), MM)]
     found = summarize(rows, 200, 0)
-    assert found['dice']['value'] == pytest.approx((1 + 0.25 + 0) / 3) and found['dice']['images'] == 3
-    assert found['hd99']['value'] == pytest.approx((0 + 3) / 2) and found['hd99']['images'] == 2
-    assert found['dice']['low'] == 0 and found['dice']['high'] == 1
-    assert summarize(rows[2:3], 5, 0)['ppv'] == {**dict.fromkeys(('value', 'low', 'high'), pytest.approx(
-        math.nan, nan_ok=True)), 'images': 0}
-    assert summarize(rows[3:], 5, 0)['dice']['images'] == 0
+    assert found['dice'].value == pytest.approx((1 + 0.25 + 0) / 3) and found['dice'].images == 3
+    assert found['hd99'].value == pytest.approx((0 + 3) / 2) and found['hd99'].images == 2
+    assert found['dice'].low == 0 and found['dice'].high == 1
+    assert summarize(rows[2:3], 5, 0)['ppv'].as_json() == {
+        'value': None, 'low': None, 'high': None, 'images': 0}
+    assert summarize(rows[3:], 5, 0)['dice'].images == 0
 
 
 # --------------------------------------------------------------------------------------------- the whole way

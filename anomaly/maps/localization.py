@@ -1,23 +1,168 @@
-"""How well anomaly maps find lesions: pixel AUROC, AUPRC, AUPRO and Dice, and which lesions are found.
+"""How well anomaly maps localize lesions: pixel AUROC, AUPRC, AUPRO and Dice, and which lesions are found.
 
-N images, S pixels, which may be (H, W) or (D, H, W), M lesion pixels, R resamples. A curve is followed at U
-levels, by falling value. Larger values of a map = more anomalous; a pixel is called above the threshold. The
-pixels of all images are pooled, so a large lesion counts more than a small one, but not in AUPRO and in what
-is found.
+N images, *S = (H, W) pixels or (D, H, W) voxels, M lesion pixels, R resamples of the images. A curve has U
+levels, the largest first. Larger values of a map are more anomalous, and pixels above the threshold are
+predicted to be lesion. The pixels of all images are pooled, so a large lesion weighs more than a small one,
+except in AUPRO and in the share of lesions that are found.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
-from anomaly.metrics import Resamples, make_finite
+from anomaly.metrics import Estimate, Metric, Resamples, make_finite
 from readers.body import neighbors
 from utils import UserError, finite
 
 FPR_LIMIT = 0.3         # AUPRO: the largest false-positive rate (Bergmann et al. 2021, section 6)
 BINS = 1024             # of the maps' values, behind the intervals; the values themselves are exact
 
+
+# ------------------------------------------------------------------------------------------------ the metrics
+
+class Curve(NamedTuple):
+    """Pixels at and above U falling levels, or bins of values, in R resamples: (R, U), `total` (R, 1)."""
+    lesion: np.ndarray       # lesion pixels at each level
+    weight: np.ndarray       # their weights
+    above: np.ndarray        # normal pixels above it
+    reached: np.ndarray      # normal pixels above or at it
+    total: np.ndarray        # all normal pixels
+
+
+class Counts(NamedTuple):
+    """Sums over the images of a resample, (R,) each, or the counts of one image."""
+    images: Any
+    true_pixels: Any         # predicted lesion pixels
+    predicted_pixels: Any
+    lesion_pixels: Any
+    normal_pixels: Any
+    lesions: Any
+    found_lesions: Any       # with a predicted pixel
+    regions: Any             # connected regions of predicted pixels
+    true_regions: Any        # that touch a lesion
+
+
+class Sample(NamedTuple):
+    """What the metrics follow from, in R resamples."""
+    curve: Curve             # over all thresholds
+    counts: Counts           # at the threshold from validation images
+
+
+def area(curve: Curve, rise: np.ndarray, limit: float) -> np.ndarray:
+    """Area (R,) below a curve over false-positive rates from 0 to `limit`, divided by `limit`.
+
+    The curve rises at each level by `rise` (R, U), in a straight line, to 1 in all.
+    """
+    start, end = curve.above / curve.total, curve.reached / curve.total
+    first, last = np.minimum(start, limit), np.minimum(end, limit)
+    slope_area = (last - first) ** 2 / (2 * np.maximum(end - start, 1e-300))
+    return (rise * (slope_area + limit - last)).sum(1) / (limit * rise.sum(1))
+
+
+def average_precision(curve: Curve) -> np.ndarray:
+    found = curve.lesion.cumsum(1)
+    return (curve.lesion * found / np.maximum(found + curve.reached, 1)).sum(1) / found[:, -1]
+
+
+def best_dice(curve: Curve) -> np.ndarray:
+    found = curve.lesion.cumsum(1)
+    return (2 * found / (found + curve.reached + found[:, -1:])).max(1)
+
+
+METRICS = (
+    Metric('auroc', 'AUROC', "of pixels, lesion against normal; chance is 0.5",
+           lambda s: area(s.curve, s.curve.lesion, 1.0)),
+    Metric('auprc', 'AUPRC', "average precision of pixels; chance is the share of lesion pixels",
+           lambda s: average_precision(s.curve)),
+    Metric('aupro', 'AUPRO', "mean share of a lesion that is found, over FPRs up to 0.3; chance is 0.15",
+           lambda s: area(s.curve, s.curve.weight, FPR_LIMIT)),
+    Metric('best_dice', 'best Dice', "largest Dice at any threshold: optimistic, as these masks choose it",
+           lambda s: best_dice(s.curve)),
+    Metric('dice', 'Dice', "Dice at the threshold",
+           lambda s: 2 * s.counts.true_pixels / (s.counts.predicted_pixels + s.counts.lesion_pixels)),
+    Metric('fpr', 'FPR', "share of normal pixels above the threshold",
+           lambda s: (s.counts.predicted_pixels - s.counts.true_pixels) / s.counts.normal_pixels,
+           digits=4, higher_is_better=False),
+    Metric('lesions_found', 'lesions found', "share of lesions with a pixel above the threshold",
+           lambda s: s.counts.found_lesions / s.counts.lesions),
+    Metric('false_regions', 'false regions', "regions above the threshold that touch no lesion, per image",
+           lambda s: (s.counts.regions - s.counts.true_regions) / s.counts.images,
+           digits=2, higher_is_better=False),
+    Metric('region_ppv', 'region PPV', "share of the regions above the threshold that touch a lesion",
+           lambda s: s.counts.true_regions / s.counts.regions),
+)
+
+
+@dataclass(frozen=True)
+class MapMetrics:
+    """Metrics of the maps of one score against lesion masks, and the numbers behind them."""
+    metrics: Mapping[str, Estimate]
+    threshold: float
+    images: int
+    images_with_lesions: int
+    lesions: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The metrics by name, and the numbers, but not the rows of images."""
+        numbers = {name: value for name, value in vars(self).items() if name not in ('metrics', 'rows')}
+        return finite({**{name: estimate.as_json() for name, estimate in self.metrics.items()}, **numbers})
+
+
+@dataclass(frozen=True)
+class Localization(MapMetrics):
+    """Metrics of pooled pixels."""
+    lesion_share: float                        # of the pixels
+
+
+def localize(masks: np.ndarray, maps: np.ndarray, threshold: float, *, counted: np.ndarray | None = None,
+             num_bootstrap: int = 1000, seed: int = 0) -> Localization:
+    """METRICS of the anomaly maps of one score against lesion masks, of normal and of anomalous images.
+
+    `masks` (N, *S) bool, `maps` (N, *S) float, NaN and infinities above all others; `threshold` from normal
+    validation images (`pixel_threshold`); `counted` (N, *S) bool leaves out the other pixels. Lesions and
+    regions are connected, diagonal neighbors included. AUROC and AUPRC equal scikit-learn's.
+
+    Intervals are the 2.5 and 97.5 percentiles of a bootstrap over images, with lesions and without each
+    among themselves. The same draws serve all maps of the same masks. For the four metrics of a curve they
+    come from the maps in BINS bins of equal numbers of pixels, half of them lesions'; what the bins change in
+    the value itself is subtracted. Raises UserError for shapes that differ, and without lesion pixels or
+    without normal ones.
+    """
+    masks, counted = np.asarray(masks, bool), np.ones(masks.shape, bool) if counted is None else counted
+    if not masks.shape == maps.shape == counted.shape:
+        raise UserError(f"masks {masks.shape}, maps {maps.shape}, counted pixels {counted.shape}: expected "
+                        f"one shape, (images, height, width) or (images, depth, height, width).")
+    maps = maps if np.isfinite(maps).all() else make_finite(maps)[0]
+    lesions = [ndimage.label(mask, neighbors(mask.ndim)) for mask in masks & counted]
+    images = [pixels(labels, *image) for (labels, _), *image in zip(lesions, maps, counted)]
+    predicted = (maps > threshold) & counted
+    counts = np.array([count(*image) for image in zip(lesions, predicted, counted)], float)       # (N, 9)
+    total = Counts(*counts.sum(0))
+    if not total.lesion_pixels or not total.normal_pixels:
+        raise UserError("pixel metrics need lesion pixels and normal pixels; the masks have only one kind.")
+    has_lesion = Counts(*counts.T).lesions > 0
+    everything = Pixels.ordered(*(np.concatenate(parts) for parts in zip(*images)))
+    exact = Sample(curve([everything], exact_edges(everything), np.ones((1, 1))), total)
+    drawn = draw(has_lesion, num_bootstrap, seed)                                               # (1 + R, N)
+    binned = Sample(curve(images, bin_edges(everything), drawn), Counts(*(drawn @ counts).T))
+    return Localization(estimates(exact, binned), float(threshold), len(masks), int(has_lesion.sum()),
+                        int(total.lesions), total.lesion_pixels / (total.lesion_pixels + total.normal_pixels))
+
+
+def estimates(exact: Sample, drawn: Sample) -> dict[str, Estimate]:
+    """Each metric with its interval; the first of the 1 + R samples that are drawn has every image once."""
+    found = {}
+    with np.errstate(invalid='ignore'):                                  # 0 / 0: nothing is predicted
+        for metric in METRICS:
+            value, resamples = metric.function(exact).item(), metric.function(drawn)
+            found[metric.name] = Estimate.of(value, resamples[1:] + (value - resamples[0]))
+    return found
+
+
+# ------------------------------------------------------------------------------------------ curves and counts
 
 class Pixels(NamedTuple):
     """The pixels of one image or of several that count, by rising value: m on lesions, n beside them."""
@@ -31,105 +176,18 @@ class Pixels(NamedTuple):
         return cls(lesion[order], weight[order], np.sort(normal))
 
 
-class Curve(NamedTuple):
-    """How many pixels lie at and above U falling levels. (..., U) each, `total` (..., 1)."""
-    lesion: np.ndarray       # lesion pixels of each level
-    weight: np.ndarray       # their weights
-    above: np.ndarray        # normal pixels above it
-    reached: np.ndarray      # normal pixels above or in it
-    total: np.ndarray        # all normal pixels
-
-
-def localize(masks: np.ndarray, maps: np.ndarray, threshold: float, *, counted: np.ndarray | None = None,
-             num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Metrics of the anomaly maps of one score against lesion masks, of normal and of anomalous images.
-
-    `masks` (N, *S) bool, `maps` (N, *S) float, NaN and infinities above all others; `threshold` from normal
-    validation images (`maps.pixel_threshold`); `counted` (N, *S) bool leaves out the other pixels, None =
-    none. Lesions are the connected regions of a mask, diagonal neighbours included. Ready for JSON: each
-    metric {'value', 'low', 'high'}, None where it does not exist (a PPV of no call), and counts.
-
-    - auroc, auprc: of pixels; equal to scikit-learn's roc_auc_score and average_precision_score.
-    - aupro: area under the mean share of a lesion that is called, against the share of normal pixels that
-      is, up to FPR_LIMIT and divided by it (Bergmann et al. 2021): 1 is perfect, chance is FPR_LIMIT / 2.
-    - best_dice: the largest Dice that any threshold reaches, found on these very masks: optimistic.
-    - dice, fpr: at `threshold`; fpr is the share of normal pixels called.
-    - lesions_found: share of lesions with a called pixel. false_regions: connected called regions an image
-      that touch no lesion. region_ppv: share of called regions that touch one.
-
-    Intervals are the 2.5 and 97.5 percentiles of a bootstrap over images, with lesions and without each
-    among themselves. The same draws serve all maps of the same masks. For the four metrics of a curve they
-    come from the maps in BINS bins of equal numbers of pixels, half of them lesions'.
-    Raises UserError for shapes that differ, and without lesion pixels or without normal ones.
-    """
-    masks, counted = np.asarray(masks, bool), np.ones(masks.shape, bool) if counted is None else counted
-    if not masks.shape == maps.shape == counted.shape:
-        raise UserError(f"masks {masks.shape}, maps {maps.shape}, counted pixels {counted.shape}: expected "
-                        f"one shape, (images, height, width) or (images, depth, height, width).")
-    maps = maps if np.isfinite(maps).all() else make_finite(maps)[0]
-    masks = masks & counted
-    structure = neighbors(masks.ndim - 1)
-    lesions = [ndimage.label(mask, structure) for mask in masks]
-    images = [pixels(*image) for image in zip(lesions, maps, counted)]
-    called = (maps > threshold) & counted
-    counts = np.array([count(*image) for image in zip(lesions, called, counted)], float)      # (N, 8)
-    total = counts.sum(0)
-    if not total[LESION_PIXELS] or not total[NORMAL_PIXELS]:
-        raise UserError("pixel metrics need lesion pixels and normal pixels; the masks have only one kind.")
-    everything = Pixels.ordered(*(np.concatenate(parts) for parts in zip(*images)))
-    values = curve_metrics(exact_curve(everything)) | call_metrics(total, len(masks))
-    drawn = draw(counts[:, LESIONS] > 0, num_bootstrap, seed)                             # (1 + R, N)
-    rows = curve_metrics(resampled_curve(images, bin_edges(everything), drawn))
-    rows |= call_metrics(drawn @ counts, len(masks))
-    return finite({
-        **{name: with_interval(float(value), rows[name]) for name, value in values.items()},
-        'threshold': float(threshold), 'images': len(masks), 'lesions': int(total[LESIONS]),
-        'images_with_lesions': int((counts[:, LESIONS] > 0).sum()),
-        'lesion_share': float(total[LESION_PIXELS] / (total[LESION_PIXELS] + total[NORMAL_PIXELS]))})
-
-
-def pixels(lesions: tuple[np.ndarray, int], values: np.ndarray, counted: np.ndarray) -> Pixels:
-    """The pixels of one image; `lesions` are its labels (*S), 0 beside lesions, and their number."""
-    labels, _ = lesions
+def pixels(labels: np.ndarray, values: np.ndarray, counted: np.ndarray) -> Pixels:
+    """The pixels of one image; its lesions have the `labels` (*S) from 1 on, other pixels 0."""
     on_lesion = labels > 0
     owners = labels[on_lesion]
     return Pixels.ordered(values[on_lesion], 1 / np.bincount(owners)[owners] if owners.size else np.zeros(0),
                           values[counted & ~on_lesion])
 
 
-# ---------------------------------------------------------------------------------------- over all thresholds
-
-def curve_metrics(curve: Curve) -> dict[str, np.ndarray]:
-    """AUROC, AUPRC, AUPRO and the best Dice of curves (..., U): each (...)."""
-    found = curve.lesion.cumsum(-1)                                                           # (..., U)
-    lesions = found[..., -1:]
-    fpr_above, fpr = curve.above / curve.total, curve.reached / curve.total
-    precision = found / np.maximum(found + curve.reached, 1)
-    dice = 2 * found / (found + curve.reached + lesions)
-    return {'auroc': area(fpr_above, fpr, curve.lesion, 1.0),
-            'auprc': (curve.lesion * precision).sum(-1) / lesions[..., 0],
-            'aupro': area(fpr_above, fpr, curve.weight, FPR_LIMIT), 'best_dice': dice.max(-1)}
-
-
-def area(start: np.ndarray, end: np.ndarray, rise: np.ndarray, limit: float) -> np.ndarray:
-    """Area under a curve from 0 to `limit`, as a share of the rectangle below 1: (...).
-
-    At each of U levels (..., U) the curve rises by `rise`, in a straight line from x = `start` to `end`, and
-    it is flat between the levels; its total rise is taken as 1.
-    """
-    first, last = np.minimum(start, limit), np.minimum(end, limit)
-    slope_area = (last - first) ** 2 / (2 * np.maximum(end - start, 1e-300))
-    return (rise * (slope_area + limit - last)).sum(-1) / (limit * rise.sum(-1))
-
-
-def exact_curve(pixels: Pixels) -> Curve:
-    """The curve at every distinct value of a lesion pixel: all metrics change or peak there. U <= M."""
-    lesion = pixels.lesion[::-1]
-    starts = np.flatnonzero(np.r_[True, np.diff(lesion) != 0])                 # first of each distinct value
-    above, reached = (len(pixels.normal) - np.searchsorted(pixels.normal, lesion[starts], side)
-                      for side in ('right', 'left'))
-    return Curve(np.diff(np.r_[starts, len(lesion)]), np.add.reduceat(pixels.weight[::-1], starts), above,
-                 reached, np.array([len(pixels.normal)]))
+def exact_edges(pixels: Pixels) -> np.ndarray:
+    """Rising values that separate each distinct value of a lesion pixel from all other values."""
+    values = np.unique(pixels.lesion)
+    return np.union1d(values, np.nextafter(values, np.inf))
 
 
 def bin_edges(pixels: Pixels) -> np.ndarray:
@@ -138,49 +196,29 @@ def bin_edges(pixels: Pixels) -> np.ndarray:
                                      for values in (pixels.lesion, pixels.normal)]))
 
 
-def resampled_curve(images: list[Pixels], edges: np.ndarray, drawn: np.ndarray) -> Curve:
-    """The curves (R, U) of resamples in which image i counts `drawn[:, i]` times, one level a bin."""
-    lesion, weight, normal = (np.zeros((len(images), len(edges) + 1), np.float32) for _ in range(3))
+def curve(images: Sequence[Pixels], edges: np.ndarray, drawn: np.ndarray) -> Curve:
+    """The curves of resamples in which image i counts `drawn[:, i]` times, U = len(edges) + 1 levels."""
+    tables = np.zeros((3, len(images), len(edges) + 1), drawn.dtype)
     for i, image in enumerate(images):
-        for table, values, each in ((lesion, image.lesion, None), (weight, image.lesion, image.weight),
-                                    (normal, image.normal, None)):
+        for table, values, weight in zip(tables, (image.lesion, image.lesion, image.normal),
+                                         (None, image.weight, None)):
             # how many values, or how much weight, lie below each edge, and in all
             below = np.r_[0, np.searchsorted(values, edges), len(values)]
-            below = below if each is None else np.r_[0, np.cumsum(each)][below]
+            below = below if weight is None else np.r_[0, np.cumsum(weight)][below]
             table[i] = np.diff(below)[::-1]
-    lesion, weight, normal = (np.float64(drawn @ table) for table in (lesion, weight, normal))
-    reached = normal.cumsum(-1)
-    return Curve(lesion, weight, reached - normal, reached, reached[:, -1:])
+    lesion, weight, normal = np.float64(drawn @ tables)                                        # (R, U) each
+    return Curve(lesion, weight, normal.cumsum(1) - normal, normal.cumsum(1), normal.sum(1, keepdims=True))
 
 
-# ------------------------------------------------------------------------------------------- at one threshold
-
-# columns of the counts of an image
-TRUE_PIXELS, CALLED_PIXELS, LESION_PIXELS, NORMAL_PIXELS, LESIONS, FOUND, REGIONS, TRUE_REGIONS = range(8)
-
-
-def count(lesions: tuple[np.ndarray, int], called: np.ndarray, counted: np.ndarray) -> tuple[int, ...]:
-    """The counts of one image, from the labels (*S) and number of its lesions and its called pixels (*S)."""
+def count(lesions: tuple[np.ndarray, int], predicted: np.ndarray, counted: np.ndarray) -> Counts:
+    """The counts of one image, from the labels (*S) and number of its lesions and its predicted pixels."""
     labels, number = lesions
     mask = labels > 0
-    regions, number_called = ndimage.label(called, neighbors(called.ndim))
-    both = mask & called
-    return (both.sum(), called.sum(), mask.sum(), counted.sum() - mask.sum(),
-            number, len(np.unique(labels[both])), number_called, len(np.unique(regions[both])))
+    regions, num_regions = ndimage.label(predicted, neighbors(predicted.ndim))
+    both = mask & predicted
+    return Counts(1, both.sum(), predicted.sum(), mask.sum(), counted.sum() - mask.sum(), number,
+                  len(np.unique(labels[both])), num_regions, len(np.unique(regions[both])))
 
-
-def call_metrics(counts: np.ndarray, images: int) -> dict[str, np.ndarray]:
-    """Metrics of the called pixels and regions, from sums of counts (..., 8) over `images` images: (...)."""
-    c = np.moveaxis(counts, -1, 0)
-    with np.errstate(invalid='ignore'):                                        # 0 / 0: nothing is called
-        return {'dice': 2 * c[TRUE_PIXELS] / (c[CALLED_PIXELS] + c[LESION_PIXELS]),
-                'fpr': (c[CALLED_PIXELS] - c[TRUE_PIXELS]) / c[NORMAL_PIXELS],
-                'lesions_found': c[FOUND] / c[LESIONS],
-                'false_regions': (c[REGIONS] - c[TRUE_REGIONS]) / images,
-                'region_ppv': c[TRUE_REGIONS] / c[REGIONS]}
-
-
-# ------------------------------------------------------------------------------------------------- resampling
 
 def draw(has_lesion: np.ndarray, number: int, seed: int) -> np.ndarray:
     """How often each of N images counts: (1 + R, N). Row 0 has each once, the others are resamples.
@@ -191,10 +229,3 @@ def draw(has_lesion: np.ndarray, number: int, seed: int) -> np.ndarray:
     drawn = np.ones((1 + number, len(has_lesion)), np.float32)
     drawn[1:, ~has_lesion], drawn[1:, has_lesion] = resamples.normal, resamples.anomalous
     return drawn
-
-
-def with_interval(value: float, rows: np.ndarray) -> dict[str, float]:
-    """A metric and its interval from rows (1 + R,) of `draw`; what the bins change in row 0 is taken out."""
-    resampled = rows[1:][np.isfinite(rows[1:])] + (value - rows[0])
-    low, high = np.percentile(resampled, [2.5, 97.5]) if resampled.size else (np.nan, np.nan)
-    return {'value': value, 'low': float(low), 'high': float(high)}
