@@ -47,7 +47,7 @@ from evaluation.latent_space import decode, interpolation, latents, traversal
 from evaluation.likelihood import count_dims, evaluate_likelihood
 from evaluation.pictures import image_grid, save_png
 from evaluation.sampling import readjust_batch_norm, samples
-from model import MODELS, describe, open_model, place
+from model import MODELS, describe, family_config, open_model, place
 from utils import (
     UserError,
     add_flags,
@@ -68,7 +68,7 @@ DEFAULT_TEMPERATURE = 0.7                         # of families that do not say 
 DEFAULT_IW_SAMPLES = {'evaluate': 1000, 'anomaly': 16}
 SAMPLE_BATCH = 100
 AUDIT_RESAMPLES = 200                             # behind the intervals of the report's audit
-SAMPLED = [family for family in MODELS.values() if hasattr(family, 'Sampling')]    # with flags of their own
+SAMPLED = [config for config in map(family_config, MODELS) if hasattr(config, 'Sampling')]  # own flags
 _DEFAULTS = ', '.join(f'{mode} {number}' for mode, number in DEFAULT_NUM_SAMPLES.items())
 
 
@@ -432,7 +432,7 @@ def change_sampling(model: Any, mode: str, args: argparse.Namespace) -> None:
     """Gives a model the flags of sampling that this command has; scores keep to those of the run."""
     flags = {f.name: getattr(args, f.name) for family in SAMPLED for f in fields(family.Sampling)
              if hasattr(args, f.name)}
-    if flags and (mode not in ('sample', 'evaluate_fid') or not hasattr(model, 'Sampling')):
+    if flags and (mode not in ('sample', 'evaluate_fid') or not hasattr(model, 'change_sampling')):
         raise UserError(f"--{next(iter(flags))} is for the modes sample and evaluate_fid of a model that "
                         f"draws images step by step; this is {mode} of {type(model).__name__}. Leave it out.")
     if flags:

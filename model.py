@@ -1,24 +1,25 @@
-"""The contract of a model family, the table of families, and how a model is built and loaded."""
+"""The contract of a model family, the table of families, and how a model is built and loaded.
+
+Names, flags and published settings of the families are known without PyTorch, which only their models import.
+"""
+
+from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
-from distributions import Pixels
-from families.autoencoder.model import AE, VAE
-from families.hvae.model import BIVA, HVAE, LVAE
-from families.hvae.official import official_folder
-from families.hvae.official import read_official as read_official_folder
-from families.nvae.model import NVAE
-from families.nvae.official import is_official, read_official
-from families.score.model import ScoreModel
-from families.spatial_msma.model import SpatialMSMA
 from utils import UserError, read_checkpoint, read_flags
 
-Terms = dict[str, Tensor]     # per image, never averaged: (B,) or (B, L)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from distributions import Pixels
+
+    Terms = dict[str, Tensor]     # per image, never averaged: (B,) or (B, L)
 
 
 class Model(Protocol):
@@ -39,32 +40,66 @@ class Model(Protocol):
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-MODELS: dict[str, type] = {'nvae': NVAE, 'hvae': HVAE, 'lvae': LVAE, 'biva': BIVA,
-                           'ae': AE, 'vae': VAE, 'score': ScoreModel, 'spatial_msma': SpatialMSMA}
-# By device and axes of an image, where it is faster: by up to 2 on a CPU; volumes on an H100 are slower.
-CHANNELS_LAST = {('cpu', 3): torch.channels_last, ('cpu', 4): torch.channels_last_3d,
-                 ('cuda', 3): torch.channels_last}
+class Families(Mapping[str, type[Model]]):
+    """Model families by name; a family's class, and PyTorch with it, is imported when it is looked up."""
+
+    def __init__(self, rows: dict[str, tuple[str, str, str]]):
+        self.rows = rows
+
+    def __getitem__(self, name: str) -> type[Model]:
+        folder, model, _ = self.rows[name]
+        return getattr(import_module(f'families.{folder}.model'), model)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.rows
+
+
+MODELS = Families({   # name: folder in families/, class in its model.py, flag class in its config.py
+    'nvae': ('nvae', 'NVAE', 'NVAEConfig'),
+    'hvae': ('hvae', 'HVAE', 'HVAEConfig'),
+    'lvae': ('hvae', 'LVAE', 'HVAEConfig'),
+    'biva': ('hvae', 'BIVA', 'HVAEConfig'),
+    'ae': ('autoencoder', 'AE', 'AEConfig'),
+    'vae': ('autoencoder', 'VAE', 'VAEConfig'),
+    'score': ('score', 'ScoreModel', 'ScoreModelConfig'),
+    'spatial_msma': ('spatial_msma', 'SpatialMSMA', 'SpatialMSMAConfig'),
+})
+# Memory format by device and axes of an image, where it is faster: up to twice on a CPU. Volumes on an H100
+# are slower with it.
+CHANNELS_LAST = {('cpu', 3): 'channels_last', ('cpu', 4): 'channels_last_3d', ('cuda', 3): 'channels_last'}
+
+
+def family_config(name: str) -> type:
+    """The flag class of the family `name`, without importing PyTorch."""
+    folder, _, config = MODELS.rows[name]
+    return getattr(import_module(f'families.{folder}.config'), config)
 
 
 def build_model(name: str, shape: tuple[int, ...], config: Any, pixels: Pixels) -> Model:
-    """A new model of the family `name`. Raises UserError if that is made for images and these are volumes."""
-    family = MODELS[name]
-    if getattr(family, 'only_images', False) and len(shape) != 3:
+    """A new model of the family `name`. Raises UserError for volumes if the family takes images only."""
+    if getattr(config, 'only_images', False) and len(shape) != 3:
         size = ' x '.join(map(str, shape[1:]))
         raise UserError(f"--model {name} takes images, the data has volumes of {size} voxels: choose another "
                         f"--model, or --dataset.")
-    return family(shape=shape, config=config, pixels=pixels)
+    return MODELS[name](shape=shape, config=config, pixels=pixels)
 
 
 def place(model: Model, device: str | torch.device) -> Model:
-    """The same on a device, with the filters in the order that is fast there."""
-    order = CHANNELS_LAST.get((torch.device(device).type, len(model.shape)), torch.contiguous_format)
-    return model.to(device, memory_format=order)
+    """The model on a device, with its filters in the memory format that is fast there."""
+    import torch
+    order = CHANNELS_LAST.get((torch.device(device).type, len(model.shape)), 'contiguous_format')
+    return model.to(device, memory_format=getattr(torch, order))
 
 
 def describe(model: Model) -> dict[str, Any]:
-    """What `restore` needs besides the weights to build the model again: plain data for a checkpoint."""
-    name = next(name for name, family in MODELS.items() if type(model) is family)
+    """Plain data for a checkpoint from which, with the weights, `restore` builds the model again."""
+    name = next(name for name, row in MODELS.rows.items() if type(model).__name__ == row[1])
     return {'model': name, 'shape': list(model.shape), 'config': dataclasses.asdict(model.config),
             'pixels': dataclasses.asdict(model.pixels)}
 
@@ -74,6 +109,8 @@ def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[s
 
     `ema` takes the averaged weights where the run kept them.
     """
+    from distributions import Pixels
+    from families.nvae.official import is_official, read_official
     if is_official(checkpoint):
         return read_official(checkpoint)
     if 'weights' not in checkpoint or 'description' not in checkpoint:
@@ -83,9 +120,10 @@ def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[s
     if description['model'] not in MODELS:
         raise UserError(f"the checkpoint holds a model '{description['model']}'; known are "
                         f"{', '.join(MODELS)}.")
-    family = MODELS[description['model']]
-    model = family(shape=tuple(description['shape']), config=read_flags(family.Config, description['config']),
-                   pixels=read_flags(Pixels, description['pixels']))
+    name = description['model']
+    model = MODELS[name](shape=tuple(description['shape']),
+                         config=read_flags(family_config(name), description['config']),
+                         pixels=read_flags(Pixels, description['pixels']))
     averaged = checkpoint.get('ema') if ema else None
     try:
         model.load_state_dict(averaged or checkpoint['weights'])
@@ -98,10 +136,11 @@ def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[s
 def open_model(path: str | Path, ema: bool = True) -> tuple[Model, dict[str, Any]]:
     """The model of a run folder or checkpoint file, ours or published, on the CPU, and its flags.
 
-    A run folder of the published HVAE, LVAE or BIVA is one too. Raises UserError as `load_model` does.
+    A run folder of the published HVAE, LVAE or BIVA will do too. Raises UserError as `load_model` does.
     """
+    from families.hvae.official import official_folder, read_official
     folder = official_folder(path)
-    return read_official_folder(folder) if folder else restore(read_checkpoint(path), ema)
+    return read_official(folder) if folder else restore(read_checkpoint(path), ema)
 
 
 def load_model(path: str | Path, device: str | torch.device = 'cpu', ema: bool = True) -> Model:

@@ -43,7 +43,7 @@ from datasets import (
 from distributed import launch
 from distributed.launch import LaunchConfig
 from evaluation.likelihood import count_dims, evaluate_likelihood
-from model import MODELS, build_model, describe, place
+from model import MODELS, build_model, describe, family_config, place
 from neural_operations import activation_bytes, checkpoint_activations
 from training.finetuning import start_from, update_slow_weights
 from training.graph import capture_passes, check_graph
@@ -182,8 +182,8 @@ def build_parser(model: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default=model, choices=MODELS, help='model family')
-    family = MODELS[model]
-    for config in (RunConfig, DataConfig, TrainConfig, family.Config, LaunchConfig):
+    family = family_config(model)
+    for config in (RunConfig, DataConfig, TrainConfig, family, LaunchConfig):
         add_flags(parser, config, defaults=getattr(family, 'defaults', None))
     return parser
 
@@ -217,8 +217,8 @@ class Trainer:
         self.end = min(self.total, self.config.max_steps or self.total)
 
         seed_noise(self.run.seed, 'initialization')             # the same weights on every rank
-        family_config = read_flags(MODELS[args.model].Config, args)
-        self.model = build_model(args.model, self.data.shape, family_config, self.data.pixels)
+        family = read_flags(family_config(args.model), args)
+        self.model = build_model(args.model, self.data.shape, family, self.data.pixels)
         if self.device.type == 'cuda' and self.world > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         place(self.model, self.device)
@@ -263,11 +263,11 @@ class Trainer:
 
     def _compare(self, saved: dict[str, Any]) -> None:
         """Raises UserError if the flags build another model, or read other data, than the run had."""
-        fixed = [f.name for f in dataclasses.fields(MODELS[self.args.model].Config)]
+        fixed = [f.name for f in dataclasses.fields(family_config(self.args.model))]
         fixed += ['model', 'seed', 'optimizer']
         fixed += [f.name for f in dataclasses.fields(DataConfig) if f.name not in FREE_DATA_FLAGS]
         # A family may resolve its flags, a file to what it holds: then that counts, not the name.
-        family = read_flags(MODELS[self.args.model].Config, self.args)
+        family = read_flags(family_config(self.args.model), self.args)
         before = _plain(saved['args'] | saved['description']['config'])
         now = _plain(vars(self.args) | dataclasses.asdict(family))
         differing = [f"--{name} {before[name]} then, {now[name]} now" for name in fixed

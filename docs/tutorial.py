@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets import DataConfig, eval_batches, load_data, train_batches
-from model import MODELS, build_model
+from model import build_model, family_config
 from utils import seed_noise
 
 FAST = bool(os.environ.get('TUTORIAL_FAST'))     # a shorter lesson: fewer images, less training
@@ -93,7 +93,7 @@ def train(model, steps, learning_rate=1e-3):
 
 
 seed_noise(1, 'initialization')
-config = MODELS['ae'].Config(latent_dim=32, width=16)
+config = family_config('ae')(latent_dim=32, width=16)
 autoencoder = train(build_model('ae', data.shape, config, data.pixels), STEPS)
 with torch.no_grad():
     reconstruction = autoencoder.reconstruct(x)
@@ -199,7 +199,7 @@ block = {'block': 'ResBlockConv2d', 'out_channels': 16, 'kernel_size': 3, 'gated
 stages = [[block | {'stride': 1}, block | {'stride': 2}]] * 3
 latents = [{'block': 'GaussianConv2d', 'latent_features': 4}] * 2
 latents += [{'block': 'GaussianDense', 'latent_features': 16}]
-config = MODELS['hvae'].Config(json.dumps(stages), json.dumps(latents), free_nats=0.0)
+config = family_config('hvae')(json.dumps(stages), json.dumps(latents), free_nats=0.0)
 seed_noise(2, 'initialization')
 hvae = train(build_model('hvae', data.shape, config, data.pixels), STEPS)
 

@@ -5,7 +5,8 @@ import json
 import torch
 
 from distributions import Pixels
-from families.hvae.model import BIVA, HVAE, LVAE, HVAEConfig
+from families.hvae.config import HVAEConfig
+from families.hvae.model import BIVA, HVAE, LVAE
 
 FAMILIES = {'hvae': HVAE, 'lvae': LVAE, 'biva': BIVA}
 BINARY, GREY = Pixels('bernoulli', 1), Pixels()

@@ -19,7 +19,8 @@ from anomaly.passes import Passes, elbo, log_weight
 from anomaly.scores import SCORES, choose_scores
 from distributed import launch
 from distributions import Pixels
-from families.autoencoder.model import AE, LOG_NORMALIZERS, LOSSES, VAE, AEConfig, VAEConfig, dissimilarity
+from families.autoencoder.config import AEConfig, VAEConfig
+from families.autoencoder.model import AE, LOG_NORMALIZERS, LOSSES, VAE, dissimilarity
 from model import load_model
 from utils import UserError, read_flags, read_json
 
@@ -445,8 +446,8 @@ def test_an_ae_learns_a_volume():
     (lambda: AEConfig(latent_dim=0), '--latent_dim 0'), (lambda: AEConfig(num_layers=0), '--num_layers 0'),
     (lambda: VAEConfig(width=0), '--width 0'), (lambda: AEConfig(input_noise=-0.1), '--input_noise -0.1'),
     (lambda: AEConfig(input_noise=math.nan), '--input_noise nan'),
-    (lambda: VAEConfig(kl_weight=0), 'model ae'),
-    (lambda: VAEConfig(loss='ssim'), 'l2 or l1'),
+    (lambda: VAEConfig(kl_weight=0), '--kl_weight 0: it must be above 0'),
+    (lambda: VAEConfig(loss='ssim'), 'choose one of l2, l1'),
     (lambda: build(AE)(images(shape=(1, 8, 8))), r'\(1, 8, 8\): this model is for \(1, 16, 16\)'),
     (lambda: build(VAE)(images(), skip=2), 'skip 2: give 0 or 1'),
     (lambda: build(AE)(images(), skip=1), 'skip 1'),

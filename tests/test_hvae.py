@@ -20,8 +20,9 @@ from small_hvae import (
 )
 
 from distributions import Normal, Pixels
+from families.hvae.config import HVAEConfig
 from families.hvae.layers import GaussianLatent, ResBlock, centred, softplus_ln2
-from families.hvae.model import BIVA, HVAE, LVAE, HVAEConfig, free_nats, kl_weight
+from families.hvae.model import BIVA, HVAE, LVAE, free_nats, kl_weight
 from families.hvae.stages import draw
 from utils import UserError
 
@@ -123,7 +124,7 @@ def test_only_the_repaired_ladder_is_one(family, name):
     for compat in (False, True):
         model = build(FAMILIES[family], compat_official=compat)
         for stage in model.stages[:-1]:
-            features, above = torch.randn(2, *stage.level.shape), torch.randn(2, *stage.level.above)
+            features, above = torch.randn(2, *stage.spec.shape), torch.randn(2, *stage.spec.above)
             found = sensitivity(getattr(stage, name), stage.merge, features, above)
             assert found == 0 if compat else found > 1e-3
 

@@ -8,7 +8,8 @@ import torch
 from small_hvae import BINARY, BLOCKS, GREY, LATENTS, UNEQUAL, block, build, config, dense
 
 from distributions import Pixels
-from families.hvae.model import BIVA, HVAE, LVAE, HVAEConfig
+from families.hvae.config import HVAEConfig
+from families.hvae.model import BIVA, HVAE, LVAE
 from utils import UserError
 
 
@@ -56,8 +57,9 @@ def test_impossible_networks_are_explained(options, told):
 @pytest.mark.parametrize('flags, told', [
     ({'config_deterministic': '[[{'}, 'is not JSON'), ({'config_deterministic': 'lost.json'}, 'no such file'),
     ({'config_stochastic': 'x' * 5000}, 'no such file'),
-    ({'activation': 'GELU'}, 'known are Identity'), ({'likelihood_module': 'Poisson'}, 'known are auto'),
-    ({'q_dropout': 1.0}, 'from 0 to 0.99'), ({'free_nats': -1.0}, 'at least 0'),
+    ({'activation': 'GELU'}, 'choose one of Identity'),
+    ({'likelihood_module': 'Poisson'}, 'choose one of auto'),
+    ({'q_dropout': 1.0}, 'at most 0.99'), ({'free_nats': -1.0}, 'at least 0'),
     ({'padded_shape': (8,)}, 'two numbers'), ({'train_samples': 0}, 'at least 1'),
     ({'train_importance_weighted': True}, 'give 2 or more'),
 ])

@@ -12,7 +12,8 @@ import train
 from distributed import launch
 from distributions import Pixels
 from evaluation.latent_space import interpolate, traverse
-from families.nvae.model import NVAE, NVAEConfig
+from families.nvae.config import NVAEConfig
+from families.nvae.model import NVAE
 from model import load_model
 from utils import UserError, read_checkpoint, read_flags
 

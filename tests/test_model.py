@@ -1,14 +1,24 @@
 """What every family promises, and how a model comes back from a checkpoint."""
 
-import dataclasses
 import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
 
 from distributions import Pixels
-from model import MODELS, build_model, describe, load_model, place, restore
+from families.autoencoder import config as autoencoder
+from families.autoencoder.model import LOG_NORMALIZERS, LOSSES
+from families.hvae import config as hvae
+from families.hvae import layers, likelihoods
+from families.score import config as score
+from families.score import samplers, sde, unet
+from families.spatial_msma import config as spatial_msma
+from families.spatial_msma import flow
+from model import MODELS, build_model, describe, family_config, load_model, place, restore
 from utils import UserError, read_checkpoint, read_flags, save_checkpoint
 
 SHAPE = (1, 16, 16)
@@ -19,7 +29,7 @@ HIERARCHY = {'config_deterministic': json.dumps([
                                               {'block': 'GaussianDense', 'latent_features': 3}])}
 SCORE = {'nf': 8, 'blocks_down': (1, 1), 'blocks_up': (1,), 'norm_num_groups': 2, 'time_embedding_sz': 4,
          'num_scales': 4}
-SMALL = {   # flags of a small model of each family: a new family needs a row
+SMALL = {   # flags of a small model of each family; a family without a row is tested with its defaults
     'hvae': HIERARCHY, 'lvae': HIERARCHY, 'biva': HIERARCHY,
     'ae': {'latent_dim': 3, 'num_layers': 2, 'width': 4, 'input_noise': 0.1},
     'vae': {'latent_dim': 3, 'num_layers': 2, 'width': 4},
@@ -34,11 +44,28 @@ SMALL = {   # flags of a small model of each family: a new family needs a row
 }
 
 
-@pytest.mark.parametrize('name', [name for name, family in MODELS.items() if hasattr(family, 'only_images')])
+@pytest.mark.parametrize('name', [name for name in MODELS if hasattr(family_config(name), 'only_images')])
 def test_volumes_are_refused_by_families_of_images(name):
-    config = read_flags(MODELS[name].Config, SMALL[name])
+    config = read_flags(family_config(name), SMALL.get(name, {}))
     with pytest.raises(UserError, match=f'--model {name} takes images, the data has volumes of 8 x 16 x 4'):
         build_model(name, (1, 8, 16, 4), config, GREY)
+
+
+def test_names_and_flags_are_known_without_pytorch():
+    """Help pages and wrong flags are answered before PyTorch is imported."""
+    code = ('import sys, model; configs = [model.family_config(name) for name in model.MODELS]; '
+            "print(len(configs), 'torch' in sys.modules, 'score' in model.MODELS, 'gan' in model.MODELS)")
+    found = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [str(len(MODELS)), 'False', 'True', 'False']
+
+
+@pytest.mark.parametrize('names, table', [
+    (hvae.ACTIVATIONS, layers.ACTIVATIONS), (hvae.LIKELIHOODS, likelihoods.LIKELIHOODS),
+    (autoencoder.LOSSES, LOSSES), (autoencoder.LIKELIHOODS, LOG_NORMALIZERS),
+    (score.SDES, sde.SDES), (score.ACTIVATIONS, unet.ACTIVATIONS), (score.PREDICTORS, samplers.PREDICTORS),
+    (score.CORRECTORS, samplers.CORRECTORS), (spatial_msma.BASES, flow.BASES)])
+def test_names_that_flags_take_are_those_of_the_tables(names, table):
+    assert names == tuple(table)
 
 
 @pytest.fixture(params=MODELS)
@@ -51,7 +78,7 @@ GREY = Pixels(bits=5)
 
 def build(name, pixels=GREY, seed=0):
     torch.manual_seed(seed)
-    return build_model(name, SHAPE, read_flags(MODELS[name].Config, SMALL[name]), pixels).eval()
+    return build_model(name, SHAPE, read_flags(family_config(name), SMALL.get(name, {})), pixels).eval()
 
 
 def images(n=3, bits=5):
@@ -72,7 +99,7 @@ def content(model, **more):
 @torch.no_grad()
 def test_contract(name):
     model, x = build(name), images()
-    assert dataclasses.is_dataclass(model.Config) and model.Config.__dataclass_params__.frozen
+    assert model.Config is family_config(name) and model.Config.__dataclass_params__.frozen
     assert tuple(model.shape) == SHAPE and isinstance(model.config, model.Config)
     terms = noisy(lambda: model(x))
     assert all(value.shape[0] == 3 for value in terms.values()), "terms are per image, never averaged"

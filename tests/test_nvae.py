@@ -8,11 +8,10 @@ import torch
 from pytest import approx
 
 from distributions import Pixels
+from families.nvae.config import ARCHITECTURES, NVAEConfig
 from families.nvae.model import (
-    ARCHITECTURES,
     EIGHT_BITS,
     NVAE,
-    NVAEConfig,
     balance_coefficients,
     balanced_kl,
     groups_per_scale,

@@ -16,7 +16,7 @@ import evaluate
 import train
 from datasets import DATASETS, DataConfig, stand_in
 from distributed import launch
-from model import MODELS, build_model
+from model import build_model, family_config
 from utils import read_flags, read_json
 
 FOLDER = ROOT / 'scripts' / 'recipes'
@@ -68,7 +68,7 @@ def network(argv):
     args = train.parse_args(argv)
     data = stand_in(read_flags(DataConfig, args), 1)
     with torch.device('meta'):
-        return build_model(args.model, data.shape, read_flags(MODELS[args.model].Config, args),
+        return build_model(args.model, data.shape, read_flags(family_config(args.model), args),
                            data.pixels), args
 
 

@@ -18,9 +18,9 @@ from anomaly.scores import SCORES, ScoreConfig, choose_scores
 from distributions import Pixels
 from evaluation.pictures import image_grid
 from families.score import msma as score_msma
-from families.score.config import ScoreModelConfig
+from families.score.config import Levels, ScoreModelConfig
 from families.score.model import ScoreModel, denoising_loss
-from families.score.msma import PASS_VOXELS, Levels, denoise, score_maps, score_norms
+from families.score.msma import PASS_VOXELS, denoise, level_times, score_maps, score_norms
 from families.score.samplers import Diffusion
 from families.score.sde import SDES, expand
 from model import describe, load_model
@@ -130,7 +130,7 @@ def test_features_of_gaussian_data(name, most, monkeypatch):
     """
     monkeypatch.setattr(score_msma, 'PASS_VOXELS', most)
     data, sde = gaussian(), make_sde(name)
-    times = Levels(number=7, min_timestep=0.05, max_timestep=0.9).times(sde).double()
+    times = level_times(Levels(number=7, min_timestep=0.05, max_timestep=0.9), sde).double()
     x = data.sample(5)
     m, sigma = (factor.reshape(7, 1, 1, 1, 1) for factor in (sde.mean_factor(times), sde.std(times)))
     expected = sigma * m * (data.means - x) / (m ** 2 * data.variance + sigma ** 2)         # (n, B, C, *S)
@@ -143,11 +143,11 @@ def test_levels_are_spaced_as_they_say():
     for name in SDES:
         sde = make_sde(name)
         for schedule, spaced in (('geometric', torch.log), ('linear', lambda std: std)):
-            stds = sde.std(Levels(9, 0.1, 0.7, schedule).times(sde))
+            stds = sde.std(level_times(Levels(9, 0.1, 0.7, schedule), sde))
             gaps = spaced(stds).diff()
             assert torch.allclose(gaps, gaps.mean(), rtol=1e-3) and len(stds) == 9
             assert torch.allclose(stds[[0, -1]], sde.std(torch.tensor([0.1, 0.7])), rtol=1e-4)
-    thinned = Levels(4, 0.1, 0.7, 'thinned').times(make_sde('vesde', 13))
+    thinned = level_times(Levels(4, 0.1, 0.7, 'thinned'), make_sde('vesde', 13))
     assert torch.allclose(thinned, torch.linspace(0.1, 0.7, 13)[::3])
     for wrong in ({'number': 0}, {'min_timestep': 0.9, 'max_timestep': 0.5}, {'schedule': 'square'}):
         with pytest.raises(UserError):
@@ -181,7 +181,7 @@ def test_scores_on_the_norms_and_on_the_likelihood():
         'msma_gmm', 'msma_knn', 'msma_kde', 'msma_pca_gmm', 'msma_flow'] and left_out
     with pytest.raises(UserError, match='likelihood terms'):
         choose_scores(['nelbo'], model)
-    with pytest.raises(UserError, match='rising'):
+    with pytest.raises(UserError, match='must be below the second'):
         ScoreConfig(msma_min_timestep=0.9, msma_max_timestep=0.5)
 
 
@@ -217,7 +217,7 @@ def test_score_takes_a_standard_deviation(name):
 @torch.no_grad()
 def test_features_of_the_family_are_those_of_its_score():
     model, x = build(), torch.rand(3, 1, 8, 8, dtype=torch.float64)
-    sigmas = model.sde.std(Levels(number=5).times(model.sde)).double()
+    sigmas = model.sde.std(level_times(Levels(number=5), model.sde)).double()
     scores = torch.stack([sigma * model.score(x, sigma) for sigma in sigmas], dim=1)
     assert torch.allclose(model.score_norms(x, number=5), scores.flatten(2).norm(dim=2), rtol=1e-4)
     assert torch.allclose(model.score_maps(x, number=5), scores.sum(2), rtol=1e-4, atol=1e-5)
@@ -247,8 +247,9 @@ def test_skip_is_refused_and_shapes_are_checked():
 
 
 @pytest.mark.parametrize('flags, told', [
-    ({'sde': 'vesd'}, '--sde vesd: known are'), ({'nf': 0}, '--nf 0: it must be at least 4'),
-    ({'sigma_min': 2.0, 'sigma_max': 1.0}, 'the second the larger'), ({'dropout': 1.0}, 'a share below 1'),
+    ({'sde': 'vesd'}, '--sde vesd: choose one of'), ({'nf': 0}, '--nf 0: it must be at least 4'),
+    ({'sigma_min': 2.0, 'sigma_max': 1.0}, 'second must be the larger'),
+    ({'dropout': 1.0}, '--dropout 1.0: it must be at least 0 and below 1'),
     ({'sde': 'vpsde'}, 'above --beta_max 20'),
     ({'sde': 'subvpsde', 'predictor': 'ancestral_sampling', 'num_scales': 99}, 'not for --sde subvpsde'),
     ({'blocks_up': (1, 1)}, 'one fewer on the way up'), ({'blocks_down': (1, 0)}, 'at least 1'),
@@ -256,7 +257,7 @@ def test_skip_is_refused_and_shapes_are_checked():
     ({'nf': 9, 'norm_num_groups': 3}, 'a level of 9 channels cannot'),
     ({'self_attention': True, 'nf': 6}, 'multiple of 8'), ({'trainable_inner_model': True}, 'there is none'),
     ({'inner_model': '{'}, 'not JSON'), ({'inner_model': '{}'}, 'image_size'),
-    ({'inner_model': '{"image_size": [4, 4], "depth": 2}'}, 'depth is no flag'),
+    ({'inner_model': '{"image_size": [4, 4], "depth": 2}'}, 'depth is no flag of --model score'),
     ({'inner_model': '{"image_size": [4, 4]}', 'sde': 'vpsde', 'num_scales': 99}, 'for vesde'),
 ])
 def test_a_wrong_flag_is_said_in_one_line(flags, told):

@@ -12,8 +12,9 @@ from test_train import run
 from anomaly.passes import Passes
 from anomaly.scores import choose_scores
 from distributions import Pixels
+from families.spatial_msma.config import SpatialMSMAConfig
 from families.spatial_msma.flow import BASES, ConditionalFlow
-from families.spatial_msma.model import SpatialMSMA, SpatialMSMAConfig
+from families.spatial_msma.model import SpatialMSMA
 from families.spatial_msma.patches import PositionCode, pool
 from model import describe, load_model, place
 from neural_operations import checkpoint_activations, foreground
@@ -118,7 +119,8 @@ def test_training_approaches_a_known_density():
     assert losses[0] > entropy + 1 and sum(losses[-10:]) / 10 == approx(entropy, abs=0.15)
     drawn = flow.sample(torch.full((4000, 1), 0.5))
     assert torch.allclose(drawn.mean(0), torch.tensor([0.5, 0.5]), atol=0.2)
-    assert torch.allclose(drawn.T.cov(), factor @ factor.T, atol=0.25)
+    # 0.15 nats allow standard deviations that are off by a third: KL is about (ratio - 1)^2.
+    assert torch.allclose(drawn.T.cov(), factor @ factor.T, atol=0.4)
 
 
 # ----------------------------------------------------------------------------------- what it sees of an image
@@ -201,7 +203,8 @@ def test_scores():
     assert torch.equal(top.map, heat) and mean.map is None
     assert torch.equal(model.score_norms(x, number=3), model.score_model.score_norms(x, number=3))
     assert torch.equal(model.score_maps(x, number=3), model.score_model.score_maps(x, number=3))
-    assert torch.equal(model.score_norm(x, 1, number=3), model.score_norms(x, number=3)[:, 1])
+    # One level alone and three side by side are batches of other sizes, which kernels sum in other orders.
+    torch.testing.assert_close(model.score_norm(x, 1, number=3), model.score_norms(x, number=3)[:, 1])
 
 
 # ------------------------------------------------------------------------------------------------ in the loop
@@ -209,8 +212,8 @@ def test_scores():
 @pytest.mark.parametrize('flags, told', [
     ({'score_model': ''}, 'needs --score_model'), ({'score_model': '{}'}, '--score_model: a JSON object'),
     ({'msma_levels': 1}, 'at least 2'), ({'local_patch_kernel': 4}, 'odd'),
-    ({'global_embedding_size': 12}, 'multiple of 8'), ({'base_distribution': 'gamma'}, 'known are'),
-    ({'msma_max_timestep': 2.0}, 'times above 0')])
+    ({'global_embedding_size': 12}, 'multiple of 8'), ({'base_distribution': 'gamma'}, 'choose one of'),
+    ({'msma_max_timestep': 2.0}, 'at most 1 and above 0')])
 def test_wrong_flags_are_said_in_one_line(flags, told):
     with pytest.raises(UserError, match=told) as error:
         build(**flags)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_score_parity import PARITY, agrees, answers
 
-from families.spatial_msma.model import SpatialMSMA, SpatialMSMAConfig
+from families.spatial_msma.config import SpatialMSMAConfig
+from families.spatial_msma.model import SpatialMSMA
 from families.spatial_msma.patches import pool
 from utils import UserError, save_checkpoint
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from distributions import Pixels
-from families.score.config import ScoreModelConfig
+from families.score.config import Levels, ScoreModelConfig
 from families.score.model import ScoreModel, denoising_loss, times_of
-from families.score.msma import Levels, denoise, score_maps, score_norms
+from families.score.msma import denoise, level_times, score_maps, score_norms
 from families.score.official import from_official, to_official
 from families.score.samplers import (
     PC,
@@ -137,7 +137,8 @@ def diffusion(f, noise=()):
 def test_msma_features(formulas):
     f = formulas['msma']
     d = diffusion(f)
-    levels = {name: Levels(f['n_timesteps'], f['min_timestep'], f['max_timestep'], schedule).times(d.sde)
+    numbers = f['n_timesteps'], f['min_timestep'], f['max_timestep']
+    levels = {name: level_times(Levels(*numbers, schedule), d.sde)
               for name, schedule in (('geometric', 'geometric'), ('linear', 'linear'), ('other', 'thinned'))}
     for name, times in levels.items():
         assert agrees(times, f[f't_{name}']) and agrees(d.sde.std(times), f[f'sigma_{name}'])

@@ -182,7 +182,8 @@ def gradients(args):
     path, flags, world = args
     parsed = train.parse_args(flags)
     torch.set_default_dtype(torch.float64)
-    from families.nvae.model import NVAE, NVAEConfig
+    from families.nvae.config import NVAEConfig
+    from families.nvae.model import NVAE
 
     torch.manual_seed(0)
     model = NVAE((1, 16, 16), train.read_flags(NVAEConfig, parsed))

@@ -10,7 +10,8 @@ from torch import nn
 import train
 from distributed import launch
 from distributions import Pixels
-from families.nvae.model import NVAE, NVAEConfig
+from families.nvae.config import NVAEConfig
+from families.nvae.model import NVAE
 from neural_operations import activation_bytes, checkpoint_activations
 from training.graph import check_graph
 from training.optimization import (

@@ -1,7 +1,7 @@
 """What a family may choose of the loop: its optimizer, its figure; and the best model of the validations."""
 
 import json
-from dataclasses import dataclass
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,18 +14,21 @@ import model
 import train
 from model import load_model
 from training.validation import mean_objective
-from utils import UserError, flag, read_checkpoint
+from utils import UserError, flag, flags, read_checkpoint
+
+
+@flags
+class MeanConfig:
+    """Flags of the mean"""
+    defaults = {'optimizer': 'adam', 'learning_rate': 0.02, 'learning_rate_min': 0.02, 'keep_best': True}
+
+    start: float = flag(0.0, 'gray level before training')
 
 
 class Mean(nn.Module):
-    """The smallest family without a likelihood: it learns the mean grey level."""
+    """The smallest family without a likelihood: it learns the mean gray level."""
 
-    @dataclass(frozen=True)
-    class Config:
-        """Flags of the mean"""
-        start: float = flag(0.0, 'grey level before training')
-
-    defaults = {'optimizer': 'adam', 'learning_rate': 0.02, 'learning_rate_min': 0.02, 'keep_best': True}
+    Config = MeanConfig
 
     def __init__(self, shape, config, pixels):
         super().__init__()
@@ -46,7 +49,9 @@ def metrics(folder, name):
 
 @pytest.fixture
 def mean_flags(train_flags, monkeypatch):
-    monkeypatch.setitem(model.MODELS, 'mean', Mean)
+    monkeypatch.setitem(model.MODELS.rows, 'mean', ('mean', 'Mean', 'MeanConfig'))
+    for part in ('model', 'config'):
+        monkeypatch.setitem(sys.modules, f'families.mean.{part}', sys.modules[__name__])
     at = train_flags.index('--dataset')                        # before it are flags of NVAE
     return ['--model', 'mean', *train_flags[at:]]
 

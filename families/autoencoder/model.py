@@ -8,23 +8,20 @@ its KL.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributions import Normal, Pixels, full_precision
+from families.autoencoder.config import AEConfig, VAEConfig
 from neural_operations import check_latents
-from utils import UserError, flag
+from utils import UserError
 
 Terms = dict[str, Tensor]
 EIGHT_BITS = Pixels()
-# How both are published: Adam at a constant rate.
-PUBLISHED = {'optimizer': 'adam', 'learning_rate': 1e-3, 'learning_rate_min': 1e-3, 'warmup_epochs': 0,
-             'weight_decay': 0.0, 'batch_size': 128}
 
 
 # ------------------------------------------------------------------------------------------------------- loss
@@ -69,44 +66,6 @@ LOG_NORMALIZERS = {'l2': lambda scale: 0.5 * math.log(math.pi * scale),
                    'l1': lambda scale: math.log(2 * scale)}
 
 
-# ------------------------------------------------------------------------------------------------------ flags
-
-@dataclass(frozen=True)
-class AEConfig:
-    """Autoencoder"""
-    latent_dim: int = flag(128, 'latents')
-    num_layers: int = flag(3, 'convolutions that halve the image, and as many that double it again')
-    width: int = flag(32, 'channels after the first; each further one has twice as many')
-    loss: str = flag('l2', 'squared error, absolute error, or 1 - structural similarity',
-                     choices=tuple(LOSSES))
-    input_noise: float = flag(0.0, 'denoising: standard deviation of the normal noise that is added to what '
-                                   'the encoder sees in training, of images in [0, 1]; 0 = none')
-
-    def __post_init__(self):
-        for name in ('latent_dim', 'num_layers', 'width'):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be at least 1.")
-        if not 0 <= self.input_noise < math.inf:
-            raise UserError(f"--input_noise {self.input_noise}: it must be 0 or larger.")
-
-
-@dataclass(frozen=True)
-class VAEConfig(AEConfig):
-    """Variational autoencoder"""
-    loss: str = flag('l2', 'squared error or absolute error: a normal or a Laplace p(x|z)',
-                     choices=tuple(LOG_NORMALIZERS))
-    kl_weight: float = flag(2.0, 'weight of the mean KL of a latent beside the mean error of a pixel')
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.kl_weight < math.inf:
-            raise UserError(f"--kl_weight {self.kl_weight}: it must be above 0. Without the KL, take --model "
-                            f"ae.")
-        if self.loss not in LOG_NORMALIZERS:
-            raise UserError(f"--loss {self.loss} is no likelihood: for a VAE give "
-                            f"{' or '.join(LOG_NORMALIZERS)}.")
-
-
 # ----------------------------------------------------------------------------------------------------- models
 
 class Layers(NamedTuple):
@@ -141,8 +100,7 @@ class AE(nn.Module):
     """
 
     Config: type[AEConfig] = AEConfig
-    defaults: dict[str, Any] = PUBLISHED
-    primary_score = 'reconstruction'
+    primary_score = AEConfig.primary_score
     code_parts = 1                       # vectors of Z numbers that the encoder gives
 
     def __init__(self, shape: tuple[int, ...], config: AEConfig, pixels: Pixels = EIGHT_BITS):
@@ -244,7 +202,7 @@ class VAE(AE):
     """
 
     Config: type[AEConfig] = VAEConfig
-    primary_score = 'kl'
+    primary_score = VAEConfig.primary_score
     code_parts = 2                       # means and log variances
     num_groups = 1
 

@@ -16,9 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from distributed import launch
 from distributions import Normal, full_precision
+from families.hvae.shapes import Shape
 
-Shape = tuple[int, int, int]
-RESAMPLING = ('convolutional', 'nearest', 'bilinear')
 INIT_EPS = 1e-8            # of the variance, in the data-dependent initialization
 MIN_STD = 1e-6             # of a latent
 

@@ -21,7 +21,8 @@ from distributions import (
     full_precision,
     pixel_likelihood,
 )
-from families.hvae.layers import ACTIVATIONS, Conv, Dense, Pointwise, Shape, softplus_ln2
+from families.hvae.layers import ACTIVATIONS, Conv, Dense, Pointwise, softplus_ln2
+from families.hvae.shapes import Shape
 from utils import UserError
 
 NUM_MIXTURE = 10

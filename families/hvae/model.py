@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributions import Pixels, log_mean_exp, per_image
-from families.hvae.config import HVAEConfig, plan
-from families.hvae.layers import GaussianLatent, Shape, centred, initialize_layers
+from families.hvae.config import HVAEConfig
+from families.hvae.layers import GaussianLatent, centred, initialize_layers
 from families.hvae.likelihoods import PixelHead, choose_likelihood
+from families.hvae.shapes import Shape, stage_specs
 from families.hvae.stages import BidirectionalStage, Drawn, LadderStage, Stage
 from neural_operations import check_latents
 from utils import UserError
@@ -45,10 +46,6 @@ class HVAE(nn.Module):
     """The contract's model; terms are those of a likelihood family. A latent group is a stage."""
 
     Config = HVAEConfig
-    only_images = True                         # S is (H, W)
-    # The published run: Adam at a constant rate, no weight decay.
-    defaults = {'optimizer': 'adam', 'learning_rate': 3e-4, 'learning_rate_min': 3e-4, 'warmup_epochs': 0,
-                'weight_decay': 0.0, 'batch_size': 128, 'epochs': 1000}
     stage_class: type[Stage] = Stage
 
     def __init__(self, shape: tuple[int, ...], config: HVAEConfig, pixels: Pixels = EIGHT_BITS):
@@ -67,11 +64,11 @@ class HVAE(nn.Module):
                             f"{' x '.join(map(str, self.inner[1:]))}: give sides that are larger by even "
                             f"numbers.")
         blocks, latents = config.stages()
-        compat, is_biva = config.compat_official, self.stage_class.has_twins
-        levels = plan(self.padded, blocks, latents, ladder=self.stage_class.is_ladder, twins=is_biva,
-                      reverses=not (compat and is_biva))
-        self.stages = nn.ModuleList(self.stage_class(level, config) for level in levels)      # stage 1 first
-        self.num_groups = len(levels)
+        compat, is_biva = config.compat_official, self.stage_class.is_bidirectional
+        specs = stage_specs(self.padded, blocks, latents, ladder=self.stage_class.is_ladder,
+                            bidirectional=is_biva, reverses=not (compat and is_biva))
+        self.stages = nn.ModuleList(self.stage_class(spec, config) for spec in specs)        # stage 1 first
+        self.num_groups = len(specs)
         kind = choose_likelihood(config.likelihood_module, shape[0], pixels, compat)
         features = self.stages[0].generate[-1].shape
         self.head = PixelHead(kind, (features[0], *self.inner[1:]), shape[0], pixels, config.activation,
@@ -84,27 +81,28 @@ class HVAE(nn.Module):
 
     @property
     def variable_shapes(self) -> list[Shape]:
-        """(Z, h, w) of every latent, from the top down; of BIVA's twins the top-down one first."""
+        """(Z, h, w) of every latent, from the top down; in a stage of BIVA the top-down one first."""
         return [latent.shape for stage in reversed(self.stages) for latent in stage.children()
                 if isinstance(latent, GaussianLatent)]
 
     @property
     def latent_shapes(self) -> list[Shape]:
-        """(Z, h, w) of each stage's latents, from the top down; BIVA's twins side by side, top-down first."""
+        """(Z, h, w) of each stage's latents, from the top down; the two of BIVA are concatenated."""
         shapes = iter(self.variable_shapes)
-        pairs = [[next(shapes) for _ in range(self._twins(i))] for i in reversed(range(self.num_groups))]
+        pairs = [[next(shapes) for _ in range(self._num_latents(i))]
+                 for i in reversed(range(self.num_groups))]
         return [(sum(z for z, *_ in pair), *pair[0][1:]) for pair in pairs]
 
-    def _twins(self, i: int) -> int:
+    def _num_latents(self, i: int) -> int:
         """Latents of stage i + 1."""
-        return 2 if self.stage_class.has_twins and i + 1 < self.num_groups else 1
+        return 2 if self.stage_class.is_bidirectional and i + 1 < self.num_groups else 1
 
     # ----------------------------------------------------------------------------------------- the two passes
 
     def _up(self, x: Tensor, skip: int, temperature: float) -> list[Any]:
         """What each stage keeps of images x (B, C, *inner), stage 1 first; None of skipped stages."""
         x = F.pad(x, centred(self.inner[1:], self.padded[1:]))
-        carried = (x, x, None) if self.stage_class.has_twins else (x, None)
+        carried = (x, x, None) if self.stage_class.is_bidirectional else (x, None)
         kept = []
         for i, stage in enumerate(self.stages):
             carried, own = stage.up(carried, i < skip, temperature)
@@ -120,10 +118,10 @@ class HVAE(nn.Module):
         """
         d, skips, drawn = None, deque(), []
         for i, stage in reversed(list(enumerate(self.stages))):
-            number, twins = len(drawn), self._twins(i)
-            parts = given[number].chunk(twins, dim=1) if number < len(given) else [None] * twins
+            done, number = len(drawn), self._num_latents(i)
+            parts = given[done].chunk(number, dim=1) if done < len(given) else [None] * number
             drawn.append(stage.down(d, batch, kept and kept[i], parts, temperature))
-            d = stage.paint(torch.cat([latent.z for latent in drawn[-1]], dim=1), skips)
+            d = stage.decode(torch.cat([latent.z for latent in drawn[-1]], dim=1), skips)
         d = F.pad(d, [-n for n in centred(self.inner[1:], self.padded[1:])])
         return self.head(d), drawn
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from distributions import Pixels
+from families.hvae.config import HVAEConfig
 from families.hvae.layers import Affine, Dense, Pointwise
 from families.hvae.likelihoods import LIKELIHOODS
-from families.hvae.model import BIVA, HVAE, LVAE, HVAEConfig
+from families.hvae.model import BIVA, HVAE, LVAE
 from utils import UserError
 
 CLASSES: dict[str, type[HVAE]] = {'VAE': HVAE, 'LVAE': LVAE, 'BIVA': BIVA}

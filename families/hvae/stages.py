@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from distributions import Normal
-from families.hvae.config import Block, ConvLatent, HVAEConfig, Level
-from families.hvae.layers import Chain, Dense, GaussianLatent, ResBlock, Shape
+from families.hvae.config import Block, ConvLatent, HVAEConfig
+from families.hvae.layers import Chain, Dense, GaussianLatent, ResBlock
+from families.hvae.shapes import Shape, StageSpec
 from utils import UserError
 
 
@@ -46,15 +47,15 @@ def infer(q: Normal, skipped: bool, temperature: float) -> tuple[Normal, Tensor]
 
 class Stage(nn.Module):
     """A stage of an HVAE: blocks of inference, a latent, blocks of generation."""
-    is_ladder, has_twins = False, False             # see `plan`
+    is_ladder, is_bidirectional = False, False      # see `stage_specs`
 
-    def __init__(self, level: Level, config: HVAEConfig):
+    def __init__(self, spec: StageSpec, config: HVAEConfig):
         super().__init__()
-        self.level, self.config = level, config
+        self.spec, self.config = spec, config
         self.build_inference()
-        self.project = self.as_features(level.painted, twins=self.has_twins and not level.top)
-        shape, blocks = level.painted, []
-        for block, handed in zip(level.generative, level.skips):
+        self.project = self.as_features(spec.projected, 2 if self.is_bidirectional and not spec.top else 1)
+        shape, blocks = spec.projected, []
+        for block, handed in zip(spec.generative, spec.skips):
             skip = self.declared(handed, shape, block) if config.skip_stochastic else None
             blocks.append(self.block(shape, block, skip=skip, up=True, residual=bool(blocks),
                                      dropout=config.p_dropout))
@@ -74,55 +75,55 @@ class Stage(nn.Module):
     def chain(self, shape: Shape, skip: Shape | None) -> Chain:
         """The stage's blocks of inference, from features of this shape."""
         blocks = []
-        for block in self.level.blocks:
-            blocks.append(self.block(shape, block, skip=skip, residual=not self.level.first or bool(blocks),
+        for block in self.spec.blocks:
+            blocks.append(self.block(shape, block, skip=skip, residual=not self.spec.first or bool(blocks),
                                      dropout=self.config.q_dropout))
             shape = blocks[-1].shape
         return Chain(blocks)
 
     def merge_block(self) -> ResBlock:
         """Brings d_{i+1} to the features of inference; published, it leaves d_{i+1} out."""
-        level = self.level
-        skip = level.shape if self.config.compat_official else level.above
-        return self.block(level.shape, level.blocks[-1], skip=skip, stride=1, dropout=self.config.p_dropout)
+        spec = self.spec
+        skip = spec.shape if self.config.compat_official else spec.above
+        return self.block(spec.shape, spec.blocks[-1], skip=skip, stride=1, dropout=self.config.p_dropout)
 
     def new_latent(self) -> GaussianLatent:
-        level, spec = self.level, self.level.latent
-        kernel = spec.kernel_size if isinstance(spec, ConvLatent) else None
-        return GaussianLatent(spec.latent_features, kernel, level.shape, level.above, self.before_latents,
-                              spec.weightnorm, spec.learn_prior or self.config.learn_prior)
+        spec, latent = self.spec, self.spec.latent
+        kernel = latent.kernel_size if isinstance(latent, ConvLatent) else None
+        return GaussianLatent(latent.latent_features, kernel, spec.shape, spec.above, self.before_latents,
+                              latent.weightnorm, latent.learn_prior or self.config.learn_prior)
 
-    def as_features(self, shape: Shape, twins: bool = False) -> nn.Module:
-        """From a latent, or two, to features of this shape: a linear layer for dense ones."""
-        spec = self.level.latent
-        if isinstance(spec, ConvLatent):
+    def as_features(self, shape: Shape, count: int = 1) -> nn.Module:
+        """From one latent, or `count` of them, to features of this shape: a linear layer for dense ones."""
+        latent = self.spec.latent
+        if isinstance(latent, ConvLatent):
             return nn.Identity()
-        return Dense([spec.latent_features * (2 if twins else 1)], shape)
+        return Dense([count * latent.latent_features], shape)
 
     def declared(self, handed: Shape | None, shape: Shape, block: Block) -> Shape | None:
         """The shape for which a generative block is built to take its skip; published, that of the stage."""
         if not self.config.compat_official or handed is None:
             return handed
-        alive = self.level.shape != (block.out_channels, *shape[1:])
-        if alive and handed != self.level.shape:
+        alive = self.spec.shape != (block.out_channels, *shape[1:])
+        if alive and handed != self.spec.shape:
             raise UserError(f"--compat_official: a generative block expects a skip connection of shape "
-                            f"{self.level.shape} and is handed {handed}. Give all stages the same number of "
+                            f"{self.spec.shape} and is handed {handed}. Give all stages the same number of "
                             f"blocks and channels, or leave --compat_official out.")
-        return self.level.shape
+        return self.spec.shape
 
     def encoder(self) -> Chain:
         """Blocks of inference, which see h_{i-1} past the latents too."""
-        skips = self.config.skip_stochastic and not self.level.first
-        return self.chain(self.level.handed_up, self.level.below if skips else None)
+        skips = self.config.skip_stochastic and not self.spec.first
+        return self.chain(self.spec.handed_up, self.spec.below if skips else None)
 
     def build_inference(self) -> None:
         self.encode = self.encoder()
         self.latent = self.new_latent()
-        if not self.level.top:
-            self.lift = self.as_features(self.level.shape)
+        if not self.spec.top:
+            self.lift = self.as_features(self.spec.shape)
         elif self.config.compat_official:
             # Published checkpoints hold this layer, and nothing uses it.
-            self.lift = self.as_features(self.level.shape).requires_grad_(False)
+            self.lift = self.as_features(self.spec.shape).requires_grad_(False)
 
     # ------------------------------------------------------------------------------------------------ passing
 
@@ -131,18 +132,18 @@ class Stage(nn.Module):
         u, below = carried
         h = self.encode(u, below)
         q, z = infer(self.latent.posterior(h), skipped, temperature)
-        return (z if self.level.top else self.lift(z), h), (q, z)
+        return (z if self.spec.top else self.lift(z), h), (q, z)
 
     def down(self, d: Tensor | None, batch: int, kept: Any, given: Sequence[Tensor | None],
              temperature: float) -> list[Drawn]:
         """The latents, given the features above. What was `kept` on the way up is None for a prior's draw."""
         return [draw(self.latent.prior(d, batch), kept, given[0], temperature)]
 
-    def paint(self, z: Tensor, skips: deque[Tensor]) -> Tensor:
-        """Features of generation (B, C, H, W) from latents; `skips` is the queue that `plan` describes."""
+    def decode(self, z: Tensor, skips: deque[Tensor]) -> Tensor:
+        """Features of generation (B, C, H, W) from latents; `skips` is the queue of `stage_specs`."""
         d = self.project(z)
         for block in self.generate:
-            d = block(d, None if self.level.top else skips.popleft())
+            d = block(d, None if self.spec.top else skips.popleft())
             skips.append(d)
         return d
 
@@ -169,25 +170,25 @@ class LadderStage(Stage):
 
 class BidirectionalStage(Stage):
     """A stage of BIVA: a latent inferred on the way up, as in an HVAE, and one down, as in an LVAE."""
-    has_twins = True
+    is_bidirectional = True
 
     @property
     def before_latents(self) -> str:
         return 'ELU' if self.config.compat_official else self.config.activation
 
     def build_inference(self) -> None:
-        level, compat = self.level, self.config.compat_official
+        spec, compat = self.spec, self.config.compat_official
         # published: only the top has these skips
-        skips = self.config.skip_stochastic and not level.first and (level.top or not compat)
-        both = (2 * level.below[0], *level.below[1:])
-        self.bottom_up = self.chain(level.handed_up, both if skips else None)
-        self.top_down = self.chain(level.below, level.shape)
-        if level.top:
-            joint = (2 * level.shape[0], *level.shape[1:])
-            self.join = self.block(joint, level.blocks[-1], stride=1, dropout=self.config.q_dropout)
+        skips = self.config.skip_stochastic and not spec.first and (spec.top or not compat)
+        both = (2 * spec.below[0], *spec.below[1:])
+        self.bottom_up = self.chain(spec.handed_up, both if skips else None)
+        self.top_down = self.chain(spec.below, spec.shape)
+        if spec.top:
+            joint = (2 * spec.shape[0], *spec.shape[1:])
+            self.join = self.block(joint, spec.blocks[-1], stride=1, dropout=self.config.q_dropout)
             self.latent = self.new_latent()
         else:
-            self.lift = self.as_features(level.shape)
+            self.lift = self.as_features(spec.shape)
             self.merge = self.merge_block()
             self.td_latent, self.bu_latent = self.new_latent(), self.new_latent()
 
@@ -195,14 +196,14 @@ class BidirectionalStage(Stage):
         u, t_below, b_below = carried
         b = self.bottom_up(u, torch.cat([b_below, t_below], dim=1) if b_below is not None else None)
         t = self.top_down(t_below, b)
-        if self.level.top:
+        if self.spec.top:
             inferred = infer(self.latent.posterior(self.join(torch.cat([b, t], dim=1))), skipped, temperature)
             return (), inferred
         inferred = infer(self.bu_latent.posterior(b), skipped, temperature)
         return (self.lift(inferred[1]), t, b), (inferred, t)
 
     def down(self, d, batch, kept, given, temperature):
-        if self.level.top:
+        if self.spec.top:
             return super().down(d, batch, kept, given, temperature)
         bottom_up, top_down = None, None
         if kept is not None:

@@ -6,7 +6,6 @@ count from the image: scale 0 is the finest latent resolution.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from distributed import launch
 from distributions import Normal, Pixels, full_precision, per_image, pixel_likelihood
+from families.nvae.config import ARCHITECTURES, NVAEConfig
 from families.nvae.flows import FlowCell
 from neural_operations import (
     Cell,
@@ -23,77 +23,11 @@ from neural_operations import (
     check_latents,
     initialize_from_data,
 )
-from utils import UserError, flag
+from utils import UserError
 
 Terms = dict[str, Tensor]
 EIGHT_BITS = Pixels()
 ACTIVE_KL = 0.1        # nats an image; a latent channel with less is counted as unused
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The operations of a cell in each part of the network; `pre` and `post` stand next to the image."""
-    pre: tuple[str, ...]
-    enc: tuple[str, ...]
-    dec: tuple[str, ...]
-    post: tuple[str, ...]
-
-
-def _same(op: str) -> Architecture:
-    return Architecture((op, op), (op, op), (op, op), (op, op))
-
-
-def _residual_encoder(*ops: str, kernel: int = 5) -> Architecture:
-    return Architecture(ops, ops, (f'mconv_e6k{kernel}g0',), (f'mconv_e3k{kernel}g0',))
-
-
-_SWISH, _SWISH5 = 'res_bnswish', 'res_bnswish5'
-ARCHITECTURES = {
-    'res_elu': _same('res_elu'),
-    'res_bnelu': _same('res_bnelu'),
-    'res_bnswish': _same('res_bnswish'),
-    'res_mbconv': _residual_encoder(_SWISH, _SWISH),
-    'res53_mbconv': _residual_encoder(_SWISH5, _SWISH),
-    'res35_mbconv': _residual_encoder(_SWISH, _SWISH5),
-    'res55_mbconv': _residual_encoder(_SWISH5, _SWISH5),
-    'res_mbconv9': _residual_encoder(_SWISH, _SWISH, kernel=9),
-    'mbconv_sep': Architecture(('mconv_e3k5g0',), ('mconv_e6k5g0',), ('mconv_e6k5g0',), ('mconv_e3k5g0',)),
-    'mbconv_sep11': Architecture(('mconv_e3k5g0',), ('mconv_e6k11g0',), ('mconv_e6k11g0',),
-                                 ('mconv_e3k5g0',)),
-    'mbconv_res': Architecture(('mconv_e3k5g0',), ('mconv_e6k5g0',), (_SWISH, _SWISH), (_SWISH, _SWISH)),
-    'mbconv_den': Architecture(('mconv_e3k5g8',), ('mconv_e6k5g0',), ('mconv_e6k5g0',), ('mconv_e3k5g8',)),
-}
-
-
-@dataclass(frozen=True)
-class NVAEConfig:
-    """Flags of --model nvae"""
-    arch_instance: str = flag('res_mbconv', 'kinds of cells', choices=tuple(ARCHITECTURES))
-    num_latent_scales: int = flag(1, 'spatial resolutions that hold latents')
-    num_groups_per_scale: int = flag(10, 'latent groups at each resolution')
-    num_latent_per_group: int = flag(20, 'channels of a latent group')
-    ada_groups: bool = flag(False, 'halve the number of groups from each scale to the next coarser one')
-    min_groups_per_scale: int = flag(1, 'with --ada_groups: at least so many groups a scale')
-    num_channels_enc: int = flag(32, 'channels of the first encoder layer')
-    num_preprocess_blocks: int = flag(2, 'blocks before the latents; each halves the resolution')
-    num_preprocess_cells: int = flag(3, 'cells in such a block')
-    num_cell_per_cond_enc: int = flag(1, 'encoder cells a group')
-    num_channels_dec: int = flag(32, 'channels of the last decoder layer')
-    num_postprocess_blocks: int = flag(2, 'blocks after the latents; each doubles the resolution')
-    num_postprocess_cells: int = flag(3, 'cells in such a block')
-    num_cell_per_cond_dec: int = flag(1, 'decoder cells a group')
-    num_nf: int = flag(0, 'normalizing-flow cells a group')
-    num_mixture_dec: int = flag(10, 'logistics in the mixture of a pixel; 1 = a normal decoder')
-    use_se: bool = flag(False, 'squeeze-and-excitation in every cell')
-    res_dist: bool = flag(False, 'residual posteriors: q is given as an offset from p')
-    kl_anneal_portion: float = flag(0.3, 'share of the run in which the KL weight rises; 0 = it is 1 at once')
-    kl_const_portion: float = flag(1e-4, 'share of the training before that, at --kl_const_coeff')
-    kl_const_coeff: float = flag(1e-4, 'smallest KL weight')
-    weight_decay_norm: float = flag(0.0, 'weight of the spectral and batch-norm regularizers; 0 = none')
-    weight_decay_norm_init: float = flag(10.0, 'with --weight_decay_norm_anneal: that weight at the start')
-    weight_decay_norm_anneal: bool = flag(False,
-                                          'take that weight from the first value to the last, geometrically')
-    compat_official: bool = flag(False, 'likelihoods with the quirks of the published NVAE')
 
 
 def groups_per_scale(config: NVAEConfig) -> list[int]:
@@ -155,10 +89,9 @@ class Group(nn.Module):
 
 
 class NVAE(nn.Module):
-    """The model of ARCHITECTURE's contract; terms are those of a likelihood family."""
+    """The contract's model; terms are those of a likelihood family."""
 
     Config = NVAEConfig
-    only_images = True                         # S is (H, W)
 
     def __init__(self, shape: tuple[int, ...], config: NVAEConfig, pixels: Pixels = EIGHT_BITS):
         """`shape` (C, H, W) of an image. Raises UserError for a size that the scales cannot halve."""

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from distributions import Pixels
-from families.nvae.model import NVAE, NVAEConfig
+from families.nvae.config import NVAEConfig
+from families.nvae.model import NVAE
 from neural_operations import Cell, WeightNormConv2d
 from utils import UserError, read_flags
 

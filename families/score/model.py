@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from distributions import Pixels, full_precision
-from families.score.config import SamplingConfig, ScoreModelConfig
-from families.score.msma import Levels, denoise, score_maps, score_norms
+from families.score.config import Levels, ScoreModelConfig
+from families.score.msma import denoise, level_times, score_maps, score_norms
 from families.score.official import read_weights
 from families.score.samplers import (
     PC,
@@ -24,10 +24,10 @@ from families.score.samplers import (
     restoration_error,
     sample_ode,
 )
-from families.score.sde import FIRST_T, expand
+from families.score.sde import FIRST_T, SDES, expand
 from families.score.unet import CONV, Matryoshka, NCSNpp
 from neural_operations import foreground
-from utils import UserError
+from utils import UserError, read_flags
 
 Terms = dict[str, Tensor]
 EIGHT_BITS = Pixels()
@@ -37,13 +37,7 @@ WATCHED_TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)          # of u, where validations l
 class ScoreModel(nn.Module):
     """The contract's model. Its only term is the loss of an image; it has no likelihood terms."""
 
-    Config = ScoreModelConfig
-    # As published; the rate is constant after the warm-up. Samples are slow: pictures are rare.
-    defaults = {'optimizer': 'adam', 'learning_rate': 2e-4, 'learning_rate_min': 2e-4, 'warmup_epochs': 0,
-                'warmup_steps': 1000, 'weight_decay': 0.0, 'grad_clip': 1.0, 'batch_size': 8,
-                'ema_decay': 0.9999, 'ema_ramp': True, 'image_every': 10000}
-    Sampling = SamplingConfig                            # flags that may change when a model is evaluated
-    primary_score = 'msma_gmm'
+    Config, primary_score = ScoreModelConfig, ScoreModelConfig.primary_score
     temperatures, num_shown = (1.0,), 8                  # of the samples that training shows
 
     def __init__(self, shape: tuple[int, ...], config: ScoreModelConfig, pixels: Pixels = EIGHT_BITS):
@@ -60,7 +54,7 @@ class ScoreModel(nn.Module):
     def change_sampling(self, **flags: Any) -> None:
         """Takes other flags of Sampling than the model was built with. Raises UserError for wrong ones."""
         self.config = replace(self.config, **flags)
-        self.sde = self.config.make_sde()
+        self.sde = read_flags(SDES[self.config.sde], vars(self.config))
         sigmas = self.sde.std(torch.linspace(FIRST_T, 1, self.config.num_scales))          # (N,), ascending
         self.register_buffer('sigmas', sigmas.to(getattr(self, 'sigmas', sigmas)))
 
@@ -173,16 +167,16 @@ class ScoreModel(nn.Module):
     def score_norms(self, x: Tensor, denoised: bool = False, **levels: Any) -> Tensor:
         """MSMA features of images x (B, C, *S) in [0, 1]: the norms of std times the score, (B, n).
 
-        `levels` are number, min_timestep, max_timestep and schedule of score_msma.Levels. With `denoised`,
+        `levels` are number, min_timestep, max_timestep and schedule of Levels. With `denoised`,
         the finest noise is first taken out of x.
         """
         x = denoise(self.diffusion, 2 * x - 1) if denoised else 2 * x - 1
-        return score_norms(self.diffusion, x, Levels(**levels).times(self.sde))
+        return score_norms(self.diffusion, x, level_times(Levels(**levels), self.sde))
 
     def score_norm(self, x: Tensor, level: int, denoised: bool = False, **levels: Any) -> Tensor:
         """Feature `level` of score_norms alone, from 0, differentiable: (B,)."""
         x = denoise(self.diffusion, 2 * x - 1) if denoised else 2 * x - 1
-        return score_norms(self.diffusion, x, Levels(**levels).times(self.sde)[level:level + 1])[:, 0]
+        return score_norms(self.diffusion, x, level_times(Levels(**levels), self.sde)[level:level + 1])[:, 0]
 
     @property
     def last_block(self) -> nn.Module:
@@ -193,7 +187,7 @@ class ScoreModel(nn.Module):
     def score_maps(self, x: Tensor, denoised: bool = False, **levels: Any) -> Tensor:
         """The same per voxel, summed over channels, signed: (B, n, *S)."""
         x = denoise(self.diffusion, 2 * x - 1) if denoised else 2 * x - 1
-        return score_maps(self.diffusion, x, Levels(**levels).times(self.sde))
+        return score_maps(self.diffusion, x, level_times(Levels(**levels), self.sde))
 
     @torch.no_grad()
     def inpainting_map(self, x: Tensor) -> Tensor:

@@ -4,51 +4,30 @@ B images x (B, C, *S) on [-1, 1], n levels. No noise is added: the score at a le
 the noisy image, which is x itself for VE and a faded x for VP and subVP.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from families.score.config import Levels
 from families.score.samplers import Diffusion, reverse_mean
 from families.score.sde import SDE, expand
 from utils import UserError
 
-SCHEDULES = ('geometric', 'linear', 'thinned')
 DENOISING_T = 0.01
 PASS_VOXELS = 2 ** 19      # of a pass through the network: 16 volumes of 32 x 32 x 32
 
 
-@dataclass(frozen=True)
-class Levels:
-    """Which n levels of noise, from time `min_timestep` to `max_timestep`.
-
-    geometric: standard deviations log-spaced; linear: equally spaced; thinned: every (N // n)-th of N
-    equally spaced times, so that the last time is left out.
-    """
-    number: int = 20
-    min_timestep: float = 0.01
-    max_timestep: float = 1.0
-    schedule: str = 'geometric'
-
-    def __post_init__(self):
-        if self.number < 1 or not 0 < self.min_timestep < self.max_timestep <= 1:
-            raise UserError(f"{self.number} levels from time {self.min_timestep} to {self.max_timestep}: "
-                            f"give at least 1, and times above 0, rising, up to 1.")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"schedule {self.schedule!r} of levels: known are {', '.join(SCHEDULES)}.")
-
-    def times(self, sde: SDE) -> Tensor:
-        """Their times, rising: (n,)."""
-        ends = torch.tensor([self.min_timestep, self.max_timestep])
-        if self.schedule == 'thinned':
-            every = sde.num_scales // self.number
-            if not every:
-                raise UserError(f"{self.number} levels of {sde.num_scales} scales: give at most as many.")
-            return torch.linspace(*ends, sde.num_scales)[::every]
-        low, high = sde.std(ends)
-        stds = torch.linspace(low, high, self.number) if self.schedule == 'linear' \
-            else torch.exp(torch.linspace(low.log(), high.log(), self.number))
-        return sde.t_of_std(stds)
+def level_times(levels: Levels, sde: SDE) -> Tensor:
+    """The times of the noise levels, rising: (n,)."""
+    ends = torch.tensor([levels.min_timestep, levels.max_timestep])
+    if levels.schedule == 'thinned':
+        every = sde.num_scales // levels.number
+        if not every:
+            raise UserError(f"{levels.number} levels of {sde.num_scales} scales: give at most as many.")
+        return torch.linspace(*ends, sde.num_scales)[::every]
+    low, high = sde.std(ends)
+    stds = torch.linspace(low, high, levels.number) if levels.schedule == 'linear' \
+        else torch.exp(torch.linspace(low.log(), high.log(), levels.number))
+    return sde.t_of_std(stds)
 
 
 def scores(d: Diffusion, x: Tensor, times: Tensor) -> Tensor:

@@ -173,9 +173,6 @@ def sample_ode(d: Diffusion, like: Tensor, noise_removal: bool = True) -> Tensor
     return reverse_mean(d, x, x.new_full((len(x),), d.sde.end))[0] if noise_removal else x
 
 
-SAMPLERS = ('pc', 'ode')
-
-
 def ode_log_likelihood(d: Diffusion, x: Tensor) -> Tensor:
     """log density of images x (B, C, *S) by the probability flow, nats: (B,).
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distributions import full_precision
+from families.score.config import ATTENTION_GROUPS
 from families.score.sde import expand
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -24,7 +25,7 @@ DROPOUT = {2: nn.Dropout2d, 3: nn.Dropout3d}                         # of whole 
 ACTIVATIONS = {'memswish': nn.SiLU, 'swish': nn.SiLU, 'relu': nn.ReLU, 'elu': nn.ELU,
                'lrelu': lambda: nn.LeakyReLU(0.2)}
 NO_SCALE = 1e-10             # what a scale of 0 means: a layer that puts out almost nothing
-ATTENTION_SCALE, ATTENTION_GROUPS = 0.1, 8
+ATTENTION_SCALE = 0.1
 
 
 # ---------------------------------------------------------------------------------------------------- layers

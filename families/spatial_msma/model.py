@@ -6,7 +6,6 @@ channels, S two or three spatial axes with V voxels, P voxels of a step.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,87 +13,25 @@ from torch import Tensor, nn
 
 from distributed import launch
 from distributions import Pixels
-from families.score.config import read_network, resolve_network
+from families.score.config import Levels, read_network
 from families.score.model import ScoreModel
-from families.score.msma import SCHEDULES, Levels
-from families.spatial_msma.flow import BASES, ConditionalFlow
+from families.score.msma import level_times
+from families.spatial_msma.config import SpatialMSMAConfig
+from families.spatial_msma.flow import ConditionalFlow
 from families.spatial_msma.official import find_weights, from_official
-from families.spatial_msma.patches import HEADS, FeatureCache, GlobalContext, PositionCode, pool
+from families.spatial_msma.patches import FeatureCache, GlobalContext, PositionCode, pool
 from neural_operations import foreground
-from utils import UserError, flag, read_checkpoint
+from utils import UserError, read_checkpoint
 
 Terms = dict[str, Tensor]
 EIGHT_BITS = Pixels()
 LEAST_SPREAD = 1e-6        # of a feature that is the same in all voxels of the first batch
 
 
-@dataclass(frozen=True)
-class SpatialMSMAConfig:
-    """Flags of --model spatial_msma"""
-    score_model: str = flag('', 'the score network, which stays as it is: run folder or checkpoint of a '
-                                'score; or JSON, or a file of JSON, with its image_size, flags, and '
-                                'checkpoint (ours or published)')
-    msma_levels: int = flag(20, 'levels of noise at which the score is taken, at least 2')
-    msma_min_timestep: float = flag(0.01, 'time of the least noise, 0 to 1')
-    msma_max_timestep: float = flag(0.8, 'time of the most noise')
-    msma_schedule: str = flag('geometric', "how they are spaced; thinned = those of the sampler's steps",
-                              choices=SCHEDULES)
-    local_patch_kernel: int = flag(3, 'voxels on each axis of the neighbourhood of a voxel, odd')
-    use_global_context: bool = flag(True, 'the density depends on the image as a whole too')
-    global_patch_kernel: int = flag(17, 'global context: voxels on each axis of its patches, odd')
-    global_patch_stride: int = flag(8, 'global context: voxels from one patch to the next')
-    global_embedding_size: int = flag(512, 'global context: width of its attention, a multiple of 8')
-    context_embedding_size: int = flag(128, 'numbers that tell the place, and as many the image')
-    base_distribution: str = flag('gaussian_mixture', 'what the flow makes of normal voxels: ten normals, '
-                                  'one with all covariances, or the standard one', choices=tuple(BASES))
-    num_blocks: int = flag(20, 'permutations with linear layers and splines')
-    hidden_features: int = flag(256, 'width of the networks of the flow')
-    standardize: bool = flag(False, 'give the flow features of mean 0 and variance 1, by the first batch: '
-                                    'short trainings come further (published: as they are)')
-    patches_per_step: int = flag(16384, 'voxels of an image in a step, at random in the foreground',
-                                 aliases=('patches_per_train_step',))
-    patch_batch_size: int = flag(16384, 'voxels at a time where all are scored: less takes less memory')
-    cache_maps: bool = flag(True, 'keep the maps of images that have been seen in memory; of no use where '
-                                  'images change, as by --augment or --flip')
-    cache_gb: float = flag(4.0, 'most memory for that, GiB per process; what is over is computed again')
-
-    def __post_init__(self):
-        least_of = {'msma_levels': 2, 'num_blocks': 1, 'hidden_features': 1, 'patches_per_step': 1,
-                    'patch_batch_size': 1, 'context_embedding_size': 1, 'global_embedding_size': 1,
-                    'global_patch_stride': 1, 'local_patch_kernel': 1, 'global_patch_kernel': 1,
-                    'cache_gb': 0}
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
-        for name in ('local_patch_kernel', 'global_patch_kernel'):
-            if getattr(self, name) % 2 == 0:
-                raise UserError(f"--{name} {getattr(self, name)}: give an odd number.")
-        if self.global_embedding_size % HEADS:
-            raise UserError(f"--global_embedding_size {self.global_embedding_size}: give a multiple of "
-                            f"{HEADS}.")
-        if self.base_distribution not in BASES:
-            raise UserError(f"--base_distribution {self.base_distribution}: known are {', '.join(BASES)}.")
-        Levels(**self.levels)
-        if not self.score_model:
-            raise UserError("--model spatial_msma needs --score_model: the run folder of a --model score "
-                            "that was trained on the same data.")
-        object.__setattr__(self, 'score_model', resolve_network(self.score_model, 'score_model'))
-
-    @property
-    def levels(self) -> dict[str, Any]:
-        """What the score model's `score_maps` is asked for."""
-        return {'number': self.msma_levels, 'min_timestep': self.msma_min_timestep,
-                'max_timestep': self.msma_max_timestep, 'schedule': self.msma_schedule}
-
-
 class SpatialMSMA(nn.Module):
     """The contract's model. Its only term is the loss of an image; it has no likelihood of whole images."""
 
-    Config = SpatialMSMAConfig
-    # As published; the rate is constant, and --weight_decay is that of AdamW.
-    defaults = {'optimizer': 'adamw', 'learning_rate': 3e-4, 'lr_schedule': 'constant', 'warmup_epochs': 0,
-                'weight_decay': 1e-5, 'batch_size': 2, 'ema_halflife_kimg': 50.0, 'ema_rampup_ratio': 0.01}
-    primary_score = 'voxel_nll'
+    Config, primary_score = SpatialMSMAConfig, SpatialMSMAConfig.primary_score
     capturable = False                     # which voxels a pass takes depends on the images
 
     def __init__(self, shape: tuple[int, ...], config: SpatialMSMAConfig, pixels: Pixels = EIGHT_BITS):
@@ -109,7 +46,7 @@ class SpatialMSMA(nn.Module):
                             f"with.")
         self.score_model = ScoreModel(self.shape, inner, pixels).requires_grad_(False).eval()
         with torch.device('cpu'):                                  # a number, also of models without memory
-            self.levels = len(Levels(**config.levels).times(self.score_model.sde))
+            self.levels = len(level_times(Levels(**config.levels), self.score_model.sde))
         self.position = PositionCode(config.context_embedding_size, size)
         self.global_context = GlobalContext(
             channels, size, kernel=config.global_patch_kernel, stride=config.global_patch_stride,

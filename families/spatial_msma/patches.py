@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from families.score.unet import AVERAGE, conv
+from families.spatial_msma.config import HEADS
 
-HEADS = 8                            # of the attention over tokens
 DROPOUT = 0.1                        # between its last two layers
 POOLING_KERNEL, POOLING_STRIDE = 3, 2
 
