@@ -1,38 +1,30 @@
-"""Data sets: the table, the flags, the split into parts, and the batches.
+"""Data sets: the table, the data flags, the split into parts.
 
 B images, C channels, *S = (H, W) pixels or (D, H, W) voxels; label 0 normal, 1 anomalous. Models train on
-the normal images of the part `train`, choose thresholds on the normal images of `val`, and are judged on
-`test`, normal and anomalous.
+the normal images of the part `train`, thresholds come from the normal images of `val`, and `test` has normal
+and anomalous images. Readers, PyTorch and Pillow are imported when data are read: --help does without them.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
-
-from distributions import Pixels
-from readers.images.archive import unpacked
-from readers.images.folder import FITS, read_folder
-from readers.images.new_files import Preparation
-from readers.lmdb.packed import is_packed, read_packed
-from readers.lmdb.packed_volumes import read_packed_volumes
-from readers.parts import Batch, Part
-from readers.phantoms.brain import write_brain_phantoms
-from readers.phantoms.chest import write_phantoms
-from readers.published.cifar10 import read_cifar10
-from readers.published.layouts import Layout, read_records
-from readers.published.mnist import read_mnist, read_stacked_mnist
-from readers.published.omniglot import read_omniglot
-from readers.published.part_folders import read_part_folders
-from readers.published.records import Decoding, Records
-from readers.published.smallnorb import read_smallnorb
-from readers.published.svhn import read_svhn
-from readers.source import Entry, Source
+from readers.config import (
+    ClassConfig,
+    ColorConfig,
+    DataSet,
+    FileConfig,
+    FitConfig,
+    PatientConfig,
+    PhantomConfig,
+    ReaderConfig,
+    VolumeConfig,
+)
 from readers.split import (
     PARTS,
     count,
@@ -42,52 +34,41 @@ from readers.split import (
     some,
     split_by_name,
     split_given,
-    split_parts,
     split_records,
     stored_parts,
     warnings,
     with_patients,
 )
-from readers.volumes.new_volumes import NewVolumes
-from readers.volumes.volumes import VolumeConfig, VolumePreparation, check_volumes, read_volumes
-from utils import UserError, flag, mix_seed
+from utils import UserError, flag, flags
+
+if TYPE_CHECKING:
+    from distributions import Pixels
+    from readers.images.new_files import Preparation
+    from readers.parts import Part
+    from readers.published.records import Records
+    from readers.source import Entry, Source
+    from readers.volumes.new_volumes import NewVolumes
 
 # ------------------------------------------------------------------------------------------------------ table
 
-@dataclass(frozen=True)
-class DataSet:
-    """One row of DATASETS: what is true of a data set whatever the run."""
-    read: Callable[['DataConfig', 'DataSet'], Source]
-    size: int                                # along each of *S, as the model sees it, padding included
-    dims: int = 2                            # of *S; 3 = volumes, which may have size 0: as large as they are
-    channels: int = 1
-    modalities: tuple[str, ...] = ()         # of volumes: names of the channels
-    labels: str = ''                         # of volumes: name of the masks of lesions
-    bits: int = 16                           # most bits a grey level can have
-    likelihood: str = 'discretized'          # or 'bernoulli'
-    padding: int = 0                         # border of zeros that belongs to `size`, not to the image
-    normal: tuple[str, ...] = ()             # names a normal class may have; () = all that is not anomalous
-    folder: Callable[['DataConfig'], str] | None = None      # its class folders; None = it is not in such
-    masks: bool = False                      # a folder `masks` marks anomalies
-    val_fraction: float = 0.15               # of the normal images that are not in a given test part
-    test_fraction: float = 0.2
-    split: Callable[[Sequence[Entry], float, float, int], dict[str, str]] = split_parts   # who goes where
-    val_always: bool = True                  # False: a validation part only where there are anomalies to find
-    flip: bool = False                       # trained on mirror images too
-    num_train: int = 0                       # training images of the published set; 0 = any number
-    parts: tuple[str, ...] = ('train', 'test')               # of a set with parts of its own: those to read
-    layout: Layout | None = None             # of a set that is read as it is trained on
-    where: str = ''                          # for errors: the layout, and where the data comes from
+def reader(place: str, **options: Any) -> Callable[..., Any]:
+    """The function `place`, 'module:function' below readers/, with these options; imported when called."""
+    def read(*args: Any, **more: Any) -> Any:
+        module, name = place.split(':')
+        return getattr(import_module(f'readers.{module}'), name)(*args, **options, **more)
+    return read
 
 
-def _read_folder(config: 'DataConfig', row: DataSet) -> Source:
+def _read_folder(config: DataConfig, row: DataSet) -> Source:
+    from readers.images.folder import read_folder
     return read_folder(row.folder(config), normal=row.normal, normal_wanted=config.normal_classes,
                        anomalous=config.anomalous_classes, size=config.image_size or row.size,
                        channels=config.channels or row.channels, depth=config.depth, fit=config.fit,
                        masks=row.masks, cache_dir=config.cache_dir, where=row.where)
 
 
-def _read_volumes(config: 'DataConfig', row: DataSet) -> Source:
+def _read_volumes(config: DataConfig, row: DataSet) -> Source:
+    from readers.volumes.volumes import read_volumes
     return read_volumes(row.folder(config), config, modalities=config.modalities or row.modalities,
                         labels=config.labels or row.labels, normal=row.normal,
                         normal_wanted=config.normal_classes, anomalous=config.anomalous_classes,
@@ -95,39 +76,48 @@ def _read_volumes(config: 'DataConfig', row: DataSet) -> Source:
                         where=row.where)
 
 
-def _data_folder(config: 'DataConfig') -> str:
-    is_file = config.data and Path(config.data).is_file()
-    return str(unpacked(config.data, config.cache_dir)) if is_file else config.data
+def _data_folder(config: ReaderConfig) -> str:
+    if not (config.data and Path(config.data).is_file()):
+        return config.data
+    from readers.images.archive import unpacked
+    return str(unpacked(config.data, config.cache_dir))
 
 
-def _phantom_folder(config: 'DataConfig') -> str:
+def _phantom_folder(config: ReaderConfig) -> str:
+    from readers.phantoms.chest import write_phantoms
     return str(write_phantoms(config.data or 'data/phantom', config.num_phantoms or 1200))
 
 
-def _brain_phantom_folder(config: 'DataConfig') -> str:
+def _brain_phantom_folder(config: ReaderConfig) -> str:
+    from readers.phantoms.brain import write_brain_phantoms
     return str(write_brain_phantoms(config.data or 'data/brain_phantom', config.num_phantoms or 120))
 
 
-def _read_arrays(read: Callable[..., Source], config: 'DataConfig', row: DataSet) -> Source:
+def _read_arrays(read: Callable[..., Source], config: DataConfig, row: DataSet) -> Source:
     return read(config.data, parts=row.parts, normal=config.normal_classes,
                 anomalous=config.anomalous_classes, size=config.image_size or row.size,
                 channels=config.channels or row.channels, padding=_padding(config, row),
                 cache_dir=config.cache_dir, where=row.where)
 
 
-def _read_records(config: 'DataConfig', row: DataSet) -> Source:
-    return read_records(config.data, row.layout, size=config.image_size or row.size,
+def _read_records(config: DataConfig, row: DataSet, **layout: Any) -> Source:
+    from readers.published.layouts import Layout, read_records
+    from readers.published.records import Decoding
+    decoding = Decoding(**{k: layout.pop(k) for k in ('encoded', 'crop', 'box') if k in layout})
+    return read_records(config.data, Layout(decoding, **layout), size=config.image_size or row.size,
                         channels=config.channels or row.channels, num_train=row.num_train,
                         normal=config.normal_classes, anomalous=config.anomalous_classes,
                         cache_dir=config.cache_dir, where=row.where)
 
 
-def _read_packed(config: 'DataConfig', row: DataSet) -> Source:
+def _read_packed(config: DataConfig, row: DataSet) -> Source:
     """Any row from an LMDB that scripts/create_lmdb.py made."""
     if row.dims == 3:
+        from readers.lmdb.packed_volumes import read_packed_volumes
         return read_packed_volumes(config.data, config, image_size=config.image_size, normal=row.normal,
                                    normal_wanted=config.normal_classes, anomalous=config.anomalous_classes,
                                    depth=config.depth, cache_dir=config.cache_dir)
+    from readers.lmdb.packed import read_packed
     border = _padding(config, row)
     return read_packed(config.data, normal=row.normal, normal_wanted=config.normal_classes,
                        anomalous=config.anomalous_classes, size=(config.image_size or row.size) - 2 * border,
@@ -139,83 +129,86 @@ def _read_packed(config: 'DataConfig', row: DataSet) -> Source:
 PUBLISHED = {'bits': 8, 'val_fraction': 0.1, 'test_fraction': 0, 'val_always': False}
 # Binary pictures of 28 x 28 in a frame of 2, which --image_size 28 takes off.
 BINARY = PUBLISHED | {'size': 32, 'likelihood': 'bernoulli', 'padding': 2}
-# Photographs: large, in colour, read as they are trained on, and mirrored.
-PHOTOGRAPHS = PUBLISHED | {'read': _read_records, 'channels': 3, 'flip': True}
-LSUN = Decoding(encoded=True, crop=True)
+# Photographs: large, in color, decoded when they are used, and mirrored; all of one class.
+PHOTOGRAPHS = PUBLISHED | {'channels': 3, 'flip': True, 'classes': False}
 LSUN_WHERE = ('Expected the LMDBs {0}_train_lmdb and {0}_val_lmdb, unpacked as github.com/fyu/lsun gives '
               'them.')
-LSUN_CHURCH = Layout(LSUN, 'church', 'church_outdoor_train_lmdb', 'church_outdoor_val_lmdb', listed=True)
+LSUN = partial(_read_records, encoded=True, crop=True, listed=True)
+LSUN_CHURCH = partial(LSUN, class_name='church', train='church_outdoor_train_lmdb',
+                      test='church_outdoor_val_lmdb')
 
 DATASETS = {
     'mnist': DataSet(
-        partial(_read_arrays, read_mnist), num_train=60_000,
+        partial(_read_arrays, reader('published.mnist:read_mnist')), num_train=60_000,
         where='Get it with torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.',
         **BINARY),
     'fashion_mnist': DataSet(
-        partial(_read_arrays, partial(read_mnist, name='FashionMNIST')), num_train=60_000,
+        partial(_read_arrays, reader('published.mnist:read_mnist', name='FashionMNIST')), num_train=60_000,
         where='Get it with torchvision.datasets.FashionMNIST(FOLDER, download=True), then --data FOLDER.',
         **BINARY),
     'kmnist': DataSet(
-        partial(_read_arrays, partial(read_mnist, name='KMNIST')), num_train=60_000,
+        partial(_read_arrays, reader('published.mnist:read_mnist', name='KMNIST')), num_train=60_000,
         where='Get it with torchvision.datasets.KMNIST(FOLDER, download=True), then --data FOLDER.',
         **BINARY),
     'notmnist': DataSet(
-        partial(_read_arrays, partial(read_part_folders, name='notMNIST', folders={
+        partial(_read_arrays, reader('published.part_folders:read_part_folders', name='notMNIST', folders={
             'train': 'notMNIST_large', 'test': 'notMNIST_small'})), num_train=529_114,
         where='Expected the folders notMNIST_large and notMNIST_small, A to J in each, as their archives '
               'unpack (yaroslavvb.blogspot.com, notMNIST dataset).', **BINARY),
     'stacked_mnist': DataSet(
-        partial(_read_arrays, read_stacked_mnist), size=32, channels=3, padding=2, num_train=120_000,
+        partial(_read_arrays, reader('published.mnist:read_stacked_mnist')), size=32, channels=3, padding=2,
+        num_train=120_000,
         where='It is made from MNIST: torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.',
         **PUBLISHED),
     'omniglot': DataSet(
-        partial(_read_arrays, read_omniglot), num_train=24_345,
+        partial(_read_arrays, reader('published.omniglot:read_omniglot')), num_train=24_345,
         where='Expected chardata.mat of github.com/yburda/iwae (datasets/OMNIGLOT).', **BINARY),
     'omniglot_py': DataSet(
-        partial(_read_arrays, partial(read_part_folders, name='Omniglot', folders={
+        partial(_read_arrays, reader('published.part_folders:read_part_folders', name='Omniglot', folders={
             'train': 'omniglot-py/images_background', 'test': 'omniglot-py/images_evaluation'})),
         size=28, num_train=19_280,
         where='Get it with torchvision.datasets.Omniglot(FOLDER, background, download=True) for background '
               'True and False, then --data FOLDER.', **PUBLISHED),
     'cifar10': DataSet(
-        partial(_read_arrays, read_cifar10), size=32, channels=3, flip=True, num_train=50_000,
+        partial(_read_arrays, reader('published.cifar10:read_cifar10')), size=32, channels=3, flip=True,
+        num_train=50_000,
         where='Get it with torchvision.datasets.CIFAR10(FOLDER, download=True), then --data FOLDER.',
         **PUBLISHED),
     'svhn': DataSet(
-        partial(_read_arrays, read_svhn), size=32, channels=3, num_train=73_257,
+        partial(_read_arrays, reader('published.svhn:read_svhn')), size=32, channels=3, num_train=73_257,
         where='Get it with torchvision.datasets.SVHN(FOLDER, split, download=True) for the splits train and '
               'test, then --data FOLDER.', **PUBLISHED),
     'smallnorb': DataSet(
-        partial(_read_arrays, read_smallnorb), size=96, num_train=24_300,
+        partial(_read_arrays, reader('published.smallnorb:read_smallnorb')), size=96, num_train=24_300,
         where='Expected the files of cs.nyu.edu/~ylclab/data/norb-v1.0-small.', **PUBLISHED),
     'celeba_64': DataSet(
+        partial(_read_records, encoded=True, box=(15, 40, 163, 188), class_name='face', celeba=True),
         size=64, num_train=162_770,
-        layout=Layout(Decoding(encoded=True, box=(15, 40, 163, 188)), 'face', celeba=True),
         where='Expected train.lmdb and validation.lmdb, made by scripts/create_celeba64_lmdb.py, or '
               'celeba/img_align_celeba and celeba/list_eval_partition.txt, as torchvision.datasets.CelebA '
               'leaves them.', **PHOTOGRAPHS),
     'celeba_256': DataSet(
-        size=256, num_train=27_000, layout=Layout(class_name='face'),
+        partial(_read_records, class_name='face'), size=256, num_train=27_000,
         where='Expected train.lmdb and validation.lmdb: scripts/convert_tfrecord_to_lmdb.py --dataset celeba '
               'makes them of the CelebA-HQ TFRecords of github.com/openai/glow.', **PHOTOGRAPHS),
     'imagenet_32': DataSet(
-        size=32, num_train=1_281_147, layout=Layout(),
+        _read_records, size=32, num_train=1_281_147,
         where='Expected train.lmdb and validation.lmdb: scripts/convert_tfrecord_to_lmdb.py --dataset '
               'imagenet-oord_32 makes them of the ImageNet TFRecords of github.com/openai/glow.',
         **PHOTOGRAPHS),
     'ffhq': DataSet(
-        size=256, num_train=63_000, layout=Layout(class_name='face'),
+        partial(_read_records, class_name='face'), size=256, num_train=63_000,
         where='Expected train.lmdb and validation.lmdb: scripts/create_ffhq_lmdb.py makes them of the images '
               'of github.com/NVlabs/ffhq-dataset.', **PHOTOGRAPHS),
     'lsun_bedroom_128': DataSet(
+        partial(LSUN, class_name='bedroom', train='bedroom_train_lmdb', test='bedroom_val_lmdb'),
         size=128, num_train=3_033_042,
-        layout=Layout(LSUN, 'bedroom', 'bedroom_train_lmdb', 'bedroom_val_lmdb', listed=True),
         where=LSUN_WHERE.format('bedroom'), **PHOTOGRAPHS),
     'lsun_church_64': DataSet(
-        size=64, num_train=126_227, layout=LSUN_CHURCH, where=LSUN_WHERE.format('church_outdoor'),
+        LSUN_CHURCH, size=64, num_train=126_227, where=LSUN_WHERE.format('church_outdoor'),
         **PHOTOGRAPHS),
     'lsun_church_128': DataSet(
-        size=128, num_train=126_227, layout=LSUN_CHURCH, where=LSUN_WHERE.format('church_outdoor'),
+        LSUN_CHURCH, size=128, num_train=126_227, where=LSUN_WHERE.format('church_outdoor'),
         **PHOTOGRAPHS),
     'covid': DataSet(
         _read_folder, size=64, normal=('Normal',), folder=_data_folder,
@@ -231,7 +224,7 @@ DATASETS = {
         _read_folder, size=64, normal=('normal', 'good'), masks=True, folder=_data_folder,
         where='Expected a folder "normal" (or "good") and beside it one folder for each kind of anomaly.'),
     'phantom': DataSet(
-        _read_folder, size=64, normal=('Normal',), masks=True, folder=_phantom_folder,
+        _read_folder, size=64, normal=('Normal',), masks=True, folder=_phantom_folder, phantoms=1200,
         where='Synthetic: it is made at the first run.'),
     'brain': DataSet(
         _read_volumes, size=0, dims=3, normal=('normal', 'healthy', 'control'), labels='label',
@@ -240,50 +233,53 @@ DATASETS = {
               'or files that end in _t1 and _flair; perhaps in class folders, one of them "normal".'),
     'brain_phantom': DataSet(
         _read_volumes, size=64, dims=3, channels=2, modalities=('t1', 'flair'), labels='lesions',
-        normal=('normal',), folder=_brain_phantom_folder, split=split_given,
+        normal=('normal',), folder=_brain_phantom_folder, phantoms=120, split=split_given,
         where='Synthetic: it is made at the first run.'),
 }
 
 
-@dataclass(frozen=True)
-class DataConfig(VolumeConfig):
-    """Data: which images, at what size, in what parts"""
-    dataset: str = flag('mnist', 'data set', choices=tuple(DATASETS))
-    data: str = flag('', 'data folder, a tar of class folders, or an LMDB of scripts/create_lmdb.py '
-                         '(phantoms: where to make them, default data/NAME)')
-    image_size: int = flag(0, "height and width in pixels, of volumes all three; 0 = the data set's own")
-    channels: int = flag(0, "1 grey, 3 colour; 0 = the data set's own; of volumes see --modalities",
-                         choices=(0, 1, 3))
-    num_x_bits: int = flag(8, 'bits per pixel, 1 to 16; above 8 keeps the depth of 16-bit files')
-    fit: str = flag('pad', 'an image that is not square gets black borders, loses its ends, or is squeezed',
-                    choices=FITS)
-    normal_classes: tuple = flag((), "class names to train on; none given = the data set's own",
-                                 aliases=('normal_class',))
-    anomalous_classes: tuple = flag((), 'class names to detect; none given = all others (mnist: none)')
-    val_fraction: float = flag(-1.0, "fraction of the normal images for validation; -1 = the data set's own")
-    test_fraction: float = flag(-1.0, "fraction of the normal images for testing; -1 = the data set's own")
-    split_seed: int = flag(0, 'which random split')
-    flip: str = flag('auto', "train on mirror images too, each image at random; auto = as the data set's own "
-                             "published runs", choices=('auto', 'on', 'off'))
-    patient_pattern: str = flag('', "regular expression on the file name, group 1 = patient; '' = unknown")
-    patient_metadata: str = flag('', "CSV file, as FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' = unknown")
-    skip_corrupt: bool = flag(False, 'leave out files that cannot be read, and report each; else stop')
-    likelihood: str = flag('auto', "grey levels, or binary: a grey value is the chance of white; auto = the "
-                                   "data set's own", choices=('auto', 'discretized', 'bernoulli'))
-    binarize: str = flag('dynamic', 'binary and dequantized data: draw each pixel anew every epoch, or once '
-                                    'for ever',
+@flags
+class PixelConfig:
+    """Pixels"""
+    likelihood: str = flag('auto', 'gray levels, or binary pixels that are white with the gray value as '
+                                   "probability; auto = the data set's own",
+                           choices=('auto', 'discretized', 'bernoulli'))
+    binarize: str = flag('dynamic', 'binary and dequantized pixels: draw them anew in every epoch, or once',
                          choices=('dynamic', 'static'))
-    dequantize: bool = flag(False, 'grey levels: add noise, (level + u) / levels with u uniform in [0, 1)')
-    invert: bool = flag(False, 'light for dark: 1 - x, before it is made binary or dequantized')
-    num_phantoms: int = flag(0, 'phantoms: normal ones to make, a quarter as many abnormal ones; 0 = 1200 '
-                                'images or 120 volumes')
-    num_workers: int = flag(0, 'processes that prepare batches; 0 = none besides the program')
-    cache_dir: str = flag('', "folder for decoded images; '' = a folder in $XDG_CACHE_HOME or ~/.cache")
+    dequantize: bool = flag(False, 'gray levels: add noise, (level + u) / levels with u uniform in [0, 1)')
+    invert: bool = flag(False, 'invert images, 1 - x, before they are binarized or dequantized')
+    flip: str = flag('auto', 'train on mirror images too, each with probability 1/2; auto = as published '
+                             'for the data set', choices=('auto', 'on', 'off'))
 
-    @property
-    def depth(self) -> int:
-        """Bits at which decoded images are kept; --num_x_bits takes its grey levels from these."""
-        return 16 if self.num_x_bits > 8 else 8
+
+@flags
+class SplitConfig:
+    """Data set and split"""
+    dataset: str = flag('mnist', 'data set', choices=tuple(DATASETS), basic=True)
+    val_fraction: float = flag(-1.0, "fraction of the normal images for validation; -1 = the data set's own",
+                               least=-1, below=1, basic=True)
+    test_fraction: float = flag(-1.0, "fraction of the normal images for testing; -1 = the data set's own",
+                                least=-1, below=1, basic=True)
+    split_seed: int = flag(0, 'seed of the random split')
+    num_workers: int = flag(0, 'processes that prepare batches; 0 = the program itself', least=0)
+
+
+@flags
+class DataConfig(PixelConfig, ReaderConfig, SplitConfig):
+    """All data flags, as a run stores them; one data set takes those of `data_flags`."""
+
+
+def data_flags(dataset: str) -> tuple[type, ...]:
+    """The classes of flags that do something for a data set: those that its help page shows and it takes."""
+    row = DATASETS[dataset]
+    images = row.dims == 2
+    useful = {
+        SplitConfig: True, FileConfig: True, ClassConfig: row.classes,
+        ColorConfig: images and row.likelihood != 'bernoulli', FitConfig: images and row.folder is not None,
+        PixelConfig: True, PatientConfig: row.folder is not None, PhantomConfig: row.phantoms > 0,
+        VolumeConfig: not images,
+    }
+    return tuple(group for group, does_something in useful.items() if does_something)
 
 
 def _padding(config: DataConfig, row: DataSet) -> int:
@@ -295,9 +291,14 @@ def _padding(config: DataConfig, row: DataSet) -> int:
     return (size - own) // 2 if row.padding else 0
 
 
+def _likelihood(config: DataConfig, row: DataSet) -> str:
+    return row.likelihood if config.likelihood == 'auto' else config.likelihood
+
+
 def _pixels(config: DataConfig, row: DataSet) -> Pixels:
     """What a model must know of the pixels."""
-    likelihood = row.likelihood if config.likelihood == 'auto' else config.likelihood
+    from distributions import Pixels
+    likelihood = _likelihood(config, row)
     return Pixels(likelihood, 1 if likelihood == 'bernoulli' else config.num_x_bits, _padding(config, row))
 
 
@@ -316,6 +317,9 @@ def preparation(config: DataConfig, shape: Sequence[int], pixels: Pixels,
     """What the run with these flags, and a model of this shape and these pixels, does to an image file, or to
     the files of a subject; `spacing` is that of the run's volumes in mm, which flags need not say.
     """
+    from readers.images.new_files import Preparation
+    from readers.volumes.new_volumes import NewVolumes
+    from readers.volumes.volumes import VolumePreparation
     row = DATASETS[config.dataset]
     if row.dims == 2:
         return Preparation(tuple(shape), pixels, config.depth, config.fit, config.dequantize, config.invert)
@@ -326,32 +330,25 @@ def preparation(config: DataConfig, shape: Sequence[int], pixels: Pixels,
 
 
 def check(config: DataConfig, row: DataSet) -> None:
-    """Raises UserError for flags that make no sense on their own or for this data set."""
-    if not 1 <= config.num_x_bits <= row.bits:
+    """Raises UserError for flags that make no sense together, or that would do nothing for this data set."""
+    taken = {field.name for group in data_flags(config.dataset) for field in fields(group)}
+    for field in fields(ReaderConfig):
+        if field.name not in taken and getattr(config, field.name) != field.default:
+            raise UserError(f"--{field.name}: it does nothing for --dataset {config.dataset}. Leave it out.")
+    if config.num_x_bits > row.bits:
         raise UserError(f"--num_x_bits {config.num_x_bits}: {config.dataset} has 1 to {row.bits}.")
-    if config.image_size < 0:
-        raise UserError(f"--image_size {config.image_size}: expected pixels, or 0 for the data set's own "
-                        f"{row.size}.")
-    if config.num_phantoms < 0:
-        raise UserError(f"--num_phantoms {config.num_phantoms}: expected 1 or more, or 0 for the data set's "
-                        f"own.")
-    # A flag that would do nothing is a mistake: those of volumes for images, and the other way round.
-    foreign = ('channels', 'fit') if row.dims == 3 else [f.name for f in fields(VolumeConfig)]
-    for name in foreign:
-        if getattr(config, name) != getattr(DataConfig, name):
-            raise UserError(f"--{name}: {config.dataset} has {'volumes' if row.dims == 3 else 'images'}, of "
-                            f"which it says nothing. Leave it out.")
     if row.dims == 3:
-        check_volumes(config, config.image_size)
-    if row.likelihood == 'bernoulli' and config.channels not in (0, row.channels):
-        raise UserError(f"--channels {config.channels}: the binary images of {config.dataset} have "
-                        f"{row.channels}.")
-    if config.dequantize and _pixels(config, row).likelihood == 'bernoulli':
-        raise UserError(f"--dequantize: the pixels of {config.dataset} are binary here, without grey levels: "
+        config.check_volumes(config.image_size)
+    binary = _likelihood(config, row) == 'bernoulli'
+    if config.dequantize and binary:
+        raise UserError(f"--dequantize: the pixels of {config.dataset} are binary here, without gray levels: "
                         f"add --likelihood discretized, or leave it out.")
+    if config.binarize != PixelConfig.binarize and not (binary or config.dequantize):
+        raise UserError(f"--binarize {config.binarize} does nothing for gray levels, which are not drawn at "
+                        f"random: add --likelihood bernoulli or --dequantize, or leave it out.")
     val, test = _fractions(config, row)
     for name, value in {'val_fraction': val, 'test_fraction': test}.items():
-        if not 0 <= value < 1:
+        if value < 0:
             raise UserError(f"--{name} {value}: expected 0 to 1, or -1 for the data set's own.")
     if val + test >= 1:
         raise UserError(f"--val_fraction {val} and --test_fraction {test} leave nothing to train on: "
@@ -389,8 +386,9 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     not know join `test`; other new files are left out. Raises UserError for files that are unreadable,
     missing or changed.
     """
-    if config.dataset not in DATASETS:
-        raise UserError(f"--dataset {config.dataset!r} is unknown: choose one of {', '.join(DATASETS)}.")
+    from readers.lmdb.packed import is_packed
+    from readers.parts import Part
+    from readers.published.records import Records
     row = DATASETS[config.dataset]
     check(config, row)
     if split and not config.normal_classes:
@@ -454,9 +452,6 @@ def _part_records(config: DataConfig, row: DataSet, source: Source, split: dict[
     """The entries of each part, and what split.json keeps of them: their numbers and the seed, from which the
     parts follow. A million lines would be read in every command and by nobody.
     """
-    if config.patient_metadata or config.patient_pattern:
-        raise UserError(f"--patient_metadata and --patient_pattern: nothing is known of the patients of "
-                        f"{config.dataset}. Leave them out.")
     seed = split['split_seed'] if split else config.split_seed
     counted = split['records'] if split else None
     chosen = split_records(source.entries, *_fractions(config, row), seed, counted)
@@ -469,19 +464,10 @@ def _part_records(config: DataConfig, row: DataSet, source: Source, split: dict[
 
 # -------------------------------------------------------------------------------------------------- stand-in
 
-class _Noise:
-    """Grey levels drawn at random where images would be: `pixels[rows]` is (B, *shape) uint8 or uint16."""
-
-    def __init__(self, shape: tuple[int, ...], depth: int):
-        self.shape, self.type = (1, *shape), {8: np.uint8, 16: np.uint16}[depth]
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        shape = (len(rows), *self.shape[1:])
-        return np.random.default_rng(0).integers(np.iinfo(self.type).max, size=shape, dtype=self.type)
-
-
 def stand_in(config: DataConfig, number: int) -> Data:
     """`number` training images of the shape and pixels that `config` asks for, of noise: nothing is read."""
+    from readers.parts import NoiseImages, Part
+    from readers.source import Entry, Source
     row = DATASETS[config.dataset]
     check(config, row)
     shape = (config.channels or len(config.modalities) or row.channels,
@@ -490,106 +476,19 @@ def stand_in(config: DataConfig, number: int) -> Data:
         raise UserError(f"--dry_run: how large the volumes of {config.dataset} are follows from them: add "
                         f"--data, or --volume_shape.")
     entries = [Entry(f'noise/{i}', '', 'noise', '', 0, i) for i in range(number)]
-    source = Source(entries, _Noise(shape, config.depth), None, ('noise',), ())
+    source = Source(entries, NoiseImages(shape, config.depth), None, ('noise',), ())
     pixels = _pixels(config, row)
     parts = {part: Part(entries if part == 'train' else [], source, pixels, config.depth) for part in PARTS}
     return Data(**parts, shape=shape, pixels=pixels, normal_classes=('noise',), anomalous_classes=(),
                 split={}, report=[], config=config)
 
 
-# ---------------------------------------------------------------------------------------------------- batches
-
-def steps_per_epoch(part: Part, batch_size: int, world: int = 1) -> int:
-    """Joint batches, of batch_size images on each of `world` ranks, in an epoch; it drops what is left over.
-
-    Raises UserError if there is not one.
-    """
-    if batch_size < 1:
-        raise UserError(f"--batch_size {batch_size}: expected 1 or more.")
-    if len(part) < batch_size * world:
-        fits = len(part) // world
-        todo = f'--batch_size that fits is {fits}' if fits else f'number of processes is {len(part)}'
-        raise UserError(f"{count(len(part), 'image')} cannot fill a batch of {batch_size} on each of "
-                        f"{world} process{'es' if world > 1 else ''}: the largest {todo}.")
-    return len(part) // (batch_size * world)
-
-
-def train_batches(part: Part, batch_size: int, *, seed: int, rank: int = 0, world: int = 1,
-                  accumulate: int = 1, first_step: int = 0, workers: int = 0) -> Iterator[Batch]:
-    """Shuffled batches for ever, `accumulate` of them a step, from step `first_step` on.
-
-    A batch depends on (seed, step, rank, world) alone, so a run resumes at any step. The batches of all
-    ranks, one after the other, are the batch of one process with batch_size * world; and `accumulate` of
-    them on one rank are those of as many ranks.
-    """
-    joint = batch_size * world * accumulate
-    steps = steps_per_epoch(part, batch_size, world * accumulate)
-    mine = slice(rank * accumulate, (rank + 1) * accumulate)
-
-    def keys() -> Iterator[list[tuple[int, int]]]:
-        epoch, first = divmod(first_step, steps)
-        while True:
-            generator = torch.Generator().manual_seed(mix_seed(seed, 'order', epoch))
-            order = torch.randperm(len(part), generator=generator)[:steps * joint]
-            order = order.view(steps, world * accumulate, batch_size)
-            draw = mix_seed(seed, 'draw', epoch)
-            for indices in order[first:, mine].flatten(0, 1).numpy():    # one list of all would be 0.1 GB
-                yield [(draw, index) for index in indices.tolist()]
-            epoch, first = epoch + 1, 0
-
-    return _load(part, keys, workers)
-
-
-def eval_batches(part: Part, batch_size: int, *, rank: int = 0, world: int = 1,
-                 workers: int = 0, only: Collection[int] | None = None) -> Iterator[tuple[int, Batch]]:
-    """(number, batch): the images in order, batch i for rank i % world, each image once; the last short.
-
-    `only` names the batches that are wanted; None = all.
-    """
-    numbers = [i for i in range(rank, -(-len(part) // batch_size), world) if only is None or i in only]
-
-    def keys() -> Iterator[list[tuple[int, int]]]:
-        for i in numbers:
-            yield [(0, index) for index in range(i * batch_size, min((i + 1) * batch_size, len(part)))]
-
-    return zip(numbers, _load(part, keys, workers), strict=True)
-
-
-class _Keys:
-    """A batch sampler from a function that makes an iterator."""
-
-    def __init__(self, make: Callable[[], Iterator[list[tuple[int, int]]]]):
-        self.make = make
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.make()
-
-
-class _Telling(Dataset):
-    """A part for other processes: it returns a UserError, which they would wrap into many lines if raised."""
-
-    def __init__(self, part: Part):
-        self.part = part
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | UserError:
-        try:
-            return self.part.__getitems__(keys)
-        except UserError as error:
-            return error
-
-
-def _as_is(batch: Batch | UserError) -> Batch | UserError:
-    return batch
-
-
-def _or_raise(batch: Batch | UserError) -> Batch:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
-
-
-def _load(part: Part, keys: Callable[[], Iterator[list[tuple[int, int]]]], workers: int) -> Iterator[Batch]:
-    if workers == 0:
-        return map(part.__getitems__, keys())
-    loader = DataLoader(_Telling(part), batch_sampler=_Keys(keys), num_workers=workers, collate_fn=_as_is)
-    return map(_or_raise, loader)
+def __getattr__(name: str) -> Any:       # until all callers import these from readers
+    places = {'Batch': 'parts', 'Part': 'parts', 'eval_batches': 'batches', 'train_batches': 'batches',
+              'steps_per_epoch': 'batches'}
+    if name in places:
+        return getattr(import_module(f'readers.{places[name]}'), name)
+    if name == 'Pixels':
+        from distributions import Pixels
+        return Pixels
+    raise AttributeError(name)

@@ -30,7 +30,7 @@ from anomaly.out_of_distribution import with_ood
 from anomaly.predict import PredictConfig, predict
 from anomaly.scores import ScoreConfig
 from audit.audit import audit, sentences
-from datasets import Batch, Data, DataConfig, eval_batches, load_data
+from datasets import Data, DataConfig, load_data
 from distributed import launch
 from distributed.launch import LaunchConfig
 from distributions import Pixels
@@ -48,6 +48,8 @@ from evaluation.likelihood import count_dims, evaluate_likelihood
 from evaluation.pictures import image_grid, save_png
 from evaluation.sampling import readjust_batch_norm, samples
 from model import MODELS, describe, family_config, open_model, place
+from readers.batches import eval_batches
+from readers.parts import Batch
 from utils import (
     UserError,
     add_flags,

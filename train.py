@@ -31,20 +31,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets import (
     DATASETS,
-    Batch,
     Data,
     DataConfig,
-    eval_batches,
     load_data,
     stand_in,
-    steps_per_epoch,
-    train_batches,
 )
 from distributed import launch
 from distributed.launch import LaunchConfig
 from evaluation.likelihood import count_dims, evaluate_likelihood
 from model import MODELS, build_model, describe, family_config, place
 from neural_operations import activation_bytes, checkpoint_activations
+from readers.batches import eval_batches, steps_per_epoch, train_batches
+from readers.parts import Batch
 from training.finetuning import start_from, update_slow_weights
 from training.graph import capture_passes, check_graph
 from training.meter import Meter

@@ -16,7 +16,7 @@ from anomaly.density import DensityScore
 from anomaly.maps.postprocessing import Maps, treated
 from anomaly.passes import Passes
 from anomaly.scores import ScoreConfig
-from datasets import eval_batches
+from readers.batches import eval_batches
 from readers.body import body
 from utils import UserError, mix_seed
 

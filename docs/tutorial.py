@@ -22,8 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets import DataConfig, eval_batches, load_data, train_batches
+from datasets import DataConfig, load_data
 from model import build_model, family_config
+from readers.batches import eval_batches, train_batches
 from utils import seed_noise
 
 FAST = bool(os.environ.get('TUTORIAL_FAST'))     # a shorter lesson: fewer images, less training

@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets import Data, DataConfig, Part, eval_batches
+from datasets import Data, DataConfig
 from distributed import launch
 from evaluation.sampling import samples
+from readers.batches import eval_batches
+from readers.parts import Part
 from utils import UserError, flag, write_npz
 
 INCEPTION_URL = ('https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'

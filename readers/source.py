@@ -5,6 +5,8 @@ N images, C channels, *S the size. A cache entry is one folder `<cache_dir>/<key
 checksums tell a damaged one.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import errno
@@ -17,9 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from utils import UserError, write_json
 
@@ -27,6 +27,11 @@ CACHE_VERSION = 1      # raise it when what the readers make of the same files c
 CACHE_NAME = 'medical-anomaly'
 CLASSES_SHOWN = 20     # named in an error
 MOST_PIXELS = 100_000_000     # of an image; a larger one is a decompression bomb or a whole slide
+
+DTYPES = {8: 'uint8', 16: 'uint16'}                # of pixels, by the bits of a gray level
+
+if TYPE_CHECKING:
+    import numpy as np
 
 T = TypeVar('T')
 
@@ -68,6 +73,7 @@ class Array:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         if self._array is None:
+            import numpy as np
             self._array = np.load(self.path, mmap_mode='r')
         return self._array[rows]
 

@@ -3,19 +3,23 @@
 Images that belong together (one patient, one content) are one group, and a group is never in two parts.
 """
 
+from __future__ import annotations
+
 import csv
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from readers.published.records import Records
 from readers.source import CLASSES_SHOWN, Entry
 from utils import UserError, mix_seed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from readers.published.records import Records
 
 PARTS = ('train', 'val', 'test')
 SHOWN = 5          # files named in one line
@@ -102,6 +106,7 @@ def split_records(records: Records, val_fraction: float, test_fraction: float, s
     by the fractions, or as many as a stored split counts. Raises UserError if these are not the images that
     it counted.
     """
+    import numpy as np
     given = records.in_test()
     free, test = np.flatnonzero(~given), np.flatnonzero(given)
     more_test, val = round(test_fraction * len(free)), round(val_fraction * len(free))

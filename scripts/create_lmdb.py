@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets import DATASETS, DataConfig, check
+from readers.config import VolumeConfig
 from readers.images.folder import (
     ImageFile,
     Unreadable,
@@ -61,7 +62,6 @@ from readers.lmdb.packed import (
 from readers.lmdb.packed_volumes import preparation_flags, volume_record
 from readers.source import CLASSES_SHOWN
 from readers.split import count, some, with_patients
-from readers.volumes.volumes import VolumeConfig
 from utils import UserError, add_flags, flag, read_flags, run_program
 
 MOST_ROWS, MOST_BYTES = 512, 32 << 20            # in a transaction: what a kill can lose
@@ -158,9 +158,6 @@ def plan_arrays(config: DataConfig) -> Job:
     if row.padding and size != own:
         raise UserError(f"--image_size {size}: images of {config.dataset} are stored without border, {own} x "
                         f"{own}: leave it out. Programs that read them make the border.")
-    if config.patient_pattern or config.patient_metadata:
-        raise UserError(f"patients are found by file names, {config.dataset} is not kept in files: leave "
-                        f"--patient_pattern and --patient_metadata out.")
     source = row.read(replace(config, image_size=size, normal_classes=(), anomalous_classes=()), row)
     classes = sorted({*source.normal_classes, *source.anomalous_classes})
 

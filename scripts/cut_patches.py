@@ -30,7 +30,7 @@ from readers.source import Entry, same_name
 from readers.split import PARTS, count, some, split_given, with_patients
 from readers.volumes.nifti import Grid, resample, write_nifti
 from readers.volumes.subjects import KEYS, NORMAL, Subject, find_subjects, with_classes, with_keys
-from readers.volumes.volumes import LESION, VolumePreparation, attempt, check_volumes, expect_one_spacing
+from readers.volumes.volumes import LESION, VolumePreparation, attempt, expect_one_spacing
 from utils import UserError, add_flags, flag, read_flags, run_program, write_atomically
 
 ROW = DATASETS['brain']
@@ -138,7 +138,7 @@ def cut(subject: Subject, grid: Grid, prepared: VolumePreparation, config: Patch
 
 def make(config: PatchConfig) -> None:
     """Makes the data set, and says what is in it. Raises UserError."""
-    check_volumes(config, 0)
+    config.check_volumes(0)
     if not config.out:
         raise UserError("--out is missing: name the folder to make.")
     out = Path(config.out)

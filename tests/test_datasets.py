@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from pytest import approx
 
-import datasets
 import readers.images.folder
-from datasets import DataConfig, eval_batches, load_data, steps_per_epoch, train_batches
+from datasets import DataConfig, load_data
+from distributions import Pixels
+from readers.batches import eval_batches, steps_per_epoch, train_batches
 from readers.duplicates import near_duplicates
 from readers.images.folder import decode, to_channels, to_size
 from readers.parts import grey_levels
@@ -174,7 +175,9 @@ def test_skip_corrupt_leaves_out_and_reports_each(config, folder):
     (lambda root: (root / 'other').mkdir() or DataConfig(data=str(root)), 'holds no image'),
     (lambda root: DataConfig(data=str(root), anomalous_classes=('flu',)), "'flu' is not in"),
     (lambda root: DataConfig(data=str(root), anomalous_classes=('normal',)), 'both normal and anomalous'),
-    (lambda root: DataConfig(data=str(root), num_x_bits=17), '1 to 16'),
+    (lambda root: DataConfig(data=str(root), num_x_bits=17), '17: it must be at least 1 and at most 16'),
+    (lambda root: DataConfig(data=str(root), binarize='static'), '--binarize static does nothing'),
+    (lambda root: DataConfig(data=str(root), spacing=2.0), '--spacing: it does nothing for --dataset folder'),
     (lambda root: DataConfig(data=str(root), val_fraction=0.6, test_fraction=0.4), 'nothing to train on'),
     (lambda root: DataConfig(data=str(root), patient_pattern='p'), 'no group'),
     (lambda root: DataConfig(data=str(root), patient_pattern='(x+)_'), 'for no file'),
@@ -182,8 +185,8 @@ def test_skip_corrupt_leaves_out_and_reports_each(config, folder):
     (lambda root: DataConfig(data=str(root), cache_dir=str(root / 'normal' / 'p0_0.png')), '--cache_dir'),
 ])
 def test_a_mistake_is_one_clear_line(folder, tmp_path, damage, words):
-    config = damage(folder)
     with pytest.raises(UserError, match=words) as error:
+        config = damage(folder)
         load_data(replace(config, dataset='folder', cache_dir=config.cache_dir or str(tmp_path / 'cache')))
     assert '\n' not in str(error.value)
 
@@ -342,8 +345,8 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_anew(config, tmp_path, monk
     data = load_data(config)
     expected = data.train.items(range(5)).x
     scans = []
-    scan = readers.images.scan
-    monkeypatch.setattr(readers.images, 'scan', lambda *a, **k: scans.append(1) or scan(*a, **k))
+    scan = readers.images.folder.scan
+    monkeypatch.setattr(readers.images.folder, 'scan', lambda *a, **k: scans.append(1) or scan(*a, **k))
     load_data(config)
     assert not scans
     array = next((tmp_path / 'cache').glob('*/pixels.npy'))
@@ -398,7 +401,7 @@ def mnist(tmp_path):
 def test_mnist_parts_shape_and_padding(mnist):
     data = load_data(mnist)
     assert (len(data.train), len(data.val), len(data.test)) == (40, 0, 20)
-    assert data.shape == (1, 32, 32) and data.pixels == datasets.Pixels('bernoulli', 1, 2)
+    assert data.shape == (1, 32, 32) and data.pixels == Pixels('bernoulli', 1, 2)
     x = data.train.items(range(40)).x
     assert set(x.unique().tolist()) == {0, 1}
     assert (x[:, :, 2:7] == 0).all() and (x[:, :, 7:11, 2:30] == 1).all()
@@ -443,7 +446,7 @@ def test_dynamic_binarization_is_new_every_epoch_and_static_is_not(mnist):
 
 def test_likelihood_flag_makes_digits_grey_and_images_binary(mnist, tmp_path):
     grey = load_data(replace(mnist, likelihood='discretized'))
-    assert grey.pixels == datasets.Pixels('discretized', 8, 2)
+    assert grey.pixels == Pixels('discretized', 8, 2)
     assert len(grey.train.items(range(40)).x.unique()) > 100
     (tmp_path / 'a' / 'normal').mkdir(parents=True)
     Image.fromarray(np.full((64, 64), 191, np.uint8)).save(tmp_path / 'a' / 'normal' / '0.png')
@@ -451,7 +454,7 @@ def test_likelihood_flag_makes_digits_grey_and_images_binary(mnist, tmp_path):
         Image.fromarray(np.full((64, 64), i, np.uint8)).save(tmp_path / 'a' / 'normal' / f'{i}.png')
     data = load_data(DataConfig(dataset='folder', data=str(tmp_path / 'a'), cache_dir=str(tmp_path / 'c'),
                                 likelihood='bernoulli', val_fraction=0.0, test_fraction=0.0))
-    assert data.pixels == datasets.Pixels('bernoulli', 1, 0)
+    assert data.pixels == Pixels('bernoulli', 1, 0)
     x = data.train.items([[e.id for e in data.train.entries].index('normal/0.png')]).x
     assert set(x.unique().tolist()) == {0, 1} and x.mean().item() == approx(191 / 255, abs=0.03)
 

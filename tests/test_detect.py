@@ -17,8 +17,8 @@ from anomaly.detect import detect
 from anomaly.metrics import threshold
 from anomaly.report.datacard import compare_normal
 from anomaly.scores import SCORES, Passes, ScoreConfig
-from datasets import Batch
 from distributed import launch
+from readers.parts import Batch
 from utils import UserError
 
 CONFIG = ScoreConfig(num_draws=2, num_bootstrap=50, num_cases=2, num_gallery=6)

@@ -24,7 +24,8 @@ from standins import (
 )
 
 import readers.published.cifar10
-from datasets import DATASETS, DataConfig, load_data, train_batches
+from datasets import DATASETS, DataConfig, load_data
+from readers.batches import train_batches
 from readers.lmdb.file import Lmdb
 from readers.published.arrays import prepare
 from readers.published.omniglot import read_chardata
@@ -32,7 +33,7 @@ from readers.published.records import Decoding, LazyImages, LmdbStore, Records
 from readers.split import split_records
 from utils import UserError, read_json, write_json
 
-LAZY = [name for name, row in DATASETS.items() if row.layout]
+LAZY = [name for name, row in DATASETS.items() if not row.classes]
 
 
 def values(part, index=0, draw=0):
@@ -107,7 +108,7 @@ def test_a_class_left_out_is_anomalous_and_comes_from_the_test_part_alone(config
     one = stacked.test.class_names[0]
     data = load_data(config('stacked_mnist', anomalous_classes=(one,)))
     assert one not in data.train.class_names and data.test.labels[0] == 1
-    fails(config('imagenet_32', anomalous_classes=('dog',)), "'dog' is not in this data set: found image")
+    fails(config('imagenet_32', anomalous_classes=('dog',)), '--anomalous_classes: it does nothing')
 
 
 def test_a_cifar10_file_that_is_damaged_or_a_program_is_named(config, tmp_path, monkeypatch):
@@ -121,7 +122,7 @@ def test_a_cifar10_file_that_is_damaged_or_a_program_is_named(config, tmp_path, 
     path.unlink()
     fails(config('cifar10'), r'torchvision.datasets.CIFAR10\(FOLDER, download=True\)')
     path.write_bytes(whole)
-    monkeypatch.setattr(readers.cifar10, 'PUBLISHED_BATCH', 5)       # as if this were the published size
+    monkeypatch.setattr(readers.published.cifar10, 'PUBLISHED_BATCH', 5)   # as if of the published size
     fails(config('cifar10'), 'data_batch_1 is damaged: its MD5')
 
 
@@ -131,7 +132,7 @@ def test_an_older_pickle_of_cifar10_is_read(tmp_path):
     path = tmp_path / 'cifar-10-batches-py' / 'test_batch'
     old = path.read_bytes().replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
     path.write_bytes(old)
-    images, labels = readers.cifar10.read_batch(path)
+    images, labels = readers.published.cifar10.read_batch(path)
     assert images.shape == (5, 32, 32, 3) and labels == [0, 1, 2, 3, 4]
 
 
@@ -366,7 +367,7 @@ def test_another_number_of_records_is_an_error(config, tmp_path):
     files = load_data(config('folder')).split
     fails(config('imagenet_32'), 'another form', files | {'normal_classes': ['image']})
     fails(config('folder'), 'another form', split | {'normal_classes': ['normal']})
-    fails(config('imagenet_32', patient_pattern='(.)'), 'nothing is known of the patients')
+    fails(config('imagenet_32', patient_pattern='(.)'), '--patient_pattern: it does nothing')
 
 
 class Many:

@@ -13,8 +13,9 @@ from standins import image, make_standin
 import evaluate
 import train
 from anomaly.out_of_distribution import with_ood
-from datasets import DataConfig, eval_batches, load_data
+from datasets import DataConfig, load_data
 from distributed import launch
+from readers.batches import eval_batches
 from readers.out_of_distribution import CHANGES, Wanted, parse
 from scripts.create_lmdb import FolderConfig, pack, plan
 from utils import UserError, read_flags

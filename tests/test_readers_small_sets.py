@@ -11,7 +11,9 @@ import torch
 from pytest import approx
 from standins import image
 
-from datasets import DataConfig, Pixels, load_data, train_batches
+from datasets import DataConfig, load_data
+from distributions import Pixels
+from readers.batches import train_batches
 from readers.parts import dequantized, grey_levels
 from readers.published.smallnorb import read_matrix
 from readers.published.svhn import read_mat

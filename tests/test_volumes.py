@@ -10,7 +10,8 @@ import pytest
 import torch
 from pytest import approx
 
-from datasets import DataConfig, load_data, stand_in, train_batches
+from datasets import DataConfig, load_data, stand_in
+from readers.batches import train_batches
 from readers.body import body, otsu
 from readers.volumes.nifti import Grid, entry_grids, read_nifti, resample, to_input_grid
 from readers.volumes.subjects import owner
@@ -60,7 +61,7 @@ def config(tmp_path):
 
 def fails(config, words):
     with pytest.raises(UserError, match=words) as error:
-        load_data(config)
+        load_data(config() if callable(config) else config)
     assert '\n' not in str(error.value)
 
 
@@ -439,18 +440,18 @@ def test_cropping(config, tmp_path):
 
 @pytest.mark.parametrize('flags, words', [
     ({'percentiles': (5.0, 5.0)}, '--percentiles 5.0 5.0'), ({'pad_multiple': 0}, '--pad_multiple'),
-    ({'spacing': -1.0}, '--spacing -1.0: expected 0 or more'), ({'spacing': float('nan')}, '--spacing'),
-    ({'volume_shape': (4, 4, 4), 'image_size': 4}, 'no --image_size beside it'),
-    ({'crop': (0, 0, 5, 4, 4, 4)}, '--crop'), ({'num_phantoms': -1}, '--num_phantoms -1'),
-    ({'channels': 1}, '--channels: brain has volumes'), ({'fit': 'crop'}, '--fit: brain has volumes'),
+    ({'spacing': -1.0}, '--spacing -1.0: it must be at least 0'), ({'spacing': float('nan')}, '--spacing'),
+    ({'volume_shape': (4, 4, 4), 'image_size': 4}, 'both say how large'),
+    ({'crop': (0, 0, 5, 4, 4, 4)}, '--crop'), ({'num_phantoms': 9}, '--num_phantoms: it does nothing'),
+    ({'channels': 1}, '--channels: it does nothing'), ({'fit': 'crop'}, '--fit: it does nothing'),
     ({'data': ''}, '--data is missing. Expected NIfTI'), ({'data': '/nowhere'}, 'does not exist'),
-    ({'dataset': 'folder', 'spacing': 2.0}, '--spacing: folder has images'),
+    ({'dataset': 'folder', 'spacing': 2.0}, '--spacing: it does nothing for --dataset folder'),
     ({'modalities': ('flair',)}, 'no .nii or .nii.gz file of flair: found t1'),
     ({'modalities': ('flair', 't2')}, 't1/a lies in'),
     ({'key_files': '/nowhere', 'modalities': ('t1',)}, '--key_files /nowhere: there is no file')])
 def test_flags_that_make_no_sense(flags, words, config, tmp_path):
     save(tmp_path / 'data' / 't1' / 'a.nii.gz', noise())
-    fails(replace(config, **flags), words)
+    fails(lambda: replace(config, **flags), words)
 
 
 def test_folders_that_are_no_classes_ask_for_modalities(config, tmp_path):

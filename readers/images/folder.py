@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from readers.dicom import decode_dicom, is_dicom
 from readers.duplicates import near_duplicates
 from readers.source import (
+    DTYPES,
     MOST_PIXELS,
     Entry,
     Source,
@@ -42,8 +43,6 @@ FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # of Pillow; decided by cont
 MOST_BYTES = 8 * MOST_PIXELS                        # of a file: the largest image as doubles
 DARK = 1 / 15                                       # 4095 of 65535 is 1/16
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)               # ITU-R BT.601
-DTYPES = {8: np.uint8, 16: np.uint16}               # by the bits of a grey level
-FITS = ('pad', 'crop', 'stretch')
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from readers.config import VolumeConfig
 from readers.duplicates import near_duplicates
-from readers.images.folder import DTYPES, ImageFile, stamp
+from readers.images.folder import ImageFile, stamp
 from readers.lmdb.packed import Packed, Record, facts_of, list_images, payload, raw_of
-from readers.source import Entry, Source, Unreadable, cached, check_room, choose_classes, same_name
-from readers.volumes.volumes import VolumeConfig
+from readers.source import DTYPES, Entry, Source, Unreadable, cached, check_room, choose_classes, same_name
 from utils import UserError
 
 FREE_FLAGS = ('augment', 'key_files')                # do not say what is stored, or say it by a path

@@ -17,69 +17,20 @@ import numpy as np
 from scipy import ndimage
 
 from readers.body import body, otsu
+from readers.config import VolumeConfig
 from readers.duplicates import near_duplicates
-from readers.images.folder import DTYPES, Unreadable, cores, stamp
-from readers.source import Entry, Source, cached, check_room, choose_classes, same_name
+from readers.images.folder import Unreadable, cores, stamp
+from readers.source import DTYPES, Entry, Source, cached, check_room, choose_classes, same_name
 from readers.split import count, some
 from readers.volumes.nifti import Grid, Nifti, read_nifti, resample
 from readers.volumes.subjects import AUTO, KEYS, NORMAL, Subject, find_subjects, with_classes, with_keys
-from utils import UserError, flag
+from utils import UserError
 
 LESION = 'lesion'                          # the class of a subject with a label, of which no folder says more
 SPREAD = 0.01                              # relative difference of voxel sizes that counts as none
 MOST_THREADS = 4                           # that read at once: of large volumes each takes a gigabyte
 
 T = TypeVar('T')
-
-
-@dataclass(frozen=True)
-class VolumeConfig:
-    """Volumes: NIfTI files, in 3D"""
-    modalities: tuple = flag((), "channels, in order: names of folders, or endings of file names after '_'; "
-                                 "none given = the data set's own (brain: one file a subject)")
-    labels: str = flag('', "name of the lesions' masks, found as modalities are, more than 0 = lesion; "
-                           "'' = the data set's own (brain: label)")
-    lesion_load: float = flag(0.0, 'without class folders: a subject is anomalous from more than so many ml '
-                                   'of labelled lesion on')
-    volume_mask: str = flag('', "what is kept, the rest is blackened and cut off: name of masks, found as "
-                              "modalities are, more than 0 = inside; auto = what is brighter than the air; "
-                              "'' = everything")
-    crop: tuple = flag((), 'voxels to keep of a file turned to RAS: the first along right, front and up, '
-                           'then the ends; none given = all', type=int, nargs=6, metavar='VOXEL')
-    spacing: float = flag(0.0, "distance of voxels in mm; 0 = the files' own, if all have the same")
-    volume_shape: tuple = flag((), 'voxels to the right, front and up, cut and padded around the centre; '
-                                   'none given = a cube of --image_size, or if that is 0 the largest volume',
-                               type=int, nargs=3, metavar='VOXELS')
-    pad_multiple: int = flag(16, 'the largest volume is rounded up to a multiple of so many voxels')
-    percentiles: tuple = flag((0.01, 99.9), 'intensities that become 0 and 1, in percent of the voxels of a '
-                                            'volume and channel', type=float, nargs=2, metavar='PERCENT')
-    window: tuple = flag((), 'intensities that become 0 and 1, the same in all volumes, such as -100 400 in '
-                             'CT; none given = --percentiles', type=float, nargs=2, metavar='INTENSITY')
-    augment: bool = flag(False, 'train on changed volumes: shift and scale of intensities, histogram shift, '
-                                'rotation and translation, spike, Rician noise, Gibbs ringing, each 1 in 10')
-    key_files: str = flag('', "folder of NAME_keys.txt, subjects one a line: NAME that ends in train, val or "
-                              "test is a part, any other a class; '' = the data folder")
-
-
-def check_volumes(config: VolumeConfig, image_size: int) -> None:
-    """Raises UserError for flags that make no sense."""
-    low, high = config.percentiles
-    if not 0 <= low < high <= 100:
-        raise UserError(f"--percentiles {low} {high}: expected two of 0 to 100, the smaller one first.")
-    if config.window and not config.window[0] < config.window[1]:
-        raise UserError(f"--window {' '.join(map(str, config.window))}: expected the smaller one first.")
-    if config.window and config.percentiles != VolumeConfig.percentiles:
-        raise UserError("--window and --percentiles both say what becomes 0 and 1: leave one out.")
-    for name in ('spacing', 'lesion_load'):
-        if not 0 <= (value := getattr(config, name)) < np.inf:
-            raise UserError(f"--{name} {value}: expected 0 or more.")
-    if config.pad_multiple < 1:
-        raise UserError(f"--pad_multiple {config.pad_multiple}: expected 1 or more.")
-    if config.volume_shape and (image_size or min(config.volume_shape) < 1):
-        raise UserError("--volume_shape: expected three numbers from 1 on, and no --image_size beside it.")
-    if config.crop and not all(0 <= a < b for a, b in zip(config.crop[:3], config.crop[3:], strict=True)):
-        raise UserError(f"--crop {' '.join(map(str, config.crop))}: expected the first voxel along three "
-                        f"axes from 0 on, then the ends beyond it.")
 
 
 # ------------------------------------------------------------------------------------------------ one subject

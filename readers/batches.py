@@ -1,0 +1,107 @@
+"""Batches of a part: shuffled for training, in order for evaluation, prepared here or in worker processes."""
+
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from readers.parts import Batch, Part
+from readers.split import count
+from utils import UserError, mix_seed
+
+
+def steps_per_epoch(part: Part, batch_size: int, world: int = 1) -> int:
+    """Joint batches, of batch_size images on each of `world` ranks, in an epoch; it drops what is left over.
+
+    Raises UserError if there is not one.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: expected 1 or more.")
+    if len(part) < batch_size * world:
+        fits = len(part) // world
+        todo = f'--batch_size that fits is {fits}' if fits else f'number of processes is {len(part)}'
+        raise UserError(f"{count(len(part), 'image')} cannot fill a batch of {batch_size} on each of "
+                        f"{world} process{'es' if world > 1 else ''}: the largest {todo}.")
+    return len(part) // (batch_size * world)
+
+
+def train_batches(part: Part, batch_size: int, *, seed: int, rank: int = 0, world: int = 1,
+                  accumulate: int = 1, first_step: int = 0, workers: int = 0) -> Iterator[Batch]:
+    """Shuffled batches for ever, `accumulate` of them a step, from step `first_step` on.
+
+    A batch depends on (seed, step, rank, world) alone, so a run resumes at any step. The batches of all
+    ranks, one after the other, are the batch of one process with batch_size * world; and `accumulate` of
+    them on one rank are those of as many ranks.
+    """
+    joint = batch_size * world * accumulate
+    steps = steps_per_epoch(part, batch_size, world * accumulate)
+    mine = slice(rank * accumulate, (rank + 1) * accumulate)
+
+    def keys() -> Iterator[list[tuple[int, int]]]:
+        epoch, first = divmod(first_step, steps)
+        while True:
+            generator = torch.Generator().manual_seed(mix_seed(seed, 'order', epoch))
+            order = torch.randperm(len(part), generator=generator)[:steps * joint]
+            order = order.view(steps, world * accumulate, batch_size)
+            draw = mix_seed(seed, 'draw', epoch)
+            for indices in order[first:, mine].flatten(0, 1).numpy():    # one list of all would be 0.1 GB
+                yield [(draw, index) for index in indices.tolist()]
+            epoch, first = epoch + 1, 0
+
+    return _load(part, keys, workers)
+
+
+def eval_batches(part: Part, batch_size: int, *, rank: int = 0, world: int = 1,
+                 workers: int = 0, only: Collection[int] | None = None) -> Iterator[tuple[int, Batch]]:
+    """(number, batch): the images in order, batch i for rank i % world, each image once; the last short.
+
+    `only` names the batches that are wanted; None = all.
+    """
+    numbers = [i for i in range(rank, -(-len(part) // batch_size), world) if only is None or i in only]
+
+    def keys() -> Iterator[list[tuple[int, int]]]:
+        for i in numbers:
+            yield [(0, index) for index in range(i * batch_size, min((i + 1) * batch_size, len(part)))]
+
+    return zip(numbers, _load(part, keys, workers), strict=True)
+
+
+class _Keys:
+    """A batch sampler from a function that makes an iterator."""
+
+    def __init__(self, make: Callable[[], Iterator[list[tuple[int, int]]]]):
+        self.make = make
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.make()
+
+
+class _ErrorsAsValues(Dataset):
+    """A part for other processes: it returns a UserError, which they would wrap into many lines if raised."""
+
+    def __init__(self, part: Part):
+        self.part = part
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | UserError:
+        try:
+            return self.part.__getitems__(keys)
+        except UserError as error:
+            return error
+
+
+def _unchanged(batch: Batch | UserError) -> Batch | UserError:
+    return batch
+
+
+def _or_raise(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
+def _load(part: Part, keys: Callable[[], Iterator[list[tuple[int, int]]]], workers: int) -> Iterator[Batch]:
+    if workers == 0:
+        return map(part.__getitems__, keys())
+    loader = DataLoader(_ErrorsAsValues(part), batch_sampler=_Keys(keys), num_workers=workers,
+                        collate_fn=_unchanged)
+    return map(_or_raise, loader)

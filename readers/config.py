@@ -1,0 +1,155 @@
+"""What a reader is told: the data flags, and the row of a data set in `datasets.DATASETS`.
+
+Flags stand in groups, so that a data set shows and takes only those that do something for it
+(`datasets.data_flags`). Nothing here imports PyTorch, SciPy or Pillow: --help answers without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from readers.split import split_parts
+from utils import UserError, flag, flags
+
+if TYPE_CHECKING:
+    from readers.source import Entry, Source
+
+
+@flags
+class FileConfig:
+    """Files"""
+    data: str = flag('', 'data folder, tar file of class folders, or LMDB made by scripts/create_lmdb.py '
+                         '(phantoms: the folder to draw them in, data/NAME by default)', basic=True)
+    image_size: int = flag(0, "height and width in pixels, and depth of volumes; 0 = the data set's own",
+                           least=0, basic=True)
+    num_x_bits: int = flag(8, 'bits per pixel; more than 8 keep the precision of 16-bit files',
+                           least=1, most=16)
+    skip_corrupt: bool = flag(False, 'leave out and report files that cannot be read, instead of stopping')
+    cache_dir: str = flag('', "folder for decoded images; '' = a folder in $XDG_CACHE_HOME or ~/.cache")
+
+    @property
+    def depth(self) -> int:
+        """Bits at which decoded images are kept; --num_x_bits takes its gray levels from these."""
+        return 16 if self.num_x_bits > 8 else 8
+
+
+@flags
+class ClassConfig:
+    """Classes"""
+    normal_classes: tuple = flag((), "classes to train on; none given = the data set's own", basic=True,
+                                 aliases=('normal_class',))
+    anomalous_classes: tuple = flag((), 'classes to detect; none given = all others of class folders, none '
+                                        'of published data sets', basic=True)
+
+
+@flags
+class ColorConfig:
+    """Color"""
+    channels: int = flag(0, "1 gray, 3 color; 0 = the data set's own", choices=(0, 1, 3))
+
+
+@flags
+class FitConfig:
+    """Shape"""
+    fit: str = flag('pad', 'how to make non-square images square: pad, center-crop or stretch',
+                    choices=('pad', 'crop', 'stretch'))
+
+
+@flags
+class PatientConfig:
+    """Patients"""
+    patient_pattern: str = flag('', 'regular expression that finds the patient in a file name, as its group '
+                                    "1; '' = patients are unknown")
+    patient_metadata: str = flag('', 'CSV file that lists the patients, as '
+                                     "FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' = patients are unknown")
+
+
+@flags
+class PhantomConfig:
+    """Phantoms"""
+    num_phantoms: int = flag(0, 'normal phantoms to draw, and a fraction of that number with lesions; 0 = '
+                                "the data set's own", least=0)
+
+
+@flags
+class VolumeConfig:
+    """Volumes"""
+    modalities: tuple = flag((), "channels, in order: names of folders, or endings of file names after '_'; "
+                                 "none given = the data set's own (brain: one file per subject)")
+    labels: str = flag('', "name of the lesion masks, found like modalities; voxels above 0 are lesion; '' = "
+                           "the data set's own (brain: label)")
+    lesion_load: float = flag(0.0, 'lesion volume in ml above which a subject counts as anomalous, where no '
+                                   'class folders say who is', least=0, below=float('inf'))
+    volume_mask: str = flag('', 'what to keep; the rest becomes black and is cut off: the name of masks '
+                                "found like modalities, auto = what is brighter than air, '' = everything")
+    crop: tuple = flag((), 'voxels to keep after reorientation to RAS: the first ones to the right, front '
+                           'and top, then the ends; none given = all',
+                       type=int, nargs=6, metavar='VOXEL', least=0)
+    spacing: float = flag(0.0, 'distance between voxels in mm; 0 = that of the files, which must agree',
+                          least=0, below=float('inf'))
+    volume_shape: tuple = flag((), 'voxels to the right, front and top, cropped and padded around the '
+                                   'center; none given = a cube of --image_size or, if that is 0, the '
+                                   'largest volume', type=int, nargs=3, metavar='VOXELS', least=1)
+    pad_multiple: int = flag(16, 'the shape of the largest volume is rounded up to a multiple of this',
+                             least=1)
+    percentiles: tuple = flag((0.01, 99.9), 'intensities that become 0 and 1, as percentiles of the voxels '
+                                            'of each volume and channel',
+                              type=float, nargs=2, metavar='PERCENT', least=0, most=100)
+    window: tuple = flag((), 'intensities that become 0 and 1 in all volumes, such as -100 400 in CT; none '
+                             'given = --percentiles', type=float, nargs=2, metavar='INTENSITY')
+    augment: bool = flag(False, 'augment training volumes: intensity shift and scale, histogram shift, '
+                                'rotation and translation, spike, Rician noise, Gibbs ringing, each with '
+                                'probability 0.1')
+    key_files: str = flag('', 'folder of NAME_keys.txt files with a subject on each line; a NAME that ends '
+                              "in train, val or test is a part, any other a class; '' = the data folder")
+
+    def check_volumes(self, image_size: int) -> None:
+        """Raises UserError for flags that contradict each other."""
+        low, high = self.percentiles
+        if not low < high:
+            raise UserError(f"--percentiles {low} {high}: the first must be smaller than the second.")
+        if self.window and not self.window[0] < self.window[1]:
+            raise UserError(f"--window {' '.join(map(str, self.window))}: the first intensity must be "
+                            f"smaller than the second.")
+        if self.window and self.percentiles != VolumeConfig.percentiles:
+            raise UserError("--window and --percentiles both say what becomes 0 and 1: leave one out.")
+        if self.volume_shape and image_size:
+            raise UserError("--volume_shape and --image_size both say how large volumes are: leave one out.")
+        if not all(a < b for a, b in zip(self.crop[:3], self.crop[3:], strict=True)):
+            raise UserError(f"--crop {' '.join(map(str, self.crop))}: expected the first voxel along three "
+                            f"axes, then ends beyond it.")
+
+
+@flags
+class ReaderConfig(VolumeConfig, PhantomConfig, PatientConfig, FitConfig, ColorConfig, ClassConfig,
+                   FileConfig):
+    """All flags that readers look at."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One row of DATASETS: what is true of a data set in every run."""
+    read: Callable[[ReaderConfig, DataSet], Source]
+    size: int                                # along each of *S, as the model sees it, padding included
+    dims: int = 2                            # of *S; 3 = volumes, which may have size 0: as large as they are
+    channels: int = 1
+    modalities: tuple[str, ...] = ()         # of volumes: names of the channels
+    labels: str = ''                         # of volumes: name of the lesion masks
+    bits: int = 16                           # most bits of a gray level
+    likelihood: str = 'discretized'          # or 'bernoulli'
+    padding: int = 0                         # border of zeros that belongs to `size`, not to the image
+    normal: tuple[str, ...] = ()             # names of normal classes; () = all that are not anomalous
+    folder: Callable[[ReaderConfig], str] | None = None      # its class folders; None = it has none
+    classes: bool = True                     # False: all images are of one class
+    masks: bool = False                      # masks mark anomalies (masks of covid mark lungs)
+    val_fraction: float = 0.15               # of the normal images that are not in a given test part
+    test_fraction: float = 0.2
+    split: Callable[[Sequence[Entry], float, float, int], dict[str, str]] = split_parts
+    val_always: bool = True                  # False: a validation part only where there are anomalies to find
+    flip: bool = False                       # train on mirror images too
+    num_train: int = 0                       # training images of the published set; 0 = any number
+    parts: tuple[str, ...] = ('train', 'test')               # which of its own parts to read
+    phantoms: int = 0                        # normal phantoms drawn by default; 0 = it is not synthetic
+    where: str = ''                          # for errors: the expected layout, and where the data comes from
