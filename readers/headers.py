@@ -20,11 +20,11 @@ from readers.volumes.nifti import SUFFIXES, read_header
 from utils import UserError
 
 ZLIB_LEVELS = ('0 or 1', '2 to 5', '6', '7 to 9')      # RFC 1950, FLEVEL: what a compressor says
-PNG_COLOURS = {0: 'grey', 2: 'colour', 3: 'palette', 4: 'grey with transparency',
-               6: 'colour with transparency'}
+PNG_COLORS = {0: 'gray', 2: 'color', 3: 'palette', 4: 'gray with transparency',
+               6: 'color with transparency'}
 PNG_IMAGE = ('IHDR', 'PLTE', 'tRNS', 'IDAT')           # chunks of the picture; others are the program's
-MODES = {'1': '1-bit grey', 'L': '8-bit grey', 'I': '32-bit grey', 'F': 'float', 'P': 'palette',
-         'RGB': '8-bit colour', 'RGBA': '8-bit colour with transparency', 'CMYK': '8-bit CMYK'}
+MODES = {'1': '1-bit gray', 'L': '8-bit gray', 'I': '32-bit gray', 'F': 'float', 'P': 'palette',
+         'RGB': '8-bit color', 'RGBA': '8-bit color with transparency', 'CMYK': '8-bit CMYK'}
 SAMPLINGS = {0: '4:4:4', 1: '4:2:2', 2: '4:2:0'}
 SOFTWARE = 305                                         # TIFF and EXIF tag
 MOST_SIGNS = 40                                        # of the name of a program
@@ -34,12 +34,12 @@ DICOM = ('Rows', 'Columns', 'BitsStored', 'PhotometricInterpretation')       # n
 
 
 @dataclass(frozen=True)
-class Trace:
+class Header:
     """The header of one image file. `quality` is JPEG's, 1 to 100, estimated; NaN where there is none."""
     format: str               # 'PNG'
     width: int                # pixels
     height: int
-    pixels: str               # '8-bit grey'
+    pixels: str               # '8-bit gray'
     encoder: str              # what tells one program from another: 'compression 6, with gAMA'
     quality: float = math.nan
     depth: int = 0            # of a volume, voxels along the third axis of the file
@@ -50,8 +50,8 @@ class Trace:
         return f'{self.width} x {self.height}' + f' x {self.depth}' * bool(self.depth)
 
 
-def read_trace(path: str | Path) -> Trace:
-    """The trace of a PNG, JPEG, TIFF, BMP, DICOM or NIfTI file. Raises UserError naming it if it has none."""
+def read_file_header(path: str | Path) -> Header:
+    """The header of a PNG, JPEG, TIFF, BMP, DICOM or NIfTI file. Raises UserError naming a damaged one."""
     try:
         if str(path).lower().endswith(SUFFIXES):
             return _nifti(path)
@@ -61,7 +61,7 @@ def read_trace(path: str | Path) -> Trace:
         with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
             warnings.simplefilter('ignore')            # of odd metadata: that is what is looked for
             pixels, encoder, quality = READERS[image.format](image, Path(path))
-            return Trace(image.format, image.width, image.height, pixels, encoder, quality)
+            return Header(image.format, image.width, image.height, pixels, encoder, quality)
     except (OSError, UnidentifiedImageError, ValueError, struct.error) as error:
         raise UserError(f"the header of {path} cannot be read ({error}): replace or remove the "
                         f"file.") from None
@@ -77,11 +77,11 @@ def _png(image: Image.Image, path: Path) -> tuple[str, str, float]:
             chunks.append(name)
             data = file.read(2 if name == 'IDAT' else length)
             if name == 'IHDR':
-                depth, colour, interlaced = data[8], data[9], data[12]
+                depth, color, interlaced = data[8], data[9], data[12]
             if name == 'IDAT':
                 level = ZLIB_LEVELS[data[1] >> 6]
             file.seek(4, 1)                            # its checksum
-    pixels = f'{depth}-bit {PNG_COLOURS.get(colour, "")}'
+    pixels = f'{depth}-bit {PNG_COLORS.get(color, "")}'
     extra = list(dict.fromkeys(c for c in chunks if c not in PNG_IMAGE))
     return pixels, _words(f'compression {level}', interlaced and 'interlaced', extra), math.nan
 
@@ -99,28 +99,28 @@ def _jpeg(image: Image.Image, path: Path) -> tuple[str, str, float]:
 
 
 def _other(image: Image.Image, path: Path) -> tuple[str, str, float]:
-    pixels = '16-bit grey' if image.mode.startswith('I;16') else MODES.get(image.mode, image.mode)
+    pixels = '16-bit gray' if image.mode.startswith('I;16') else MODES.get(image.mode, image.mode)
     compression = str(image.info.get('compression', 'raw'))
     return pixels, _words(f'compression {compression}', _software(image), []), math.nan
 
 
-def _dicom(path: str | Path) -> Trace:
+def _dicom(path: str | Path) -> Header:
     import pydicom
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(DICOM))
-        return Trace('DICOM', header.Columns, header.Rows, f'{header.BitsStored}-bit '
+        return Header('DICOM', header.Columns, header.Rows, f'{header.BitsStored}-bit '
                      f'{header.PhotometricInterpretation}', header.file_meta.TransferSyntaxUID.name)
     except Exception:                                  # its words may hold values of the file
         raise ValueError('a damaged DICOM file') from None
 
 
-def _nifti(path: str | Path) -> Trace:
+def _nifti(path: str | Path) -> Header:
     header, packed = read_header(path)
     width, height, depth = (int(n) for n in header.get_data_shape()[:3])
     spacing = ' x '.join(f'{mm:.3g}' for mm in header.get_zooms()[:3])
     # Numbers are of the scan (echo time, hour), not of the program.
     program = re.sub(r'\d+(\.\d+)?', '#', bytes(header['descrip'].item()).decode('latin-1'))
-    return Trace('NIfTI, packed' if packed else 'NIfTI', width, height, f'{header.get_data_dtype()} values',
+    return Header('NIfTI, packed' if packed else 'NIfTI', width, height, f'{header.get_data_dtype()} values',
                  ' '.join(program.split())[:MOST_SIGNS] or 'no program named', depth=depth,
                  spacing=f'{spacing} mm')
 

@@ -26,7 +26,7 @@ from utils import UserError, add_flags, flag, read_flags, read_json, run_program
 WIDTH = 100                                                       # characters of a line in the terminal
 NOT_OF_IMAGES = ('flip', 'num_workers')                           # flags that change nothing here
 DATA_FLAGS = [name for name in DataConfig.__dataclass_fields__ if name not in NOT_OF_IMAGES]
-TITLES = {'serious': 'Serious', 'mind': 'To mind', 'fine': 'Fine'}
+TITLES = {'serious': 'Serious', 'moderate': 'Moderate', 'fine': 'Fine'}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def heading(result: dict[str, Any]) -> list[str]:
     return [f"Audit of {result['dataset']}, {result['data']}.", f"The model sees {size} pixels.",
             f"Images measured: {'; '.join(images)}.",
             *(f"Note: {note}." for note in result['notes']),
-            f"{count(number['serious'], 'serious finding')}, {number['mind']} to mind."]
+            f"{count(number['serious'], 'serious finding')}, {number['moderate']} moderate."]
 
 
 def tables(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:

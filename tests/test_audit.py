@@ -12,31 +12,32 @@ from pytest import approx
 from test_dicom import as_bytes, made
 
 from audit.audit import audit, classify, common_words, sentences
-from audit.findings import BOUNDS, all_findings, of_parts, severity, told
+from audit.findings import BOUNDS, all_findings, part_findings, severity, with_interval
 from audit.trivial import (
     FEATURES,
     IMMERKAER,
-    PICTURE_FEATURES,
     TRAITS,
     Measured,
+    Picture,
     border,
-    look,
     measure,
     noise,
     sharpness,
     symmetry,
 )
 from datasets import DataConfig, load_data
-from readers.headers import read_trace
+from readers.headers import read_file_header
 from readers.source import Entry
 from readers.split import contradictions, spread_patients
 from utils import UserError
 
 SIZE, NORMAL, ILL = 32, 80, 30
+OF_PICTURES = [name for name, feature in FEATURES.items() if feature.cause not in (
+    'picture size', 'format', 'file size')]
 
 
 def draw(rng):
-    """A soft random picture of 32 x 32 with some noise, as (H, W) grey levels."""
+    """A soft random picture of 32 x 32 with some noise, as (H, W) gray levels."""
     coarse = Image.fromarray(rng.uniform(70, 150, (6, 6)).astype(np.float32))
     return np.asarray(coarse.resize((SIZE, SIZE), Image.BICUBIC)) + rng.normal(0, 3, (SIZE, SIZE))
 
@@ -94,24 +95,24 @@ def audited(folder, **options):
 
 
 def serious(result):
-    """Topics of the serious findings, but for that of all features together."""
-    topics = [f['topic'] for f in result['findings'] if f['severity'] == 'serious']
-    return [topic for topic in topics if topic != 'all together']
+    """Causes of the serious findings, but for that of all features together."""
+    causes = [f['cause'] for f in result['findings'] if f['severity'] == 'serious']
+    return [cause for cause in causes if cause != 'all together']
 
 
-@pytest.mark.parametrize('ill, normal, topic, words, follow', [
+@pytest.mark.parametrize('ill, normal, cause, words, follow', [
     (brighter, plain, 'brightness', 'ill images are brighter', {'file size'}),
     (stored, packed, 'file size', 'ill images have larger files', set()),
     (framed, plain, 'border', 'ill images have wider bars', {'file size', 'detail'}),
     (doubled, plain, 'picture size', 'ill images are wider', {'file size', 'detail'}),
     (as_jpeg, plain, 'format', 'all ill files and no normal files are JPEG', {'file size', 'detail'}),
 ], ids=lambda value: getattr(value, '__name__', None))
-def test_the_only_confound_is_named_first(tmp_path, ill, normal, topic, words, follow):
+def test_the_only_confounder_is_named_first(tmp_path, ill, normal, cause, words, follow):
     result = audited(folder_of(tmp_path / 'data', ill, normal))
     first = result['findings'][0]
-    assert (first['severity'], first['topic'], first['group']) == ('serious', topic, 'ill')
+    assert (first['severity'], first['cause'], first['group']) == ('serious', cause, 'ill')
     assert words in first['text'] and 'AUROC 1.00' in first['text'] and first['advice']
-    assert set(serious(result)) - {topic} <= follow              # what the cause itself changes, and no more
+    assert set(serious(result)) - {cause} <= follow              # what the cause itself changes, and no more
     assert result['comparisons'][0]['combined']['auroc'] > 0.95
     assert sentences(result)[0].startswith('Serious: The ')
 
@@ -126,8 +127,8 @@ def test_a_clean_set_has_no_serious_finding(tmp_path):
         for row in [*comparison['features'].values(), comparison['combined']]:
             assert row['low'] <= row['auroc'] <= row['high'] and 0.25 < row['auroc'] < 0.75
     texts = ' '.join(sentences(result))
-    assert 'All files are alike in this: PNG, 8-bit grey, 32 x 32 pixels.' in texts
-    assert 'No image of one part is in another' in texts and 'Nothing is known of the patients' in texts
+    assert 'All files have in common: PNG, 8-bit gray, 32 x 32 pixels.' in texts
+    assert 'No image of one part is in another' in texts and 'The patients are unknown' in texts
 
 
 def test_a_duplicate_across_parts_is_named_first(tmp_path):
@@ -138,7 +139,7 @@ def test_a_duplicate_across_parts_is_named_first(tmp_path):
     save(twin * 0.9, folder / tested)                            # the same picture, a little darker
     result = audited(folder)
     first = result['findings'][0]
-    assert (first['severity'], first['topic']) == ('serious', 'duplicates')
+    assert (first['severity'], first['cause']) == ('serious', 'duplicates')
     assert serious(result) == ['duplicates']
     assert '1 pair of images are near-duplicates' in first['text']
     assert f'{learned} (train)' in first['text'] and f'{tested} (test)' in first['text']
@@ -151,7 +152,7 @@ def test_one_content_called_both_and_exact_duplicates_of_a_stored_split(tmp_path
     assert contradictions([*data.train.entries, *data.val.entries, *data.test.entries]) == [
         'ill/ill-000.png', 'normal/normal-000.png']
     assert sentences(audit(data, num_bootstrap=20))[0].startswith(
-        'Serious: 2 files of the same content are called normal and anomalous: ill/ill-000.png; normal/')
+        'Serious: 2 files of the same content are labeled normal and anomalous: ill/ill-000.png; normal/')
     moved = json.loads(json.dumps(data.split))
     for file in moved['files']:
         if file['id'] == 'normal/normal-000.png':
@@ -160,7 +161,7 @@ def test_one_content_called_both_and_exact_duplicates_of_a_stored_split(tmp_path
     assert texts[0].startswith('Serious: Duplicates across parts: 1 pair of images are the same file: ')
 
 
-def test_a_difference_of_parts_is_told(tmp_path):
+def test_a_difference_part_findings_is_told(tmp_path):
     """The normal test images are brighter than those that a model learns from."""
     folder = folder_of(tmp_path / 'data')
     parts = {f['id']: f['part'] for f in load(folder).split['files'] if f['class'] == 'normal'}
@@ -170,7 +171,7 @@ def test_a_difference_of_parts_is_told(tmp_path):
     for file in split['files']:
         file['part'] = parts.get(file['id'], 'test')
     found = audit(load(folder, split), num_bootstrap=100)['findings']
-    told_of = next(f for f in found if f['topic'] == 'parts')
+    told_of = next(f for f in found if f['cause'] == 'parts')
     assert told_of['severity'] == 'serious' and 'the mean brightness 1.00' in told_of['text']
 
 
@@ -218,93 +219,94 @@ def test_patients_stay_together_in_the_regression():
 
 def test_features_worked_by_hand():
     ramp = np.tile(np.linspace(0.1, 0.9, 20), (20, 1))[None]             # (1, 20, 20), dark to bright
-    assert symmetry(look(ramp)) == approx(-1) and noise(look(ramp)) == approx(0, abs=1e-9)
-    mirror = look(np.concatenate([ramp, ramp[:, :, ::-1]], 2))
+    assert symmetry(Picture.of(ramp)) == approx(-1) and noise(Picture.of(ramp)) == approx(0, abs=1e-9)
+    mirror = Picture.of(np.concatenate([ramp, ramp[:, :, ::-1]], 2))
     assert symmetry(mirror) == approx(1)
     steep = ramp + np.linspace(0, 0.1, 20)[:, None]                      # no line of it has one value
-    assert look(steep).bars == 0 and look(steep).content.shape == (20, 20)
-    framed_ramp = look(np.pad(steep, ((0, 0), (5, 5), (0, 0))))
+    assert Picture.of(steep).bars == 0 and Picture.of(steep).content.shape == (20, 20)
+    framed_ramp = Picture.of(np.pad(steep, ((0, 0), (5, 5), (0, 0))))
     assert framed_ramp.bars == approx(100 * 10 / 60) and framed_ramp.content.shape == (20, 20)
-    assert look(np.full((1, 8, 8), 0.5)).bars == 0 and symmetry(look(np.full((1, 8, 8), 0.5))) == 0
+    uniform = Picture.of(np.full((1, 8, 8), 0.5))
+    assert uniform.bars == 0 and symmetry(uniform) == 0
     disc = np.zeros((1, 20, 20))
     disc[:, 1:-1, 1:-1] = 0.5
-    assert border(look(disc)) == approx(-50)
+    assert border(Picture.of(disc)) == approx(-50)
     assert IMMERKAER.sum() == 0 and np.abs(IMMERKAER.sum(0)).sum() == 0
 
 
 def test_noise_and_sharpness_do_not_depend_on_contrast_or_brightness():
     rng = np.random.default_rng(0)
     white = 0.5 + 0.05 * rng.standard_normal((1, 200, 200))
-    assert noise(look(white)) == approx(100, rel=0.02)             # noise is all there is
-    assert sharpness(look(white)) == approx(20, rel=0.05)          # the kernel's squares: 4 x 1 + 4 x 4
+    assert noise(Picture.of(white)) == approx(100, rel=0.02)             # noise is all there is
+    assert sharpness(Picture.of(white)) == approx(20, rel=0.05)          # the kernel's squares: 4 x 1 + 4 x 4
     soft = draw(rng)[None] / 255
     for feature in (noise, sharpness, symmetry):
-        assert feature(look(0.5 * soft + 0.3)) == approx(feature(look(soft)), rel=1e-6)
+        assert feature(Picture.of(0.5 * soft + 0.3)) == approx(feature(Picture.of(soft)), rel=1e-6)
 
 
 @pytest.mark.parametrize('options, mode, pixels, encoder', [
-    ({'format': 'PNG', 'compress_level': 1}, 'L', '8-bit grey', 'compression 0 or 1'),
-    ({'format': 'PNG', 'compress_level': 9, 'dpi': (72, 72)}, 'RGB', '8-bit colour',
+    ({'format': 'PNG', 'compress_level': 1}, 'L', '8-bit gray', 'compression 0 or 1'),
+    ({'format': 'PNG', 'compress_level': 9, 'dpi': (72, 72)}, 'RGB', '8-bit color',
      'compression 7 to 9, with pHYs'),
-    ({'format': 'PNG', 'compress_level': 6}, 'I;16', '16-bit grey', 'compression 6'),
-    ({'format': 'JPEG', 'quality': 60}, 'RGB', '8-bit colour', '4:2:0, baseline, with jfif'),
-    ({'format': 'JPEG', 'quality': 90, 'progressive': True, 'subsampling': 0}, 'RGB', '8-bit colour',
+    ({'format': 'PNG', 'compress_level': 6}, 'I;16', '16-bit gray', 'compression 6'),
+    ({'format': 'JPEG', 'quality': 60}, 'RGB', '8-bit color', '4:2:0, baseline, with jfif'),
+    ({'format': 'JPEG', 'quality': 90, 'progressive': True, 'subsampling': 0}, 'RGB', '8-bit color',
      '4:4:4, progressive, with jfif'),
-    ({'format': 'JPEG', 'quality': 25}, 'L', '8-bit grey', 'no subsampling, baseline, with jfif'),
-    ({'format': 'TIFF', 'compression': 'tiff_lzw'}, 'L', '8-bit grey', 'compression tiff_lzw'),
-    ({'format': 'TIFF', 'tiffinfo': {305: 'Scanner 3'}}, 'I;16', '16-bit grey', 'compression raw, Scanner 3'),
-    ({'format': 'BMP'}, '1', '1-bit grey', 'compression 0'),
+    ({'format': 'JPEG', 'quality': 25}, 'L', '8-bit gray', 'no subsampling, baseline, with jfif'),
+    ({'format': 'TIFF', 'compression': 'tiff_lzw'}, 'L', '8-bit gray', 'compression tiff_lzw'),
+    ({'format': 'TIFF', 'tiffinfo': {305: 'Scanner 3'}}, 'I;16', '16-bit gray', 'compression raw, Scanner 3'),
+    ({'format': 'BMP'}, '1', '1-bit gray', 'compression 0'),
 ], ids=lambda value: str(value) if isinstance(value, dict) else None)
-def test_traces_of_files(tmp_path, options, mode, pixels, encoder):
+def test_headers_of_files(tmp_path, options, mode, pixels, encoder):
     path = tmp_path / 'picture'
     Image.new(mode, (24, 16)).save(path, **options)
-    trace = read_trace(path)
-    assert (trace.format, trace.pixels, trace.size) == (options['format'], pixels, '24 x 16')
-    assert trace.encoder.startswith(encoder)
+    header = read_file_header(path)
+    assert (header.format, header.pixels, header.size) == (options['format'], pixels, '24 x 16')
+    assert header.encoder.startswith(encoder)
     if 'quality' in options:
-        assert trace.quality == approx(options['quality'], abs=1)
+        assert header.quality == approx(options['quality'], abs=1)
     else:
-        assert np.isnan(trace.quality)
+        assert np.isnan(header.quality)
 
 
-def test_the_trace_of_a_dicom_file_holds_nothing_of_the_patient(tmp_path):
+def test_the_header_of_a_dicom_file_holds_nothing_of_the_patient(tmp_path):
     dataset = made(np.zeros((16, 24), np.uint16), bits=12, PatientName='Somebody^Secret')
     (tmp_path / 'scan').write_bytes(as_bytes(dataset))
-    trace = read_trace(tmp_path / 'scan')
-    assert (trace.format, trace.pixels, trace.size) == ('DICOM', '12-bit MONOCHROME2', '24 x 16')
-    assert trace.encoder == 'Explicit VR Little Endian' and 'Secret' not in str(trace)
+    header = read_file_header(tmp_path / 'scan')
+    assert (header.format, header.pixels, header.size) == ('DICOM', '12-bit MONOCHROME2', '24 x 16')
+    assert header.encoder == 'Explicit VR Little Endian' and 'Secret' not in str(header)
     (tmp_path / 'scan').write_bytes(as_bytes(dataset)[:140])
     with pytest.raises(UserError, match='a damaged DICOM file'):
-        read_trace(tmp_path / 'scan')
+        read_file_header(tmp_path / 'scan')
 
 
 @pytest.mark.parametrize('name, kind, form', [('a.nii', 'Nifti1Image', 'NIfTI'),
                                               ('b.nii.gz', 'Nifti2Image', 'NIfTI, packed')])
-def test_the_trace_of_a_nifti_file(tmp_path, name, kind, form):
+def test_the_header_of_a_nifti_file(tmp_path, name, kind, form):
     nibabel = pytest.importorskip('nibabel')
     image = getattr(nibabel, kind)(np.zeros((6, 5, 4), np.int16), np.diag([1, 1, 2.5, 1]))
     image.header['descrip'] = b'converter; TE=2.98; Time=143209.400'
     nibabel.save(image, tmp_path / name)
-    trace = read_trace(tmp_path / name)
-    assert (trace.format, trace.size, trace.spacing) == (form, '6 x 5 x 4', '1 x 1 x 2.5 mm')
-    assert (trace.pixels, trace.encoder) == ('int16 values', 'converter; TE=#; Time=#')
+    header = read_file_header(tmp_path / name)
+    assert (header.format, header.size, header.spacing) == (form, '6 x 5 x 4', '1 x 1 x 2.5 mm')
+    assert (header.pixels, header.encoder) == ('int16 values', 'converter; TE=#; Time=#')
     (tmp_path / name).write_bytes(bytes(1000))
     with pytest.raises(UserError, match=rf'{name}.*is not a NIfTI file'):
-        read_trace(tmp_path / name)
+        read_file_header(tmp_path / name)
 
 
 def test_features_of_volumes_worked_by_hand():
     x = np.zeros((1, 8, 8, 8), np.float32)
     x[0, 2:6, 2:6, 2:6] = np.random.default_rng(0).random((4, 4, 4))
     mirrored = np.maximum(x, x[:, ::-1])
-    volume, even = look(x), look(mirrored)
+    volume, even = Picture.of(x), Picture.of(mirrored)
     assert volume.content.shape == (4, 4, 4) and volume.bars == 50
-    assert PICTURE_FEATURES['mean'].of_look(volume) == approx(100 * x[0, 2:6, 2:6, 2:6].mean())
+    assert FEATURES['mean'].measure(volume) == approx(100 * x[0, 2:6, 2:6, 2:6].mean())
     assert symmetry(even) == approx(1) and symmetry(volume) < 0.5
     # the outer 5 % are one voxel, all 0: minus the mean of the inner 6 x 6 x 6, of which 4 x 4 x 4 are not 0
     assert border(volume) == approx(-100 * x.sum() / 6 ** 3)
     slope = np.add.outer(np.arange(8), np.arange(8))[..., None].repeat(8, 2)[None] / 14
-    assert PICTURE_FEATURES['noise'].of_look(look(slope)) == approx(0)          # a slope has no noise
+    assert FEATURES['noise'].measure(Picture.of(slope)) == approx(0)          # a slope has no noise
 
 
 def test_volumes_are_audited(tmp_path):
@@ -316,31 +318,31 @@ def test_volumes_are_audited(tmp_path):
     result = audit(data, num_bootstrap=20)
     found = {name for comparison in result['comparisons'] for name in comparison['features']}
     assert {'mean', 'deviation', 'sharpness', 'noise', 'symmetry', 'png_size'} <= found
-    assert 'All files are alike in this: NIfTI, uint8 values, 12 x 12 x 12 voxels, 3 x 3 x 3 mm.' in str(
+    assert 'All files have in common: NIfTI, uint8 values, 12 x 12 x 12 voxels, 3 x 3 x 3 mm.' in str(
         sentences(result))
 
 
 def test_a_file_without_a_header_is_named(tmp_path):
     (tmp_path / 'broken.png').write_bytes(b'\x89PNG')
     with pytest.raises(UserError, match=r'broken\.png'):
-        read_trace(tmp_path / 'broken.png')
+        read_file_header(tmp_path / 'broken.png')
 
 
 def test_severity_needs_the_whole_interval():
-    mind, bad = BOUNDS['class']
+    moderate, bad = BOUNDS['class']
     row = lambda low, high: {'auroc': (low + high) / 2, 'low': low, 'high': high}
     assert severity(row(0.51 + bad, 0.9), 'class') == 'serious'
     assert severity(row(0.1, 0.49 - bad), 'class') == 'serious'
-    assert severity(row(0.49 + bad, 0.99), 'class') == 'mind'
-    assert severity(row(0.5 + mind + 0.01, 0.9), 'class') == 'mind'
+    assert severity(row(0.49 + bad, 0.99), 'class') == 'moderate'
+    assert severity(row(0.5 + moderate + 0.01, 0.9), 'class') == 'moderate'
     assert severity(row(0.45, 0.99), 'class') == 'fine'
-    assert severity(row(0.51, 0.6), 'parts') == 'mind' and severity(row(0.51, 0.6), 'class') == 'fine'
-    assert told(row(0.1, 0.3)) == '0.80 (95 % interval 0.70 to 0.90)'
+    assert severity(row(0.51, 0.6), 'parts') == 'moderate' and severity(row(0.51, 0.6), 'class') == 'fine'
+    assert with_interval(row(0.1, 0.3)) == '0.80 (95 % interval 0.70 to 0.90)'
 
 
 def test_the_worst_comes_first_and_of_equals_the_cause():
     def findings(**aurocs):
-        row = lambda name, auroc: {'topic': FEATURES[name].topic, 'auroc': auroc, 'low': auroc - 0.02,
+        row = lambda name, auroc: {'cause': FEATURES[name].cause, 'auroc': auroc, 'low': auroc - 0.02,
                                    'high': auroc + 0.02}
         numbers = {name: {'low': 1.0, 'median': 2.0, 'high': 3.0} for name in aurocs}
         groups = {name: {'features': numbers, 'traits': {trait: {} for trait in TRAITS}}
@@ -348,26 +350,26 @@ def test_the_worst_comes_first_and_of_equals_the_cause():
         comparison = {'kind': 'class', 'first': 'Normal', 'second': 'COVID', 'combined': row('mean', 0.97),
                       'features': {name: row(name, auroc) for name, auroc in aurocs.items()}}
         found = all_findings({'groups': groups, 'comparisons': [comparison]}, SimpleNamespace(split={}))
-        return [(f['severity'], f['topic']) for f in found]
-    file, bright, together = (('serious', topic) for topic in ('file size', 'brightness', 'all together'))
+        return [(f.severity, f.cause) for f in found]
+    file, bright, together = (('serious', cause) for cause in ('file size', 'brightness', 'all together'))
     assert findings(mean=0.8, file_size=0.9) == [file, bright, together]
     assert findings(mean=0.1, file_size=0.9) == [bright, file, together]
-    assert findings(mean=0.6, file_size=0.5) == [together, ('mind', 'brightness'), ('fine', 'parts')]
+    assert findings(mean=0.6, file_size=0.5) == [together, ('moderate', 'brightness'), ('fine', 'parts')]
 
 
 def test_what_chance_brings_is_told_from_what_it_does_not():
     def of(combined, **features):
-        row = lambda low, high: {'auroc': (low + high) / 2, 'low': low, 'high': high, 'topic': 'brightness'}
+        row = lambda low, high: {'auroc': (low + high) / 2, 'low': low, 'high': high, 'cause': 'brightness'}
         comparison = {'features': {name: row(*ends) for name, ends in features.items()},
                       'combined': combined and row(*combined)}
-        (found,) = of_parts(comparison, {})
-        return found['severity'], found['advice'].startswith('Nothing')
+        (found,) = part_findings(comparison, {})
+        return found.severity, found.advice.startswith('Nothing')
     alike, apart = (0.4, 0.6), (0.51, 0.65)
     assert of(alike, mean=alike, black=alike) == ('fine', False)
-    assert of(alike, mean=apart, black=alike) == ('mind', True)            # one of a few features
-    assert of(None, mean=apart, black=alike) == ('mind', True)
-    assert of(alike, mean=apart, black=apart) == ('mind', False)
-    assert of(apart, mean=alike, black=alike) == ('mind', False)
+    assert of(alike, mean=apart, black=alike) == ('moderate', True)            # one of a few features
+    assert of(None, mean=apart, black=alike) == ('moderate', True)
+    assert of(alike, mean=apart, black=apart) == ('moderate', False)
+    assert of(apart, mean=alike, black=alike) == ('moderate', False)
     assert of(alike, mean=(0.2, 0.39), black=alike) == ('serious', False)
 
 
@@ -421,7 +423,7 @@ def test_the_program_prints_and_keeps_its_findings(tmp_path, told_by):
     page = (tmp_path / 'out' / 'audit.md').read_text()
     kept = json.loads((tmp_path / 'out' / 'audit.json').read_text())
     assert page.startswith('# Audit\n') and '## Serious' in page and '| mean |' in page
-    assert kept['findings'][0]['topic'] == 'brightness' and kept['findings'][0]['text'] in page
+    assert kept['findings'][0]['cause'] == 'brightness' and kept['findings'][0]['text'] in page
 
 
 def test_the_program_audits_the_split_and_the_flags_of_a_run(tmp_path, told_by):
@@ -459,5 +461,5 @@ def test_binary_and_many_bit_images_are_measured(tmp_path):
     for flags in ({'num_x_bits': 12}, {'likelihood': 'bernoulli'}, {'channels': 3}):
         data = load(folder, **flags)
         found = measure(data.test, range(6))
-        assert all(np.isfinite(found.numbers[name]).all() for name in PICTURE_FEATURES)
+        assert all(np.isfinite(found.numbers[name]).all() for name in OF_PICTURES)
         assert (np.abs(found.numbers['mean'] - 43) < 15).all()                   # drawn from 70 to 150 of 255
