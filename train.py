@@ -33,6 +33,7 @@ from datasets import (
     DATASETS,
     Data,
     DataConfig,
+    data_flags,
     load_data,
     stand_in,
 )
@@ -64,9 +65,11 @@ from training.weights_and_biases import start_wandb
 from utils import (
     RunLog,
     UserError,
-    add_flags,
     flag,
     mix_seed,
+    owners,
+    parse_flags,
+    peek_flags,
     read_checkpoint,
     read_flags,
     read_json,
@@ -76,6 +79,7 @@ from utils import (
     write_json,
 )
 
+TABLES = {'model': MODELS, 'dataset': DATASETS}
 FREE_DATA_FLAGS = ('data', 'cache_dir', 'num_workers')     # may change when a run goes on
 ALONE = {'num_proc_node': 1, 'node_rank': 0, 'num_process_per_node': 1, 'world_size': 1, 'global_rank': 0,
          'local_rank': 0}             # a dry run is one process, whatever the flags say of the run
@@ -89,6 +93,7 @@ MOST_SKIPPED = 100                  # steps in a row that are not finite; then t
 @dataclass(frozen=True)
 class RunConfig:
     """The run"""
+    model: str = flag('nvae', 'model family', choices=tuple(MODELS), basic=True)
     root: str = flag('runs', 'folder of all runs')
     save: str = flag('exp', 'name of this run: it lives in <root>/eval-<save>')
     cont_training: bool = flag(False, 'go on from the checkpoint of this run; start where there is none yet')
@@ -175,21 +180,20 @@ class TrainConfig:
 
 # ------------------------------------------------------------------------------------------------------ flags
 
-def build_parser(model: str) -> argparse.ArgumentParser:
-    """Flags of a run that trains the family `model`."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default=model, choices=MODELS, help='model family')
-    family = family_config(model)
-    for config in (RunConfig, DataConfig, TrainConfig, family, LaunchConfig):
-        add_flags(parser, config, defaults=getattr(family, 'defaults', None))
-    return parser
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--model', default='nvae', choices=MODELS)
-    return build_parser(first.parse_known_args(argv)[0].model).parse_args(argv)
+    """The flags of the model and the data set that the command names; no others are known."""
+    chosen = {'model': 'nvae', 'dataset': 'mnist'}
+    chosen |= {name: value for name, value in peek_flags(argv, **chosen).items() if value in TABLES[name]}
+    family = family_config(chosen['model'])                       # of a wrong name, the parser tells
+    return parse_flags(argv, __doc__, (RunConfig, *data_flags(chosen['dataset']), TrainConfig, family,
+                                       LaunchConfig),
+                       defaults=getattr(family, 'defaults', {}), elsewhere=partial(elsewhere, **chosen))
+
+
+def elsewhere(model: str, dataset: str) -> dict[str, str]:
+    """For flags of other models and data sets, where they belong."""
+    of_data = owners('dataset', dataset, {name: data_flags(name) for name in DATASETS})
+    return of_data | owners('model', model, {name: (family_config(name),) for name in MODELS})
 
 
 # -------------------------------------------------------------------------------------------------------- run
@@ -269,7 +273,7 @@ class Trainer:
         before = _plain(saved['args'] | saved['description']['config'])
         now = _plain(vars(self.args) | dataclasses.asdict(family))
         differing = [f"--{name} {before[name]} then, {now[name]} now" for name in fixed
-                     if name in before and before[name] != now[name]]
+                     if name in before and name in now and before[name] != now[name]]
         if differing:
             raise UserError(f"{self.folder} was started with other flags ({'; '.join(differing)}). "
                             f"Give the same ones, or another --save.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -16,9 +17,10 @@ import pickle
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:       # PyTorch is imported where it is used: a program answers --help without it
     import torch
@@ -33,20 +35,22 @@ class UserError(ValueError):
 # ------------------------------------------------------------------------------------------------------ flags
 
 def flag(default: Any, help: str, *, least: float | None = None, most: float | None = None,
-         above: float | None = None, below: float | None = None, basic: bool = False,
+         above: float | None = None, below: float | None = None, basic: bool = False, needs: str = '',
          **argparse_options: Any) -> Any:
     """A dataclass field that is a command-line flag; `help` states its unit and any special value.
 
     A value must be at least `least`, at most `most`, above `above` and below `below`; of a tuple each value.
-    `basic` flags stand in --help, the others in --help_all. `argparse_options` go to `add_argument` as they
-    are (choices, nargs, type, metavar); `aliases` are further names of the flag.
+    `basic` flags stand in --help, the others in --help_all. A flag that does nothing without another one
+    `needs` it: 'ema_decay' (it is on), 'sampler=pc' (it has this value), 'flip or augment' (either).
+    `argparse_options` go to `add_argument` as they are (choices, nargs, type, metavar); `aliases` are further
+    names of the flag.
     """
     if isinstance(default, list | dict | set):
         raise TypeError(f"flag default {default!r} is mutable: use a tuple")
     limits = {'least': least, 'most': most, 'above': above, 'below': below}
     limits = {name: value for name, value in limits.items() if value is not None}
     return dataclasses.field(default=default, metadata={
-        'help': help, 'limits': limits, 'basic': basic, **argparse_options})
+        'help': help, 'limits': limits, 'basic': basic, 'needs': needs, **argparse_options})
 
 
 LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
@@ -56,68 +60,30 @@ LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 
 def flags(cls: type[T]) -> type[T]:
     """Decorator: a frozen dataclass of flags, which raises UserError for a value outside its limits or
-    choices before its own `__post_init__` looks at what else must hold.
+    choices before its own `__post_init__`, or that of its base, looks at what else must hold.
     """
-    own = cls.__dict__.get('__post_init__')
+    own = getattr(cls, '__post_init__', None)
 
     def __post_init__(self: Any) -> None:
-        check_flags(self)
+        for field in dataclasses.fields(self):
+            check_value(field, getattr(self, field.name))
         if own is not None:
             own(self)
     cls.__post_init__ = __post_init__
     return dataclasses.dataclass(frozen=True)(cls)
 
 
-def check_flags(config: Any) -> None:
-    """Raises UserError for the first field outside its limits or choices."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for one in value if isinstance(value, tuple) else (value,):
-            if one is None:
-                continue
-            choices = field.metadata.get('choices')
-            if choices is not None and one not in choices:
-                raise UserError(f"--{field.name} {one}: choose one of {', '.join(map(str, choices))}.")
-            limits = field.metadata.get('limits', {})
-            if not all(LIMITS[name][1](one, limit) for name, limit in limits.items()):
-                wanted = ' and '.join(f'{LIMITS[name][0]} {limit:g}' for name, limit in limits.items())
-                raise UserError(f"--{field.name} {one}: it must be {wanted}.")
-
-
-def add_flags(parser: argparse.ArgumentParser, config: type, *, optional: bool = False,
-              only: Iterable[str] | None = None, defaults: Mapping[str, Any] | None = None) -> None:
-    """Adds one titled group with a flag for each field of the dataclass `config`, and one for those of each
-    base of it.
-
-    A bool that is off by default becomes `--name`, one that is on `--name / --no-name`. With `optional`,
-    flags that the user does not give are absent from the parsed namespace: a stored value stays in force.
-    `defaults` take the place of the fields' own.
-    """
-    bases = [base for base in config.__mro__ if dataclasses.is_dataclass(base)]
-    owner = {field.name: base for base in bases for field in dataclasses.fields(base)}    # where it was first
-    groups = {base: parser.add_argument_group((base.__doc__ or base.__name__).strip().split('\n')[0])
-              for base in bases}
-    for field in dataclasses.fields(config):
-        if only is not None and field.name not in only:
+def check_value(field: dataclasses.Field, value: Any) -> None:
+    """Raises UserError for a value of a flag outside its limits or choices."""
+    choices, limits = field.metadata.get('choices'), field.metadata.get('limits', {})
+    for one in value if isinstance(value, tuple | list) else (value,):
+        if one is None:
             continue
-        options = {k: v for k, v in field.metadata.items() if k not in ('limits', 'basic')}
-        default = (defaults or {}).get(field.name, field.default)
-        options['help'] = options['help'].replace('%', '%%')
-        if isinstance(default, bool):
-            options['action'] = argparse.BooleanOptionalAction if default else 'store_true'
-        elif isinstance(default, tuple):
-            options.setdefault('nargs', '*')
-            options.setdefault('type', str)
-        else:
-            options.setdefault('type', type(default))
-        if optional:
-            options['help'] += " (default: the run's)"
-        elif not isinstance(default, bool) and default not in ('', (), None):
-            shown = ' '.join(map(str, default)) if isinstance(default, tuple) else default
-            options['help'] += f' (default: {shown})'
-        names = [f'--{name}' for name in (field.name, *options.pop('aliases', ()))]
-        group = groups[owner[field.name]]
-        group.add_argument(*names, default=argparse.SUPPRESS if optional else default, **options)
+        if choices is not None and one not in choices:
+            raise UserError(f"--{field.name} {one}: choose one of {', '.join(map(str, choices))}.")
+        if not all(LIMITS[name][1](one, limit) for name, limit in limits.items()):
+            wanted = ' and '.join(f'{LIMITS[name][0]} {limit:g}' for name, limit in limits.items())
+            raise UserError(f"--{field.name} {one}: it must be {wanted}.")
 
 
 def read_flags(config: type[T], values: argparse.Namespace | dict[str, Any]) -> T:
@@ -127,6 +93,183 @@ def read_flags(config: type[T], values: argparse.Namespace | dict[str, Any]) -> 
     picked = {k: tuple(v) if isinstance(known[k].default, tuple) else v
               for k, v in values.items() if k in known}
     return config(**picked)
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+HELP_WIDTH = 110            # characters of a line of a help page
+MOST_CHOICES = 6            # that stand beside the name of a flag; more stand in its help
+ARGPARSE_OPTIONS = ('choices', 'nargs', 'const', 'type', 'metavar')
+METAVARS = {int: 'N', float: 'X', str: 'TEXT'}
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags from the fields of dataclasses. Flags that are not given are absent from the result."""
+
+    def __init__(self, about: str = '', show_all: bool = False):
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=HELP_WIDTH)
+        super().__init__(usage='python %(prog)s [--FLAG VALUE ...]', description=about, add_help=False,
+                         allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=layout)
+        self.show_all = show_all
+        self.fields: dict[str, dataclasses.Field] = {}
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}. --help shows the flags.")
+
+    def add_class(self, config: type, defaults: Mapping[str, Any], stored: bool,
+                  without: Collection[str]) -> None:
+        """A titled group of flags for the class, and one for each base of it; for all fields but `without`.
+
+        The help page states the defaults, or that a `stored` value stays in force.
+        """
+        bases = [base for base in config.__mro__ if dataclasses.is_dataclass(base)]
+        owner = {field.name: base for base in bases for field in dataclasses.fields(base)}    # the first one
+        for base in bases:
+            self.group(base)
+        for field in dataclasses.fields(config):
+            if 'help' in field.metadata and field.name not in without:
+                self.fields[field.name] = field
+                default = "the run's" if stored else defaults.get(field.name, field.default)
+                self._add_field(self.group(owner[field.name]), field, default)
+
+    def group(self, config: type) -> argparse._ArgumentGroup:
+        """The group of the help page that has the first line of the class's docstring as its title."""
+        title = (config.__doc__ or config.__name__).strip().split('\n')[0]
+        return next((group for group in self._action_groups if group.title == title), None) \
+            or self.add_argument_group(title)
+
+    def _add_field(self, group: Any, field: dataclasses.Field, default: Any) -> None:
+        """A bool is turned on by --name and off by --no-name; only basic flags are shown if not all are."""
+        name, kind, help = field.name, type(field.default), field.metadata['help']
+        options = {k: v for k, v in field.metadata.items() if k in ARGPARSE_OPTIONS}
+        choices = options.get('choices', ())
+        if kind is bool:
+            options['action'] = 'store_true'
+            group.add_argument(f'--no-{name}', dest=name, action='store_false', help=argparse.SUPPRESS)
+        else:
+            options = {'type': str if kind is tuple else kind} | options
+            options |= {'nargs': options.get('nargs', '*')} if kind is tuple else {}
+            if len(choices) > MOST_CHOICES:
+                help += f": {', '.join(choices)}"
+            if not 0 < len(choices) <= MOST_CHOICES:
+                options = {'metavar': METAVARS.get(options['type'], 'VALUE')} | options
+        if default is True:
+            help += f' (default: on; --no-{name} turns it off)'
+        elif default is not False and default not in ('', (), None):
+            help += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+        shown = help.replace('%', '%%') if self.show_all or field.metadata['basic'] else argparse.SUPPRESS
+        for alias in (name, *field.metadata.get('aliases', ())):
+            group.add_argument(f'--{alias}', dest=name, **options,
+                               help=shown if alias == name else argparse.SUPPRESS)
+
+
+def parse_flags(argv: Sequence[str], about: str, classes: Sequence[type], *,
+                defaults: Mapping[str, Any] | None = None, stored: Sequence[type] = (),
+                without: Collection[str] = (), elsewhere: Callable[[], Mapping[str, str]] = dict,
+                ) -> argparse.Namespace:
+    """Flags from the words of a command line, which win over those of a file that it names with --config.
+
+    They are those of the dataclasses `classes` and `stored`, but for the names `without`. `about` heads the
+    help page. `defaults` take the place of the fields' own; flags of the classes `stored` are absent from the
+    result unless they are given, so that a stored value stays in force. `elsewhere` says for flags of other
+    commands where they belong. Raises UserError for unknown flags, values that are not allowed, and flags
+    that would do nothing.
+    """
+    parser, defaults = Parser(about, show_all='--help_all' in argv), defaults or {}
+    for config in (*classes, *stored):
+        parser.add_class(config, defaults, config in stored, without)
+    group = parser.add_argument_group('Help')
+    group.add_argument('--config', metavar='FILE', help='take flags from this YAML or JSON file, such as the '
+                                                        'args.json of a run; the command line wins')
+    group.add_argument('-h', '--help', action='help', help='show the flags that most people need')
+    group.add_argument('--help_all', action='help', help='show all flags')
+    given, unknown = parser.parse_known_args(with_config(argv))
+    file = vars(given).pop('config', '')
+    if Path(file).name == 'args.json':                     # a run's own: it may hold flags of another program
+        unknown = [word for word in unknown if word in argv]
+    if unknown:
+        raise _unknown_flag(unknown[0], parser.fields, elsewhere(), '' if unknown[0] in argv else file)
+    own = {field.name: defaults.get(field.name, field.default) for config in classes
+           for field in dataclasses.fields(config) if field.name in parser.fields}
+    values = own | vars(given)
+    for name, value in vars(given).items():
+        check_value(parser.fields[name], value)
+        _check_needs(parser.fields[name], value, values)
+    return argparse.Namespace(**values)
+
+
+def peek_flags(argv: Sequence[str], **defaults: Any) -> dict[str, Any]:
+    """The values of some flags, by which a program chooses which other flags there are."""
+    parser = Parser()
+    for name, default in defaults.items():
+        parser.add_argument(f'--{name}', default=default, nargs='*' if isinstance(default, tuple) else None)
+    return vars(parser.parse_known_args(with_config(argv))[0])
+
+
+def with_config(argv: Sequence[str]) -> list[str]:
+    """The flags of the file that the command line names with --config, as words, and then its own words.
+
+    Raises UserError for a file that cannot be read or holds anything but flags.
+    """
+    parser = Parser()
+    parser.add_argument('--config')
+    path, words = getattr(parser.parse_known_args(argv)[0], 'config', ''), []
+    for name, value in _read_config(Path(path)).items() if path else ():
+        if isinstance(value, bool):
+            words.append(f'--{name}' if value else f'--no-{name}')
+        elif isinstance(value, list):
+            words += [f'--{name}', *map(str, value)] if value else []
+        elif value is not None:
+            words.append(f'--{name}={value}')
+    return [*words, *argv]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if path.suffix == '.json':
+        content = read_json(path)
+    else:
+        import yaml
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} holds no flags: expected lines such as 'epochs: 20'.")
+    return content
+
+
+def owners(flag: str, chosen: str, classes: Mapping[str, Sequence[type]]) -> dict[str, str]:
+    """For flags that there are not with the value `chosen` of a flag, the values with which there are.
+
+    `classes` are the classes of flags of each value.
+    """
+    names = {value: {field.name for config in configs for field in dataclasses.fields(config)}
+             for value, configs in classes.items()}
+    return {name: f"--{flag} {', '.join(value for value in names if name in names[value])}, not of {chosen}"
+            for name in set().union(*names.values()) - names.get(chosen, set())}
+
+
+def _unknown_flag(word: str, known: Collection[str], elsewhere: Mapping[str, str], file: str) -> UserError:
+    """The error for a word that is no flag here: where it belongs, or the flag that was probably meant."""
+    word = word.split('=')[0]
+    name, place = word.removeprefix('--').removeprefix('no-'), f' in {file}' if file else ''
+    if not word.startswith('--'):
+        return UserError(f"'{word}'{place} belongs to no flag: give --FLAG VALUE. --help shows the flags.")
+    if name in elsewhere:
+        return UserError(f"{word}{place} is a flag of {elsewhere[name]}: leave it out.")
+    near = difflib.get_close_matches(name, [*known, *elsewhere], n=1)
+    return UserError(f"unknown flag {word}{place}" + (f"; did you mean --{near[0]}?" if near else
+                                                      "; --help_all shows all flags."))
+
+
+def _check_needs(field: dataclasses.Field, value: Any, values: Mapping[str, Any]) -> None:
+    """Raises UserError for a flag that was set and does nothing, as the one that it needs is not."""
+    needs = [term.partition('=') for term in field.metadata.get('needs', '').split(' or ') if term]
+    known = [(name, wanted) for name, _, wanted in needs if name in values]
+    met = any(str(values[name]) == wanted if wanted else values[name] for name, wanted in known)
+    if known and not met and value != field.default:
+        words = ' or '.join(f'--{name} {wanted}'.strip() for name, wanted in known)
+        raise UserError(f"--{field.name} does nothing without {words}: give that too, or leave it out.")
 
 
 # ------------------------------------------------------------------------------------------------------ seeds

@@ -28,8 +28,7 @@ class Selection:
     primary_score: str = flag('', "score shown in the figures, to be chosen before looking at any anomaly; "
                                   "'' = the score the model was published with, else nelbo, else the first "
                                   "computed", basic=True)
-    max_train_images: int = flag(1000, 'number of training images on which the baselines (mean image, PCA) '
-                                       'are fitted', least=2)
+
 
 
 @flags
@@ -37,6 +36,7 @@ class Scoring:
     """Computation of the scores"""
     num_draws: int = flag(4, 'draws of the latents over which every sampled score averages', least=1,
                           basic=True)
+    num_iw_samples: int = flag(16, 'iw: importance samples per image', least=1)
     iw_samples_elbo: int = flag(1, 'llr: importance samples for each draw of L; 1 = the ELBO', least=1)
     iw_samples_lk: int = flag(1, 'llr, lk: importance samples for each draw of L>k; 1 = the ELBO', least=1)
     llr_noise: str = flag('separate', 'llr: noise of L and of L>k: separate, as published, or shared',
@@ -91,6 +91,8 @@ class Judging:
                              below=1, basic=True)
     target_pixel_fpr: float = flag(0.005, 'false-positive rate on pixels of normal images that sets the '
                                           'thresholds of maps', above=0, below=1)
+    max_train_images: int = flag(1000, 'number of training images on which the baselines (mean image, PCA) '
+                                       'are fitted', least=2)
     num_bootstrap: int = flag(1000, 'bootstrap resamples for the 95 % intervals', least=1)
 
 
@@ -102,6 +104,43 @@ class Showing:
     num_gallery: int = flag(60, "number of test images in the report's gallery: extremes, likely false "
                                 "positives and negatives, and others evenly spaced by rank, at most 20 for "
                                 "volumes; 0 = only those of --num_cases", least=0)
+
+
+@flags
+class Audit:
+    """Audit of the data"""
+    audit_images: int = flag(100, 'images of each class and part that the audit in the report measures; '
+                                  '0 = no audit', least=0)
+
+
+@flags
+class OutOfDistribution:
+    """Images from elsewhere"""
+    ood: tuple = flag((), 'sets of images to tell from the normal ones, each a class NAME, brought to the '
+                          'shape of the run. NAME is a data set of --dataset, of which the test part is '
+                          "taken, or any name with a folder of images or an LMDB; PATH 'test' is the run's "
+                          'own normal test images. A CHANGE is rot90, rot180, rot270, flip, invert, lesion, '
+                          'tumour, or, of labeled test images, enhanced', metavar='NAME=PATH[:CHANGE]')
+    max_ood: int = flag(0, 'largest number of images of each set of --ood, drawn by --seed; 0 = all', least=0,
+                        needs='ood')
+
+
+@flags
+class PredictConfig:
+    """Predictions for new images"""
+    data: str = flag('', 'new images or volumes: a folder, searched at any depth, or one file', basic=True)
+    num_overlays: int = flag(50, 'number of images drawn with reconstruction and anomaly map, the most '
+                                 'anomalous by the primary score; for volumes also written as NIfTI map and '
+                                 'segmentation; -1 = all, 0 = none', least=-1, basic=True)
+    thresholds: str = flag('', "thresholds.json of an anomaly evaluation; '' = that of the last evaluation "
+                               "of the run")
+
+
+@flags
+class CompareConfig:
+    """Comparison"""
+    compare: tuple = flag((), 'run folders or checkpoints of two or more runs, whose anomaly scores are '
+                              'compared on the test images that all have', metavar='RUN', basic=True)
 
 
 @flags

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from anomaly.baselines import BASELINES
+from anomaly.config import PredictConfig, Selection
 from anomaly.density import DensityScore
 from anomaly.detect import SETTINGS, cells, choose_primary, titles
 from anomaly.maps.nifti import file_names, plain, remove_maps, write_map
@@ -39,37 +40,24 @@ from readers.source import Unreadable
 from readers.split import count, some
 from readers.volumes.new_volumes import NewVolumes
 from readers.volumes.nifti import Grid
-from utils import UserError, fingerprint, flag, read_flags, read_json, write_atomically
+from utils import UserError, fingerprint, read_flags, read_json, write_atomically
 
 SOME_UNREADABLE_STATUS = 3        # exit status: all that could be read is scored, but some files could not
 VOLUME_FOLDERS = {'map': 'maps', 'segmentation': 'segmentations'}
 MOST_THREADS = 2                  # that decode at once: an image takes 30 bytes a pixel of its file meanwhile
 
 
-@dataclass(frozen=True)
-class PredictConfig:
-    """Predictions for new images, of a folder or one file: --eval_mode predict --data FOLDER"""
-    num_overlays: int = flag(50, 'predict: draw that many images, the most anomalous by the primary score, '
-                                 'with reconstruction and map, and write map and segmentation of volumes '
-                                 'as NIfTI; -1 = all, 0 = none')
-    thresholds: str = flag('', "predict: the thresholds.json of an anomaly evaluation; '' = that of the run "
-                               "folder, of the last one")
-
-    def __post_init__(self):
-        if self.num_overlays < -1:
-            raise UserError(f"--num_overlays {self.num_overlays}: give a number, -1 for all or 0 for none.")
-
-
 def predict(run: Any) -> int:
     """Writes scores.csv, overlays/ and of volumes maps/ and segmentations/ for the files of --data; returns
     the exit status.
     """
-    data, config = wanted_data(run.args), read_flags(PredictConfig, run.args)
+    config, wanted = read_flags(PredictConfig, run.args), read_flags(Selection, run.args)
+    if not (data := config.data):
+        raise UserError("--eval_mode predict needs --data: a folder of images or volumes, or one file.")
     path = Path(config.thresholds or run.run_folder / 'thresholds.json')
-    normal = Normal.read(path, run.model, f'python evaluate.py --checkpoint {run.config.checkpoint} '
+    normal = Normal.read(path, run.model, f'python evaluate.py --checkpoint {run.args.checkpoint} '
                                           f'--eval_mode anomaly')
-    wanted = read_flags(ScoreConfig, run.args)
-    settings = normal.settings(wanted, run.config.num_iw_samples)
+    settings = normal.settings
     scores = normal.scores(wanted, run.model, settings['num_iw_samples'])
     names = [score.name for score in scores]
     prepared = preparation(normal.data_config(run.data_config), run.model.shape, run.model.pixels,
@@ -78,7 +66,7 @@ def predict(run: Any) -> int:
     found = launch.gather([prepared.find(data, without=run.out)])[0]
     primary = normal.primary(wanted, names)
     predictor = Predictor(run.model, prepared, found, scores, primary, settings, batch_size=run.batch_size,
-                          seed=run.config.seed)
+                          seed=run.args.seed)
     values, errors = predictor.score()
     written = predictor.draw(values, errors, run.out, config.num_overlays, normal.pixel_threshold(primary))
     if launch.is_main():
@@ -88,17 +76,6 @@ def predict(run: Any) -> int:
             run.say(f"{count(len(ids), 'subject')} {words}: {some(ids)}")
         say_all(run, data, found, values[:, names.index(primary)], errors, written, normal, primary, settings)
     return SOME_UNREADABLE_STATUS if errors else 0
-
-
-def wanted_data(args: Any) -> str:
-    """The --data of the command. Raises UserError without one, and for data flags that the run decides."""
-    given = [field.name for field in dataclasses.fields(DataConfig) if field.name in vars(args)]
-    if 'data' not in given or not args.data:
-        raise UserError("--eval_mode predict needs --data: a folder of images or volumes, or one file.")
-    if others := [name for name in given if name != 'data']:
-        raise UserError(f"--{others[0]} with --eval_mode predict: new images are treated as those of the run "
-                        f"were, or their scores could not be compared. Leave it out.")
-    return args.data
 
 
 # ------------------------------------------------------------------------------------------- what is normal
@@ -134,18 +111,12 @@ class Normal:
         """Of the voxels that the model saw, mm: (3,); empty for images."""
         return self.kept['spacing']
 
-    def settings(self, wanted: ScoreConfig, num_iw_samples: int) -> dict[str, Any]:
-        """How scores were made. Raises UserError where the command asks for something else."""
-        given = {name: getattr(wanted, name) for name in SETTINGS
-                 if getattr(wanted, name) != getattr(ScoreConfig(), name)}
-        given |= {'num_iw_samples': num_iw_samples} if num_iw_samples else {}
-        for name, value in given.items():
-            if value != self.kept[name]:
-                raise UserError(f"--{name} {value}: the thresholds in {self.path} were made with "
-                                f"{self.kept[name]}. Leave it out, or run --eval_mode anomaly with it first.")
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How scores were made."""
         return {name: self.kept[name] for name in ('num_iw_samples', *SETTINGS)}
 
-    def scores(self, wanted: ScoreConfig, model: Any, num_iw_samples: int) -> list[Any]:
+    def scores(self, wanted: Selection, model: Any, num_iw_samples: int) -> list[Any]:
         """The scores of that evaluation, or those that the command chooses of them, ready for use."""
         known = [name for name in self.kept['scores'] if name not in BASELINES]
         all_known = not wanted.scores or 'all' in wanted.scores
@@ -158,7 +129,7 @@ class Normal:
                 score.load(self.kept['fitted'])
         return scores
 
-    def primary(self, wanted: ScoreConfig, names: list[str]) -> str:
+    def primary(self, wanted: Selection, names: list[str]) -> str:
         """The score that ranks the images: the one named, else that of the evaluation, if it is computed."""
         return choose_primary(wanted.primary_score, self.kept['primary_score'], names)
 
@@ -340,7 +311,7 @@ def say_all(run: Any, data: str, found: Found, ranking: np.ndarray, errors: dict
     run.write_metrics('predict', {
         'data': data, 'num_files': total, 'num_scored': scored, 'num_unreadable': len(errors),
         'passed_over': found.passed_over, 'primary_score': primary, 'threshold': threshold,
-        'num_called': called, 'seed': run.config.seed, **settings})
+        'num_called': called, 'seed': run.args.seed, **settings})
     if found.passed_over:
         run.say(f"{found.passed_over} files and folders are passed over: {found.kinds}")
     if scored:

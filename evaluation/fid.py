@@ -24,10 +24,12 @@ from tqdm import tqdm
 
 from datasets import Data, DataConfig
 from distributed import launch
-from evaluation.sampling import samples
+from evaluation.config import FidConfig, NetworkConfig
+from evaluation.run import Evaluation
+from evaluation.sampling import SAMPLE_BATCH, prepare, samples
 from readers.batches import eval_batches
 from readers.parts import Part
-from utils import UserError, flag, write_npz
+from utils import UserError, write_npz
 
 INCEPTION_URL = ('https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
                  'weights-inception-2015-12-05-6726825d.pth')
@@ -36,18 +38,6 @@ PROBES = 3                    # images that a network is tried on before the wor
 PROBE_TOLERANCE = 1e-3        # of the largest feature: what rounding may change in a batch of another size
 GREY_LEVELS = {'likelihood': 'discretized', 'num_x_bits': 8}            # data flags of any reference
 SPLIT_FLAGS = ('fit', 'normal_classes', 'anomalous_classes', 'val_fraction', 'test_fraction', 'split_seed')
-
-
-@dataclass(frozen=True)
-class FidConfig:
-    """FID: the network, and what to compare with"""
-    inception_weights: str = flag('', 'weights of the Inception network of torch-fidelity (docs/fid.md)')
-    fid_features: str = flag('', 'instead: your own network, TorchScript or torch.export, (B, C, H, W) in '
-                                 '[0, 1] -> (B, D)')
-    fid_dir: str = flag('', "folder of <dataset>.npz, made by scripts/precompute_fid_statistics.py; '' = the "
-                            "run's training images, now")
-    fid_images: str = flag('mean', 'the mean of p(x|z), as published, or a draw from it',
-                           choices=('mean', 'sample'))
 
 
 # --------------------------------------------------------------------------------------------- the networks
@@ -92,7 +82,7 @@ class Features:
         return {'kind': self.kind, 'sha256': self.sha256, 'dimensions': self.dimensions}
 
 
-def load_features(config: FidConfig, shape: tuple[int, ...], device: torch.device) -> Features:
+def load_features(config: NetworkConfig, shape: tuple[int, ...], device: torch.device) -> Features:
     """The network that the flags name, tried on noise of the `shape` (C, H, W) of the model's images.
 
     Nothing is downloaded. Raises UserError if the file is missing or of another kind, or if the network does
@@ -374,3 +364,31 @@ def _command(folder: str, config: DataConfig, features: Features) -> str:
         if value != getattr(DataConfig(), name):
             words += [f'--{name}', *(value if isinstance(value, tuple) else [value])]
     return shlex.join(map(str, words))
+
+
+# --------------------------------------------------------------------------------------------------- the mode
+
+def evaluate_fid(run: Evaluation) -> None:
+    """Frechet distance between the features of drawn images and of training images."""
+    config = run.flags(FidConfig)
+    batch_size = config.batch_size or SAMPLE_BATCH
+    features = load_features(config, run.model.shape, launch.device())
+    if config.fid_dir:
+        reference = read_statistics(config.fid_dir, run.data_config, features, run.model.shape)
+    else:
+        reference = measure_part(run.data(**GREY_LEVELS), features, batch_size)
+    at = prepare(run, config)
+    # Binary models are drawn as probabilities, which are means.
+    images = 'mean' if run.model.pixels.likelihood == 'bernoulli' else config.fid_images
+    drawn = measure_samples(run.model, features, config.num_samples, batch_size, at, seed=config.seed,
+                            mean=images == 'mean')
+    if not launch.is_main():
+        return                                              # the distance takes one process
+    for line in reference.notes + drawn.notes:
+        run.say(line)
+    result = distance(drawn, reference) | {
+        'images': images, 'temperature': at, 'readjust_bn': config.readjust_bn, 'batch_size': batch_size,
+        'seed': config.seed, 'features': features.identity}
+    run.write_metrics('fid', result)
+    run.say(f"FID {result['fid']:.4f} of {result['num_images']} images at temperature {at} to "
+            f"{result['num_reference'] or 'an unknown number of'} of {reference.source}")

@@ -1,8 +1,8 @@
 """Latents of a hierarchical model: kept in files, edited, and walked through.
 
 B images, C channels, *S their size; L groups from the top down, each with latents (B, Z, h, w); F frames.
-A model that takes part has `latents(x)`, `decode(latents, temperature)` and `latent_shapes`. The modes of
-evaluate.py come last; `run` is its Evaluation.
+A model that takes part has `latents(x)`, `decode(latents, temperature)` and `latent_shapes`. The modes
+`latents`, `decode`, `interpolate` and `traverse` come last.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from distributed import launch
-from evaluation.pictures import image_grid, save_gif, save_png
+from evaluation.config import Decoding, Interpolation, Traversal
+from evaluation.pictures import NUM_SHOWN, image_grid, save_gif, save_png
+from evaluation.run import Evaluation
+from evaluation.sampling import temperature
 from utils import UserError, seed_noise, write_npz
-
-NUM_SHOWN = 64                         # images in a grid
 
 
 def to_arrays(latents: Sequence[Tensor]) -> dict[str, np.ndarray]:
@@ -49,6 +50,16 @@ def read_latents(path: str | Path, model: Any) -> Iterator[tuple[str, list[Tenso
                             f"group_0, group_1, ... with (images, {wanted or model.latent_shapes}), as many "
                             f"from the top as you like, each for the same images.")
         yield file.stem, [torch.from_numpy(groups[f'group_{i}']).float() for i in range(number)]
+
+
+def check_groups(name: str, numbers: Sequence[int], total: int, most: int) -> list[int]:
+    """The numbers of the flag `name`, of a model with `total` groups.
+
+    Raises UserError for one that is not in 0 to `most`.
+    """
+    if wrong := [n for n in numbers if not 0 <= n <= most]:
+        raise UserError(f"--{name} {wrong[0]}: this model has {total} latent groups, give 0 to {most}.")
+    return list(numbers)
 
 
 @torch.no_grad()
@@ -87,9 +98,8 @@ def traverse(model: Any, x: Tensor, groups: Sequence[int], channel: int,
 # ------------------------------------------------------------------------------------------------------ modes
 
 @torch.no_grad()
-def latents(run: Any) -> None:
+def latents(run: Evaluation) -> None:
     """Posterior means of every group: latents_<batch>.npz with group_0 (the top), group_1, ..., id, label."""
-    run.need('latents')
     data, number = run.data(), 0
     if launch.is_main():
         for path in run.out.glob('latents_*.npz'):                       # of an earlier call
@@ -107,54 +117,53 @@ def latents(run: Any) -> None:
 
 
 @torch.no_grad()
-def decode(run: Any) -> None:
+def decode(run: Evaluation) -> None:
     """Images of the latents in --latents, as they are or edited: decoded_<file>.npz and decoded.png.
 
     Groups that a file leaves out, the lowest ones, are drawn from the prior at the temperature.
     """
-    run.need('decode')
-    number = files = 0
-    for index, (name, groups) in enumerate(read_latents(run.config.latents, run.model)):
+    config = run.flags(Decoding)
+    at, number, files = temperature(run, config.temp), 0, 0
+    for index, (name, groups) in enumerate(read_latents(config.latents, run.model)):
         files += 1
         if index % launch.world() != launch.rank():
             continue
         images = []
         for start in range(0, len(groups[0]), run.batch_size):
-            seed_noise(run.config.seed, 'decode', index, start)
+            seed_noise(config.seed, 'decode', index, start)
             part = [z[start:start + run.batch_size].to(launch.device()) for z in groups]
-            images.append(run.model.decode(part, run.temperature).cpu())
+            images.append(run.model.decode(part, at).cpu())
         images = torch.cat(images)
         write_npz(run.out / f'decoded_{name}.npz', images=images.numpy())
         if index == 0:
             save_png(run.out / 'decoded.png', image_grid(images[:NUM_SHOWN]))
         number += len(images)
     number = sum(launch.gather([number]))
-    run.write_metrics('decode', {'num_images': number, 'temperature': run.temperature,
-                                 'seed': run.config.seed})
+    run.write_metrics('decode', {'num_images': number, 'temperature': at, 'seed': config.seed})
     run.say(f"{number} images of {files} file(s): {run.out / 'decoded.png'}")
 
 
-def interpolation(run: Any) -> None:
+def interpolation(run: Evaluation) -> None:
     """Walks between pairs of images, through the latents of all groups: interpolation.png, .gif and .npz."""
-    run.need('latents', 'decode')
-    x, ids = run.first_images(2 * run.num_samples)
+    config = run.flags(Interpolation)
+    x, ids = run.first_images(2 * config.num_samples)
     if launch.is_main():
-        images = interpolate(run.model, x[::2], x[1::2], run.config.num_frames).cpu()   # (F, B, C, H, W)
+        images = interpolate(run.model, x[::2], x[1::2], config.num_frames).cpu()   # (F, B, C, H, W)
         _write_walk(run.out / 'interpolation', images, id=np.array(ids))
         run.write_metrics('interpolate', {'pairs': [list(pair) for pair in zip(ids[::2], ids[1::2])],
-                                          'num_frames': run.config.num_frames})
-        run.say(f"{run.num_samples} pairs: {run.out / 'interpolation.png'} and .gif")
+                                          'num_frames': config.num_frames})
+        run.say(f"{config.num_samples} pairs: {run.out / 'interpolation.png'} and .gif")
 
 
-def traversal(run: Any) -> None:
+def traversal(run: Evaluation) -> None:
     """Shifts one latent channel at a time: traversal_<image>.png, one row a group, and .gif and .npz."""
-    run.need('latents', 'decode', 'num_groups')
-    groups = run.checked('groups', 0, run.model.num_groups - 1) or list(range(run.model.num_groups))
-    channel, channels = run.config.channel, min(run.model.latent_shapes[group][0] for group in groups)
+    config, total = run.flags(Traversal), run.model.num_groups
+    groups = check_groups('groups', config.groups, total, most=total - 1) or list(range(total))
+    channel, channels = config.channel, min(run.model.latent_shapes[group][0] for group in groups)
     if channel >= channels:
         raise UserError(f"--channel {channel}: a group has {channels}, give 0 to {channels - 1}, or -1.")
-    x, ids = run.first_images(run.num_samples)
-    shifts = torch.linspace(-run.config.reach, run.config.reach, run.config.num_frames).tolist()
+    x, ids = run.first_images(config.num_samples)
+    shifts = torch.linspace(-config.reach, config.reach, config.num_frames).tolist()
     if launch.is_main():
         images, chosen = traverse(run.model, x, groups, channel, shifts)                # (F, G, B, C, H, W)
         for i, name in enumerate(ids):

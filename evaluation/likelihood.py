@@ -10,6 +10,7 @@ import torch
 from anomaly.scores import elbo, iw_bound, log_weight
 from distributed import launch
 from distributions import bits_per_dim
+from evaluation.config import Likelihood
 from utils import UserError, seed_noise
 
 
@@ -59,3 +60,21 @@ def summary(nelbo: np.ndarray, neg_log_p: np.ndarray, num_dims: int) -> dict[str
 def count_dims(shape: tuple[int, ...], padding: int) -> int:
     """Numbers in an image (C, *S) that the likelihood is over: without the border that was added."""
     return shape[0] * math.prod(side - 2 * padding for side in shape[1:])
+
+
+def evaluate(run: Any) -> None:
+    """The mode `evaluate`: NELBO and importance-weighted bound, in nats and bits per dimension."""
+    config, data = run.flags(Likelihood), run.data()
+    result = evaluate_likelihood(run.model, run.batches(data, config.max_images),
+                                 num_iw_samples=config.num_iw_samples, seed=config.seed,
+                                 num_dims=count_dims(data.shape, data.pixels.padding), device=launch.device())
+    result |= {'part': run.part, 'seed': config.seed}
+    run.write_metrics('likelihood', result)
+    groups = {name: result[name] for name in ('normal', 'anomalous') if name in result}
+    for group, values in (groups or {'': result}).items():
+        run.say(' '.join(f"{values['num_images']} {group} {run.part} images, {result['num_iw_samples']} "
+                         f"samples each".split()))
+        for name, title in (('nelbo', 'NELBO'), ('neg_log_p', '-log p(x)')):
+            mean, error, bits = (values[f'{name}_{unit}']
+                                 for unit in ('nats', 'nats_standard_error', 'bits_per_dim'))
+            run.say(f'  {title:9} {mean:.4f} +- {error:.4f} nats, {bits:.5f} bits per dim')

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from utils import write_atomically
 
+NUM_SHOWN = 64                         # images in a grid
+
 
 def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
     """Tiles images (N, C, H, W) in [0, 1] to one (C, rows * (H + 1), columns * (W + 1)), nearly square.

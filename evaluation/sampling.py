@@ -6,9 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import UserError, seed_noise
+from distributed import launch
+from evaluation.config import Samples, Sampling
+from evaluation.pictures import NUM_SHOWN, image_grid, save_png
+from evaluation.run import Evaluation
+from model import describe
+from utils import UserError, finite, save_checkpoint, seed_noise, write_npz
 
 READJUST_PASSES, READJUST_BATCH = 500, 16
+SAMPLE_BATCH = 100                                # images drawn at a time
+DEFAULT_TEMPERATURE = 0.7                         # of families that do not state theirs
 
 
 @torch.no_grad()
@@ -42,3 +49,48 @@ def readjust_batch_norm(model: Any, temperature: float, *, seed: int, passes: in
     if not all(torch.isfinite(b).all() for b in model.buffers() if b.is_floating_point()):
         raise UserError(f"the batch-norm statistics at temperature {temperature} are not finite: the model "
                         f"draws images without bounds. Evaluate it without --readjust_bn.")
+
+
+def temperature(run: Evaluation, wanted: float | None) -> float:
+    """The temperature of the command, or else the one that the family is published with."""
+    if wanted is not None:
+        return wanted
+    return getattr(run.model, 'temperatures', (DEFAULT_TEMPERATURE,))[0]
+
+
+def prepare(run: Evaluation, config: Sampling) -> float:
+    """Gives the model the sampling flags of its family, and batch norms for the temperature if the command
+    asks for it. Returns the temperature.
+    """
+    family, at = getattr(run.model, 'Sampling', None), temperature(run, config.temp)
+    if family and (given := {name: value for name, value in vars(run.args).items()
+                             if name in family.__dataclass_fields__}):
+        run.model.change_sampling(**given)
+    if config.readjust_bn:
+        readjust_batch_norm(run.model, at, seed=config.seed)
+    if config.save_bn:
+        path = run.out / 'checkpoint.pt'
+        if launch.is_main():
+            save_checkpoint(path, {'description': describe(run.model), 'weights': run.model.state_dict(),
+                                   'ema': None, 'args': finite(run.opened[1]), 'readjusted_to': at})
+        run.say(f'readjusted to temperature {at}: {path}')
+    return at
+
+
+def sample(run: Evaluation) -> None:
+    """The mode `sample`: samples_<batch>.npz, and a grid of the first images as samples.png."""
+    config = run.flags(Samples)
+    number, batch_size, at = config.num_samples, config.batch_size or SAMPLE_BATCH, prepare(run, config)
+    names = {f'samples_{index}.npz' for index in range(-(-number // batch_size))}
+    if launch.is_main():
+        for path in run.out.glob('samples_*.npz'):                  # of an earlier, larger call
+            if path.stem.removeprefix('samples_').isdigit() and path.name not in names:
+                path.unlink()
+    for index, images in samples(run.model, number, batch_size, at, seed=config.seed, rank=launch.rank(),
+                                 world=launch.world()):
+        write_npz(run.out / f'samples_{index}.npz', samples=images.cpu().numpy())
+        if index == 0:
+            save_png(run.out / 'samples.png', image_grid(images[:NUM_SHOWN]))
+    run.write_metrics('sample', {'num_samples': number, 'temperature': at, 'readjust_bn': config.readjust_bn,
+                                 'seed': config.seed})
+    run.say(f"{number} images at temperature {at}: {run.out / 'samples.png'}")

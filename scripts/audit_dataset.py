@@ -21,7 +21,16 @@ from audit.findings import SEVERITIES
 from audit.trivial import FEATURES
 from datasets import DataConfig, load_data
 from readers.split import count
-from utils import UserError, add_flags, flag, read_flags, read_json, run_program, write_atomically, write_json
+from utils import (
+    UserError,
+    flag,
+    parse_flags,
+    read_flags,
+    read_json,
+    run_program,
+    write_atomically,
+    write_json,
+)
 
 WIDTH = 100                                                       # characters of a line in the terminal
 NOT_OF_IMAGES = ('flip', 'num_workers')                           # flags that change nothing here
@@ -47,11 +56,7 @@ class AuditConfig:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, AuditConfig)
-    add_flags(parser, DataConfig, optional=True, only=DATA_FLAGS)
-    return parser.parse_args(argv)
+    return parse_flags(argv, __doc__, (AuditConfig,), stored=(DataConfig,), without=NOT_OF_IMAGES)
 
 
 def read_data(config: AuditConfig, given: dict[str, Any]) -> Any:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
 import hashlib
 import json
 import time
@@ -62,7 +61,7 @@ from readers.lmdb.packed import (
 from readers.lmdb.packed_volumes import preparation_flags, volume_record
 from readers.source import CLASSES_SHOWN
 from readers.split import count, some, with_patients
-from utils import UserError, add_flags, flag, read_flags, run_program
+from utils import UserError, flag, parse_flags, read_flags, run_program
 
 MOST_ROWS, MOST_BYTES = 512, 32 << 20            # in a transaction: what a kill can lose
 AHEAD = 4                                        # images prepared ahead, for each thread
@@ -89,6 +88,8 @@ class LmdbConfig:
     """LMDB"""
     out: str = flag('', 'file to make')
     workers: int = flag(0, 'threads that read and decode; 0 = one a core')
+    verify: str | None = flag(None, 'check this LMDB, or after --data the one just made', type=str, nargs='?',
+                              const='')
 
 
 @dataclass(frozen=True)
@@ -384,13 +385,8 @@ def verify(path: Path, workers: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, FolderConfig, only=DATA_FLAGS)
-    add_flags(parser, LmdbConfig)
-    parser.add_argument('--verify', nargs='?', const='', metavar='LMDB',
-                        help='check this LMDB, or after --data the one just made')
-    args = parser.parse_args()
+    args = parse_flags(sys.argv[1:], __doc__, (FolderConfig, LmdbConfig),
+                       without={f.name for f in fields(FolderConfig)} - {*DATA_FLAGS})
     workers = args.workers or cores()
     if workers < 1:
         raise UserError(f"--workers {workers}: expected a number of threads, or 0 for one a core.")

@@ -17,10 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 
 import numpy as np
@@ -31,7 +30,7 @@ from readers.split import PARTS, count, some, split_given, with_patients
 from readers.volumes.nifti import Grid, resample, write_nifti
 from readers.volumes.subjects import KEYS, NORMAL, Subject, find_subjects, with_classes, with_keys
 from readers.volumes.volumes import LESION, VolumePreparation, attempt, expect_one_spacing
-from utils import UserError, add_flags, flag, read_flags, run_program, write_atomically
+from utils import UserError, flag, parse_flags, read_flags, run_program, write_atomically
 
 ROW = DATASETS['brain']
 DEPTH = 8                          # bits of a voxel: 0 and 255 are the ends of --percentiles or --window
@@ -186,10 +185,9 @@ def report(config: PatchConfig, done: dict[Subject, tuple[list[str], Counter]], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, PatchConfig, only={*DATA_FLAGS, *PatchConfig.__annotations__})
-    make(read_flags(PatchConfig, parser.parse_args()))
+    known = {*DATA_FLAGS, *PatchConfig.__annotations__}
+    make(read_flags(PatchConfig, parse_flags(sys.argv[1:], __doc__, (PatchConfig,),
+                                             without={f.name for f in fields(PatchConfig)} - known)))
 
 
 if __name__ == '__main__':

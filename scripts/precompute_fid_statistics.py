@@ -18,16 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run fr
 from datasets import DataConfig, load_data
 from distributed import launch
 from distributed.launch import LaunchConfig
+from evaluation.config import NetworkConfig
 from evaluation.fid import (
     GREY_LEVELS,
     MAX_REFERENCE,
-    FidConfig,
     load_features,
     measure_part,
     statistics_file,
     write_statistics,
 )
-from utils import UserError, add_flags, flag, read_flags, run_program
+from utils import UserError, flag, parse_flags, read_flags, run_program
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,11 @@ class StatisticsConfig:
 
 
 NOT_FOR_FID = {'binarize', 'flip', *GREY_LEVELS}
-DATA_FLAGS = [name for name in DataConfig.__dataclass_fields__ if name not in NOT_FOR_FID]
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, StatisticsConfig)
-    add_flags(parser, FidConfig, only=('inception_weights', 'fid_features'))
-    add_flags(parser, DataConfig, only=DATA_FLAGS)
-    add_flags(parser, LaunchConfig)
-    return parser.parse_args(argv)
+    return parse_flags(argv, __doc__, (StatisticsConfig, NetworkConfig, DataConfig, LaunchConfig),
+                       without=NOT_FOR_FID)
 
 
 def work(args: argparse.Namespace) -> int:
@@ -72,7 +66,7 @@ def work(args: argparse.Namespace) -> int:
     say = print if launch.is_main() else (lambda line: None)
     for line in data.report:
         say(line)
-    features = load_features(read_flags(FidConfig, args), data.shape, launch.device())
+    features = load_features(read_flags(NetworkConfig, args), data.shape, launch.device())
     statistics = measure_part(data, features, config.batch_size, config.max_samples)
     if launch.is_main():
         write_statistics(path, statistics, features, data)

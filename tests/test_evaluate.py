@@ -16,10 +16,12 @@ from PIL import Image
 import evaluate
 import train
 from distributed import launch
+from evaluation import sampling
 from evaluation.pictures import image_grid
-from evaluation.sampling import readjust_batch_norm
+from evaluation.run import Evaluation
+from evaluation.sampling import readjust_batch_norm, samples
 from model import load_model
-from utils import UserError, read_checkpoint, read_flags, save_checkpoint
+from utils import UserError, read_flags, save_checkpoint
 
 ONE_THREAD = ('--device', 'cpu', '--num_threads', '1')
 
@@ -75,16 +77,14 @@ def test_three_ranks_share_all_batches(trained, monkeypatch, tmp_path):
     model = load_model(trained)
     for rank in range(3):
         monkeypatch.setattr(launch, '_here', launch.Topology(rank, 3))
-        args = evaluate.parse_args(['--checkpoint', str(trained), '--batch_size', '3', '--cache_dir',
-                                    str(tmp_path)])
-        config = read_flags(evaluate.EvalConfig, args)
-        run_args = read_checkpoint(trained)['args']
+        args = evaluate.parse_args(['--checkpoint', str(trained), '--eval_mode', 'latents', '--batch_size',
+                                    '3', '--cache_dir', str(tmp_path)])
         monkeypatch.setattr(launch, 'barrier', lambda: None)
-        task = evaluate.Evaluation(model, run_args, args, config, lambda line: None)
+        task = Evaluation(args)
         seen += [name for _, batch in task.batches(task.data()) for name in batch.id]
-        drawn |= dict(evaluate.samples(model, 8, 3, 1.0, seed=1, rank=rank, world=3))
+        drawn |= dict(samples(model, 8, 3, 1.0, seed=1, rank=rank, world=3))
     assert len(seen) == len(set(seen)) == 20
-    together = dict(evaluate.samples(model, 8, 3, 1.0, seed=1))
+    together = dict(samples(model, 8, 3, 1.0, seed=1))
     assert drawn.keys() == together.keys() == {0, 1, 2} and [len(drawn[i]) for i in range(3)] == [3, 3, 2]
     assert all(torch.equal(drawn[i], together[i]) for i in range(3)) and not torch.equal(drawn[0], drawn[1])
 
@@ -115,7 +115,11 @@ def test_samples_are_seeded_and_temperature_matters(trained, tmp_path):
     assert not np.array_equal(first[0], seeded[0]) and not np.array_equal(first[0], cold[0])
     assert not np.array_equal(first[0], first[1])
     assert Image.open(tmp_path / 'a' / 'samples.png').size == (2 * 17, 1 * 17)
-    assert len(draw('a', '--num_samples', 2)) == 1, "files of the earlier call are gone"
+    (tmp_path / 'a' / 'samples_old.npz').write_bytes(b'')
+    assert len(list((tmp_path / 'a').glob('samples_?.npz'))) == 3
+    run(trained, tmp_path / 'a', 'sample', '--num_samples', 2, '--batch_size', 2)
+    assert sorted(path.name for path in (tmp_path / 'a').glob('samples_*.npz')) == \
+        ['samples_0.npz', 'samples_old.npz'], "files of the earlier call are gone, those of others stay"
 
 
 def test_readjusted_batch_norm(trained):
@@ -143,7 +147,7 @@ def test_statistics_that_are_not_finite_are_refused(trained):
 
 
 def test_sampling_with_readjusted_batch_norm(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, 'readjust_batch_norm', partial(readjust_batch_norm, passes=2))
+    monkeypatch.setattr(sampling, 'readjust_batch_norm', partial(readjust_batch_norm, passes=2))
     assert run(trained, tmp_path, 'sample', '--num_samples', 2, '--readjust_bn')['sample']['readjust_bn']
     with np.load(tmp_path / 'samples_0.npz') as stored:
         assert np.isfinite(stored['samples']).all()
@@ -223,8 +227,8 @@ def test_wrong_checkpoints(copy, monkeypatch, capsys):
 @pytest.mark.parametrize('flags, told', [
     (('--image_size', 32), r'images of shape (1, 16, 16), the data have (1, 32, 32)'),
     (('--num_x_bits', 5), '--num_x_bits'),
-    (('--num_samples', -1), '--num_samples -1'),
-    (('--temp', -1), '--temp -1'),
+    (('--eval_mode', 'sample', '--num_samples', -1), '--num_samples -1'),
+    (('--eval_mode', 'sample', '--temp', -1), '--temp -1'),
     (('--data', '/no/where'), '/no/where'),
     (('--save', '/proc/no'), '--save'),
     (('--eval_mode', 'anomaly', '--target_fpr', 2), '--target_fpr 2'),
@@ -252,7 +256,7 @@ def test_a_model_without_the_capability(trained, monkeypatch, tmp_path):
 
 def test_help_shows_the_modes_and_that_the_runs_data_are_the_default(capsys):
     with pytest.raises(SystemExit):
-        evaluate.parse_args(['--help'])
+        evaluate.parse_args(['--eval_mode', 'evaluate', '--help_all'])
     text = ' '.join(capsys.readouterr().out.split())
-    shown = re.search(r'--eval_mode {([\w,]+)}', text)[1].split(',')
+    shown = re.search(r'--eval_mode MODE what to do: ([\w, ]+) \(', text)[1].split(', ')
     assert set(shown) == set(evaluate.MODES) and "(default: the run's)" in text

@@ -24,6 +24,7 @@ import train
 from datasets import DataConfig, load_data
 from distributed import launch
 from distributions import Pixels
+from evaluation import sampling
 from evaluation.fid import FidConfig, Moments, frechet_distance, load_features
 from evaluation.sampling import samples
 from families.nvae.model import NVAE
@@ -362,7 +363,7 @@ def test_temperature_draws_and_seed_are_used(trained, networks, data_flags, tmp_
 
 def test_readjusted_batch_norm(trained, networks, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(evaluate, 'readjust_batch_norm', lambda model, temp, seed: calls.append((temp, seed)))
+    monkeypatch.setattr(sampling, 'readjust_batch_norm', lambda model, temp, seed: calls.append((temp, seed)))
     assert run(trained, tmp_path, networks[0], '--readjust_bn', '--temp', 0.5)['readjust_bn'] is True
     assert calls == [(0.5, 1)]
 
@@ -411,7 +412,7 @@ def test_kept_statistics_are_those_of_the_training_images(trained, networks, dat
     assert mu.dtype == sigma.dtype == np.float64
     assert np.allclose(mu, expected[0]) and np.allclose(sigma, expected[1], atol=1e-9)
     assert made_of['num_images'] == 32 and made_of['shape'] == [1, 16, 16] and made_of['part'] == 'train'
-    now = run(trained, tmp_path, networks[0], '--flip', 'on')
+    now = run(trained, tmp_path, networks[0])
     kept = run(trained, tmp_path, networks[0], '--fid_dir', stored)
     assert kept == now | {'fid': pytest.approx(now['fid'], abs=1e-9), 'reference': str(stored / 'folder.npz')}
 

@@ -189,8 +189,8 @@ def test_strips_and_films(trained, tmp_path):
     ('interpolate', ('--num_samples', 11), '22 images are wanted, the test part has 20'),
     ('interpolate', ('--num_frames', 1), '--num_frames 1'),
     ('decode', (), 'decode needs the file'),
-    ('sample', ('--latents', 'x.npz'), 'no other mode takes it'),
-    ('sample', ('--save_bn',), '--readjust_bn too'),
+    ('sample', ('--latents', 'x.npz'), '--latents is a flag of --eval_mode decode, not of sample'),
+    ('sample', ('--save_bn',), '--save_bn does nothing without --readjust_bn'),
 ])
 def test_mistakes_are_said_in_a_line(trained, tmp_path, mode, flags, message):
     with pytest.raises(UserError, match=message):

@@ -322,7 +322,7 @@ def test_training_resumes_to_the_bit_and_says_what_it_sees(score_flags, tmp_path
         assert len(passes) == number
         assert json.loads((tmp_path / name / 'metrics.json').read_text())['sample']['temperature'] == 1
     for words in ([*sample[:2], '--eval_mode', 'anomaly'], ['--compare', str(whole), str(parts)]):
-        with pytest.raises(UserError, match='--snr is for the modes sample and evaluate_fid'):
+        with pytest.raises(UserError, match='--snr is a flag of --eval_mode evaluate_fid, sample, not of'):
             evaluate.work(evaluate.parse_args([*words, '--snr', '1']))
 
     # new images are scored as the test images were: at the same levels, by the same densities

@@ -1,9 +1,8 @@
 """Flags from dataclasses, seeds, files that are whole or not there, the run's log, exit statuses."""
 
-import argparse
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -12,9 +11,11 @@ from distributions import RowNoise
 from utils import (
     RunLog,
     UserError,
-    add_flags,
     flag,
+    flags,
     mix_seed,
+    parse_flags,
+    peek_flags,
     read_flags,
     read_json,
     run_program,
@@ -31,59 +32,162 @@ class Config:
 
     And more that --help does not need.
     """
-    groups: int = flag(1, 'groups; 0 = none')
+    groups: int = flag(1, 'groups; 0 = none', least=0, basic=True, aliases=('group',))
     rate: float = flag(0.0, 'share, 5 % is usual')
     name: str = flag('', "a name; '' = none")
     kinds: tuple = flag((), 'kinds', choices=('a', 'b'))
     fast: bool = flag(False, 'be fast')
     safe: bool = flag(True, 'be safe')
+    bold: bool = flag(False, 'be bold', needs='fast')
+    shade: int = flag(1, 'shade', needs='fast or name=x')
 
 
-def parser(**options):
-    made = argparse.ArgumentParser(allow_abbrev=False)
-    add_flags(made, Config, **options)
-    return made
+def parse(*argv, classes=(Config,), **options):
+    return parse_flags(argv, 'Does things.', classes, **options)
+
+
+def page(capsys, *argv, **options):
+    """The help page, its words one space apart."""
+    with pytest.raises(SystemExit) as end:
+        parse(*argv, **options)
+    assert end.value.code == 0
+    return ' '.join(capsys.readouterr().out.split())
 
 
 def test_flags_have_the_fields_defaults_and_types():
-    assert read_flags(Config, parser().parse_args([])) == Config()
+    assert read_flags(Config, parse()) == Config()
     given = ['--groups', '3', '--rate', '1e-2', '--kinds', 'a', 'b', '--fast', '--no-safe', '--name', 'x']
-    assert read_flags(Config, parser().parse_args(given)) == Config(3, 0.01, 'x', ('a', 'b'), True, False)
+    assert read_flags(Config, parse(*given)) == Config(3, 0.01, 'x', ('a', 'b'), True, False)
+    assert read_flags(Config, parse(*given, '--no-fast', '--safe', '--group', '4')).groups == 4
+    assert read_flags(Config, parse('--groups', '3', defaults={'groups': 5, 'rate': 0.5})) == Config(3, 0.5)
 
 
-def test_help_states_every_default_that_is_a_number():
+def test_help_states_every_default_that_is_a_number(capsys):
     """1 and 0 are equal to True and False, and yet are numbers."""
-    text = ' '.join(parser().format_help().split())
-    for part in ('groups; 0 = none (default: 1)', 'share, 5 % is usual (default: 0.0)', 'Things to set'):
+    text = page(capsys, '--help_all')
+    for part in ('groups; 0 = none (default: 1)', 'share, 5 % is usual (default: 0.0)', 'Things to set',
+                 'be safe (default: on; --no-safe turns it off)', 'Does things.'):
         assert part in text, text
     assert "a name; '' = none --" in text and 'be fast --' in text and 'And more' not in text
+    assert '--groups N' in text and '--group N' not in text and '[--FLAG VALUE ...]' in text
 
 
-def test_fields_of_a_base_have_a_group_of_their_own():
+def test_help_shows_basic_flags_and_help_all_all(capsys):
+    text = page(capsys, '--help')
+    assert '--groups' in text and '--rate' not in text and '--help_all' in text
+
+
+def test_fields_of_a_base_have_a_group_of_their_own_and_equal_titles_one(capsys):
     @dataclass(frozen=True)
     class More(Config):
         """Further things"""
         fast: bool = flag(True, 'be fast, by default')
         sizes: tuple = flag((0.5, 2.0), 'two sizes', type=float, nargs=2)
+        unseen: int = field(default=1, kw_only=True)                        # no flag
 
-    made = argparse.ArgumentParser(allow_abbrev=False)
-    add_flags(made, More)
-    own, base = made.format_help().split('Things to set')
-    assert 'Further things' in own and '--sizes' in own and '(default: 0.5 2.0)' in own
-    assert '--groups' in base and '--no-fast' in base                # where it was first
-    assert read_flags(More, made.parse_args(['--sizes', '1', '3'])).sizes == (1.0, 3.0)
+    @dataclass(frozen=True)
+    class Alike:
+        """Further things"""
+        more: int = flag(1, 'more of it')
+
+    text = page(capsys, '--help_all', classes=(More, Alike))
+    own, base = text.split('Things to set')
+    assert own.count('Further things') == 1 and '--sizes' in own and '(default: 0.5 2.0)' in own
+    assert '--more' in own and '--groups' in base and '--no-fast' in base          # where it was first
+    args = parse('--sizes', '1', '3', classes=(More, Alike))
+    assert read_flags(More, args).sizes == (1.0, 3.0) and 'unseen' not in vars(args)
 
 
-def test_optional_flags_leave_the_stored_value_in_force():
-    made = parser(optional=True)
-    assert vars(made.parse_args(['--rate', '0'])) == {'rate': 0.0}
+def test_flags_that_are_stored_keep_the_stored_value(capsys):
+    given = vars(parse('--rate', '0', classes=(), stored=(Config,)))
+    assert given == {'rate': 0.0}
     stored = {'groups': 7, 'rate': 0.5, 'kinds': ['a'], 'unknown': 1}                  # as JSON gives them
-    assert read_flags(Config, stored | vars(made.parse_args(['--rate', '0']))) == Config(7, 0.0, '', ('a',))
-    assert '(default: 1)' not in made.format_help() and "(default: the run's)" in made.format_help()
+    assert read_flags(Config, stored | given) == Config(7, 0.0, '', ('a',))
+    text = page(capsys, '--help_all', classes=(), stored=(Config,))
+    assert '(default: 1)' not in text and "(default: the run's)" in text
 
 
-def test_only_some_flags():
-    assert vars(parser(only=['rate']).parse_args([])) == {'rate': 0.0}
+def test_all_flags_but_some():
+    others = ('groups', 'name', 'kinds', 'fast', 'safe', 'bold')
+    assert vars(parse(without=others)) == {'rate': 0.0, 'shade': 1}
+
+
+@pytest.mark.parametrize('argv, told', [
+    (['--rte', '1'], 'unknown flag --rte; did you mean --rate?'),
+    (['--rte=1'], 'unknown flag --rte; did you mean --rate?'),
+    (['--no-saef'], 'unknown flag --no-saef; did you mean --safe?'),
+    (['--zzz'], 'unknown flag --zzz; --help_all shows all flags.'),
+    (['--depth', '3'], '--depth is a flag of --model b, not of a: leave it out.'),
+    (['--dept', '3'], 'unknown flag --dept; did you mean --depth?'),
+    (['word'], "'word' belongs to no flag: give --FLAG VALUE. --help shows the flags."),
+    (['--groups', 'x'], "--groups: invalid int value: 'x'. --help shows the flags."),
+    (['--groups', '-1'], '--groups -1: it must be at least 0.'),
+    (['--kinds', 'c'], "--kinds: invalid choice: 'c' (choose from 'a', 'b'). --help shows the flags."),
+    (['--bold', '--no-fast'], '--bold does nothing without --fast: give that too, or leave it out.'),
+    (['--shade', '2', '--name', 'y'], '--shade does nothing without --fast or --name x: give that too, or '
+                                      'leave it out.'),
+    (['--config', 'no.yaml'], "--config no.yaml cannot be read: [Errno 2] No such file or directory: "
+                              "'no.yaml'."),
+])
+def test_a_wrong_flag_is_one_line(argv, told):
+    with pytest.raises(UserError) as error:
+        parse(*argv, elsewhere=lambda: {'depth': '--model b, not of a'})
+    assert str(error.value) == told
+
+
+def test_a_flag_that_needs_another_one():
+    assert parse('--bold', '--fast').bold and parse('--shade', '2', '--name', 'x').shade == 2
+    assert parse('--shade', '1').shade == 1, "its default changes nothing"
+    assert parse(defaults={'bold': True}).bold, "only what the user asks for is refused"
+    assert vars(parse('--bold', classes=(), stored=(Config,), without=['fast'])) == {'bold': True}
+
+
+@pytest.mark.parametrize('name, text', [
+    ('flags.yaml', 'groups: 3\nrate: 1e-2\nkinds: [a, b]\nfast: true\nsafe: false\nname:\n'),
+    ('flags.json', '{"groups": 3, "rate": 0.01, "kinds": ["a", "b"], "fast": true, "safe": false}'),
+    ('args.json', '{"groups": 3, "rate": 0.01, "kinds": ["a", "b"], "fast": true, "safe": false,'
+                  ' "old": [1]}')])
+def test_flags_from_a_file(name, text, tmp_path):
+    path = str(tmp_path / name)
+    (tmp_path / name).write_text(text)
+    assert read_flags(Config, parse('--config', path)) == Config(3, 0.01, '', ('a', 'b'), True, False)
+    given = parse('--groups', '4', '--config', path, '--no-fast')
+    assert (given.groups, given.fast, given.rate) == (4, False, 0.01), "the command line wins"
+    assert 'config' not in vars(given)
+    assert peek_flags(['--config', path], groups='1', name='') == {'groups': '3', 'name': ''}
+
+
+@pytest.mark.parametrize('text, told', [
+    ('grups: 3', r'unknown flag --grups in .*flags.yaml; did you mean --groups\?'),
+    ('groups: three', "--groups: invalid int value: 'three'"), ('groups: -3', '--groups -3: it must be'),
+    ('kinds: [c]', 'invalid choice'), ('bold: true', '--bold does nothing without --fast'),
+    ('fast: 3', 'fast'), ('just words', 'holds no flags'), ('a: [', 'cannot be read')])
+def test_a_file_of_flags_is_checked_like_the_command_line(text, told, tmp_path):
+    (tmp_path / 'flags.yaml').write_text(text)
+    with pytest.raises(UserError, match=told):
+        parse('--config', str(tmp_path / 'flags.yaml'))
+
+
+def test_a_subclass_checks_what_its_base_does():
+    @flags
+    class Base:
+        """Base"""
+        low: int = flag(0, 'low', least=0)
+        high: int = flag(1, 'high')
+
+        def __post_init__(self):
+            if self.low > self.high:
+                raise UserError('low is above high')
+
+    @flags
+    class More(Base):
+        """More"""
+        step: int = flag(1, 'step', above=0)
+
+    assert More(1, 2, 3).step == 3
+    for values, told in (((3, 2), 'above high'), ((-1, 2), '--low -1'), ((1, 2, 0), '--step 0')):
+        with pytest.raises(UserError, match=told):
+            More(*values)
 
 
 def test_a_mutable_default_is_refused():

@@ -1,0 +1,58 @@
+"""The modes `anomaly` and `compare`: the data of a run, with the sets of --ood, scored and judged."""
+
+import shlex
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from anomaly.compare import Run, run_names
+from anomaly.compare import compare as compare_runs
+from anomaly.config import Audit, CompareConfig, OutOfDistribution, ScoreConfig
+from anomaly.detect import detect
+from anomaly.out_of_distribution import with_ood
+from audit.audit import audit, sentences
+from datasets import Data
+from distributed import launch
+from evaluation.run import Evaluation
+from model import place
+
+AUDIT_RESAMPLES = 200                             # behind the intervals of the report's audit
+
+
+def data_with_ood(run: Evaluation) -> Data:
+    """The data set of the run, and the sets of --ood in its test part, to be scored."""
+    data, config = run.data(), run.flags(OutOfDistribution)
+    if config.ood:
+        known = len(data.report)
+        with launch.main_first():
+            data = with_ood(data, config.ood, config.max_ood, run.args.seed)
+        for line in data.report[known:]:
+            run.say(line)
+    return data
+
+
+def anomaly(run: Evaluation) -> None:
+    """Scores, thresholds, metrics and the report."""
+    data, number, config = data_with_ood(run), run.flags(Audit).audit_images, run.flags(ScoreConfig)
+    findings = []
+    if number and launch.is_main():
+        findings = sentences(audit(data, number, AUDIT_RESAMPLES, run.args.seed))
+    detect(run.model, data, run.out, config, num_iw_samples=config.num_iw_samples, batch_size=run.batch_size,
+           seed=run.args.seed, command='python ' + shlex.join(sys.argv), run_folder=run.run_folder,
+           log=run.say, workers=data.config.num_workers, findings=findings)
+
+
+def compare(run: Evaluation) -> None:
+    """Scores of several runs on the test images that all have. Only the run at work is on the device."""
+    runs, batch_sizes, paths = [], [], run.flags(CompareConfig).compare
+    for name, path in zip(run_names(paths), paths):
+        one = Evaluation(Namespace(**vars(run.args) | {'checkpoint': path}))
+        run.say(f'{name}: {path}')
+        knows_split = (one.run_folder / 'split.json').exists()
+        runs.append(Run(name, path, place(one.opened[0], 'cpu'), data_with_ood(one), knows_split))
+        batch_sizes.append(one.batch_size)
+    config = run.flags(ScoreConfig)
+    # One size for all, as seconds depend on it.
+    compare_runs(runs, Path(run.args.save), config, num_iw_samples=config.num_iw_samples,
+                 batch_size=min(batch_sizes), seed=run.args.seed, command='python ' + shlex.join(sys.argv),
+                 log=run.say, workers=runs[0].data.config.num_workers)
