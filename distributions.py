@@ -118,7 +118,7 @@ class Bernoulli:
     def sample(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         # Temperature divides the log-odds: 0 is the more probable of the two values.
         odds = logits / temperature if temperature > 0 else torch.where(logits > 0, torch.inf, -torch.inf)
-        return torch.bernoulli(torch.sigmoid(odds))
+        return (torch.rand_like(odds) < torch.sigmoid(odds)).to(odds.dtype)
 
 
 class DiscretizedNormal:

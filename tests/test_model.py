@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from distributions import Pixels
+import train
+from distributions import Pixels, RowNoise
 from families.autoencoder import config as autoencoder
 from families.autoencoder.model import LOG_NORMALIZERS, LOSSES
 from families.hvae import config as hvae
@@ -19,6 +20,7 @@ from families.score import samplers, sde, unet
 from families.spatial_msma import config as spatial_msma
 from families.spatial_msma import flow
 from model import MODELS, build_model, describe, family_config, load_model, place, restore
+from neural_operations import activation_bytes
 from utils import UserError, read_checkpoint, read_flags, save_checkpoint
 
 SHAPE = (1, 16, 16)
@@ -28,7 +30,7 @@ HIERARCHY = {'config_deterministic': json.dumps([
              'config_stochastic': json.dumps([{'block': 'GaussianConv2d', 'latent_features': 2},
                                               {'block': 'GaussianDense', 'latent_features': 3}])}
 SCORE = {'nf': 8, 'blocks_down': (1, 1), 'blocks_up': (1,), 'norm_num_groups': 2, 'time_embedding_sz': 4,
-         'num_scales': 4}
+         'num_scales': 4, 'init_scale': 1.0}
 SMALL = {   # flags of a small model of each family; a family without a row is tested with its defaults
     'hvae': HIERARCHY, 'lvae': HIERARCHY, 'biva': HIERARCHY,
     'ae': {'latent_dim': 3, 'num_layers': 2, 'width': 4, 'input_noise': 0.1},
@@ -38,7 +40,7 @@ SMALL = {   # flags of a small model of each family; a family without a row is t
              'num_latent_scales': 2, 'num_groups_per_scale': 1, 'num_latent_per_group': 2,
              'num_mixture_dec': 2, 'res_dist': True, 'weight_decay_norm': 1e-2},
     'score': SCORE,
-    'spatial_msma': {'score_model': json.dumps(SCORE | {'image_size': SHAPE[1:], 'init_scale': 1.0}),
+    'spatial_msma': {'score_model': json.dumps(SCORE | {'image_size': SHAPE[1:]}),
                      'msma_levels': 3, 'num_blocks': 1, 'hidden_features': 8, 'global_embedding_size': 8,
                      'context_embedding_size': 6, 'patches_per_step': 20},
 }
@@ -96,6 +98,12 @@ def content(model, **more):
             'args': {'batch_size': 8}, **more}
 
 
+def test_published_settings_are_flags_of_the_training(name):
+    given = vars(train.parse_args(['--model', name]))
+    defaults = getattr(family_config(name), 'defaults', {})
+    assert {flag: given[flag] for flag in defaults} == defaults
+
+
 @torch.no_grad()
 def test_contract(name):
     model, x = build(name), images()
@@ -104,15 +112,76 @@ def test_contract(name):
     terms = noisy(lambda: model(x))
     assert all(value.shape[0] == 3 for value in terms.values()), "terms are per image, never averaged"
     loss, logs = model.objective(terms, progress=0.5)
-    assert loss.shape == () and loss.isfinite()
-    assert all(torch.as_tensor(value).numel() == 1 for value in logs.values())
-
-    alone = noisy(lambda: model(x[:1], temperature=0.0))
-    together = model(x, temperature=0.0)
-    for key, value in together.items():        # an image's terms do not depend on its neighbours
-        assert torch.allclose(value[:1], alone[key], rtol=1e-4, atol=1e-4), key
+    assert loss.shape == () and loss.isfinite() and logs.keys().isdisjoint({'train/loss_iter'})
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     again = noisy(lambda: model(x))
     assert all(torch.equal(value, again[key]) for key, value in terms.items())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_logs_are_numbers_and_hold_the_bound(name):
+    """Of the batch, without gradient; the training loop shows the bound, or the loss that it adds itself."""
+    model = build(name)
+    terms = noisy(lambda: model(images()))
+    _, logs = model.objective(terms, progress=0.5)
+    for value in logs.values():
+        assert value.numel() == 1 and not value.requires_grad
+    if hasattr(model, 'num_groups'):
+        bound = terms['recon'] + terms['kl'].sum(1)
+        torch.testing.assert_close(logs['train/nelbo_iter'], bound.mean().detach())
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_forward_runs_on_the_meta_device(name, training):
+    """There the memory of a training step is estimated. Terms have the shapes of real ones."""
+    model = build(name).train(training)
+    real, empty = model(images()), model.to('meta')(torch.zeros(3, *SHAPE, device='meta'))
+    assert {key: value.shape for key, value in empty.items()} == {k: v.shape for k, v in real.items()}
+    assert all(value.is_meta for value in empty.values())
+    if training:
+        plain, recomputing = activation_bytes(build(name), SHAPE)
+        assert plain > 0 and recomputing > 0
+
+
+SCORED = ('forward', 'reconstruct', 'residual', 'maps', 'latents', 'score_norms', 'score_maps',
+          'log_likelihood', 'inpainting_map', 'restoration_map', 'voxel_nll')
+
+
+def results(model, x, seeds):
+    """All that a score may ask of a model, by name: (B, ...); rows of its noise follow from the seeds."""
+    found = {}
+    for capability in SCORED:
+        if hasattr(model, capability):
+            torch.seed()                                                 # of no effect on what is drawn
+            with RowNoise(seeds):
+                values = getattr(model, capability)(x)
+            values = values if isinstance(values, dict) else dict(enumerate(values)) \
+                if isinstance(values, list) else {'': values}
+            found |= {f'{capability} {key}': value for key, value in values.items()}
+    return found
+
+
+@torch.no_grad()
+def test_an_image_does_not_depend_on_the_others_of_its_batch(name):
+    """In float64, where the kernels of other batch sizes differ in digits that do not count."""
+    model, x, seeds = build(name).double(), images(7).double(), range(10, 17)
+    together = results(model, x, seeds)
+    assert all(value.isfinite().all() for value in together.values())
+    for rows in (slice(3, 4), slice(3, 5)):
+        alone = results(model, x[rows], seeds[rows])
+        assert alone.keys() == together.keys()
+        for key, value in alone.items():
+            torch.testing.assert_close(value, together[key][rows], rtol=1e-6, atol=1e-6,
+                                       msg=lambda told, key=key: f'{key}: {told}')
+
+
+@torch.no_grad()
+def test_latents_cannot_be_skipped_where_there_are_none(name):
+    model = build(name)
+    if hasattr(model, 'num_groups'):
+        pytest.skip(f'{name} has latent groups')
+    with pytest.raises(UserError, match='skip 1'):
+        model(images(), skip=1)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from pytest import approx
 from small_score import Mixture, build, gaussian, make_sde, two_in_the_plane
 
+from families.score.ode import solve
 from families.score.samplers import (
     CORRECTORS,
     PC,
@@ -15,10 +16,10 @@ from families.score.samplers import (
     blocks,
     inpaint,
     inpainting_error,
+    langevin,
     ode_log_likelihood,
     restore,
     sample_ode,
-    solve,
 )
 from families.score.sde import SDES, expand
 from utils import UserError
@@ -67,6 +68,17 @@ def test_a_corrector_alone_reaches_the_noisy_data(corrector):
     torch.testing.assert_close(x.var(0), variance, rtol=0.15, atol=0)
     torch.testing.assert_close(x.mean(0), data.means[0], rtol=0, atol=0.08)
     assert not torch.equal(x, x_mean)
+
+
+def test_langevin_steps_by_the_norms_of_each_image_leave_noisy_data_as_they_are():
+    """In many dimensions: the length of a score hardly varies, so the step size is that of all images."""
+    data, sde = gaussian((1, 16, 16)), make_sde('vesde')
+    t = torch.full((100,), 0.5, dtype=torch.float64)
+    variance = data.variance + sde.std(t)[0] ** 2
+    torch.manual_seed(0)
+    x = data.means + variance.sqrt() * torch.randn(100, 1, 16, 16, dtype=torch.float64)
+    x, _ = langevin(data.diffusion(sde), x, t, 0.2, 40, per_image=True)
+    assert ((x - data.means) ** 2 / variance).mean().item() == approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize('name', SDES)

@@ -147,6 +147,11 @@ class ScoreModel(nn.Module):
         c = self.config
         return PC(c.predictor, c.corrector, c.snr, c.n_steps_each, c.probability_flow)
 
+    @property
+    def scoring_pc(self) -> PC:
+        """The sampler of anomaly maps, in which no image depends on the others of its batch."""
+        return replace(self.pc, per_image=True)
+
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, mean: bool = False) -> Tensor:
         """Draws n images (n, C, *S) in [0, 1] with --sampler; `mean` leaves out the noise of the last step.
@@ -192,12 +197,12 @@ class ScoreModel(nn.Module):
     @torch.no_grad()
     def inpainting_map(self, x: Tensor) -> Tensor:
         """What the other half of a checkerboard does not foretell of images in [0, 1]: (B, 1, *S), slow."""
-        return inpainting_error(self.diffusion, self.pc, 2 * x - 1, foreground(x).to(x))
+        return inpainting_error(self.diffusion, self.scoring_pc, 2 * x - 1, foreground(x).to(x))
 
     @torch.no_grad()
     def restoration_map(self, x: Tensor) -> Tensor:
         """What noising and denoising changes in images in [0, 1]: (B, 1, *S), slow."""
-        return restoration_error(self.diffusion, self.pc, 2 * x - 1)
+        return restoration_error(self.diffusion, self.scoring_pc, 2 * x - 1)
 
 
 def times_of(u: Tensor) -> Tensor:

@@ -1,23 +1,22 @@
 """What is drawn and computed with a score: predictor-corrector, probability flow and its likelihood,
 inpainting, restoration (Song et al. 2021, SADE).
 
-B images x (B, C, *S) on [-1, 1], t (B,) in [0, 1], the same for all images of a batch; N discrete steps. A
-predictor or corrector returns (x, x_mean): x_mean is x before its noise is added.
+B images x (B, C, *S) on [-1, 1], t (B,) in [0, 1]; N discrete steps. A predictor or corrector returns
+(x, x_mean): x_mean is x before its noise is added.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from families.score.ode import solve
 from families.score.sde import SDE, VE, SubVP, expand
 from utils import UserError
 
 Step = tuple[Tensor, Tensor]
-TOLERANCE = 1e-5             # of the ODE solver, relative and absolute
 END_OF_REPAIR = 1e-3         # inpainting and restoration end here
 REPAIRS = 10                 # draws that inpainting and restoration average over
 
@@ -96,14 +95,19 @@ def _langevin(d: Diffusion, x: Tensor, t: Tensor, steps: int,
     return x, x_mean
 
 
-def langevin(d: Diffusion, x: Tensor, t: Tensor, snr: float, steps: int) -> Step:
-    """Langevin dynamics; the step makes the noise 1/snr times as long as the score, on average of a batch."""
-    mean_norm = lambda values: values.flatten(1).norm(dim=1).mean()
-    return _langevin(d, x, t, steps, lambda score, z: snr * mean_norm(z) / mean_norm(score))
+def langevin(d: Diffusion, x: Tensor, t: Tensor, snr: float, steps: int, per_image: bool = False) -> Step:
+    """Langevin dynamics; a step makes the noise 1/snr times as long as the score.
+
+    As published, their lengths are means over the batch; with `per_image` they are those of the image, which
+    then does not depend on its batch. In many dimensions the two agree.
+    """
+    length = lambda values: values.flatten(1).norm(dim=1)                                    # (B,)
+    average = (lambda lengths: lengths) if per_image else torch.mean
+    return _langevin(d, x, t, steps, lambda score, z: snr * average(length(z)) / average(length(score)))
 
 
-def ald(d: Diffusion, x: Tensor, t: Tensor, snr: float, steps: int) -> Step:
-    """Annealed Langevin dynamics (Song and Ermon 2019): the step follows from the level of noise."""
+def ald(d: Diffusion, x: Tensor, t: Tensor, snr: float, steps: int, *_: object) -> Step:
+    """Annealed Langevin dynamics (Song and Ermon 2019): the step size follows from the noise level."""
     return _langevin(d, x, t, steps, lambda score, z: snr * d.sde.std(t))
 
 
@@ -116,15 +120,19 @@ CORRECTORS = {'langevin': langevin, 'ald': ald, 'none': no_step}
 
 @dataclass(frozen=True)
 class PC:
-    """Predictor-corrector: at each of N times the corrector, then the predictor."""
+    """Predictor-corrector: at each of N times the corrector, then the predictor.
+
+    With `per_image` no image depends on the others of its batch, see `langevin`.
+    """
     predictor: str = 'reverse_diffusion'
     corrector: str = 'langevin'
     snr: float = 0.17
     n_steps_each: int = 1
     probability_flow: bool = False
+    per_image: bool = False
 
     def correct(self, d: Diffusion, x: Tensor, t: Tensor) -> Step:
-        return CORRECTORS[self.corrector](d, x, t, self.snr, self.n_steps_each)
+        return CORRECTORS[self.corrector](d, x, t, self.snr, self.n_steps_each, self.per_image)
 
     def predict(self, d: Diffusion, x: Tensor, t: Tensor) -> Step:
         return PREDICTORS[self.predictor](d, x, t, self.probability_flow)
@@ -147,22 +155,6 @@ class PC:
 def flow_velocity(d: Diffusion, x: Tensor, t: Tensor) -> Tensor:
     """dx/dt of the probability flow, which carries the same densities as the SDE, without noise."""
     return expand(d.sde.drift(t), x) * x - 0.5 * expand(d.sde.diffusion(t), x) ** 2 * d.score(x, t)
-
-
-def solve(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, start: float, end: float) -> Tensor:
-    """x (B, n) at time `end` of dx/dt = velocity(x, t), t (B,): Runge-Kutta of order 5(4), by scipy."""
-    from scipy.integrate import solve_ivp
-
-    def derivative(t: float, flat: np.ndarray) -> np.ndarray:
-        y = torch.from_numpy(flat).to(x).reshape(x.shape)
-        return velocity(y, y.new_full((len(y),), t)).detach().cpu().double().numpy().ravel()
-
-    result = solve_ivp(derivative, (start, end), x.detach().cpu().double().numpy().ravel(), method='RK45',
-                       rtol=TOLERANCE, atol=TOLERANCE)
-    if not result.success:
-        raise UserError(f"the probability flow could not be solved ({result.message}): the score is not "
-                        f"smooth enough. Take --sampler pc.")
-    return torch.from_numpy(result.y[:, -1]).to(x).reshape(x.shape)
 
 
 def sample_ode(d: Diffusion, like: Tensor, noise_removal: bool = True) -> Tensor:

@@ -120,11 +120,13 @@ class SpatialMSMA(nn.Module):
         return self.global_context(2 * x - 1) if self.global_context is not None else None
 
     def log_prob(self, features: Tensor, image_code: Tensor | None, voxels: Tensor) -> Tensor:
-        """log density of features (B, n, *S) at voxels (P,), nats, float64: (B, P)."""
-        rows = features.flatten(2)[:, :, voxels].transpose(1, 2)                             # (B, P, n)
-        context = self.position(voxels).to(rows).expand(len(rows), -1, -1)                   # (B, P, E)
+        """log p of features (B, n, *S) at voxels (B, P), or (P,) in all images: nats, float64, (B, P)."""
+        voxels = voxels.expand(len(features), -1)
+        places = voxels[:, None].expand(-1, self.levels, -1)
+        rows = features.flatten(2).gather(2, places).transpose(1, 2)                         # (B, P, n)
+        context = self.position(voxels.flatten()).to(rows).unflatten(0, voxels.shape)        # (B, P, E)
         if image_code is not None:
-            context = torch.cat([context, image_code[:, None].expand(-1, len(voxels), -1)], dim=2)
+            context = torch.cat([context, image_code[:, None].expand(-1, voxels.shape[1], -1)], dim=2)
         standard = ((rows - self.feature_mean) / self.feature_std).to(rows)
         return self.flow.log_prob(standard, context) - self.feature_std.log().sum()
 
@@ -133,22 +135,19 @@ class SpatialMSMA(nn.Module):
     def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms:
         """Mean -log p (B,) over voxels of images x (B, C, *S) in [0, 1], nats, in full precision.
 
-        --patches_per_step voxels of the foreground, at random, the same ones in all images of a batch; with
-        `temperature` 0 all those of an image's own foreground. There are no groups to skip: UserError for
-        `skip`.
+        --patches_per_step voxels of each image's foreground, at random; with `temperature` 0 all of them.
+        There are no groups to skip: UserError for `skip`.
         """
         if skip:
             raise UserError(f"skip {skip}: spatial_msma has no latent groups, give 0.")
         with full_precision_on(x.device):
             if temperature == 0:
                 return {'loss': torch.stack([nll.mean() for _, nll in self._foreground_nll(x)]).to(x.dtype)}
-            lowest = x.amin()
-            inside = (x > lowest).flatten(2).any(1).any(0)                                   # (V,)
-            order = torch.rand(len(inside), device=x.device).where(inside | ~inside.any(), -1)
-            order, voxels = order.topk(min(self.config.patches_per_step, len(inside)))       # (P,)
+            order = torch.rand_like(x[:, 0].flatten(1)).where(foreground(x).flatten(1), -1)  # (B, V)
+            order, voxels = order.topk(min(self.config.patches_per_step, order.shape[1]))    # (B, P)
             counted = (order >= 0).double()              # 0 where the foreground has fewer voxels than P
             nll = -self.log_prob(self.features(x), self.image_code(x), voxels)               # (B, P)
-            return {'loss': ((nll * counted).sum(1) / counted.sum()).to(x.dtype)}
+            return {'loss': ((nll * counted).sum(1) / counted.sum(1)).to(x.dtype)}
 
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss to minimise (scalar): the mean over images. There are no schedules."""
