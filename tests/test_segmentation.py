@@ -96,7 +96,7 @@ def test_nothing_called_and_no_lesion():
     assert all(math.isnan(found[name]) for name in METRICS if name not in ('dice', 'tpr', 'fnr', 'iol'))
     found = compare(box((4, 4, 4)), nothing, MM)
     assert all(math.isnan(found[name]) for name in METRICS)
-    assert (found['false_regions'], found['segmented_voxels'], found['lesions']) == (1, 64, 0)
+    assert (found['false_regions'], found['predicted_voxels'], found['lesions']) == (1, 64, 0)
 
 
 def test_distances_against_scipy():

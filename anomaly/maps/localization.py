@@ -33,20 +33,19 @@ class Curve(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Sums over the images of a resample, (R,) each, or the counts of one image."""
-    images: Any
-    true_pixels: Any         # predicted lesion pixels
-    predicted_pixels: Any
-    lesion_pixels: Any
-    normal_pixels: Any
-    lesions: Any
-    found_lesions: Any       # with a predicted pixel
-    regions: Any             # connected regions of predicted pixels
-    true_regions: Any        # that touch a lesion
+    """What lesions and predictions of one image have in common; sums over the images of a resample, (R,)."""
+    lesion_voxels: Any       # pixels, of an image
+    predicted_voxels: Any
+    both_voxels: Any
+    lesions: Any             # connected components, diagonal neighbors included
+    found_lesions: Any       # with a predicted voxel
+    regions: Any             # connected components of predicted voxels
+    false_regions: Any       # without a lesion voxel
 
 
 class Sample(NamedTuple):
-    """What the metrics follow from, in R resamples."""
+    """What the metrics follow from, in R resamples of the images."""
+    images: int
     curve: Curve             # over all thresholds
     counts: Counts           # at the threshold from validation images
 
@@ -82,17 +81,16 @@ METRICS = (
     Metric('best_dice', 'best Dice', "largest Dice at any threshold: optimistic, as these masks choose it",
            lambda s: best_dice(s.curve)),
     Metric('dice', 'Dice', "Dice at the threshold",
-           lambda s: 2 * s.counts.true_pixels / (s.counts.predicted_pixels + s.counts.lesion_pixels)),
+           lambda s: 2 * s.counts.both_voxels / (s.counts.predicted_voxels + s.counts.lesion_voxels)),
     Metric('fpr', 'FPR', "share of normal pixels above the threshold",
-           lambda s: (s.counts.predicted_pixels - s.counts.true_pixels) / s.counts.normal_pixels,
+           lambda s: (s.counts.predicted_voxels - s.counts.both_voxels) / s.curve.total[:, 0],
            digits=4, higher_is_better=False),
     Metric('lesions_found', 'lesions found', "share of lesions with a pixel above the threshold",
            lambda s: s.counts.found_lesions / s.counts.lesions),
     Metric('false_regions', 'false regions', "regions above the threshold that touch no lesion, per image",
-           lambda s: (s.counts.regions - s.counts.true_regions) / s.counts.images,
-           digits=2, higher_is_better=False),
+           lambda s: s.counts.false_regions / s.images, digits=2, higher_is_better=False),
     Metric('region_ppv', 'region PPV', "share of the regions above the threshold that touch a lesion",
-           lambda s: s.counts.true_regions / s.counts.regions),
+           lambda s: 1 - s.counts.false_regions / s.counts.regions),
 )
 
 
@@ -136,20 +134,19 @@ def localize(masks: np.ndarray, maps: np.ndarray, threshold: float, *, counted: 
         raise UserError(f"masks {masks.shape}, maps {maps.shape}, counted pixels {counted.shape}: expected "
                         f"one shape, (images, height, width) or (images, depth, height, width).")
     maps = maps if np.isfinite(maps).all() else make_finite(maps)[0]
-    lesions = [ndimage.label(mask, neighbors(mask.ndim)) for mask in masks & counted]
-    images = [pixels(labels, *image) for (labels, _), *image in zip(lesions, maps, counted)]
-    predicted = (maps > threshold) & counted
-    counts = np.array([count(*image) for image in zip(lesions, predicted, counted)], float)       # (N, 9)
-    total = Counts(*counts.sum(0))
-    if not total.lesion_pixels or not total.normal_pixels:
-        raise UserError("pixel metrics need lesion pixels and normal pixels; the masks have only one kind.")
-    has_lesion = Counts(*counts.T).lesions > 0
+    masks = masks & counted
+    images = [Pixels.of(*image) for image in zip(masks, maps, counted)]
+    counts = np.array([count(*image) for image in zip((maps > threshold) & counted, masks)], float)   # (N, 7)
     everything = Pixels.ordered(*(np.concatenate(parts) for parts in zip(*images)))
-    exact = Sample(curve([everything], exact_edges(everything), np.ones((1, 1))), total)
+    if not len(everything.lesion) or not len(everything.normal):
+        raise UserError("pixel metrics need lesion pixels and normal pixels; the masks have only one kind.")
+    has_lesion = masks.reshape(len(masks), -1).any(1)
     drawn = draw(has_lesion, num_bootstrap, seed)                                               # (1 + R, N)
-    binned = Sample(curve(images, bin_edges(everything), drawn), Counts(*(drawn @ counts).T))
+    exact = Sample(len(masks), curve([everything], exact_edges(everything), np.ones((1, 1))),
+                   Counts(*counts.sum(0)[:, None]))
+    binned = Sample(len(masks), curve(images, bin_edges(everything), drawn), Counts(*(drawn @ counts).T))
     return Localization(estimates(exact, binned), float(threshold), len(masks), int(has_lesion.sum()),
-                        int(total.lesions), total.lesion_pixels / (total.lesion_pixels + total.normal_pixels))
+                        int(exact.counts.lesions.item()), len(everything.lesion) / int(counted.sum()))
 
 
 def estimates(exact: Sample, drawn: Sample) -> dict[str, Estimate]:
@@ -171,17 +168,17 @@ class Pixels(NamedTuple):
     normal: np.ndarray       # (n,) values of the map
 
     @classmethod
+    def of(cls, mask: np.ndarray, values: np.ndarray, counted: np.ndarray) -> 'Pixels':
+        """Those of one image: the mask of its lesions, the map, and which pixels count, (*S) each."""
+        labels, _ = ndimage.label(mask, neighbors(mask.ndim))
+        lesion = labels[mask]
+        weight = 1 / np.maximum(np.bincount(lesion), 1)[lesion]
+        return cls.ordered(values[mask], weight, values[counted & ~mask])
+
+    @classmethod
     def ordered(cls, lesion: np.ndarray, weight: np.ndarray, normal: np.ndarray) -> 'Pixels':
         order = np.argsort(lesion, kind='stable')
         return cls(lesion[order], weight[order], np.sort(normal))
-
-
-def pixels(labels: np.ndarray, values: np.ndarray, counted: np.ndarray) -> Pixels:
-    """The pixels of one image; its lesions have the `labels` (*S) from 1 on, other pixels 0."""
-    on_lesion = labels > 0
-    owners = labels[on_lesion]
-    return Pixels.ordered(values[on_lesion], 1 / np.bincount(owners)[owners] if owners.size else np.zeros(0),
-                          values[counted & ~on_lesion])
 
 
 def exact_edges(pixels: Pixels) -> np.ndarray:
@@ -210,14 +207,14 @@ def curve(images: Sequence[Pixels], edges: np.ndarray, drawn: np.ndarray) -> Cur
     return Curve(lesion, weight, normal.cumsum(1) - normal, normal.cumsum(1), normal.sum(1, keepdims=True))
 
 
-def count(lesions: tuple[np.ndarray, int], predicted: np.ndarray, counted: np.ndarray) -> Counts:
-    """The counts of one image, from the labels (*S) and number of its lesions and its predicted pixels."""
-    labels, number = lesions
-    mask = labels > 0
-    regions, num_regions = ndimage.label(predicted, neighbors(predicted.ndim))
-    both = mask & predicted
-    return Counts(1, both.sum(), predicted.sum(), mask.sum(), counted.sum() - mask.sum(), number,
-                  len(np.unique(labels[both])), num_regions, len(np.unique(regions[both])))
+def count(predicted: np.ndarray, mask: np.ndarray) -> Counts:
+    """The counts of one image, from its predicted pixels and the mask of its lesions, (*S) bool."""
+    both = predicted & mask
+    (lesions, number), (regions, num_regions) = (
+        ndimage.label(pixels, neighbors(mask.ndim)) for pixels in (mask, predicted))
+    found, true = (len(np.unique(labels[both])) for labels in (lesions, regions))
+    return Counts(int(mask.sum()), int(predicted.sum()), int(both.sum()), number, found, num_regions,
+                  num_regions - true)
 
 
 def draw(has_lesion: np.ndarray, number: int, seed: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Anomaly maps and segmentations of volumes as NIfTI files, each on the grid of its subject's first file.
 
-*S = (D, H, W) voxels of the model. Nothing of the subject's files gets into these but their grid: headers of
-NIfTI can hold names.
+*S = (D, H, W) voxels of the model. Only the grid is taken from the subject's files, as NIfTI headers can hold
+names.
 """
 
 import gzip
@@ -17,21 +17,19 @@ import numpy as np
 from readers.volumes.nifti import Grid, entry_grids, to_input_grid
 from utils import write_atomically
 
-MARK = b'anomaly detection'        # in the header of all that is written here, and of nothing else
-HEADER, DESCRIPTION = 348, slice(148, 228)      # bytes of a NIfTI header, and of the text in it
-LONGEST = 80                       # letters of an id in a file name
+MARK = b'anomaly detection'        # in the header of every file that is written here, and of no other
+HEADER, DESCRIPTION = 348, slice(148, 228)      # bytes of a NIfTI header, and of its description
+LONGEST = 80                       # characters of an id in a file name
 
 
 def plain(name: str) -> str:
-    """The last letters of an id, with those signs alone that a file name may have everywhere."""
+    """The last characters of an id; '_' replaces those that some file systems do not allow."""
     return re.sub(r'[^A-Za-z0-9.-]+', '_', name)[-LONGEST:]
 
 
 def file_names(ids: Sequence[str]) -> list[str]:
-    """A name of a file for each id, 'ward_7'; a number tells those apart whose ids are alike without the
-    signs left out.
-    """
-    names: dict[str, str] = {}                                       # as a file system may compare it -> name
+    """A file name for each id, such as 'ward_7', with a number where two would be the same."""
+    names: dict[str, str] = {}                                       # in lower case -> name
     for name in map(plain, ids):
         choices = chain([name], (f'{name}_{number}' for number in count(2)))
         name = next(choice for choice in choices if choice.casefold() not in names)
@@ -48,7 +46,7 @@ def write_map(path: Path, values: np.ndarray, model: Grid, own: Grid) -> None:
 
 
 def write_cases(folder: Path, cases: Iterable[Any], entries: Sequence[Any], score: str) -> None:
-    """The maps of the cases (scorer.py) that have one and are volumes; `entries` are those of their part."""
+    """Writes the maps of the cases that have one and are volumes; `entries` are those of their part."""
     remove_maps(folder)
     mapped = [case for case in cases if case.map is not None and getattr(entries[case.place], 'grids', ())]
     names = file_names([entries[case.place].id for case in mapped])
@@ -57,7 +55,7 @@ def write_cases(folder: Path, cases: Iterable[Any], entries: Sequence[Any], scor
 
 
 def remove_maps(folder: Path) -> None:
-    """Removes the files in `folder` that an earlier call wrote, and no other."""
+    """Removes the files in `folder` that an earlier run wrote, and no others."""
     for path in folder.glob('*.nii.gz'):
         try:
             with gzip.open(path) as file:

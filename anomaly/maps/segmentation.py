@@ -16,28 +16,18 @@ import numpy as np
 from scipy import ndimage
 
 from anomaly.config import MapConfig
-from anomaly.maps.localization import MapMetrics, draw
+from anomaly.maps.localization import Counts, MapMetrics, count, draw
 from anomaly.maps.postprocessing import Maps
 from anomaly.metrics import Estimate, Metric
-from readers.body import body, distance_to, neighbors
+from readers.body import body, distance_to
 from readers.volumes.nifti import entry_grids
 from utils import write_csv
-
-COUNTS = ('lesion_voxels', 'left_out_voxels', 'segmented_voxels', 'lesions', 'found_lesions', 'regions',
-          'false_regions')
-
 
 # ------------------------------------------------------------------------------------------------ the metrics
 
 class Overlap(NamedTuple):
-    """A segmentation and the lesions of one image: connected components, diagonal neighbors included."""
-    lesion_voxels: int
-    segmented_voxels: int
-    both_voxels: int
-    lesions: int
-    found_lesions: int               # with a segmented voxel
-    regions: int                     # of the segmentation
-    false_regions: int               # without a lesion voxel
+    """A segmentation and the lesions of one image."""
+    counts: Counts
     distances: tuple[np.ndarray, np.ndarray]        # `surface_distances` from the lesions and to them
 
 
@@ -56,14 +46,17 @@ def millimeters(name: str, title: str, about: str, function: Callable[[Overlap],
 
 # Each function takes the Overlap of an image with a lesion; NaN where a metric does not exist.
 METRICS = (
-    Metric('dice', 'Dice', "Dice", lambda o: 2 * o.both_voxels / (o.lesion_voxels + o.segmented_voxels)),
-    Metric('tpr', 'TPR', "share of lesions with a segmented voxel", lambda o: o.found_lesions / o.lesions),
-    Metric('fnr', 'FNR', "share of the other lesions", lambda o: 1 - o.found_lesions / o.lesions,
-           higher_is_better=False),
+    Metric('dice', 'Dice', "Dice",
+           lambda o: 2 * o.counts.both_voxels / (o.counts.lesion_voxels + o.counts.predicted_voxels)),
+    Metric('tpr', 'TPR', "share of lesions with a segmented voxel",
+           lambda o: o.counts.found_lesions / o.counts.lesions),
+    Metric('fnr', 'FNR', "share of lesions without one",
+           lambda o: 1 - o.counts.found_lesions / o.counts.lesions, higher_is_better=False),
     Metric('ppv', 'PPV', "found lesions / (found lesions and regions without a lesion)",
-           lambda o: o.found_lesions / (o.found_lesions + o.false_regions) if o.regions else math.nan),
+           lambda o: o.counts.found_lesions / (o.counts.found_lesions + o.counts.false_regions)
+           if o.counts.regions else math.nan),
     Metric('iol', 'IOL', "share of the lesions' voxels that is segmented",
-           lambda o: o.both_voxels / o.lesion_voxels),
+           lambda o: o.counts.both_voxels / o.counts.lesion_voxels),
     millimeters('hd95', 'HD95', "Hausdorff distance, 95th percentile", lambda o: hausdorff(95, *o.distances)),
     millimeters('hd99', 'HD99', "Hausdorff distance, 99th percentile", lambda o: hausdorff(99, *o.distances)),
     millimeters('msd', 'MSD', "mean surface distance", lambda o: mean_distance(*o.distances)),
@@ -78,7 +71,7 @@ METRICS = (
 class Segmentation(MapMetrics):
     """Means over the images with a lesion for which a metric exists, of the segmentations by one score."""
     left_out_share: float                      # of the lesions' voxels: outside the eroded body, or too few
-    rows: Sequence[Mapping[str, Any]]          # for each image id, class, label, COUNTS and METRICS
+    rows: Sequence[Mapping[str, Any]]          # an image: id, class, label, left_out_voxels, Counts, METRICS
 
 
 # ------------------------------------------------------------------------------------------------ one image
@@ -116,18 +109,13 @@ def surface_distances(first: np.ndarray, second: np.ndarray,
 
 
 def compare(segmented: np.ndarray, lesion: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
-    """The METRICS of one segmentation and the COUNTS of its Overlap with the lesion mask, both (*S) bool.
+    """The Counts and METRICS of one segmentation against the lesion mask, both (*S) bool.
 
     Without a lesion no metric exists: NaN. `spacing` gives the unit of distances.
     """
-    both = segmented & lesion
-    (lesions, number), (regions, num_regions) = (
-        ndimage.label(mask, neighbors(mask.ndim)) for mask in (lesion, segmented))
-    overlap = Overlap(int(lesion.sum()), int(segmented.sum()), int(both.sum()), number,
-                      len(np.unique(lesions[both])), num_regions, num_regions - len(np.unique(regions[both])),
-                      surface_distances(lesion, segmented, spacing))
-    counts = {name: value for name, value in overlap._asdict().items() if name in COUNTS}
-    return counts | {metric.name: metric.function(overlap) if number else math.nan for metric in METRICS}
+    overlap = Overlap(count(segmented, lesion), surface_distances(lesion, segmented, spacing))
+    return overlap.counts._asdict() | {
+        metric.name: metric.function(overlap) if overlap.counts.lesions else math.nan for metric in METRICS}
 
 
 # --------------------------------------------------------------------------------------------------- a part
@@ -169,5 +157,5 @@ def summarize(rows: Sequence[Mapping[str, float]], num_bootstrap: int, seed: int
 
 def write_segmentation(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """segmentation.csv: a row for each image; metrics that do not exist are empty."""
-    columns = ('id', 'class', 'label', *COUNTS, *(metric.name for metric in METRICS))
+    columns = ('id', 'class', 'label', 'left_out_voxels', *Counts._fields, *(m.name for m in METRICS))
     write_csv(path, columns, ([row[column] for column in columns] for row in rows))

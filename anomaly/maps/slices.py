@@ -1,8 +1,8 @@
-"""Three orthogonal slices of a volume, as radiologists look at them, and sheets of all slices of a direction.
+"""Axial, coronal and sagittal slices of a volume, and sheets of all slices of one view.
 
 *S = (D, H, W) voxels, which run to the right, to the front and upwards (RAS+). Pictures follow the
-radiological convention: one looks at the patient from the feet and from the front, so that the right is on
-the left of the picture; the front is at the top, or on the left of a sagittal one. n slices of h x w pixels.
+radiological convention: the patient's right is on the left of the picture; the front is at the top, or on the
+left of a sagittal one. n slices of h x w pixels.
 """
 
 import math
@@ -15,7 +15,7 @@ CONVENTION = "radiological: the patient's right is on the left of the picture"
 
 
 class View(NamedTuple):
-    """One direction to look along. Axes are those of *S; rows and columns of a picture run backwards."""
+    """Axes are those of *S; rows and columns of a picture run backwards."""
     name: str
     across: int              # the axis along which slices follow one another
     rows: int
@@ -27,7 +27,7 @@ VIEWS = (View('axial', 2, 1, 0, 'RLAP'), View('coronal', 1, 2, 0, 'RLSI'), View(
 
 
 def stack(volume: np.ndarray, view: View) -> np.ndarray:
-    """All slices of a volume (..., *S), as they are shown: (..., n, h, w), in the order of the voxels."""
+    """All slices of a volume (..., *S) as they are shown, in the order of the voxels: (..., n, h, w)."""
     first = volume.ndim - 3
     axes = (*range(first), *(first + axis for axis in (view.across, view.rows, view.columns)))
     return volume.transpose(axes)[..., ::-1, ::-1]
@@ -39,8 +39,8 @@ def cuts(volume: np.ndarray, place: Sequence[int]) -> list[np.ndarray]:
 
 
 def focus(anomaly_map: np.ndarray | None, size: Sequence[int]) -> tuple[int, ...]:
-    """The voxel that slices go through: the largest of the map (*S); the middle of `size` without a map, or
-    if the map is the same everywhere.
+    """The voxel through which slices go: the maximum of the map (*S), or without a map, or in a constant one,
+    the middle of `size`.
     """
     if anomaly_map is not None:
         values = np.nan_to_num(anomaly_map.astype(np.float64), nan=-np.inf)
@@ -50,12 +50,12 @@ def focus(anomaly_map: np.ndarray | None, size: Sequence[int]) -> tuple[int, ...
 
 
 def sheet_columns(number: int) -> int:
-    """Slices in a row of a sheet of so many, which has about as many rows."""
+    """How many of `number` slices are in a row of a sheet that is about square."""
     return math.ceil(math.sqrt(number))
 
 
 def sheet(slices: np.ndarray) -> np.ndarray:
-    """Slices (n, h, w, ...) side by side in one picture, row by row; what is left over is 0."""
+    """Slices (n, h, w, ...) side by side in one picture, row by row; the rest is 0."""
     number, height, width, *rest = slices.shape
     columns = sheet_columns(number)
     rows = math.ceil(number / columns)
