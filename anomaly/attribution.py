@@ -56,7 +56,7 @@ def kde(density: Density, features: Tensor) -> Tensor:
 
 def mixture(d: dict[str, Any], z: Tensor) -> Tensor:
     """-log density (N,) of a mixture of normals, up to a constant; see GMM.rate."""
-    white = torch.einsum('nkd,kde->nke', z[:, None] - d['centres'], d['roots'])                    # (N, K, D)
+    white = torch.einsum('nkd,kde->nke', z[:, None] - d['centers'], d['roots'])                    # (N, K, D)
     log_det = d['roots'].diagonal(dim1=1, dim2=2).log().sum(1)                                         # (K,)
     return -torch.logsumexp(d['weights'].log() + log_det - 0.5 * white.square().sum(2), dim=1)
 

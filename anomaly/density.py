@@ -19,23 +19,23 @@ from torch import Tensor
 from anomaly.passes import Passes, Scores, as_passes, check_capability
 from utils import UserError
 
-RIDGE = 1e-9                 # variance added to standardised features, so that a constant one has an inverse
-GMM_RIDGE = 1e-3             # the same for a component of a mixture, which may hold few images
-CHOOSING_FOLDS = 5           # of the cross-validation that chooses a mixture, or a kernel and its width
-MOST_TO_CHOOSE = 2000        # images among which it chooses a kernel: its time grows with their square
+RIDGE = 1e-9                 # added to the variances of standardized features, as one may be constant
+GMM_RIDGE = 1e-3             # the same for a component of a mixture, which may have few images
+CHOOSING_FOLDS = 5           # of the cross-validation that chooses a mixture, or a kernel and its bandwidth
+MOST_TO_CHOOSE = 2000        # images with which it chooses a kernel: its time grows with their square
 COVARIANCES = ('full', 'diag')
-# Published rules that choose a mixture, arguments of GMM: in 3D (SADE), and in 2D (Mahmood et al. 2021).
-SADE_RULE = {'components': (3, 4, 5), 'covariances': ('full',), 'quantile': 0.1, 'ridge': 1e-6,
-             'iterations': 100_000}
+# Arguments of GMM as published: in 3D (SADE), and in 2D (Mahmood et al. 2021).
+SADE_RULE = {'components': (3, 4, 5), 'covariances': ('full',), 'quantile': 0.1, 'reg_covar': 1e-6,
+             'max_iter': 100_000}
 MSMA_2D_RULE = {'components': range(2, 21, 2), 'covariances': ('full',), 'choosing_folds': 10,
-                'ridge': 1e-6, 'iterations': 100_000}
+                'reg_covar': 1e-6, 'max_iter': 100_000}
 
 
 class Density:
-    """What densities share. Rows that are not finite teach nothing and score NaN, which detect.py calls."""
+    """What densities have in common. Features that are not finite are ignored by `fit` and score NaN."""
     learned: tuple[str, ...] = ()       # attributes that `fit` sets, numbers and arrays
-    least = 2                           # images to learn from
-    folds = 50                          # fits that `cross_fit` makes at most
+    least = 2                           # smallest number of images to learn from
+    folds = 50                          # largest number of fits of `cross_fit`
 
     def learn(self, features: np.ndarray) -> None:
         """Learns from finite features (N, D) of normal images."""
@@ -61,7 +61,7 @@ class Density:
         return self
 
     def score(self, features: np.ndarray) -> np.ndarray:
-        """How far from normal features (N, D) are: (N,) float64, larger = more anomalous; NaN stays NaN."""
+        """Scores (N,) of features (N, D), float64, larger = more anomalous; NaN where they are not finite."""
         features = np.asarray(features, np.float64)
         values, known = np.full(len(features), np.nan), np.isfinite(features).all(1)
         if known.any():
@@ -78,35 +78,35 @@ class Density:
         density = cls()
         for name in cls.learned:
             if name not in state:
-                raise UserError(f"this is not what {cls.__name__} learned: {name} is missing among "
+                raise UserError(f"a fitted {cls.__name__} has {name}, this one only "
                                 f"{', '.join(state) or 'nothing'}. Fit it again.")
         density.keep(state)
         return density
 
     def keep(self, values: Mapping[str, Any]) -> None:
-        """Sets what is learned, from numbers, lists or arrays: in one order of memory, to round alike."""
+        """Sets what is learned from numbers, lists or arrays, in one memory order: sums round alike."""
         for name in self.learned:
             setattr(self, name, np.array(values[name], order='C'))
 
-    def standardise(self, features: np.ndarray) -> np.ndarray:
+    def standardize(self, features: np.ndarray) -> np.ndarray:
         """Sets mean and standard deviation (D,); returns the features with mean 0 and variance 1."""
         self.mean, self.std = features.mean(0), features.std(0)
-        self.std[self.std <= 1e-9 * np.maximum(1, np.abs(self.mean))] = 1  # constant, as of a collapsed group
-        return self.standardised(features)
+        self.std[self.std <= 1e-9 * np.maximum(1, np.abs(self.mean))] = 1   # constant: e.g. a collapsed group
+        return self.standardized(features)
 
-    def standardised(self, features: np.ndarray) -> np.ndarray:
+    def standardized(self, features: np.ndarray) -> np.ndarray:
         return (features - self.mean) / self.std
 
-    def left_as_is(self, features: np.ndarray) -> np.ndarray:
-        """Sets a mean of 0 and a standard deviation of 1, with which `standardised` changes nothing."""
+    def unscaled(self, features: np.ndarray) -> np.ndarray:
+        """Sets mean 0 and standard deviation 1, with which `standardized` changes nothing."""
         self.mean, self.std = np.zeros(features.shape[1]), np.ones(features.shape[1])
         return features
 
 
 class Typicality(Density):
-    """|sum of features - mean sum of normal images|: of likelihood terms, |NELBO - mean NELBO| in nats.
+    """|sum of the features - its mean over normal images| (Nalisnick et al. 2019, with batches of one image).
 
-    Nalisnick et al. 2019, with batches of one image.
+    For likelihood terms this is |NELBO - mean NELBO|, nats.
     """
     learned, least = ('mean',), 1
 
@@ -120,102 +120,102 @@ class Typicality(Density):
 class Mahalanobis(Density):
     """Mahalanobis distance from normal images, in standard deviations.
 
-    The covariance is that of the standardised features, shrunk by Ledoit and Wolf (2004): there may be as
-    many features as images.
+    The covariance of the standardized features is shrunk (Ledoit and Wolf 2004), so that there may be as many
+    features as images.
     """
     learned, least = ('mean', 'std', 'precision'), 3
 
     def learn(self, features: np.ndarray) -> None:
         from sklearn.covariance import ledoit_wolf
-        covariance, _ = ledoit_wolf(self.standardise(features))
+        covariance, _ = ledoit_wolf(self.standardize(features))
         self.precision = np.linalg.inv(covariance + RIDGE * np.eye(len(self.mean)))                   # (D, D)
 
     def rate(self, features: np.ndarray) -> np.ndarray:
-        z = self.standardised(features)                                                               # (N, D)
+        z = self.standardized(features)                                                               # (N, D)
         return np.sqrt(np.maximum(np.einsum('ni,ij,nj->n', z, self.precision, z), 0))
 
 
 class KNN(Density):
-    """Euclidean distance to the k-th nearest normal image, of fewer than k to the farthest of them."""
+    """Euclidean distance to the k-th nearest normal image, or to the farthest if there are fewer than k."""
     learned = ('mean', 'std', 'reference', 'k')
 
     def __init__(self, k: int = 5, scale: bool = True):
-        """With `scale`, distances are between standardised features: all count alike, whatever their unit."""
+        """With `scale`, distances are between standardized features."""
         if k < 1:
             raise UserError(f"k-NN with k = {k}: give at least 1.")
         self.k, self.scale = k, scale
 
     def learn(self, features: np.ndarray) -> None:
-        self.reference = self.standardise(features) if self.scale else self.left_as_is(features)      # (N, D)
+        self.reference = self.standardize(features) if self.scale else self.unscaled(features)      # (N, D)
 
     def rate(self, features: np.ndarray) -> np.ndarray:
         from sklearn.neighbors import NearestNeighbors
-        neighbours = NearestNeighbors(n_neighbors=min(int(self.k), len(self.reference))).fit(self.reference)
-        return neighbours.kneighbors(self.standardised(features))[0][:, -1]
+        neighbors = NearestNeighbors(n_neighbors=min(int(self.k), len(self.reference))).fit(self.reference)
+        return neighbors.kneighbors(self.standardized(features))[0][:, -1]
 
 
 class KDE(Density):
-    """-log density of a kernel density estimate, nats: a kernel on every normal image.
+    """-log density of a kernel density estimate, nats, with a kernel on every normal image.
 
-    Kernel and bandwidth are those with the largest log density of left-out images, by cross-validation, which
-    follows from `seed`. Unscaled as published, a bandwidth is in the unit of the features.
+    Kernel and bandwidth maximize the log density of left-out images in a cross-validation, which is
+    determined by `seed`. As published, features are not scaled, and a bandwidth is in their unit.
     """
     learned, folds = ('mean', 'std', 'reference', 'kernel', 'bandwidth'), 10
 
     def __init__(self, kernels: Iterable[str] = ('gaussian', 'exponential'),
                  bandwidths: Iterable[float] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0), scale: bool = False,
                  seed: int = 0):
-        """All pairs are tried; with `scale` on standardised features."""
+        """All pairs are tried; with `scale`, on standardized features."""
         self.kernels, self.bandwidths, self.scale, self.seed = tuple(kernels), tuple(bandwidths), scale, seed
 
     def learn(self, features: np.ndarray) -> None:
-        self.reference = self.standardise(features) if self.scale else self.left_as_is(features)      # (N, D)
-        some = np.random.default_rng(self.seed).permutation(len(features))[:MOST_TO_CHOOSE]
-        self.kernel, self.bandwidth = best_on_left_out(
-            self.reference[some], list(itertools.product(self.kernels, self.bandwidths)), self.estimate,
+        self.reference = self.standardize(features) if self.scale else self.unscaled(features)      # (N, D)
+        subset = np.random.default_rng(self.seed).permutation(len(features))[:MOST_TO_CHOOSE]
+        self.kernel, self.bandwidth = cross_validated(
+            self.reference[subset], list(itertools.product(self.kernels, self.bandwidths)), self.estimate,
             CHOOSING_FOLDS, self.seed)
 
     def estimate(self, z: np.ndarray, kernel: str, bandwidth: float) -> Any:
-        """scikit-learn's estimate from features (N, D)."""
+        """scikit-learn's estimate, fitted to features (N, D)."""
         from sklearn.neighbors import KernelDensity
         return KernelDensity(kernel=str(kernel), bandwidth=float(bandwidth)).fit(z)
 
     def rate(self, features: np.ndarray) -> np.ndarray:
         estimate = self.estimate(self.reference, self.kernel, self.bandwidth)
-        return -estimate.score_samples(self.standardised(features))
+        return -estimate.score_samples(self.standardized(features))
 
 
 class GMM(Density):
-    """-log density of a mixture of normals of the standardised features, nats.
+    """-log density of the standardized features under a Gaussian mixture, nats.
 
-    The number of components and the shape of their covariances are those with the largest log density of
-    left-out images, by cross-validation: few images get one plain component, many what they show. (BIC would
-    reward components that have collapsed onto two or three images.) Follows from `seed`.
+    The number of components and the type of their covariances maximize the log density of left-out images in
+    a cross-validation, which is determined by `seed`: few images get a single component. (BIC would prefer
+    components that have collapsed onto two or three images.)
     """
-    learned, least, folds = ('mean', 'std', 'weights', 'centres', 'roots'), 4, 10
+    learned, least, folds = ('mean', 'std', 'weights', 'centers', 'roots'), 4, 10
 
     def __init__(self, components: Iterable[int] = (1, 2, 3, 4, 5), covariances: Iterable[str] = COVARIANCES,
                  seed: int = 0, *, quantile: float | None = None, choosing_folds: int = CHOOSING_FOLDS,
-                 images_per_feature: int = 0, ridge: float = GMM_RIDGE, iterations: int = 100):
-        """All pairs of `components` and `covariances` ('full' or 'diag') are tried.
+                 images_per_feature: int = 0, **options: Any):
+        """All pairs of `components` and `covariances` ('full' or 'diag') are tried, except for those with
+        fewer than two images, or `images_per_feature` for each feature, per component; if none is left, fewer
+        components of both types are tried.
 
-        Left out are those that would have fewer than two images, or `images_per_feature` for each feature,
-        a component; where that leaves none, fewer components, of both shapes, are tried instead. With
-        `quantile` not all left-out images decide, but that quantile of their log density. `ridge` is added
-        to variances; `iterations` of EM at most.
+        They are compared by the sum of the log density of left-out images, or by its `quantile`. `options`
+        are those of scikit-learn's GaussianMixture.
         """
         self.components, self.covariances, self.seed = tuple(components), tuple(covariances), seed
-        self.quantile, self.choosing_folds, self.iterations = quantile, choosing_folds, iterations
-        self.images_per_feature, self.ridge = images_per_feature, ridge
+        self.quantile, self.choosing_folds = quantile, choosing_folds
+        self.images_per_feature, self.options = images_per_feature, {'reg_covar': GMM_RIDGE} | options
 
     def learn(self, features: np.ndarray) -> None:
-        z = self.standardise(features)                                                                # (N, D)
+        z = self.standardize(features)                                                                # (N, D)
         best = self.mixture(z, *self.choose(z))
-        self.weights, self.centres, roots = best.weights_, best.means_, best.precisions_cholesky_
+        self.weights, self.centers, roots = best.weights_, best.means_, best.precisions_cholesky_
         self.roots = roots if roots.ndim == 3 else np.stack([np.diag(root) for root in roots])     # (K, D, D)
 
     def choose(self, z: np.ndarray) -> tuple[int, str]:
-        """Components and covariance of the mixture that expects left-out images best."""
+        """The number of components and the type of covariance."""
         pairs = list(itertools.product(self.components, self.covariances))
         if len(pairs) == 1:
             return pairs[0]
@@ -223,76 +223,75 @@ class GMM(Density):
         most = left // max(2, self.images_per_feature * z.shape[1])
         fewer = range(1, max(2, min(min(self.components), left // 2 + 1)))
         tried = [pair for pair in pairs if pair[0] <= most] or list(itertools.product(fewer, COVARIANCES))
-        judge = np.sum if self.quantile is None else lambda values: np.quantile(values, self.quantile)
-        return best_on_left_out(z, tried, self.mixture, self.choosing_folds, self.seed, judge)
+        total = np.sum if self.quantile is None else lambda values: np.quantile(values, self.quantile)
+        return cross_validated(z, tried, self.mixture, self.choosing_folds, self.seed, total)
 
     def mixture(self, z: np.ndarray, components: int, covariance: str) -> Any:
-        """scikit-learn's mixture, fitted to standardised features (N, D)."""
+        """scikit-learn's mixture, fitted to standardized features (N, D)."""
         import warnings
 
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', ConvergenceWarning)      # left-out images judge what was reached
-            return GaussianMixture(components, covariance_type=covariance, reg_covar=self.ridge,
-                                   max_iter=self.iterations, random_state=self.seed).fit(z)
+            warnings.simplefilter('ignore', ConvergenceWarning)      # left-out images decide
+            return GaussianMixture(components, covariance_type=covariance, random_state=self.seed,
+                                   **self.options).fit(z)
 
     def rate(self, features: np.ndarray) -> np.ndarray:
         from scipy.special import logsumexp
-        z = self.standardised(features)
-        # R R' is the precision, R triangular: log N = log |R| - |R'(z - centre)|^2 / 2 - D / 2 log(2 pi)
-        white = np.einsum('nkd,kde->nke', z[:, None] - self.centres, self.roots)                   # (N, K, D)
+        z = self.standardized(features)
+        # R R' is the precision, R triangular: log N = log |R| - |R'(z - center)|^2 / 2 - D / 2 log(2 pi)
+        white = np.einsum('nkd,kde->nke', z[:, None] - self.centers, self.roots)                   # (N, K, D)
         log_det = np.log(np.diagonal(self.roots, axis1=1, axis2=2)).sum(1)                              # (K,)
         log_normal = log_det - 0.5 * (white ** 2).sum(2) - 0.5 * z.shape[1] * math.log(2 * math.pi)   # (N, K)
         return -logsumexp(np.log(self.weights) + log_normal, axis=1)
 
 
 class PCAGMM(GMM):
-    """GMM of the first principal components of the features, scaled to variance 1, in place of all features.
+    """GMM of the first principal components of the features, scaled to variance 1.
 
-    The components are those of the features as they are, so the largest variances decide.
+    The features are not scaled before, so those with the largest variances dominate.
     """
-    learned = ('mean', 'axes', 'weights', 'centres', 'roots')
+    learned = ('mean', 'axes', 'weights', 'centers', 'roots')
 
     def __init__(self, dimensions: int = 5, **options: Any):
-        """`dimensions` components at most; `options` are those of GMM."""
+        """At most `dimensions` components; `options` are those of GMM."""
         super().__init__(**options)
         self.dimensions = dimensions
 
-    def standardise(self, features: np.ndarray) -> np.ndarray:
-        """Sets mean (D,) and axes (D, d) of the principal components; returns these: (N, d)."""
+    def standardize(self, features: np.ndarray) -> np.ndarray:
+        """Sets mean (D,) and axes (D, d); returns the principal components (N, d)."""
         self.mean = features.mean(0)
         _, spread, axes = np.linalg.svd(features - self.mean, full_matrices=False)
         spread = spread[:self.dimensions] / math.sqrt(len(features))
         varies = spread > 1e-9 * max(1, np.abs(self.mean).max())
         scale = np.where(varies, spread, 1)
-        varies[0] = True                                                 # one there must be, be it constant
+        varies[0] = True                                              # keep one component, even if constant
         self.axes = axes[:len(varies)][varies].T / scale[varies]
-        return self.standardised(features)
+        return self.standardized(features)
 
-    def standardised(self, features: np.ndarray) -> np.ndarray:
+    def standardized(self, features: np.ndarray) -> np.ndarray:
         return (features - self.mean) @ self.axes
 
 
-def best_on_left_out(z: np.ndarray, tried: list[tuple], make: Callable[..., Any], folds: int, seed: int,
-                     judge: Callable[[np.ndarray], float] = np.sum) -> tuple:
-    """The arguments, of those `tried`, with which `make(z, *arguments)` expects left-out rows of z best.
-
-    What is made has `score_samples`; `judge` makes one number of the log densities of a fold.
+def cross_validated(z: np.ndarray, tried: list[tuple], make: Callable[..., Any], folds: int, seed: int,
+                    total: Callable[[np.ndarray], float] = np.sum) -> tuple:
+    """The arguments, among those `tried`, for which `make(z, *arguments)` gives left-out rows of z (N, D) the
+    largest log density, `total` over a fold, summed over the folds.
     """
     folds = min(folds, len(z))
     fold = np.random.default_rng(seed).permutation(len(z)) * folds // len(z)
     return max(tried, key=lambda arguments: sum(
-        judge(make(z[fold != i], *arguments).score_samples(z[fold == i])) for i in range(folds)))
+        total(make(z[fold != i], *arguments).score_samples(z[fold == i])) for i in range(folds)))
 
 
 def cross_fit(density: Density, features: np.ndarray, groups: list | None = None,
               folds: int | None = None) -> np.ndarray:
-    """Scores (N,) of normal images (N, D), each from a fit without it; then fits `density` on all.
+    """Scores (N,) of the features (N, D) of normal images, each from a fit without it; then fits all.
 
-    Images of one group (a patient) are left out together. One group at a time up to `folds` groups (None:
-    those of the density), so that the fits have nearly as many images as the final one, with which test
-    images are scored; the rest errs towards fewer calls.
+    Images of one of the `groups` (N,), such as a patient, are left out together: one group at a time up to
+    `folds` groups (None: those of the density). The fits then have nearly as many images as the final one,
+    which scores test images; what difference remains makes thresholds higher.
     """
     groups = list(range(len(features))) if groups is None else groups
     order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
@@ -300,7 +299,7 @@ def cross_fit(density: Density, features: np.ndarray, groups: list | None = None
     fold = np.array([order[group] * number // len(order) for group in groups])
     values = np.empty(len(features))
     for i in range(number):
-        # one patient alone leaves nothing to fit on
+        # with a single patient nothing would be left to fit
         density.fit(features[fold != i] if (fold != i).any() else features)
         values[fold == i] = density.score(features[fold == i])
     density.fit(features)

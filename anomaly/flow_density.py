@@ -1,7 +1,7 @@
 """A masked autoregressive flow as the density of features of normal images.
 
-N images, D features each. Papamakarios et al. 2017: feature i of D is a normal whose mean and deviation a
-masked network reads from features 1 to i - 1 and, with several transforms, from what the ones before made.
+N images, D features each. Feature i of D is normal, with a mean and standard deviation that a masked network
+computes from features 1 to i - 1 (Papamakarios et al. 2017); several such transforms may follow one another.
 """
 
 from typing import Any
@@ -13,17 +13,17 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from anomaly.density import Density
 
-HELD_OUT = 0.1               # share of the images that say when to stop
+HELD_OUT = 0.1               # of the images: they determine when to stop
 BATCH = 128
-CHECK_EVERY = 25             # steps between two looks at the held-out images
-PATIENCE = 5                # looks without a gain after which training ends
+CHECK_EVERY = 25             # steps between evaluations of the held-out images
+PATIENCE = 5                # evaluations without a gain after which training ends
 
 
 class Flow(Density):
-    """-log density of a masked autoregressive flow of the standardised features, nats.
+    """-log density of the standardized features under a masked autoregressive flow, nats.
 
-    Trained on nine tenths of the images until the log density of the others no longer rises, and taken where
-    it was largest. Follows from `seed`.
+    Trained on nine tenths of the images, with early stopping by the log density of the others; determined by
+    `seed`.
     """
     learned, least, folds = ('mean', 'std', 'hidden', 'transforms', 'weights'), 4, 5
 
@@ -40,7 +40,7 @@ class Flow(Density):
                               hidden_features=[int(width) for width in self.hidden])
 
     def learn(self, features: np.ndarray) -> None:
-        z = torch.from_numpy(self.standardise(features)).float()                                      # (N, D)
+        z = torch.from_numpy(self.standardize(features)).float()                                      # (N, D)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(self.seed)
             flow = self.network(z.shape[1])
@@ -51,16 +51,15 @@ class Flow(Density):
         number = max(1, int(HELD_OUT * len(z)))
         held_out, z = z[:number], z[number:]
         optimizer = torch.optim.Adam(flow.parameters(), self.learning_rate)
-        best, last_gain, look = -torch.inf, 0, 0
+        best, last_gain = -torch.inf, 0
         for step in range(self.steps + 1):
             if step % CHECK_EVERY == 0:
                 with torch.no_grad():
                     reached = flow().log_prob(held_out).mean().item()
-                look += 1
                 if reached > best:
-                    best, last_gain = reached, look
+                    best, last_gain = reached, step
                     self.weights = parameters_to_vector(flow.parameters()).detach().numpy()
-                if look - last_gain >= PATIENCE:
+                if step - last_gain >= PATIENCE * CHECK_EVERY:
                     return
             batch = z[torch.randint(len(z), (min(BATCH, len(z)),))]
             optimizer.zero_grad()
@@ -69,7 +68,7 @@ class Flow(Density):
 
     def energy(self, features: Tensor) -> Tensor:
         """-log density (N,) of features (N, D), float64, differentiable."""
-        with torch.random.fork_rng(devices=[]):                         # its first weights are thrown away
+        with torch.random.fork_rng(devices=[]):                         # the initial weights are replaced
             flow = self.network(len(self.mean)).double().requires_grad_(False)
         vector_to_parameters(torch.tensor(self.weights, dtype=torch.float64), flow.parameters())
         mean, std = (torch.from_numpy(value) for value in (self.mean, self.std))

@@ -67,7 +67,7 @@ def test_knn_distances_worked_by_hand():
     probe = np.array([[0.0, 0], [3, 0]])                    # distances 0, 5, 8, 6 and 3, 4, sqrt 73, 3
     for k, expected in ((1, [0, 3]), (2, [5, 3]), (3, [6, 4]), (4, [8, np.sqrt(73)]), (99, [8, np.sqrt(73)])):
         np.testing.assert_allclose(KNN(k, scale=False).fit(normal).score(probe), expected, atol=1e-12)
-    # standardised: a feature in other units changes nothing
+    # standardized: a feature in other units changes nothing
     units = np.array([1.0, 1e6])
     a, b = KNN(2).fit(normal), KNN(2).fit(normal * units)
     np.testing.assert_allclose(a.score(probe), b.score(probe * units))
@@ -144,12 +144,12 @@ def test_principal_components_in_place_of_all_features():
     assert fitted.axes.shape == (7, 2)
     reference = PCAGMM(**rule).fit(plane)
     np.testing.assert_allclose(fitted.score(embedded), reference.score(plane), rtol=1e-6)
-    np.testing.assert_allclose(fitted.standardised(embedded).std(0), 1)
+    np.testing.assert_allclose(fitted.standardized(embedded).std(0), 1)
     assert PCAGMM(dimensions=1, **rule).fit(embedded).axes.shape == (7, 1)
 
 
 def test_a_flow_recovers_a_normal():
-    """Its -log density, known on paper, in nats of the standardised features; it learns the correlation."""
+    """Its -log density, known on paper, in nats of the standardized features; it learns the correlation."""
     random = np.random.default_rng(0)
     normal, new = (random.multivariate_normal([1, -2], [[1, 0.9], [0.9, 1]], n) for n in (1500, 500))
     fitted = Flow(hidden=(16,), steps=300, learning_rate=0.01).fit(normal)
