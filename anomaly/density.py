@@ -78,7 +78,7 @@ class Density:
         density = cls()
         for name in cls.learned:
             if name not in state:
-                raise UserError(f"a fitted {cls.__name__} has {name}, this one only "
+                raise UserError(f"this is not what {cls.__name__} learned: {name} is missing among "
                                 f"{', '.join(state) or 'nothing'}. Fit it again.")
         density.keep(state)
         return density
