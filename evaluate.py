@@ -25,10 +25,9 @@ from anomaly.config import (
     MapConfig,
     OutOfDistribution,
     PredictConfig,
-    Scoring,
-    Selection,
     Showing,
 )
+from anomaly.scores import Scoring, Selection
 from datasets import DATASETS, DataConfig, data_flags
 from distributed.topology import LaunchConfig
 from evaluation import config
@@ -68,7 +67,7 @@ MODES = {
     'anomaly': Mode(imported('evaluation.anomaly:anomaly'), 'anomaly scores, thresholds, metrics and report',
                     (*SCORED, Showing, Audit)),
     'predict': Mode(imported('anomaly.predict:predict'), 'scores and overlays of new images, without labels',
-                    (PredictConfig, Selection, config.Batches, config.Noise), data=False),
+                    (PredictConfig, Selection, config.Batches), data=False),
     'compare': Mode(imported('evaluation.anomaly:compare'), 'several runs on the same test images',
                     (CompareConfig, *SCORED)),
     'evaluate': Mode(imported('evaluation.likelihood:evaluate'), 'NELBO and importance-weighted bound',

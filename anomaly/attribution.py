@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomaly.config import check_captum
 from anomaly.density import GMM, KDE, KNN, PCAGMM, Density, Mahalanobis
 from anomaly.flow_density import Flow
-from anomaly.passes import Passes
+from anomaly.outputs import Outputs
+from anomaly.scores import check_captum
 
 ACTIVATIONS = (nn.SiLU, nn.ELU, nn.LeakyReLU)
 LINEAR_INTERPOLATION = {2: 'bilinear', 3: 'trilinear'}
@@ -157,19 +157,18 @@ WAYS: dict[str, Callable[[Any, Tensor, Tensor, dict], Tensor]] = {
     'gradcam': grad_cam}
 
 
-def density_map(density: Density, passes: Passes) -> Tensor | None:
-    """The heat-map of a fitted density on the norms of scores, --msma_map: (B, 1, *S), or None.
+def density_map(density: Density, outputs: Outputs) -> Tensor:
+    """The heat-map of a fitted density on the norms of scores, as --msma_map says: (B, 1, *S).
 
     The density's own gradient is taken at the model's own norms, also where a network with ReLUs leads it
     back to the image.
     """
-    if passes.msma_map == 'none' or not hasattr(passes.model, 'score_norm'):
-        return None
-    check_captum(passes.msma_map)
+    scoring = outputs.scoring
+    check_captum(scoring.msma_map)
 
     def make() -> Tensor:
-        weights = pull(density, passes.score_norms()).to(passes.x)
+        weights = pull(density, outputs.score_norms()).to(outputs.x)
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')                       # captum announces its hooks
-            return WAYS[passes.msma_map](passes.model, passes.x, weights, passes.msma).detach()
-    return passes.once(('density map', id(density)), make)
+            return WAYS[scoring.msma_map](outputs.model, outputs.x, weights, scoring.msma).detach()
+    return outputs.once(('density map', id(density)), make)

@@ -1,117 +1,97 @@
 """Scores that need no model: what brightness, file size or a linear fit of the pixels tell of an image.
 
-They stand beside every model's scores, because medical data sets differ in scanner, exposure and file format
-between classes: a model that is no better than they are has learned that difference. Two have maps, beside
-which those of models stand. N, B images, C channels, S pixels, (H, W) or (D, H, W).
+They stand beside every model's scores because medical data sets differ in scanner, exposure and file format
+between classes: a model that is no better than they are has learned that difference. Two have maps, next to
+which those of models stand. B images, C channels, *S = (H, W) or (D, H, W); N normal training images, on
+which they are fitted.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from anomaly.passes import Passes, Scores, as_passes
+from anomaly.outputs import Outputs
+from anomaly.scores import Score
 from readers.images.png import png_bytes
 from utils import UserError
 
-PCA_VARIANCE = 0.9       # share of the variance of normal images that the components keep
-PCA_MOST = 200           # components at most
+PCA_VARIANCE = 0.9       # fraction of the variance of normal images that the components keep
+MAX_COMPONENTS = 200
 
 
-class Baseline:
-    """A score of the image alone, fitted on training images where there is something to learn."""
-    needs = ''
-    map: Callable[[Passes], Tensor] | None = None              # -> (B, 1, *S)
-
-    def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
-        """Nothing to learn; `model` is not used and may be None."""
-
-    def image(self, passes: Passes) -> Tensor:
-        raise NotImplementedError
-
-    def __call__(self, model: Any, x: Tensor | None = None, with_map: bool = False) -> Scores:
-        passes = as_passes(model, x)
-        return Scores(self.image(passes), self.map(passes) if self.map and with_map else None)
+def means(x: Tensor) -> Tensor:
+    """Mean of each image (B, C, *S): (B,) float64 on the CPU."""
+    return x.double().flatten(1).mean(1).cpu()
 
 
-class MeanIntensity(Baseline):
-    """Mean intensity, as it is: below 0.5 in AUROC means that anomalous images are darker."""
-    name, about = 'mean_intensity', "mean intensity: an AUROC below 0.5 says that anomalous images are darker"
-
-    def image(self, passes: Passes) -> Tensor:
-        return passes.x.double().flatten(1).mean(1).cpu()
-
-    def map(self, passes: Passes) -> Tensor:
-        return passes.x.float().mean(1, keepdim=True).cpu()
+def mean_intensity(images: Tensor) -> Score:
+    """Mean intensity as it is: an AUROC below 0.5 means that anomalous images are darker."""
+    return Score('mean_intensity', '', "mean intensity: an AUROC below 0.5 means darker anomalous images",
+                 lambda outputs: means(outputs.x),
+                 lambda outputs: outputs.x.float().mean(1, keepdim=True).cpu())
 
 
-class IntensityDeviation(Baseline):
+def intensity_deviation(images: Tensor) -> Score:
     """|mean intensity - mean intensity of normal training images|: dark and bright images both count."""
-    name, about = 'intensity_deviation', "|mean intensity - that of normal training images|"
-
-    def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
-        self.centre = torch.cat([x.double().flatten(1).mean(1).cpu() for x in normal]).mean()
-
-    def image(self, passes: Passes) -> Tensor:
-        return (passes.x.double().flatten(1).mean(1).cpu() - self.centre).abs()
+    center = means(images).mean()
+    return Score('intensity_deviation', '', "|mean intensity - that of normal training images|",
+                 lambda outputs: (means(outputs.x) - center).abs())
 
 
-class MeanImageDistance(Baseline):
+def mean_image(images: Tensor) -> Score:
     """Euclidean distance to the mean of the normal training images."""
-    name, about = 'mean_image', "Euclidean distance to the mean normal training image"
+    center = images.double().mean(0)                                                       # (C, *S)
 
-    def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
-        total, count = 0, 0
-        for x in normal:
-            total, count = total + x.double().sum(0).cpu(), count + len(x)
-        self.centre = total / count
-
-    def image(self, passes: Passes) -> Tensor:
-        return (passes.x.double().cpu() - self.centre).flatten(1).norm(dim=1)
-
-    def map(self, passes: Passes) -> Tensor:
-        return (passes.x.double().cpu() - self.centre).abs().mean(1, keepdim=True).float()
+    def difference(outputs: Outputs) -> Tensor:
+        return outputs.x.double().cpu() - center
+    return Score('mean_image', '', "Euclidean distance to the mean normal training image",
+                 lambda outputs: difference(outputs).flatten(1).norm(dim=1),
+                 lambda outputs: difference(outputs).abs().mean(1, keepdim=True).float())
 
 
-class PngSize(Baseline):
-    """Bytes of the image as the model sees it, as an optimised PNG."""
-    name, about = 'png_size', "bytes of the image as the model sees it, as a PNG"
-
-    def image(self, passes: Passes) -> Tensor:
-        levels = 2 ** min(passes.bits, 8) - 1
-        values = (passes.x.detach().cpu().double().clamp(0, 1) * levels).round().mul(255 / levels).numpy()
+def png_size(images: Tensor) -> Score:
+    """Bytes of the image as the model sees it, as an optimized PNG."""
+    def size(outputs: Outputs) -> Tensor:
+        levels = 2 ** min(outputs.bits, 8) - 1
+        values = (outputs.x.detach().cpu().double().clamp(0, 1) * levels).round().mul(255 / levels).numpy()
         return torch.tensor([float(png_bytes(v)) for v in values.astype(np.uint8)], dtype=torch.float64)
+    return Score('png_size', '', "bytes of the image as the model sees it, as a PNG", size)
 
 
-class FileSize(Baseline):
+def file_size(images: Tensor) -> Score:
     """Bytes of the image's file on disk."""
-    name, about = 'file_size', "bytes of the file on disk"
-
-    def image(self, passes: Passes) -> Tensor:
-        if passes.file_bytes is None:
+    def size(outputs: Outputs) -> Tensor:
+        if outputs.file_bytes is None:
             raise UserError("baseline file_size needs file sizes, which these images do not have.")
-        return passes.file_bytes.double().cpu()
+        return outputs.file_bytes.double().cpu()
+    return Score('file_size', '', "bytes of the file on disk", size)
 
 
-class PcaResidual(Baseline):
+def pca(images: Tensor) -> Score:
     """Euclidean distance to the linear subspace that keeps 90 % of the variance of normal training images."""
-    name, about = 'pca', "Euclidean distance to principal components of normal training images"
+    from sklearn.decomposition import PCA
+    x = images.flatten(1).double().numpy()                                                 # (N, D)
+    # At most half as many components as images: more would fit the training images themselves.
+    most = max(1, min(MAX_COMPONENTS, len(x) // 2, x.shape[1] - 1))
+    fitted = PCA(most, svd_solver='randomized' if min(x.shape) > 100 else 'full', random_state=0).fit(x)
+    kept = min(most, 1 + int((np.cumsum(fitted.explained_variance_ratio_) < PCA_VARIANCE).sum()))
+    axes = fitted.components_[:kept]                                                       # (kept, D)
 
-    def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
-        from sklearn.decomposition import PCA
-        x = torch.cat([x.flatten(1).cpu() for x in normal]).double().numpy()               # (N, D)
-        # At most half as many components as images: more would fit the training images themselves.
-        most = max(1, min(PCA_MOST, len(x) // 2, x.shape[1] - 1))
-        pca = PCA(most, svd_solver='randomized' if min(x.shape) > 100 else 'full', random_state=0).fit(x)
-        kept = min(most, 1 + int((np.cumsum(pca.explained_variance_ratio_) < PCA_VARIANCE).sum()))
-        self.centre, self.components = pca.mean_, pca.components_[:kept]                     # (D,), (kept, D)
-
-    def image(self, passes: Passes) -> Tensor:
-        x = passes.x.flatten(1).double().cpu().numpy() - self.centre                       # (B, D)
-        return torch.from_numpy(np.linalg.norm(x - x @ self.components.T @ self.components, axis=1))
+    def distance(outputs: Outputs) -> Tensor:
+        x = outputs.x.flatten(1).double().cpu().numpy() - fitted.mean_                     # (B, D)
+        return torch.from_numpy(np.linalg.norm(x - x @ axes.T @ axes, axis=1))
+    return Score('pca', '', "Euclidean distance to principal components of normal training images", distance)
 
 
-BASELINES: dict[str, type[Baseline]] = {b.name: b for b in (
-    MeanIntensity, IntensityDeviation, MeanImageDistance, PngSize, FileSize, PcaResidual)}
+# name -> the score, from normal training images (N, C, *S) on the CPU
+BASELINES: dict[str, Callable[[Tensor], Score]] = {make.__name__: make for make in (
+    mean_intensity, intensity_deviation, mean_image, png_size, file_size, pca)}
+
+
+def fit_baselines(images: Tensor) -> list[Score]:
+    """All baselines, fitted to normal training images (N, C, *S). Raises UserError for fewer than two."""
+    if len(images) < 2:
+        raise UserError(f"the training part has {len(images)} image: the baselines need at least 2.")
+    return [make(images) for make in BASELINES.values()]

@@ -7,20 +7,15 @@ All rows share the images and the resamples, so differences are paired. R resamp
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from anomaly.baselines import BASELINES
-from anomaly.detect import SETTINGS, Examined, best_baseline, choose_primary, examine, few_images, versions
-from anomaly.metrics import paired_difference
-from anomaly.report import comparison as compare_report
-from anomaly.report.figures import shown_groups
-from anomaly.scores import ScoreConfig, choose_scores
-from anomaly.scoring import Scored
+from anomaly.detect import Evaluated, Settings, evaluate
+from anomaly.judge import Judgement, join
+from anomaly.report import comparison
+from anomaly.scores import Score, Selection, choose_primary, choose_scores
+from anomaly.scoring import Table
 from distributed import launch
 from readers.parts import SomeOf
 from utils import UserError, finite
@@ -110,100 +105,80 @@ def common_images(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
 
 # ---------------------------------------------------------------------------------------------------- compare
 
-def compare(runs: Sequence[Run], out: str | Path, config: ScoreConfig, *, num_iw_samples: int,
-            batch_size: int, seed: int, command: str, log: Callable[[str], None] = print, workers: int = 0,
-            device: torch.device | str | None = None, rank: int | None = None, world: int | None = None,
-            gather: Callable[[list], list] = launch.gather) -> dict[str, Any]:
+def compare(runs: Sequence[Run], out: str | Path, settings: Settings,
+            log: Callable[[str], None] = print) -> dict[str, Any]:
     """Scores the common test images with every run and compares; nothing is chosen or fitted on them.
 
-    Of each run its primary score and those of `config.scores` that its model has; baselines on the images of
+    For each run its primary score and those of the selection that its model has; baselines on the images of
     the first run. Writes OUT/comparison.json, .md, .csv and figures/ from rank 0, prints the tables with
-    `log`, and returns what comparison.json holds; other ranks return {}. Keywords are those of `detect`.
-    Raises UserError if the runs have too little in common, or a score fits none of them.
+    `log`, and returns what comparison.json holds; other ranks return {}. Raises UserError if the runs have
+    too little in common, or a score fits none of them.
     """
     check_same_data(runs)
     ids, left_out = common_images(runs)
     left_out += [f"{run.name} has no split.json: whether it was trained on these images is not known"
                  for run in runs if not run.knows_split]
-    chosen, warnings = choose_for_all(runs, config, num_iw_samples)
-    rank, world = launch.rank() if rank is None else rank, launch.world() if world is None else world
-    config = replace(config, num_cases=0, num_gallery=0)
-    found = examine_all(runs, ids, chosen, config, num_iw_samples=num_iw_samples,
-                        batch_size=batch_size, seed=seed, workers=workers, rank=rank, world=world,
-                        gather=gather, device=torch.device(device or launch.device()))
-    if rank:
+    chosen, warnings = choose_for_all(runs, settings.selection)
+    found = [evaluate_on(run, ids, *which, settings, with_baselines=run is runs[0])
+             for run, which in zip(runs, chosen)]
+    if not launch.is_main():
         return {}
-    rows, samples, test = join(runs, found)
-    about = {run.name: describe(run, *which, one) for run, which, one in zip(runs, chosen, found)}
-    for run, one in zip(runs, found):
-        warnings += [f'{run.name}: {line}' for line in one.judged['warnings']
-                     + few_images(len(run.data.val), config.target_fpr)]
-    result = {'dataset': runs[0].data.config.dataset, 'command': command, 'versions': versions(),
-              'num_iw_samples': num_iw_samples, 'batch_size': batch_size, 'seed': seed,
-              'num_bootstrap': config.num_bootstrap, **{name: getattr(config, name) for name in SETTINGS},
-              'counts': Counter(entry.class_name for entry in test.entries), 'left_out': left_out,
-              'runs': about, 'primary_scores': [f'{run.name}/{one[1]}' for run, one in zip(runs, chosen)],
-              'groups': found[0].judged['groups'], 'scores': rows, 'warnings': warnings}
-    result['differences'] = differences(result, samples)
-    result = finite(result)
-    compare_report.write(Path(out), result, test)
-    for line in [*compare_report.text_tables(result), *left_out, *warnings,
+    judgement, test = join_runs(runs, found)
+    warnings += judgement.warnings
+    result = finite({
+        'dataset': runs[0].data.config.dataset, **settings.facts(),
+        'counts': Counter(entry.class_name for entry in test.entries), 'left_out': left_out,
+        'runs': {run.name: describe(run, one) for run, one in zip(runs, found)},
+        'primary_scores': [row.name for row in judgement.primaries], **judgement.as_json(),
+        'differences': [difference.as_json() for group in judgement.shown_groups
+                        for difference in judgement.differences(group)], 'warnings': warnings})
+    comparison.write(Path(out), result, judgement, test)
+    for line in [*comparison.text_tables(result, judgement), *left_out, *warnings,
                  f"comparison: {Path(out) / 'comparison.md'}"]:
         log(line)
     return result
 
 
-def examine_all(runs: Sequence[Run], ids: Sequence[str], chosen: Sequence[tuple[list, str]],
-                config: ScoreConfig, *, device: torch.device, **options: Any) -> list[Examined | None]:
-    """Each run on the images `ids`, one after the other on the device; baselines with the first alone."""
-    found = []
-    for run, (scores, primary) in zip(runs, chosen):
-        baselines = [] if found else [make() for make in BASELINES.values()]
-        data = replace(run.data, test=SomeOf(run.data.test, ids))
-        try:
-            found.append(examine(run.model.to(device), data, scores, baselines, primary, config,
-                                 device=device, **options))
-        except UserError as error:
-            raise UserError(f"{run.name}: {error}") from None
-        run.model.cpu()                                       # room for the next
-    return found
+def evaluate_on(run: Run, ids: Sequence[str], scores: list[Score], primary: str, settings: Settings,
+                with_baselines: bool) -> Evaluated:
+    """A run on the test images `ids`; afterwards its model leaves the device, which makes room for the next.
+    """
+    data = replace(run.data, test=SomeOf(run.data.test, ids))
+    try:
+        return evaluate(run.model.to(launch.device()), data, scores, primary, settings, with_baselines)
+    except UserError as error:
+        raise UserError(f"{run.name}: {error}") from None
+    finally:
+        run.model.cpu()
 
 
-def join(runs: Sequence[Run], found: Sequence[Examined]) -> tuple[dict[str, dict], dict[str, dict], Scored]:
-    """Rows, resampled AUROCs and values of all runs under the names run/score, baselines last."""
-    rows: dict[str, dict] = {}
-    samples: dict[str, dict[str, np.ndarray]] = {}
-    values: dict[str, np.ndarray] = {}
-    for run, one in zip(runs, found):
-        for score, row in one.judged['scores'].items():
-            name = score if row['kind'] == 'baseline' else f'{run.name}/{score}'
-            rows[name] = row if row['kind'] == 'baseline' else {'run': run.name, **row}
-            values[name] = one.test.values[score]
-            for group, drawn in one.samples.items():
-                samples.setdefault(group, {})[name] = drawn[score]
-    rows = dict(sorted(rows.items(), key=lambda item: item[1]['kind'] == 'baseline'))
-    return rows, samples, replace(found[0].test, values=values)
+def join_runs(runs: Sequence[Run], found: Sequence[Evaluated]) -> tuple[Judgement, Table]:
+    """The judgements and the test tables of all runs as one, with scores named run/score; baselines last."""
+    judgement = join({run.name: one.judgement for run, one in zip(runs, found)})
+    values = {score if score in BASELINES else f'{run.name}/{score}': column
+              for run, one in zip(runs, found) for score, column in one.test.values.items()}
+    return judgement, replace(found[0].test, values=values)
 
 
-def choose_for_all(runs: Sequence[Run], config: ScoreConfig,
-                   iw_samples: int) -> tuple[list[tuple[list, str]], list[str]]:
+def choose_for_all(runs: Sequence[Run],
+                   selection: Selection) -> tuple[list[tuple[list[Score], str]], list[str]]:
     """For each run its scores and the primary among them; a line for each score that a run does not have.
 
     Raises UserError for a score that no run has.
     """
-    chosen, lines, refused = [], [], {name: [] for name in config.scores}
+    chosen, lines, refused = [], [], {name: [] for name in selection.scores}
     for run in runs:
         wanted = set()
-        for name in config.scores:
+        for name in selection.scores:
             try:
-                wanted |= {score.name for score in choose_scores((name,), run.model, iw_samples)[0]}
+                wanted |= {score.name for score in choose_scores((name,), run.model)[0]}
             except UserError as error:
                 refused[name].append(error)
                 lines.append(f"{run.name} has no score {name}")
-        candidates, _ = choose_scores(('all', *wanted), run.model, iw_samples)
+        candidates, _ = choose_scores(('all', *wanted), run.model)
         published = getattr(run.model, 'primary_score', '')
         try:
-            primary = choose_primary(config.primary_score, published, [s.name for s in candidates])
+            primary = choose_primary(selection.primary_score, published, [s.name for s in candidates])
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from None
         chosen.append(([s for s in candidates if s.name in wanted | {primary}], primary))
@@ -213,31 +188,11 @@ def choose_for_all(runs: Sequence[Run], config: ScoreConfig,
     return chosen, lines
 
 
-def describe(run: Run, scores: list, primary: str, found: Examined) -> dict[str, Any]:
+def describe(run: Run, found: Evaluated) -> dict[str, Any]:
     """What is known of a run; seconds are those of one process for all its scores of an image."""
-    return {'path': run.path, 'family': type(run.model).__name__, 'primary_score': primary,
-            'scores': [score.name for score in scores],
+    return {'path': run.path, 'family': type(run.model).__name__, 'primary_score': found.normal.primary_score,
+            'scores': [score.name for score in found.scores],
             'parameters': sum(p.numel() for p in run.model.parameters()),
-            'seconds_per_image': found.test.seconds / len(found.test.entries),
+            'seconds_per_image': found.test.seconds / len(found.test),
             'shape': list(run.data.shape), 'bits': run.data.pixels.bits,
             'train_images': len(run.data.train), 'validation_images': len(run.data.val)}
-
-
-def differences(result: dict[str, Any], samples: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-    """AUROC of one minus another, paired by resamples: all pairs of primary scores, and each with the best
-    trivial baseline.
-    """
-    found = []
-    for group in shown_groups(result):
-        auroc = {name: row['metrics'][group]['auroc']['value'] for name, row in result['scores'].items()}
-        best, turned = best_baseline(result['scores'], group)
-        pairs = [*((a, b, False) for a, b in combinations(result['primary_scores'], 2)),
-                 *((name, best, turned) for name in result['primary_scores'])]
-        for first, second, turn in pairs:
-            value, drawn = auroc[second], samples[group][second]
-            if turn:
-                value, drawn = 1 - value, 1 - drawn
-            found.append({'group': group, 'first': first, 'second': second, 'turned': turn,
-                          'value': auroc[first] - value,
-                          **paired_difference(samples[group][first], drawn)})
-    return found

@@ -1,10 +1,8 @@
 """Densities of features of normal images: what is far from them, or rare among them, is anomalous.
 
 N images, D features each, K components of a mixture. A density learns with `fit(features)`, features (N, D),
-and `score(features)` gives (N,), larger = more anomalous. It stands alone
-(`KNN(k=5).fit(normal).score(new)`) or, in a `DensityScore`, learns from features of images:
-likelihood terms (N, 1 + L), see `Passes.features`, or norms of scores (N, n). What was learned is plain
-arrays: `state()`, and `from_state` on the same class gives the same scores, bit by bit.
+and `score(features)` gives (N,), larger = more anomalous: `KNN(k=5).fit(normal).score(new)`. What was learned
+is plain arrays: `state()`, and `from_state` on the same class gives the same scores, bit by bit.
 """
 
 import itertools
@@ -13,10 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from anomaly.passes import Passes, Scores, as_passes, check_capability
 from utils import UserError
 
 RIDGE = 1e-9                 # added to the variances of standardized features, as one may be constant
@@ -304,44 +299,3 @@ def cross_fit(density: Density, features: np.ndarray, groups: list | None = None
         values[fold == i] = density.score(features[fold == i])
     density.fit(features)
     return values
-
-
-class DensityScore:
-    """A score that learns what is normal from features of normal images: likelihood terms, or others.
-
-    Fitted on validation images, not training images: the model has seen the latter, so their NELBO and KL are
-    not those of a new normal image. The threshold needs scores of validation images that were not fitted on
-    themselves, which is what `cross_fit` gives.
-    """
-    map: Callable[[Passes], Tensor | None] | None = None
-
-    def __init__(self, name: str, about: str, density: Density, needs: str = 'likelihood terms',
-                 features: Callable[[Passes], Tensor] = Passes.features,
-                 density_map: Callable[[Density, Passes], Tensor | None] | None = None):
-        """`features` (B, D) of the passes; they are the same for all scores that need the same.
-
-        `density_map` makes a map (B, 1, *S) of the fitted density, or None.
-        """
-        self.name, self.about, self.density, self.needs, self.features = name, about, density, needs, features
-        if density_map:
-            self.map = lambda passes: density_map(self.density, passes)
-
-    def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
-        """Learns from batches of normal images (B, C, H, W)."""
-        batches = [self.features(Passes(model, x, noise=(0, i))) for i, x in enumerate(normal)]
-        self.density.fit(torch.cat(batches).numpy())
-
-    def load(self, fitted: Mapping[str, Mapping]) -> None:
-        """Takes what was learned from 'fitted' of thresholds.json. Raises UserError if it is not there."""
-        if self.name not in fitted:
-            raise UserError(f"score {self.name} was not fitted in that evaluation, but "
-                            f"{', '.join(fitted) or 'none'}. Run it again with --scores {self.name}.")
-        self.density = self.density.from_state(fitted[self.name])
-
-    def __call__(self, model: Any, x: Tensor | None = None, with_map: bool = True) -> Scores:
-        if not self.density.fitted:
-            raise UserError(f"score {self.name} has not been fitted: call fit(model, normal_images) first.")
-        passes = as_passes(model, x)
-        check_capability(self, passes.model)
-        return Scores(torch.from_numpy(self.density.score(self.features(passes).numpy())),
-                      self.map(passes) if self.map and with_map else None)

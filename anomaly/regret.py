@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anomaly.passes import Passes, elbo
+from anomaly.outputs import Outputs, elbo
 from utils import seed_noise
 
 
-def likelihood_regret(passes: Passes) -> Tensor:
+def likelihood_regret(outputs: Outputs) -> Tensor:
     """ELBO after minus ELBO before, nats: (B,). The model has `encoder_parameters() -> [Parameter, ...]`.
 
     Every image starts from the trained encoder and takes `regret_steps` steps of Adam, each with noise of
@@ -28,21 +28,22 @@ def likelihood_regret(passes: Passes) -> Tensor:
     gain it is 0 but for the noise of the steps, and may be slightly negative.
     """
     def make() -> Tensor:
-        model = deepcopy(passes.model).eval().requires_grad_(False)      # eval: batch norms stay as they are
+        scoring = outputs.scoring
+        model = deepcopy(outputs.model).eval().requires_grad_(False)     # eval: batch norms stay as they are
         encoder = list(model.encoder_parameters())
         trained = [parameter.clone() for parameter in encoder]
         for parameter in encoder:
             parameter.requires_grad_(True)
         regrets = []
-        for i, image in enumerate(passes.x.split(1)):                    # (1, C, H, W)
+        for image, name in zip(outputs.x.split(1), outputs.ids, strict=True):    # (1, C, H, W)
             for parameter, value in zip(encoder, trained):
                 parameter.copy_(value)
-            noise = (*passes.noise, 'regret', passes.ids[i] if passes.ids else i)
-            before = bound(model, image, passes.draws, noise)
-            fit_encoder(model, encoder, image, passes.regret_steps, passes.regret_learning_rate, noise)
-            regrets.append(bound(model, image, passes.draws, noise) - before)
+            noise = (scoring.seed, 'regret', name)
+            before = bound(model, image, scoring.num_draws, noise)
+            fit_encoder(model, encoder, image, scoring.regret_steps, scoring.regret_learning_rate, noise)
+            regrets.append(bound(model, image, scoring.num_draws, noise) - before)
         return torch.cat(regrets)
-    return passes.once(('regret',), make)
+    return outputs.once(('regret',), make)
 
 
 def bound(model: Any, image: Tensor, draws: int, noise: tuple) -> Tensor:

@@ -1,141 +1,226 @@
-"""Anomaly scores of models with a likelihood: functions of the passes of a batch, larger = more anomalous.
+"""Anomaly scores: one row of SCORES each, and the flags that they depend on. Larger = more anomalous.
 
-B images, C channels, H x W pixels, L latent groups from the top (1) down to the image (L), k groups skipped,
-counted from the image up. L>k is the bound with these k groups from the prior, LLR>k = L - L>k. Passes and
-bounds are those of passes.py, densities those of density.py; all scores of a batch share its passes.
+B images, C channels, *S = (H, W) or (D, H, W), L latent groups from the top (1) down to the image (L), k
+groups skipped, counted from the image up. L>k is the bound with these k groups from the prior, LLR>k = L -
+L>k. A score is a function of the Outputs of a model for one batch (outputs.py); all scores of a batch share
+its forward passes.
 """
 
-import lzma
+from __future__ import annotations
+
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE, Density, Mahalanobis, Typicality
+from utils import UserError, flag, flags
 
-from anomaly.attribution import density_map
-from anomaly.config import ScoreConfig
-from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE, Density, DensityScore, Mahalanobis, Typicality
-from anomaly.flow_density import Flow
-from anomaly.passes import (
-    Passes,
-    Scores,
-    as_passes,
-    check_capability,
-    elbo,
-    has_capability,
-    iw_bound,
-    log_weight,
-)
-from anomaly.regret import likelihood_regret
-from neural_operations import foreground
-from readers.images.png import png_bytes
-from utils import UserError
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# what the other floors and users take from here
-__all__ = ['SCORES', 'AnomalyScore', 'Passes', 'Score', 'ScoreConfig', 'Scores', 'choose_scores', 'elbo',
-           'iw_bound', 'log_weight']
+    from anomaly.outputs import Outputs
 
-LESION_SHARE = 0.01        # of the foreground: a lesion is small, and would be lost in a mean over all
+LESION_FRACTION = 0.01     # of the foreground: a lesion is small and would be lost in a mean over all voxels
+MSMA_MAPS = ('none', 'gradient', 'gradient_input', 'guided', 'gradcam')
+NEED_CAPTUM = ('guided', 'gradcam')
+
+# capability that a score needs -> attribute of the model that shows it
+CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstructions': 'reconstruct', 'maps': 'maps',
+                'encoder parameters': 'encoder_parameters', 'score norms': 'score_norms',
+                'ODE likelihood': 'log_likelihood', 'voxel densities': 'voxel_nll',
+                'inpainting': 'inpainting_map', 'restoration': 'restoration_map'}
 
 
-# ----------------------------------------------------------------------------------------- compressed size
+# ------------------------------------------------------------------------------------------------------ flags
 
-def compressed_bits(x: Tensor, bits: int) -> Tensor:
-    """Bits of each image (B, C, H, W), losslessly compressed at `bits` per value as the model sees it: (B,).
+@flags
+class Selection:
+    """Anomaly scores"""
+    scores: tuple = flag((), "scores to compute: 'all', rows of the table such as nelbo, llr or complexity, "
+                             "or one member of a row such as llr_2 or kl_1 (1 = top group); 'all' excludes "
+                             "the slow scores regret, ode_nll, inpainting and restoration (default: all; "
+                             "with --compare the primary scores)", basic=True)
+    primary_score: str = flag('', "score shown in the figures, to be chosen before looking at any anomaly; "
+                                  "'' = the score the model was published with, else nelbo, else the first "
+                                  "computed", basic=True)
 
-    The shorter of an optimised PNG (grey or RGB; other channel counts stacked, 9 to 16 bits as 16-bit grey)
-    and LZMA without a header. Images of more than 16 bits per value are compressed at 16.
+
+@flags
+class Scoring:
+    """Computation of the scores
+
+    All that a score depends on besides the model and the image; `seed` is that of the command.
     """
-    levels = 2 ** min(bits, 16) - 1
-    # Few levels are spread over 0 to 255 for the PNG, which changes no value's identity, so no information.
-    step, dtype = (255 / levels, np.uint8) if levels < 256 else (1, np.uint16)
-    values = (x.detach().cpu().double().clamp(0, 1) * levels).round().mul(step).numpy().astype(dtype)
-    return torch.tensor([8.0 * min(png_bytes(v), lzma_bytes(v)) for v in values], dtype=torch.float64)
+    num_draws: int = flag(4, 'draws of the latents over which every sampled score averages', least=1,
+                          basic=True)
+    num_iw_samples: int = flag(16, 'iw: importance samples per image', least=1)
+    iw_samples_elbo: int = flag(1, 'llr: importance samples for each draw of L; 1 = the ELBO', least=1)
+    iw_samples_lk: int = flag(1, 'llr, lk: importance samples for each draw of L>k; 1 = the ELBO', least=1)
+    llr_noise: str = flag('separate', 'llr: noise of L and of L>k: separate, as published, or shared',
+                          choices=('separate', 'shared'))
+    regret_steps: int = flag(20, 'regret: Adam steps on the encoder for each image', least=1)
+    regret_learning_rate: float = flag(1e-4, 'regret: learning rate of Adam', above=0)
+    msma_levels: int = flag(20, 'msma: number of noise levels', least=1)
+    msma_min_timestep: float = flag(0.01, 'msma: time of the lowest noise level, 0 to 1', above=0, most=1)
+    msma_max_timestep: float = flag(1.0, 'msma: time of the highest noise level, 0 to 1', above=0, most=1)
+    msma_schedule: str = flag('geometric', "msma: spacing of the noise levels; thinned = a subset of the "
+                                           "sampler's steps", choices=('geometric', 'linear', 'thinned'))
+    msma_denoise: bool = flag(False, 'msma: remove the finest noise from the image first')
+    msma_map: str = flag('none', "msma: anomaly map: magnitude of the gradient of the density's score with "
+                                 "respect to the image, gradient times image, guided backpropagation, or "
+                                 "GradCAM (the last two need captum); none = no map", choices=MSMA_MAPS)
+    seed: int = field(default=1, kw_only=True)
+
+    def __post_init__(self):
+        check_captum(self.msma_map)
+        if not self.msma_min_timestep < self.msma_max_timestep:
+            raise UserError(f"--msma_min_timestep {self.msma_min_timestep} --msma_max_timestep "
+                            f"{self.msma_max_timestep}: the first must be below the second.")
+
+    @property
+    def msma(self) -> dict[str, Any]:
+        """Arguments of a model's `score_norms`."""
+        return {'number': self.msma_levels, 'min_timestep': self.msma_min_timestep,
+                'max_timestep': self.msma_max_timestep, 'schedule': self.msma_schedule,
+                'denoised': self.msma_denoise}
 
 
-def lzma_bytes(values: np.ndarray) -> int:
-    """Size in bytes of the raw values under LZMA2, without container or header."""
-    filters = [{'id': lzma.FILTER_LZMA2, 'preset': 6}]
-    return len(lzma.compress(values.tobytes(), lzma.FORMAT_RAW, filters=filters))
+def check_captum(kind: str) -> None:
+    """Raises UserError if this kind of map needs captum and it is not installed."""
+    if kind in NEED_CAPTUM and importlib.util.find_spec('captum') is None:
+        raise UserError(f"--msma_map {kind} needs captum: pip install -r requirements-medical.txt. Without "
+                        f"it there are gradient and gradient_input.")
 
 
-# ------------------------------------------------------------------------------------------------- the scores
-
-class AnomalyScore(Protocol):
-    """What detect.py and the user ask of a score."""
-    name: str
-    about: str                                       # one line for the report
-    needs: str                                       # the capability; '' = no model
-
-    def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
-        """Learns from batches of normal images (B, C, H, W), where there is something to learn."""
-    def __call__(self, model: Any, x: Tensor | None = None, with_map: bool = True) -> Scores:
-        """Scores of the images. A `Passes` in place of the model shares its passes and needs no `x`."""
-
+# ------------------------------------------------------------------------------------------------------ score
 
 @dataclass(frozen=True)
 class Score:
-    """A score that learns nothing: a function of the passes, and perhaps one that gives its map."""
+    """A score of the images of a batch: a function of the Outputs, or a density of features on normal images.
+
+    A density is fitted to validation images, not training images: the model has seen the latter, so that
+    their NELBO and KL are not those of a new normal image. normal.py fits it; its score follows from the
+    features.
+    """
     name: str
-    needs: str
-    about: str
-    image: Callable[[Passes], Tensor]                            # -> (B,)
-    map: Callable[[Passes], Tensor | None] | None = None   # -> (B, 1, H, W), or None if the model has no maps
-
-    def fit(self, model: Any, normal: Iterable[Tensor]) -> None:
-        """Nothing to learn."""
-
-    def __call__(self, model: Any, x: Tensor | None = None, with_map: bool = True) -> Scores:
-        passes = as_passes(model, x)
-        check_capability(self, passes.model)
-        return Scores(self.image(passes), self.map(passes) if self.map and with_map else None)
+    needs: str                                            # capability of the model; '' = no model
+    about: str                                            # one line for the report
+    image: Callable[[Outputs], Tensor] | None = None      # -> (B,); None for a density
+    map: Callable[[Outputs], Tensor | None] | None = None           # -> (B, 1, *S); None if there is no map
+    features: Callable[[Outputs], Tensor] | None = None   # -> (B, D), what the density learns from
+    density: Density | None = None                        # unfitted
 
 
-def bound_map(passes: Passes, k: int = 0) -> Tensor | None:
-    """-L>k per pixel at posterior means, nats: (B, 1, H, W); sums to the bound there, k = 0 to the NELBO."""
-    maps = passes.maps(k)
+def has_capability(score: Score, model: Any) -> bool:
+    """Whether the model has what the score needs."""
+    return not score.needs or hasattr(model, CAPABILITIES[score.needs])
+
+
+def check_capability(score: Score, model: Any) -> None:
+    """Raises UserError, naming the capability, if the model lacks what the score needs."""
+    if not has_capability(score, model):
+        raise UserError(f"score {score.name} needs a model with {score.needs}, which {type(model).__name__} "
+                        f"does not have. Leave it out of --scores.")
+
+
+# -------------------------------------------------------------------------------------- functions of outputs
+
+def bound_map(outputs: Outputs, k: int = 0) -> Tensor | None:
+    """-L>k per pixel at posterior means, nats: (B, 1, *S); sums to the bound there, k = 0 to the NELBO."""
+    maps = outputs.maps(k)
     return maps and maps['recon'] + maps['kl'].sum(1, keepdim=True)
 
 
-def llr_map(passes: Passes, k: int) -> Tensor | None:
-    """log p(x|z), z from the posterior, minus the same with k groups from the prior, nats: (B, 1, H, W)."""
-    return passes.maps() and passes.maps(k)['recon'] - passes.maps()['recon']
+def llr_map(outputs: Outputs, k: int) -> Tensor | None:
+    """log p(x|z), z from the posterior, minus the same with k groups from the prior, nats: (B, 1, *S)."""
+    return outputs.maps() and outputs.maps(k)['recon'] - outputs.maps()['recon']
 
 
-def absolute_error(passes: Passes) -> Tensor:
-    """|x - reconstruction|, mean over channels: (B, 1, H, W)."""
-    return passes.residual().abs().mean(1, keepdim=True)
+def absolute_error(outputs: Outputs) -> Tensor:
+    """|x - reconstruction|, mean over channels: (B, 1, *S)."""
+    return outputs.residual().abs().mean(1, keepdim=True)
 
 
-def body_mean(passes: Passes, kind: str) -> Tensor:
-    """Mean of a repair's error over the foreground of the image: (B,) float64."""
-    inside = foreground(passes.x).flatten(1).double()                                            # (B, pixels)
-    errors = passes.repair_error(kind).flatten(1).double()
-    return ((errors * inside).sum(1) / inside.sum(1)).cpu()
+def complexity(outputs: Outputs) -> Tensor:
+    """NELBO minus losslessly compressed size (Serra et al. 2020), bits: (B,)."""
+    from anomaly.complexity import compressed_bits
+    return outputs.nelbo() / math.log(2) - compressed_bits(outputs.x, outputs.bits)
 
+
+def regret(outputs: Outputs) -> Tensor:
+    """Likelihood regret (Xiao et al. 2020), nats: (B,)."""
+    from anomaly.regret import likelihood_regret
+    return likelihood_regret(outputs)
+
+
+def foreground_mean(values: Tensor, outputs: Outputs) -> Tensor:
+    """Mean of a map (B, 1, *S) over the foreground of each image: (B,) float64 on the CPU."""
+    from neural_operations import foreground
+    inside = foreground(outputs.x).flatten(1).double()
+    return ((values.flatten(1).double() * inside).sum(1) / inside.sum(1)).cpu()
+
+
+def highest_voxels(outputs: Outputs, fraction: float) -> Tensor:
+    """Mean -log p over this fraction of the foreground, its least likely voxels: (B,) float64 on the CPU."""
+    import torch
+    means = []
+    for nll, inside in zip(outputs.voxel_nll(), outputs.model.foreground(outputs.x)):
+        values = nll[inside].double()
+        means.append(values.topk(max(1, round(fraction * len(values)))).values.mean().cpu())
+    return torch.stack(means)
+
+
+def msma_map(name: str, outputs: Outputs) -> Tensor | None:
+    """Heat-map of the fitted density `name` of score norms, as --msma_map says: (B, 1, *S), or None."""
+    wanted = outputs.scoring.msma_map != 'none' and hasattr(outputs.model, 'score_norm')
+    if not wanted or name not in outputs.densities:
+        return None
+    from anomaly.attribution import density_map
+    return density_map(outputs.densities[name], outputs)
+
+
+# ------------------------------------------------------------------------------------------------ rows
 
 def repair_score(kind: str, about: str) -> Score:
-    """What the model would change of an image (B, C, *S): 'inpainting' or 'restoration'."""
-    return Score(kind, kind, about, lambda passes: body_mean(passes, kind),
-                 lambda passes: passes.repair_error(kind))
+    """What the model would change of an image: 'inpainting' or 'restoration'."""
+    return Score(kind, kind, about, lambda outputs: foreground_mean(outputs.repair_error(kind), outputs),
+                 lambda outputs: outputs.repair_error(kind))
 
 
-NORMS = 'the norms of the score at many levels of noise'
+def likelihood_density(name: str, about: str, density: Density) -> Score:
+    """A density of -log p(x|z) and the KL of every group."""
+    return Score(name, 'likelihood terms', about, features=lambda outputs: outputs.likelihood_features(),
+                 density=density)
 
 
-def msma_score(name: str, about: str, density: Density) -> DensityScore:
+def msma_score(name: str, about: str, density: Density) -> Score:
     """A density of the norms of the score at many levels of noise (Mahmood et al. 2021)."""
-    return DensityScore(name, about, density, 'score norms', Passes.score_norms, density_map)
+    return Score(name, 'score norms', about, map=lambda outputs: msma_map(name, outputs),
+                 features=lambda outputs: outputs.score_norms(), density=density)
+
+
+def msma_scores() -> list[Score]:
+    from anomaly.flow_density import Flow
+    norms = 'the norms of the score at many levels of noise'
+    return [
+        msma_score('msma_gmm', f"-log density of {norms} under a Gaussian mixture fitted to normal "
+                   f"validation images, nats", GMM(**SADE_RULE, images_per_feature=2)),
+        msma_score('msma_knn', f"distance of {norms} to the 5th nearest normal validation image",
+                   KNN(k=5, scale=False)),
+        msma_score('msma_kde', f"-log density of {norms} under a kernel density estimate on normal "
+                   f"validation images, nats", KDE()),
+        msma_score('msma_pca_gmm', f"-log density of 5 principal components of {norms} under a Gaussian "
+                   f"mixture, nats", PCAGMM(**SADE_RULE, images_per_feature=2)),
+        msma_score('msma_flow', f"-log density of {norms} under an autoregressive flow, nats", Flow())]
 
 
 def kl_score(i: int) -> Score:
     """KL of group i, 1 = top."""
     return Score(f'kl_{i}', 'likelihood terms', f"KL of latent group {i} (1 = top), nats",
-                 lambda passes: passes.mean(lambda terms: terms['kl'][:, i - 1]),
-                 lambda passes: passes.maps() and passes.maps()['kl'][:, i - 1:i])
+                 lambda outputs: outputs.mean(lambda terms: terms['kl'][:, i - 1]),
+                 lambda outputs: outputs.maps() and outputs.maps()['kl'][:, i - 1:i])
 
 
 def groups_nearest(k: int) -> str:
@@ -145,126 +230,123 @@ def groups_nearest(k: int) -> str:
 def lk_score(k: int) -> Score:
     """-L>k (Havtorn et al. 2021, eq. 8), with the k groups nearest the image from the prior."""
     return Score(f'lk_{k}', 'likelihood terms', f"-L>{k}: the negative bound, {groups_nearest(k)} from the "
-                 f"prior, nats", lambda passes: -passes.bound(k), lambda passes: bound_map(passes, k))
+                 f"prior, nats", lambda outputs: -outputs.bound(k), lambda outputs: bound_map(outputs, k))
 
 
 def llr_score(k: int) -> Score:
     """LLR>k (Havtorn et al. 2021, eq. 10): the bound minus that with the k groups from the prior."""
     return Score(f'llr_{k}', 'likelihood terms', f"likelihood ratio LLR>{k} = L - L>{k}: what "
                  f"{groups_nearest(k)} explain{'s' if k == 1 else ''}, nats",
-                 lambda passes: passes.bound() - passes.bound(k), lambda passes: llr_map(passes, k))
-
-
-def highest_voxels(passes: Passes, share: float) -> Tensor:
-    """Mean -log p over this share of the foreground, its least likely voxels, float64 on the CPU: (B,)."""
-    means = []
-    for nll, inside in zip(passes.voxel_nll(), foreground(passes.x)):
-        values = nll[inside].double()
-        means.append(values.topk(max(1, round(share * len(values)))).values.mean().cpu())
-    return torch.stack(means)
+                 lambda outputs: outputs.bound() - outputs.bound(k), lambda outputs: llr_map(outputs, k))
 
 
 # name -> scores for a model with L latent groups
-SCORES: dict[str, Callable[[int], list[AnomalyScore]]] = {
+SCORES: dict[str, Callable[[int], list[Score]]] = {
     'reconstruction': lambda L: [Score(
         'reconstruction', 'reconstructions', "mean |x - reconstruction|",
-        lambda passes: absolute_error(passes).double().flatten(1).mean(1).cpu(), absolute_error)],
+        lambda outputs: absolute_error(outputs).double().flatten(1).mean(1).cpu(), absolute_error)],
     'recon_nll': lambda L: [Score(
         'recon_nll', 'likelihood terms', "-log p(x|z), nats",
-        lambda passes: passes.mean(lambda terms: terms['recon']),
-        lambda passes: passes.maps() and passes.maps()['recon'])],
+        lambda outputs: outputs.mean(lambda terms: terms['recon']),
+        lambda outputs: outputs.maps() and outputs.maps()['recon'])],
     'nelbo': lambda L: [Score(
-        'nelbo', 'likelihood terms', "negative ELBO, nats", lambda passes: -passes.mean(elbo), bound_map)],
+        'nelbo', 'likelihood terms', "negative ELBO, nats", lambda outputs: outputs.nelbo(), bound_map)],
     'iw': lambda L: [Score(
         'iw', 'likelihood terms', "-log p(x), importance-weighted bound, nats",
-        lambda passes: -iw_bound(passes.log_weights()))],
+        lambda outputs: -outputs.iw_bound(range(outputs.scoring.num_iw_samples)))],
     'complexity': lambda L: [Score(
         'complexity', 'likelihood terms', "NELBO minus losslessly compressed size (PNG or LZMA), bits",
-        lambda passes: -passes.mean(elbo) / math.log(2) - compressed_bits(passes.x, passes.bits))],
+        complexity)],
     'regret': lambda L: [Score(
-        'regret', 'encoder parameters', "likelihood regret: what the bound gains when the encoder is fitted "
-        "to the image alone, nats", likelihood_regret)],
-    'typicality': lambda L: [DensityScore(
+        'regret', 'encoder parameters', "likelihood regret: gain of the bound when the encoder is fitted to "
+        "the image alone, nats", regret)],
+    'typicality': lambda L: [likelihood_density(
         'typicality', "|NELBO - mean NELBO of normal validation images|, nats", Typicality())],
-    'kl_profile': lambda L: [DensityScore(
+    'kl_profile': lambda L: [likelihood_density(
         'kl_profile', "Mahalanobis distance of (recon, KL of every group) from normal validation images",
         Mahalanobis())],
-    'kl_knn': lambda L: [DensityScore(
+    'kl_knn': lambda L: [likelihood_density(
         'kl_knn', "distance of (recon, KL of every group) to the 5th nearest normal validation image",
         KNN(k=5))],
-    'kl_gmm': lambda L: [DensityScore(
-        'kl_gmm', "-log density of (recon, KL of every group) under a mixture of normals fitted to normal "
+    'kl_gmm': lambda L: [likelihood_density(
+        'kl_gmm', "-log density of (recon, KL of every group) under a Gaussian mixture fitted to normal "
         "validation images, nats", GMM())],
-    'msma': lambda L: [
-        msma_score('msma_gmm', f"-log density of {NORMS} under a mixture of normals fitted to normal "
-                   "validation images, nats", GMM(**SADE_RULE, images_per_feature=2)),
-        msma_score('msma_knn', f"distance of {NORMS} to the 5th nearest normal validation image",
-                   KNN(k=5, scale=False)),
-        msma_score('msma_kde', f"-log density of {NORMS}, a kernel on each normal validation image, nats",
-                   KDE()),
-        msma_score('msma_pca_gmm', f"-log density of 5 principal components of {NORMS} under a mixture of "
-                   "normals, nats", PCAGMM(**SADE_RULE, images_per_feature=2)),
-        msma_score('msma_flow', f"-log density of {NORMS} under an autoregressive flow, nats", Flow())],
+    'msma': lambda L: msma_scores(),
     'inpainting': lambda L: [repair_score(
-        'inpainting', "mean |inpainted - x| of the body, half of a checkerboard foretold from the rest")],
+        'inpainting', "mean |inpainted - x| of the foreground, each half of a checkerboard inpainted from "
+        "the other")],
     'restoration': lambda L: [repair_score(
-        'restoration', "mean |restored - x| of the body, noised by a quarter of the steps and denoised")],
+        'restoration', "mean |restored - x| of the foreground, noised by a quarter of the steps and "
+        "denoised")],
     'ode_nll': lambda L: [Score(
-        'ode_nll', 'ODE likelihood', "-log p(x) by the probability flow, nats",
-        lambda passes: passes.ode_nll())],
+        'ode_nll', 'ODE likelihood', "-log p(x) by the probability flow ODE, nats",
+        lambda outputs: outputs.ode_nll())],
     'voxel_nll': lambda L: [
         Score('voxel_nll', 'voxel densities', "-log density of the norms of the score around a voxel, nats: "
               "mean over the least likely 1 % of the foreground",
-              lambda passes: highest_voxels(passes, LESION_SHARE), Passes.voxel_nll),
+              lambda outputs: highest_voxels(outputs, LESION_FRACTION), lambda outputs: outputs.voxel_nll()),
         Score('voxel_nll_mean', 'voxel densities', "the same, mean over the foreground, nats",
-              lambda passes: highest_voxels(passes, 1.0))],
+              lambda outputs: highest_voxels(outputs, 1.0))],
     'kl': lambda L: [Score(
         'kl', 'likelihood terms', "KL, sum over groups, nats",
-        lambda passes: passes.mean(lambda terms: terms['kl'].sum(1)),
-        lambda passes: passes.maps() and passes.maps()['kl'].sum(1, keepdim=True))]
+        lambda outputs: outputs.mean(lambda terms: terms['kl'].sum(1)),
+        lambda outputs: outputs.maps() and outputs.maps()['kl'].sum(1, keepdim=True))]
         + [kl_score(i) for i in range(1, L + 1) if L > 1],
     'lk': lambda L: [lk_score(k) for k in range(1, L)],
     'llr': lambda L: [llr_score(k) for k in range(1, L)],
 }
-# rows that 'all' leaves out: they take many times the passes of others
+# rows that 'all' leaves out: they take many times the forward passes of others
 ON_REQUEST = ('regret', 'ode_nll', 'inpainting', 'restoration')
 
 
-def choose_scores(names: Iterable[str], model: Any,
-                  iw_samples: int = 1) -> tuple[list[AnomalyScore], list[str]]:
-    """The scores that `names` ask for, in the table's order, and lines that say what 'all' had to leave out.
+# ----------------------------------------------------------------------------------------------------- choice
+
+def choose_scores(names: Iterable[str], model: Any) -> tuple[list[Score], list[str]]:
+    """The scores that `names` ask for, in the table's order, and a line for each group that 'all' leaves out.
 
     A name is a row of SCORES or one member of a row (`llr_2`). Raises UserError for an unknown name, and for
     one that the model cannot give if it was asked for by name.
     """
-    names, lines, chosen = tuple(names) or ('all',), [], []
+    names, chosen = tuple(names) or ('all',), []
     lacking: dict[str, list[str]] = {}                       # capability -> scores that need it
     groups = getattr(model, 'num_groups', 0)
-    members = {row: [s.name for s in make(groups) if s.name != row] for row, make in SCORES.items()}
+    table = {row: make(groups) for row, make in SCORES.items()}
+    check_names(names, table, groups)
+    for row, scores in table.items():
+        for score in scores:
+            asked = row in names or score.name in names
+            if not asked and ('all' not in names or row in ON_REQUEST):
+                continue
+            if asked:
+                check_capability(score, model)
+            if has_capability(score, model):
+                chosen.append(score)
+            else:
+                lacking.setdefault(score.needs, []).append(score.name)
+    return chosen, [f"left out, as this model has no {needs}: {', '.join(scores)}"
+                    for needs, scores in lacking.items()]
+
+
+def check_names(names: Iterable[str], table: dict[str, list[Score]], groups: int) -> None:
+    """Raises UserError for a name that is no row of the table and no member of a row, and for an empty row.
+    """
+    members = {row: [score.name for score in scores if score.name != row] for row, scores in table.items()}
     known = {'all', *members, *(name for row in members.values() for name in row)}
     for name in names:
         if name not in known:
             ranges = [' to '.join(dict.fromkeys((row[0], row[-1]))) for row in members.values() if row]
             raise UserError(f"--scores {name}: no such score for a model with {groups} latent groups. "
                             f"Known: {', '.join(['all', *members, *ranges])}.")
-    for row, make in SCORES.items():
-        rows = make(groups)
-        if row in names and not rows:
-            raise UserError(f"--scores {row} needs at least two latent groups, the model has {groups}.")
-        for score in rows:
-            asked = row in names or score.name in names
-            if not asked and ('all' not in names or row in ON_REQUEST):
-                continue
-            if asked:
-                check_capability(score, model)
-            if not has_capability(score, model):
-                lacking.setdefault(score.needs, []).append(score.name)
-            elif score.name == 'iw' and iw_samples < 1:
-                if asked:
-                    raise UserError("score iw needs --num_iw_samples of at least 1.")
-                lines.append("left out: iw, which needs --num_iw_samples of at least 1")
-            else:
-                chosen.append(score)
-    lines += [f"left out, as this model has no {needs}: {', '.join(scores)}"
-              for needs, scores in lacking.items()]
-    return chosen, lines
+        if name in table and not table[name]:
+            raise UserError(f"--scores {name} needs at least two latent groups, the model has {groups}.")
+
+
+def choose_primary(name: str, published: str, computed: list[str]) -> str:
+    """The score of the figures: the one that the user names; else, if it is computed, the one that the family
+    is `published` with; else nelbo; else the first that is computed.
+    """
+    if not computed:
+        raise UserError("no score fits this model: see the lines above, or name one with --scores.")
+    if name and name not in computed:
+        raise UserError(f"--primary_score {name} is not among the computed scores: {', '.join(computed)}.")
+    return name or next((s for s in (published, 'nelbo') if s in computed), computed[0])

@@ -150,25 +150,21 @@ print(f'mean residual inside the lesions {inside:.3f}, elsewhere in the same ima
 # it: the score then only has to be turned round.
 
 # %%
-from anomaly.baselines import BASELINES
-from anomaly.passes import Passes
+from anomaly.baselines import fit_baselines
+from anomaly.scores import Scoring
+from anomaly.scoring import part_batches, score_images
 
 
 def score_part(score, model, part):
     """A score of every image of a part: (N,)."""
-    values = []
-    for i, batch in eval_batches(part, 50):
-        sizes = torch.tensor([float(part.entries[50 * i + j].file_bytes) for j in range(len(batch.x))])
-        values.append(score(Passes(model, batch.x, file_bytes=sizes, noise=(1, i)), with_map=False).image)
-    return torch.cat(values).double().numpy()
+    table = score_images(model, part_batches(part, 50, 'scores'), [score], Scoring(num_draws=1))
+    return table.select([entry.id for entry in part.entries]).values[score.name]
 
 
-normal_images = [batch.x for _, batch in eval_batches(data.train, 50)]
-for name, make in BASELINES.items():
-    baseline = make()
-    baseline.fit(None, normal_images)
-    auroc[name] = roc_auc_score(ill, score_part(baseline, None, data.test))
-    print(f'{name:20} {auroc[name]:.2f}   {baseline.about}')
+normal_images = torch.cat([batch.x for _, batch in eval_batches(data.train, 50)])
+for baseline in fit_baselines(normal_images):
+    auroc[baseline.name] = roc_auc_score(ill, score_part(baseline, autoencoder, data.test))
+    print(f'{baseline.name:20} {auroc[baseline.name]:.2f}   {baseline.about}')
 
 # %% [markdown]
 # The residual of a linear fit (`pca`) does as well here as that of our autoencoder: so far nothing needed a
@@ -194,6 +190,7 @@ for sentence in sentences(audited)[:4]:
 # with three stages of latents, from the coarse top to the one nearest the image.
 
 # %%
+from anomaly.outputs import Outputs
 from anomaly.scores import SCORES
 
 block = {'block': 'ResBlockConv2d', 'out_channels': 16, 'kernel_size': 3, 'gated': False}
@@ -221,7 +218,7 @@ print(f"AUROC of the negative ELBO: {auroc['nelbo']:.2f}")
 # %%
 def of_images(score, images):
     """A score of images that are in no part: (N,)."""
-    return score(Passes(hvae, images, noise=(1, 0)), with_map=False).image.double().numpy()
+    return score.image(Outputs(hvae, images, Scoring(num_draws=1))).double().numpy()
 
 
 normal = x[~ill][:50]

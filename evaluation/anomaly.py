@@ -7,8 +7,8 @@ from pathlib import Path
 
 from anomaly.compare import Run, run_names
 from anomaly.compare import compare as compare_runs
-from anomaly.config import Audit, CompareConfig, OutOfDistribution, ScoreConfig
-from anomaly.detect import detect
+from anomaly.config import Audit, CompareConfig, OutOfDistribution
+from anomaly.detect import Settings, detect
 from anomaly.out_of_distribution import with_ood
 from audit.audit import audit, sentences
 from datasets import Data
@@ -31,15 +31,17 @@ def data_with_ood(run: Evaluation) -> Data:
     return data
 
 
+def settings(run: Evaluation, batch_size: int) -> Settings:
+    """The flags of the command, and what results state of it."""
+    return Settings.read(run.args, batch_size=batch_size, command='python ' + shlex.join(sys.argv))
+
+
 def anomaly(run: Evaluation) -> None:
     """Scores, thresholds, metrics and the report."""
-    data, number, config = data_with_ood(run), run.flags(Audit).audit_images, run.flags(ScoreConfig)
-    findings = []
+    data, number, findings = data_with_ood(run), run.flags(Audit).audit_images, []
     if number and launch.is_main():
         findings = sentences(audit(data, number, AUDIT_RESAMPLES, run.args.seed))
-    detect(run.model, data, run.out, config, num_iw_samples=config.num_iw_samples, batch_size=run.batch_size,
-           seed=run.args.seed, command='python ' + shlex.join(sys.argv), run_folder=run.run_folder,
-           log=run.say, workers=data.config.num_workers, findings=findings)
+    detect(run.model, data, run.out, settings(run, run.batch_size), run.run_folder, run.say, findings)
 
 
 def compare(run: Evaluation) -> None:
@@ -51,8 +53,5 @@ def compare(run: Evaluation) -> None:
         knows_split = (one.run_folder / 'split.json').exists()
         runs.append(Run(name, path, place(one.opened[0], 'cpu'), data_with_ood(one), knows_split))
         batch_sizes.append(one.batch_size)
-    config = run.flags(ScoreConfig)
     # One size for all, as seconds depend on it.
-    compare_runs(runs, Path(run.args.save), config, num_iw_samples=config.num_iw_samples,
-                 batch_size=min(batch_sizes), seed=run.args.seed, command='python ' + shlex.join(sys.argv),
-                 log=run.say, workers=runs[0].data.config.num_workers)
+    compare_runs(runs, Path(run.args.save), settings(run, min(batch_sizes)), run.say)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from anomaly.scores import elbo, iw_bound, log_weight
+from anomaly.outputs import elbo, log_weight
 from distributed import launch
-from distributions import bits_per_dim
+from distributions import bits_per_dim, log_mean_exp
 from evaluation.config import Likelihood
 from utils import UserError, seed_noise
 
@@ -33,7 +33,7 @@ def evaluate_likelihood(model: Any, batches: Iterable[tuple[int, Any]], *, num_i
             terms = model(x)
             bounds.append(elbo(terms).double())
             weights.append(log_weight(terms).double())
-        nelbo, neg_log_p = -torch.stack(bounds).mean(0), -iw_bound(torch.stack(weights))
+        nelbo, neg_log_p = -torch.stack(bounds).mean(0), -log_mean_exp(torch.stack(weights))
         rows.append((index, nelbo.cpu().numpy(), neg_log_p.cpu().numpy(), batch.y.numpy()))
     rows = sorted(launch.gather(rows), key=lambda row: row[0])
     if not rows:

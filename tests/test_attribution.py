@@ -6,13 +6,12 @@ import torch
 from small_score import build
 from torch import nn
 
-from anomaly import config
-from anomaly.attribution import WAYS, density_map, grad_cam, gradient, guided_backprop, pull
-from anomaly.config import NEED_CAPTUM
+from anomaly import scores
+from anomaly.attribution import WAYS, grad_cam, gradient, guided_backprop, pull
 from anomaly.density import GMM, KDE, KNN, PCAGMM, Mahalanobis
 from anomaly.flow_density import Flow
-from anomaly.passes import Passes
-from anomaly.scores import SCORES, ScoreConfig
+from anomaly.outputs import Outputs
+from anomaly.scores import MSMA_MAPS, NEED_CAPTUM, SCORES, Scoring, msma_map
 from utils import UserError
 
 DENSITIES = {
@@ -81,29 +80,35 @@ def test_maps_of_a_score_network_in_2d_and_3d(shape, flags):
     normal, x = (torch.rand(n, *shape, dtype=torch.float64) for n in (8, 2))
     score = next(s for s in SCORES['msma'](0) if s.name == 'msma_knn')
     score.density.fit(model.score_norms(normal, **options).numpy())
-    assert score(Passes(model, x, msma=options)).map is None, 'none unless asked for'
+    outputs = lambda x, **more: Outputs(
+        model, x, Scoring(msma_levels=3, msma_denoise=options['denoised'], **more),
+        densities={'msma_knn': score.density})
+    assert score.map(outputs(x)) is None, 'none unless asked for'
     maps = {}
+    assert ('none', *WAYS) == MSMA_MAPS
     for way in WAYS:
         if way in NEED_CAPTUM:
             pytest.importorskip('captum')
         with torch.no_grad():
-            maps[way] = score(Passes(model, x, msma=options, msma_map=way)).map
+            maps[way] = score.map(outputs(x, msma_map=way))
         assert maps[way].shape == (2, 1, *shape[1:]) and maps[way].isfinite().all() and maps[way].any()
         assert way == 'gradient_input' or (maps[way] >= 0).all()
     assert all(not a.equal(b) for way, a in maps.items() for other, b in maps.items() if other != way)
     # a step along the gradient raises the score by its squared length
-    passes = Passes(model, x, msma=options)
-    slope = gradient(model, x, pull(score.density, passes.score_norms()), options)
+    slope = gradient(model, x, pull(score.density, outputs(x).score_norms()), options)
     step = 1e-6
-    higher = score(Passes(model, x + step * slope, msma=options)).image - score(passes).image
+    before, after = (torch.from_numpy(score.density.score(score.features(outputs(x)).numpy()))
+                     for x in (x, x + step * slope))
+    higher = after - before
     torch.testing.assert_close(higher / step, slope.flatten(1).square().sum(1), rtol=1e-3, atol=0)
     torch.testing.assert_close(maps['gradient'], slope.abs().mean(1, keepdim=True))
     torch.testing.assert_close(maps['gradient_input'], (x * slope).mean(1, keepdim=True))
 
 
 def test_without_captum_and_without_a_differentiable_model(monkeypatch):
-    monkeypatch.setattr(config.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(scores.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(UserError, match='guided needs captum: pip install -r requirements-medical'):
-        ScoreConfig(msma_map='guided')
-    assert ScoreConfig(msma_map='gradient').msma_map == 'gradient'
-    assert density_map(KNN(), Passes(nn.Identity(), None, msma_map='gradient')) is None
+        Scoring(msma_map='guided')
+    assert Scoring(msma_map='gradient').msma_map == 'gradient'
+    assert msma_map('msma_knn', Outputs(nn.Identity(), None, Scoring(msma_map='gradient'),
+                                        densities={'msma_knn': KNN()})) is None

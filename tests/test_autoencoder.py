@@ -14,9 +14,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 import evaluate
 import train
-from anomaly.detect import choose_primary
-from anomaly.passes import Passes, elbo, log_weight
-from anomaly.scores import SCORES, choose_scores
+from anomaly.outputs import Outputs, elbo, log_weight
+from anomaly.scores import SCORES, Scoring, choose_primary, choose_scores
 from distributed import launch
 from distributions import Pixels
 from families.autoencoder.config import AEConfig, VAEConfig
@@ -299,16 +298,17 @@ def test_the_residual_is_that_of_the_linear_output():
     """Published: mean |x - y| with y as it is. The image of y is within [0, 1]."""
     model = fixed(build(AE, (1, 2, 2), num_layers=1), torch.tensor([[-1.0, 0.5], [2.0, 1.0]]))
     x = torch.tensor([[0.0, 0.5], [1.0, 0.0]]).view(1, 1, 2, 2)
-    score = SCORES['reconstruction'](0)[0](model, x)
-    assert score.image.tolist() == approx([(1 + 0 + 1 + 1) / 4])
-    assert score.map.flatten().tolist() == [1, 0, 1, 1]
+    score, = SCORES['reconstruction'](0)
+    outputs = Outputs(model, x)
+    assert score.image(outputs).tolist() == approx([(1 + 0 + 1 + 1) / 4])
+    assert score.map(outputs).flatten().tolist() == [1, 0, 1, 1]
     assert model.reconstruct(x).flatten().tolist() == [0, 0.5, 1, 1]
     plain = SimpleNamespace(reconstruct=model.reconstruct)                   # a model without a residual
-    assert SCORES['reconstruction'](0)[0](plain, x).image.tolist() == approx([1 / 4])
+    assert score.image(Outputs(plain, x)).tolist() == approx([1 / 4])
 
 
 def test_an_ae_gets_one_score_and_a_vae_all():
-    chosen, lines = choose_scores(('all',), build(AE), iw_samples=2)
+    chosen, lines = choose_scores(('all',), build(AE))
     assert [score.name for score in chosen] == ['reconstruction']
     assert lines == ['left out, as this model has no likelihood terms: recon_nll, nelbo, iw, complexity, '
                      'typicality, kl_profile, kl_knn, kl_gmm, kl',
@@ -316,18 +316,18 @@ def test_an_ae_gets_one_score_and_a_vae_all():
                      'msma_kde, msma_pca_gmm, msma_flow',
                      'left out, as this model has no voxel densities: voxel_nll, voxel_nll_mean']
     model, x = build(VAE), images()
-    chosen, lines = choose_scores(('all', 'regret'), model, iw_samples=2)
-    passes = Passes(model, x, draws=2, iw_samples=2, regret_steps=2)
-    names = {score.name for score in chosen if not hasattr(score, 'density')}
+    chosen, lines = choose_scores(('all', 'regret'), model)
+    outputs = Outputs(model, x, Scoring(num_draws=2, num_iw_samples=2, regret_steps=2))
+    names = {score.name for score in chosen if score.density is None}
     assert names == {'reconstruction', 'recon_nll', 'nelbo', 'iw', 'complexity', 'regret', 'kl'}
     assert lines == ['left out, as this model has no score norms: msma_gmm, msma_knn, '
                      'msma_kde, msma_pca_gmm, msma_flow',
                      'left out, as this model has no voxel densities: voxel_nll, voxel_nll_mean']
     for score in chosen:
         if score.name in names:
-            values = score(passes)
-            assert values.image.shape == (5,) and values.image.isfinite().all()
-            assert values.map is None or values.map.shape == x.shape
+            values = score.image(outputs)
+            assert values.shape == (5,) and values.isfinite().all()
+            assert score.map is None or score.map(outputs).shape == x.shape
 
 
 @pytest.mark.parametrize('name, published, computed, primary', [
@@ -341,7 +341,7 @@ def test_the_primary_score_is_the_published_one(name, published, computed, prima
 def test_each_family_names_a_score_that_it_has():
     assert (AE.primary_score, VAE.primary_score) == ('reconstruction', 'kl')
     for family in CONFIGS:
-        assert family.primary_score in [score.name for score in choose_scores((), build(family), 1)[0]]
+        assert family.primary_score in [score.name for score in choose_scores((), build(family))[0]]
 
 
 # --------------------------------------------------------------------------------------------------- programs

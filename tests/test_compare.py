@@ -11,15 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_detect import settings
 from test_scores import LinearGaussian
 
 import evaluate
 import train
-from anomaly import scoring as scorer
+from anomaly import scoring
 from anomaly.compare import Run, common_images, compare, run_names
 from anomaly.report import comparison as compare_report
 from anomaly.report.comparison import text_tables
-from anomaly.scores import ScoreConfig
 from datasets import Data, DataConfig
 from distributed import launch
 from distributions import Pixels
@@ -27,7 +27,7 @@ from readers.parts import Part, SomeOf
 from readers.source import Entry, Source
 from utils import UserError, read_flags, read_json, write_json
 
-CONFIG = ScoreConfig(num_draws=2, num_bootstrap=40)
+CONFIG = settings(num_draws=2, num_bootstrap=40)
 NORMAL = 60                       # images 0 to 59 are normal, then 8 COVID and 8 Other, which are brighter
 COVID, OTHER = range(60, 68), range(68, 76)
 
@@ -54,6 +54,7 @@ def make_data(train=range(20), val=range(20, 40), test=range(40, 76), size=4, ma
 
 class Constant(torch.nn.Module):
     """Reconstructs black: its error is the brightness, which here tells the classes apart without fail."""
+    pixels = Pixels()
 
     def __init__(self):
         super().__init__()
@@ -65,6 +66,7 @@ class Constant(torch.nn.Module):
 
 class Copy(torch.nn.Module):
     """Reconstructs whatever it is given: its error is 0 for all images."""
+    pixels = Pixels()
 
     def reconstruct(self, x):
         return x
@@ -78,9 +80,8 @@ def run(name, model, data=None, **more):
     return Run(name, f'runs/eval-{name}', model, data or make_data(), **more)
 
 
-def do(runs, out, config=CONFIG, log=lambda line: None, **options):
-    return compare(runs, out, config, num_iw_samples=2, batch_size=8, seed=1,
-                   command='evaluate.py --compare a b', log=log, **options)
+def do(runs, out, config=CONFIG, log=lambda line: None):
+    return compare(runs, out, config, log)
 
 
 @pytest.fixture(scope='module')
@@ -138,7 +139,7 @@ def test_what_is_known_of_the_runs(finished):
 
 def test_seconds_are_those_of_the_scores_and_not_of_the_baselines(tmp_path, monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(scorer.time, 'perf_counter', lambda: float(next(clock)))
+    monkeypatch.setattr(scoring.time, 'perf_counter', lambda: float(next(clock)))
     result = do([run('a', Copy()), run('b', Copy())], tmp_path)
     # the clock moves on by one between the two readings of a batch, and there are 5 of the 36 test images
     assert [one['seconds_per_image'] for one in result['runs'].values()] == [5 / 36] * 2
@@ -147,7 +148,7 @@ def test_seconds_are_those_of_the_scores_and_not_of_the_baselines(tmp_path, monk
 @pytest.mark.parametrize('scores', [(), ('llr_1', 'kl_profile')])
 def test_the_same_model_twice_differs_by_exactly_nothing(tmp_path, scores):
     result = do([run('a', gaussian()), run('b', gaussian())], tmp_path,
-                ScoreConfig(scores=scores, num_draws=2, num_bootstrap=40))
+                settings(scores=scores, num_draws=2, num_bootstrap=40))
     rows = result['scores']
     assert [name for name in rows if '/' in name] == [
         f'{name}/{score}' for name in 'ab' for score in ('nelbo', *scores[::-1])]
@@ -231,20 +232,20 @@ def test_a_run_without_a_split_is_said_to_be_unknown(tmp_path):
 
 def test_scores_that_only_one_run_has(tmp_path):
     lines = []
-    result = do([run('a', gaussian()), run('b', Copy())], tmp_path, ScoreConfig(
+    result = do([run('a', gaussian()), run('b', Copy())], tmp_path, settings(
         scores=('llr_1',), num_draws=1, num_bootstrap=5), log=lines.append)
     assert [name for name in result['scores'] if '/' in name] == ['a/nelbo', 'a/llr_1', 'b/reconstruction']
     assert 'b has no score llr_1' in lines
     with pytest.raises(UserError, match='--scores llr_7'):
-        do([run('a', gaussian()), run('b', gaussian())], tmp_path, ScoreConfig(scores=('llr_7',)))
+        do([run('a', gaussian()), run('b', gaussian())], tmp_path, settings(scores=('llr_7',)))
 
 
 def test_the_primary_score_may_be_named(tmp_path):
     result = do([run('a', gaussian()), run('b', gaussian())], tmp_path,
-                ScoreConfig(primary_score='kl', num_bootstrap=5))
+                settings(primary_score='kl', num_bootstrap=5))
     assert result['primary_scores'] == ['a/kl', 'b/kl'] and len(result['scores']) == 2 + 6
     with pytest.raises(UserError, match='b: --primary_score kl is not among'):
-        do([run('a', gaussian()), run('b', Copy())], tmp_path, ScoreConfig(primary_score='kl'))
+        do([run('a', gaussian()), run('b', Copy())], tmp_path, settings(primary_score='kl'))
 
 
 # ---------------------------------------------------------------------------------------------------- outputs

@@ -1,7 +1,6 @@
 """The whole pipeline on a model and images that are known, from one process and from two."""
 
 import csv
-import dataclasses
 import json
 import math
 import signal
@@ -12,18 +11,31 @@ import pytest
 import torch
 from test_scores import LinearGaussian, seeded
 
-from anomaly import scoring as scorer
-from anomaly.detect import detect
+from anomaly import scoring
+from anomaly.config import MapConfig
+from anomaly.detect import Settings, detect
 from anomaly.metrics import threshold
+from anomaly.normal import Normal
+from anomaly.outputs import Outputs
 from anomaly.report.datacard import compare_normal
-from anomaly.scores import SCORES, Passes, ScoreConfig
+from anomaly.scores import SCORES, Scoring
 from distributed import launch
+from distributions import Pixels
 from readers.parts import Batch
 from utils import UserError
 
-CONFIG = ScoreConfig(num_draws=2, num_bootstrap=50, num_cases=2, num_gallery=6)
-FEW = ScoreConfig(scores=('nelbo', 'typicality', 'kl_knn'), num_draws=2, num_bootstrap=20, num_cases=2,
-                  num_gallery=0)
+
+def settings(batch_size=8, **flags):
+    """The flags of a command."""
+    return Settings.read({'num_iw_samples': 3, **flags}, batch_size=batch_size,
+                         command='evaluate.py --eval_mode anomaly <x>')
+
+
+FLAGS = {'num_draws': 2, 'num_bootstrap': 50, 'num_cases': 2, 'num_gallery': 6}
+CONFIG = settings(**FLAGS)
+FEW_FLAGS = {'scores': ('nelbo', 'typicality', 'kl_knn'), 'num_draws': 2, 'num_bootstrap': 20, 'num_cases': 2,
+             'num_gallery': 0}
+FEW = settings(**FEW_FLAGS)
 
 
 class Part:
@@ -39,8 +51,18 @@ class Part:
     def __len__(self):
         return len(self.entries)
 
+    @property
+    def labels(self):
+        return torch.tensor([entry.label for entry in self.entries])
+
+    @property
+    def has_masks(self):
+        return self.masks is not None
+
     def __getitems__(self, keys):
-        rows = [i for _, i in keys]
+        return self.items([i for _, i in keys])
+
+    def items(self, rows, draw=0):
         return Batch(self.x[rows], torch.tensor([self.entries[i].label for i in rows]),
                      None if self.masks is None else self.masks[rows], [self.entries[i].id for i in rows])
 
@@ -68,8 +90,7 @@ def make_model():
 
 
 def run(out, data=None, model=None, config=CONFIG, log=lambda line: None, **options):
-    return detect(model or make_model(), data or make_data(), out, config, num_iw_samples=3, batch_size=8,
-                  seed=1, command='evaluate.py --eval_mode anomaly <x>', log=log, **options)
+    return detect(model or make_model(), data or make_data(), out, config, log=log, **options)
 
 
 def rows_of(path):
@@ -159,31 +180,34 @@ def test_a_run_folder_that_may_not_be_written_keeps_its_thresholds(tmp_path, mon
 
 
 def test_what_densities_learned_is_kept_and_read_again(finished):
-    kept = json.loads((finished.run / 'thresholds.json').read_text())['fitted']
-    assert list(kept) == ['typicality', 'kl_profile', 'kl_knn', 'kl_gmm']
-    model = make_model()
-    for name in kept:
-        score, = SCORES[name](2)
-        score.load(kept)
-        assert torch.isfinite(score(model, torch.rand(4, 1, 4, 4)).image).all()
+    path, model = finished.run / 'thresholds.json', make_model()
+    assert list(json.loads(path.read_text())['fitted']) == ['typicality', 'kl_profile', 'kl_knn', 'kl_gmm']
+    normal = Normal.load(path, model, 'nothing')
+    table = scoring.Table([], {}, {'likelihood terms': np.array([[1.0, 2, 3], [4, 5, 6]])})
+    scores = normal.scores(('typicality', 'kl_profile', 'kl_knn', 'kl_gmm'), model)
+    values = normal.apply(table, scores).values
+    assert len(values) == 4 and all(np.isfinite(column).all() for column in values.values())
+    normal.save(finished.out / 'again.json')
+    assert (finished.out / 'again.json').read_bytes() == path.read_bytes()
+    (finished.out / 'again.json').unlink()
 
 
 def test_pixel_thresholds_come_from_all_validation_pixels_and_are_kept(finished):
     model, maps = make_model(), []
-    for index in range(4):
-        x = make_data().val.x[8 * index:8 * index + 8]
-        maps.append(SCORES['recon_nll'](2)[0].map(Passes(model, x, noise=(1, 'score', 'val', index))))
+    for x in make_data().val.x.split(8):
+        maps.append(SCORES['recon_nll'](2)[0].map(Outputs(model, x)))
     values = torch.cat(maps).flatten().sort().values                         # 480, of which 2 may lie above
     kept = json.loads((finished.run / 'thresholds.json').read_text())
     assert kept['scores']['recon_nll']['pixel_threshold'] == values[-3].item()
     assert finished.result['scores']['recon_nll']['pixels']['threshold'] == values[-3].item()
-    assert kept['target_pixel_fpr'] == 0.005 and 'pixel_threshold' not in kept['scores']['png_size']
+    assert kept['judging']['target_pixel_fpr'] == 0.005
+    assert 'pixel_threshold' not in kept['scores']['png_size']
 
 
 @pytest.mark.page
 def test_smoothing_and_the_body_change_maps_alone(finished, tmp_path):
-    result = run(tmp_path, make_data(masks=True), config=dataclasses.replace(
-        CONFIG, map_smoothing=1.0, body_mask=0.3, scores=('recon_nll',)))
+    result = run(tmp_path, make_data(masks=True), config=settings(
+        **FLAGS, map_smoothing=1.0, body_mask=0.3, scores=('recon_nll',)))
     before, after = (r['scores']['recon_nll'] for r in (finished.result, result))
     assert before['metrics'] == after['metrics'] and before['threshold'] == after['threshold']
     assert before['pixel_threshold'] != after['pixel_threshold']
@@ -201,11 +225,12 @@ def test_images_whose_lesions_are_unknown_are_left_out(tmp_path):
 
 
 def test_too_many_maps_for_the_memory_are_a_random_part_of_whole_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(scorer, 'MOST_VALUES', 10 * 3 * 16)                  # of the score and two baselines
-    config = dataclasses.replace(FEW, scores=('nelbo',))
+    monkeypatch.setattr(scoring, 'MAX_MAP_VALUES', 10 * 3 * 16)         # of the score and two baselines
+    config = settings(**{**FEW_FLAGS, 'scores': ('nelbo',)})
     result = run(tmp_path / 'a', make_data(masks=True), config=config)
     assert result['scores']['nelbo']['pixels']['images'] == 10
-    assert any('a random 10 of 36 test images' in line for line in result['warnings'])
+    told = 'test: the maps of 3 scores are kept for a random 10 of 36 images'
+    assert any(told in line for line in result['warnings'])
     again = run(tmp_path / 'b', make_data(masks=True), config=config)
     assert result['scores'] == again['scores']
 
@@ -215,43 +240,41 @@ def test_too_many_maps_for_the_memory_are_a_random_part_of_whole_images(tmp_path
     (('llr_1', 'nelbo'), [0] * 6 + [1] * 2, [0, 1]), (('reconstruction',), [], [])])
 def test_no_pass_is_made_that_no_chosen_score_needs(tmp_path, scores, skips, maps):
     model = make_model()
-    run(tmp_path, model=model, config=ScoreConfig(scores=scores, num_draws=2, iw_samples_elbo=3,
+    run(tmp_path, model=model, config=settings(scores=scores, num_draws=2, iw_samples_elbo=3,
                                                   num_bootstrap=5, num_cases=0, num_gallery=0))
     # batches of 8 of 30 validation and 36 test images; the maps are those behind the pixel thresholds
     assert sorted(model.calls) == sorted(skips * (4 + 5) + maps * 4)
 
 
-def test_flags_reach_the_passes(tmp_path, monkeypatch):
-    config = ScoreConfig(scores=('lk_1',), num_draws=1, iw_samples_elbo=5, iw_samples_lk=2, num_cases=0,
-                         num_gallery=0, llr_noise='shared', regret_steps=7, regret_learning_rate=0.5,
-                         num_bootstrap=5)
+def test_flags_reach_the_outputs(tmp_path, monkeypatch):
+    config = settings(scores=('lk_1',), num_draws=1, iw_samples_elbo=5, iw_samples_lk=2, num_cases=0,
+                      num_gallery=0, llr_noise='shared', regret_steps=7, regret_learning_rate=0.5,
+                      num_bootstrap=5, seed=4)
     given = []
 
-    def watched(*args, **options):
-        given.append(options)
-        return Passes(*args, **options)
-    monkeypatch.setattr(scorer, 'Passes', watched)
+    def watched(model, x, scoring, bits, *others):
+        given.append((scoring, bits))
+        return Outputs(model, x, scoring, bits, *others)
+    monkeypatch.setattr(scoring, 'Outputs', watched)
     run(tmp_path, config=config)
-    wanted = {**vars(config), 'draws': 1, 'iw_samples': 3, 'bits': 8, 'msma': config.msma}
-    same = set(given[0]) - {'file_bytes', 'noise'}
-    assert len(same) == 10 and all(given[0][name] == wanted[name] for name in same)
-    assert [options['noise'] for options in given] == [(1, 'score', 'val', i) for i in range(4)] + [
-        (1, 'score', 'test', i) for i in range(5)]
+    wanted = Scoring(num_draws=1, num_iw_samples=3, iw_samples_elbo=5, iw_samples_lk=2, llr_noise='shared',
+                     regret_steps=7, regret_learning_rate=0.5, seed=4)
+    assert given == [(wanted, 8)] * (4 + 5)
 
 
 @pytest.mark.page
 def test_the_settings_that_scores_depend_on_are_written(tmp_path):
-    config = ScoreConfig(scores=('llr_1',), num_draws=1, iw_samples_lk=2, llr_noise='shared', num_bootstrap=5)
+    config = settings(scores=('llr_1',), num_draws=1, iw_samples_lk=2, llr_noise='shared', num_bootstrap=5)
     result = run(tmp_path, config=config)
     kept = json.loads((tmp_path / 'thresholds.json').read_text())
-    for where in (result, kept):
+    for where in (result, kept['scoring']):
         assert (where['iw_samples_elbo'], where['iw_samples_lk'], where['llr_noise']) == (1, 2, 'shared')
     assert 'shared noise' in (tmp_path / 'report.html').read_text()
 
 
 def test_too_few_validation_images_for_a_density_are_one_line(tmp_path):
     with pytest.raises(UserError, match='score kl_gmm: GMM learns from at least 4 normal images, not 2'):
-        run(tmp_path, make_data(val=3), config=ScoreConfig(scores=('kl_gmm',)))
+        run(tmp_path, make_data(val=3), config=settings(scores=('kl_gmm',)))
 
 
 def test_a_good_score_finds_the_anomalies_and_the_verdict_says_so(finished):
@@ -329,6 +352,8 @@ def test_a_score_that_is_nan_is_named_called_and_kept_out_of_json(tmp_path):
 
 
 class Autoencoder(torch.nn.Module):
+    pixels = Pixels()
+
     def reconstruct(self, x):
         return torch.full_like(x, 0.3)
 
@@ -344,7 +369,7 @@ def test_an_autoencoder_gets_the_scores_that_it_can(tmp_path):
 @pytest.mark.page
 def test_one_class_and_few_validation_images(tmp_path):
     lines = []
-    result = run(tmp_path, make_data(val=12, classes=('COVID',)), config=ScoreConfig(
+    result = run(tmp_path, make_data(val=12, classes=('COVID',)), config=settings(
         scores=('nelbo', 'complexity'), num_bootstrap=20, num_cases=0, num_gallery=0), log=lines.append)
     assert [v['group'] for v in result['verdict']] == ['COVID']
     assert any('12 normal validation images cannot promise' in line and '19' in line for line in lines)
@@ -370,28 +395,32 @@ def test_mistakes_of_the_user_are_named(tmp_path):
     with pytest.raises(UserError, match=r'Normal-4\.png'):
         run(tmp_path, data)
     with pytest.raises(UserError, match='--primary_score best'):
-        run(tmp_path, config=ScoreConfig(primary_score='best'))
+        run(tmp_path, config=settings(primary_score='best'))
     with pytest.raises(UserError, match='--scores cleverness'):
-        run(tmp_path, config=ScoreConfig(scores=('cleverness',)))
+        run(tmp_path, config=settings(scores=('cleverness',)))
 
 
-def test_cases_are_those_of_the_scores(tmp_path, monkeypatch):
+def test_pictures_are_those_of_the_scores():
     """A second look at a few images shows what the first pass over all of them saw."""
-    data, model = make_data(masks=True), make_model()
-    make = lambda: scorer.Scorer(model, data, [SCORES['nelbo'](2)[0]], [], CONFIG, 'nelbo', num_iw_samples=1,
-                                 batch_size=8, seed=1, workers=0, device=torch.device('cpu'), rank=0, world=1,
-                                 gather=list)
-    every = make().cases(data.test, 'test', range(36))
-    assert [case.place for case in every] == list(range(36))
-    for case in every:
-        assert np.array_equal(case.image, data.test.x[case.place].numpy())
-        assert case.mask.any() == (case.place >= 20)
-    read = []
-    monkeypatch.setattr(Part, '__getitems__', lambda part, keys, get=Part.__getitems__:
-                        read.append([i for _, i in keys]) or get(part, keys))
-    few = make().cases(data.test, 'test', [33, 2, 35])
-    assert read == [list(range(8)), [32, 33, 34, 35]]                 # whole batches, and only these
-    for case in few:
-        for name, values in case._asdict().items():
-            assert np.array_equal(values, getattr(every[case.place], name)), name
-    assert [case.place for case in few] == [33, 2, 35]
+    data, model, score = make_data(masks=True), make_model(), SCORES['nelbo'](2)[0]
+
+    def look(part, batch_size):
+        batches = scoring.part_batches(part, batch_size, 'pictures')
+        found = scoring.pictures(model, batches, score, Scoring(), MapConfig())
+        return {entry.id: case for entry, case in found}
+    every, few = look(data.test, 8), look(Part(data.test.x[33:], ['Other'] * 3, data.test.masks[33:]), 2)
+    assert len(every) == 36
+    for i, entry in enumerate(data.test.entries):
+        assert np.array_equal(every[entry.id].image, data.test.x[i].numpy())
+        assert every[entry.id].mask.any() == (i >= 20)
+    for one, entry in zip(few.values(), data.test.entries[33:]):
+        np.testing.assert_allclose(one.map, every[entry.id].map, rtol=1e-5)      # batches round differently
+
+
+@pytest.mark.parametrize('batch_size', [1, 7, 50])
+def test_scores_do_not_depend_on_the_batch_size(finished, tmp_path, batch_size):
+    run(tmp_path, make_data(masks=True), config=settings(batch_size, **FLAGS))
+    rows, known = (rows_of(folder / 'scores.csv') for folder in (tmp_path, finished.out))
+    for one, other in zip(rows, known, strict=True):
+        for name, value in other.items():
+            assert one[name] == value or float(one[name]) == pytest.approx(float(value), rel=1e-6), name

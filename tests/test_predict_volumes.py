@@ -14,10 +14,10 @@ from test_evaluate import ONE_THREAD, fails
 from test_predict import predict, rows_of
 
 import evaluate
-from anomaly.detect import SETTINGS
 from anomaly.maps.nifti import file_names, remove_maps, write_map
-from anomaly.predict import SOME_UNREADABLE_STATUS, Predictor
-from anomaly.scores import ScoreConfig, choose_scores
+from anomaly.predict import SOME_UNREADABLE_STATUS, NewFiles
+from anomaly.scores import Scoring, choose_scores
+from anomaly.scoring import score_images
 from datasets import DataConfig, load_data, preparation
 from distributed import launch
 from readers.out_of_distribution import Changed, parse
@@ -156,17 +156,17 @@ def test_a_subject_becomes_the_x_that_it_is_in_the_run(flags, world, tmp_path):
 def test_ranks_share_the_volumes(world, monkeypatch):
     prepared = preparation(world.flags, world.toy.shape, world.toy.pixels)
     found = prepared.find(world.data)
-    settings = {name: getattr(ScoreConfig(), name) for name in SETTINGS} | {'num_iw_samples': 1}
     scores, _ = choose_scores(['reconstruction'], world.toy)
     values = []
     monkeypatch.setattr(launch, 'gather', lambda rows: rows)
     for rank, ranks in ((0, 1), (0, 2), (1, 2)):
-        monkeypatch.setattr(launch, '_here', launch.Topology(rank, ranks))
-        predictor = Predictor(world.toy, prepared, found, scores, 'reconstruction', settings, batch_size=3,
-                              seed=1)
-        values.append(predictor.score()[0][:, 0])
-    assert np.array_equal(np.nan_to_num(values[1]) + np.nan_to_num(values[2]), values[0])
-    assert np.isfinite(values[1]).sum() == 8
+        monkeypatch.setattr(launch, 'rank', lambda rank=rank: rank)
+        monkeypatch.setattr(launch, 'world', lambda ranks=ranks: ranks)
+        files = NewFiles(prepared, found, batch_size=3)
+        table = score_images(world.toy, files.batches(files.ids, 'predict'), scores, Scoring())
+        ids = [entry.id for entry in table.entries]
+        values.append(dict(zip(ids, table.values['reconstruction'].tolist())))
+    assert values[1] | values[2] == values[0] and len(values[0]) == len(values[1]) + len(values[2])
 
 
 # ------------------------------------------------------------------------------------------------------- maps
@@ -248,7 +248,7 @@ def test_results_in_the_folder_itself_are_no_subjects_and_only_our_maps_are_remo
 # ----------------------------------------------------------------------------------------------- a new file
 
 def test_another_spacing_comes_to_that_of_the_run_and_nearly_the_same_stays(world, tmp_path):
-    spacing = json.loads((world.root / 'thresholds.json').read_text())['spacing']
+    spacing = json.loads((world.root / 'thresholds.json').read_text())['preparation']['spacing']
     assert spacing == pytest.approx([3, 2, 2.5]), "of the axes right, front, up"
     prepared = preparation(world.flags, world.toy.shape, world.toy.pixels, spacing)
     for name, mm in (('fine', (1.0, 1.0, 1.0)), ('near', tuple(1.005 * m for m in MM))):

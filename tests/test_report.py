@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_detect import make_data, make_model, rows_of, run
+from test_detect import make_data, make_model, rows_of, run, settings
 from test_scores import LinearGaussian
 from toy_volumes import LESION, SHAPE, Mean, make_volumes
 
@@ -24,7 +24,6 @@ from anomaly.report.figures import (
     training_figure,
 )
 from anomaly.report.page import number, pixel_table, shade, share, text_tables
-from anomaly.scores import ScoreConfig
 
 
 class Page(HTMLParser):
@@ -62,7 +61,7 @@ HISTORY = '''{"step": 4, "time": 1, "train/nelbo": 9.5, "train/epoch": 1}
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp('report')
-    config = ScoreConfig(num_draws=1, num_bootstrap=30, num_cases=2, num_gallery=20)
+    config = settings(num_draws=1, num_bootstrap=30, num_cases=2, num_gallery=20)
     (out / 'eval-x').mkdir()
     (out / 'eval-x' / 'metrics.jsonl').write_text(HISTORY)
     result = run(out, make_data(masks=True), make_model(), config, run_folder=out / 'eval-x')
@@ -124,7 +123,7 @@ def test_every_case_has_its_pictures_and_its_outcome_without_the_script(made):
 
 def test_names_from_outside_are_text_and_nothing_else(tmp_path):
     name = '</script><script>alert("&1")</script>'
-    run(tmp_path, make_data(classes=(name,), masks=True), make_model(), ScoreConfig(
+    run(tmp_path, make_data(classes=(name,), masks=True), make_model(), settings(
         scores=('nelbo',), num_draws=1, num_bootstrap=5))
     source = (tmp_path / 'report.html').read_text()
     page = Page(source)
@@ -137,7 +136,7 @@ def test_a_model_that_cannot_reconstruct_and_images_without_masks(tmp_path):
     class Terms(LinearGaussian):
         reconstruct = maps = property()                                # hasattr is False
 
-    run(tmp_path, make_data(), Terms(tau2=0.01, sigma2=0.01), ScoreConfig(num_draws=1, num_bootstrap=5))
+    run(tmp_path, make_data(), Terms(tau2=0.01, sigma2=0.01), settings(num_draws=1, num_bootstrap=5))
     source = (tmp_path / 'report.html').read_text()
     assert Page(source).open == [] and 'alt="input of ' in source
     assert 'reconstruction of ' not in source and 'masks are outlined' not in source
@@ -145,7 +144,7 @@ def test_a_model_that_cannot_reconstruct_and_images_without_masks(tmp_path):
 
 
 def test_no_gallery_where_none_is_asked_for(tmp_path):
-    run(tmp_path, make_data(), make_model(), ScoreConfig(scores=('nelbo',), num_draws=1, num_bootstrap=5,
+    run(tmp_path, make_data(), make_model(), settings(scores=('nelbo',), num_draws=1, num_bootstrap=5,
                                                          num_cases=0, num_gallery=0))
     source = (tmp_path / 'report.html').read_text()
     assert Page(source).open == [] and 'id="filters"' not in source and 'href="#cases"' not in source
@@ -305,7 +304,7 @@ def test_training_curves_need_both_parts(tmp_path):
 
 def test_many_classes_share_one_table(tmp_path):
     classes = ('A', 'B', 'Viral Pneumonia', 'D', 'E')
-    result = run(tmp_path, make_data(classes=classes), make_model(), ScoreConfig(
+    result = run(tmp_path, make_data(classes=classes), make_model(), settings(
         scores=('nelbo', 'lk', 'llr'), num_draws=1, num_bootstrap=10, num_cases=0))
     lines = text_tables(result)
     head = next(i for i, line in enumerate(lines) if line.startswith('AUROC of normal (20)'))
@@ -329,14 +328,14 @@ def test_small_things():
 
 def test_findings_of_an_audit_stand_in_the_report(tmp_path):
     line = 'Serious: the size of the file <alone> tells them apart.'
-    run(tmp_path, make_data(), make_model(), ScoreConfig(
+    run(tmp_path, make_data(), make_model(), settings(
         scores=('nelbo',), num_draws=1, num_bootstrap=5, num_cases=0, num_gallery=0), findings=[line])
     page = (tmp_path / 'report.html').read_text()
     assert html.escape(line) in page and line not in page.split('</style>')[1].split('<script')[0]
 
 
 def test_a_report_of_volumes_starts_at_the_lesion_and_names_the_sides(tmp_path):
-    run(tmp_path, make_volumes(channels=3), Mean(), ScoreConfig(num_bootstrap=5, num_cases=1, num_gallery=5))
+    run(tmp_path, make_volumes(channels=3), Mean(), settings(num_bootstrap=5, num_cases=1, num_gallery=5))
     source = (tmp_path / 'report.html').read_text()
     page, text = Page(source), ' '.join(' '.join(Page(source).text).split())
     assert page.open == [] and "radiological: the patient's right is on the left of the picture" in text

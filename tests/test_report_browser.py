@@ -13,11 +13,10 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
-from test_detect import make_data, make_model, rows_of, run
+from test_detect import make_data, make_model, rows_of, run, settings
 from toy_volumes import LESION, SHAPE, Mean, make_volumes
 
 from anomaly.metrics import wilson_interval
-from anomaly.scores import ScoreConfig
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 DRIVER = shutil.which('chromedriver')
@@ -33,7 +32,7 @@ def report(tmp_path_factory):
     data.test.x[:6, :, :2, :2] += 0.5                          # normal images that look anomalous
     data.test.x[22:30, :, :2, :2] -= 0.45                      # anomalous ones that look normal
     data.test.x.clamp_(0, 1)
-    run(out, data, make_model(), ScoreConfig(num_draws=1, num_bootstrap=20, num_cases=2, num_gallery=20))
+    run(out, data, make_model(), settings(num_draws=1, num_bootstrap=20, num_cases=2, num_gallery=20))
     rows = [row for row in rows_of(out / 'scores.csv') if row['part'] == 'test']
     thresholds = json.loads((out / 'thresholds.json').read_text())['scores']
     return SimpleNamespace(address=(out / 'report.html').as_uri(), rows=rows, thresholds=thresholds)
@@ -303,7 +302,7 @@ return [...arguments[0].querySelectorAll('.frame')].map(read);"""
 
 
 def test_sliders_go_through_a_volume_by_the_keyboard_input_and_map_together(chromium, media, tmp_path):
-    run(tmp_path, make_volumes(), Mean(), ScoreConfig(num_bootstrap=5, num_cases=1, num_gallery=5))
+    run(tmp_path, make_volumes(), Mean(), settings(num_bootstrap=5, num_cases=1, num_gallery=5))
     chromium.get_log('browser')
     chromium.get((tmp_path / 'report.html').as_uri())
     card = chromium.find_element(By.CSS_SELECTOR, '.case[data-class=Tumour]')

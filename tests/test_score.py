@@ -13,8 +13,8 @@ from small_score import SMALL, build, gaussian, make_sde
 from test_train import run
 
 import evaluate
-from anomaly.passes import Passes
-from anomaly.scores import SCORES, ScoreConfig, choose_scores
+from anomaly.outputs import Outputs
+from anomaly.scores import SCORES, Scoring, choose_scores
 from distributions import Pixels
 from evaluation.pictures import image_grid
 from families.score import msma as score_msma
@@ -169,20 +169,21 @@ def test_scores_on_the_norms_and_on_the_likelihood():
     model._score = data.diffusion(model.sde).score
     normal, new = (torch.rand(n, 1, 2, 2, dtype=torch.float64) for n in (20, 4))
     gmm, knn, *_ = SCORES['msma'](0)
-    knn.fit(model, normal.split(7))
+    value = lambda score, x: torch.from_numpy(score.density.score(score.features(Outputs(model, x)).numpy()))
+    for score in (gmm, knn):
+        score.density.fit(score.features(Outputs(model, normal)).numpy())
     distances = torch.cdist(model.score_norms(new), model.score_norms(normal)).sort(1).values
-    torch.testing.assert_close(knn(model, new).image, distances[:, 4])
-    gmm.fit(model, normal.split(7))
-    assert gmm(model, 5 + new).image.min() > gmm(model, new).image.max(), 'far from all of them'
+    torch.testing.assert_close(value(knn, new), distances[:, 4])
+    assert value(gmm, 5 + new).min() > value(gmm, new).max(), 'far from all of them'
     ode, = SCORES['ode_nll'](0)
-    torch.testing.assert_close(ode(model, new).image, -model.log_likelihood(new))
+    torch.testing.assert_close(ode.image(Outputs(model, new)), -model.log_likelihood(new))
     chosen, left_out = choose_scores(['all'], model)
     assert [score.name for score in chosen] == [
         'msma_gmm', 'msma_knn', 'msma_kde', 'msma_pca_gmm', 'msma_flow'] and left_out
     with pytest.raises(UserError, match='likelihood terms'):
         choose_scores(['nelbo'], model)
-    with pytest.raises(UserError, match='must be below the second'):
-        ScoreConfig(msma_min_timestep=0.9, msma_max_timestep=0.5)
+    with pytest.raises(UserError, match='the first must be below'):
+        Scoring(msma_min_timestep=0.9, msma_max_timestep=0.5)
 
 
 @pytest.mark.parametrize('kind', ['inpainting', 'restoration'])
@@ -190,13 +191,13 @@ def test_what_repair_changes_counts_in_the_body_and_follows_from_the_seed(kind):
     one, = SCORES[kind](0)
     x = torch.tensor([[[0.1, 0.1], [0.5, 0.2]], [[0.1, 0.3], [0.1, 0.1]]]).reshape(1, 2, 2, 2)
     known = SimpleNamespace(**{f'{kind}_map': lambda x: torch.tensor([5.0, 1, 2, 6]).reshape(1, 1, 2, 2)})
-    scores = one(known, x)
-    assert scores.image.item() == approx((1 + 2 + 6) / 3) and scores.map.flatten().tolist() == [5, 1, 2, 6]
-    assert one(known, torch.ones(1, 1, 2, 2)).image.item() == 0, 'nothing is above the minimum'
+    outputs = Outputs(known, x)
+    assert one.image(outputs).item() == approx((1 + 2 + 6) / 3)
+    assert one.map(outputs).flatten().tolist() == [5, 1, 2, 6]
+    assert one.image(Outputs(known, torch.ones(1, 1, 2, 2))).item() == 3.5, 'of a uniform image, everywhere'
     model, x = build().float(), torch.rand(2, 1, 8, 8)
-    first, again, other = (one(Passes(model, x, noise=(seed,), ids=('a', 'b'))) for seed in (1, 1, 2))
-    assert first.image.equal(again.image) and not first.image.equal(other.image)
-    assert first.image.equal(one(Passes(model, x, noise=(1,), ids=('a', 'b')), with_map=False).image)
+    first, again, other = (one.image(Outputs(model, x, Scoring(seed=seed))) for seed in (1, 1, 2))
+    assert first.equal(again) and not first.equal(other)
 
 
 # ---------------------------------------------------------------------------------------------------- family

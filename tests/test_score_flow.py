@@ -9,7 +9,7 @@ from pytest import approx
 from small_score import SMALL
 from test_train import run
 
-from anomaly.passes import Passes
+from anomaly.outputs import Outputs
 from anomaly.scores import choose_scores
 from distributions import Pixels
 from families.spatial_msma.config import SpatialMSMAConfig
@@ -194,13 +194,13 @@ def test_scores():
     scores, _ = choose_scores(('all',), model)
     names = [s.name for s in scores]
     assert names[0] == 'msma_gmm' and names[-2:] == ['voxel_nll', 'voxel_nll_mean']
-    passes = Passes(model, x)
+    outputs = Outputs(model, x)
     heat, inside = model.voxel_nll(x).float(), model.foreground(x)
-    top, mean = (score(passes) for score in scores[-2:])
+    top, mean = (score.image(outputs) for score in scores[-2:])
     for i in range(2):
-        assert top.image[i].item() == approx(heat[i].max().item(), rel=1e-6)
-        assert mean.image[i].item() == approx(heat[i][inside[i]].mean().item(), rel=1e-6)
-    assert torch.equal(top.map, heat) and mean.map is None
+        assert top[i].item() == approx(heat[i].max().item(), rel=1e-6)
+        assert mean[i].item() == approx(heat[i][inside[i]].mean().item(), rel=1e-6)
+    assert torch.equal(scores[-2].map(outputs), heat) and scores[-1].map is None
     assert torch.equal(model.score_norms(x, number=3), model.score_model.score_norms(x, number=3))
     assert torch.equal(model.score_maps(x, number=3), model.score_model.score_maps(x, number=3))
     # One level alone and three side by side are batches of other sizes, which kernels sum in other orders.

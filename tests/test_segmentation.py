@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import directed_hausdorff
-from test_detect import Part
+from test_detect import Part, settings
 
 from anomaly.config import MapConfig
 from anomaly.detect import detect
@@ -25,8 +25,8 @@ from anomaly.maps.segmentation import (
 )
 from anomaly.report import page as report
 from anomaly.report.page import segmentation_table
-from anomaly.scores import ScoreConfig
 from datasets import DataConfig
+from distributions import Pixels
 from readers.body import body
 from readers.volumes.nifti import Grid
 
@@ -207,18 +207,19 @@ def volumes(order):
 
 class Brightness(torch.nn.Module):
     """Rebuilds a head of even brightness, so that its map is how much brighter a voxel is."""
+    pixels = Pixels()
 
     def reconstruct(self, x):
         return torch.where(x > 0, torch.full_like(x, 0.4), x)
 
 
-CONFIG = ScoreConfig(scores=('reconstruction',), num_bootstrap=20, num_cases=0, num_gallery=0,
-                     target_pixel_fpr=0.001, seg_dilation=0.0)
+FLAGS = {'scores': ('reconstruction',), 'num_bootstrap': 20, 'num_cases': 0, 'num_gallery': 0,
+         'target_pixel_fpr': 0.001}
+CONFIG = settings(4, seed=0, **FLAGS, seg_dilation=0.0)
 
 
 def segmented(out, order, config=CONFIG):
-    result = detect(Brightness(), volumes(order), out, config, num_iw_samples=1, batch_size=4, seed=0,
-                    command='', log=lambda line: None)
+    result = detect(Brightness(), volumes(order), out, config, log=lambda line: None)
     with (out / 'segmentation.csv').open() as file:
         return result, {row['id']: row for row in csv.DictReader(file)}
 
@@ -275,7 +276,7 @@ def test_labels_are_found_by_id_in_whatever_order_files_come(finished, tmp_path,
 
 def test_distances_are_in_millimetres(tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'write', lambda *args: None)
-    config = ScoreConfig(**{**vars(CONFIG), 'seg_dilation': 1.0})
+    config = settings(4, seed=0, **FLAGS, seg_dilation=1.0)
     found = segmented(tmp_path, range(6), config)[0]['scores']['reconstruction']['segmentation']
     # a cube that grew by one voxel of 2 mm across its faces
     assert found['hd99_directed']['value'] == found['hd99']['value'] == 2

@@ -9,6 +9,7 @@ from test_scores import seeded
 
 from anomaly.scoring import Case
 from datasets import DataConfig
+from distributions import Pixels
 
 SHAPE = (10, 12, 8)                 # voxels to the right, to the front, upwards
 LESION = (7, 3, 5)                  # on the right, at the back, high up
@@ -16,6 +17,8 @@ LESION = (7, 3, 5)                  # on the right, at the back, high up
 
 class Mean(torch.nn.Module):
     """Its map of |x - reconstruction| is largest in the lesion."""
+
+    pixels = Pixels()
 
     def __init__(self):
         super().__init__()

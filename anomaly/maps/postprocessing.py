@@ -20,6 +20,10 @@ class Maps(NamedTuple):
     ids: np.ndarray                      # (N,) of the images
     inside: np.ndarray | None            # (N, *S) bool, `interior` of volumes; None for images
 
+    def merged(self, other: 'Maps | None') -> 'Maps':
+        """These maps and those that `other` has of the same images."""
+        return self if other is None else self._replace(values=self.values | other.values)
+
 
 def treated(passes: Any, scores: list, sigma: float,
             level: float) -> tuple[dict[str, np.ndarray], np.ndarray | None]:

@@ -1,0 +1,151 @@
+"""What normal validation images teach: fitted densities, thresholds, percentiles. Kept in thresholds.json.
+
+N validation images. `Normal.fit` learns from their table, `save` and `load` keep it, `apply` scores a table
+by the densities. Nothing here ever sees a test image.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anomaly import metrics
+from anomaly.baselines import BASELINES
+from anomaly.config import Judging, MapConfig
+from anomaly.density import Density, cross_fit
+from anomaly.maps.postprocessing import pixel_threshold
+from anomaly.scores import Score, Scoring, choose_scores
+from anomaly.scoring import Table
+from utils import UserError, fingerprint, finite, read_flags, read_json, write_json
+
+SECTIONS = {'scoring': Scoring, 'maps': MapConfig, 'judging': Judging}      # of thresholds.json
+
+
+@dataclass
+class Normal:
+    """Densities, thresholds and validation scores, and the settings with which they were made."""
+    primary_score: str
+    scoring: Scoring
+    maps: MapConfig
+    judging: Judging
+    validation: dict[str, np.ndarray]            # score -> (N,) float64, cross-fitted for densities
+    thresholds: dict[str, float]                 # score -> above it an image is anomalous; may be infinite
+    pixel_thresholds: dict[str, float]           # the same for the pixels of its map, where it has one
+    densities: dict[str, Density] = field(default_factory=dict)            # score -> what it has learned
+    weights: str = ''                            # fingerprint of the model
+    preparation: dict[str, Any] = field(default_factory=dict)              # of volumes: spacing, flags
+
+    @classmethod
+    def fit(cls, table: Table, scores: Sequence[Score], primary: str, scoring: Scoring, maps: MapConfig,
+            judging: Judging) -> Normal:
+        """Learns from the table of normal validation images, and adds the cross-fitted scores of densities to
+        it.
+
+        The threshold needs scores of validation images that were not fitted on themselves. Raises UserError
+        for too few images.
+        """
+        densities = {}
+        patients = [getattr(entry, 'patient', '') or entry.id for entry in table.entries]
+        for score in scores:
+            if score.density is not None:
+                densities[score.name] = density = copy.deepcopy(score.density)
+                try:
+                    table.values[score.name] = cross_fit(density, table.features[score.needs], patients)
+                except UserError as error:
+                    raise UserError(f"score {score.name}: {error}") from None
+        thresholds = {name: metrics.threshold(values, judging.target_fpr)
+                      for name, values in table.values.items()}
+        return cls(primary, scoring, maps, judging, dict(table.values), thresholds, {}, densities)
+
+    def fit_pixels(self, table: Table) -> None:
+        """Sets the thresholds of maps from those of normal validation images alone; for volumes from where
+        segmentations may begin.
+        """
+        if table.maps is not None:
+            counted = table.maps.counted if table.maps.inside is None else table.maps.inside
+            self.pixel_thresholds = {name: pixel_threshold(values, self.judging.target_pixel_fpr, counted)
+                                     for name, values in table.maps.values.items()}
+
+    def apply(self, table: Table, scores: Sequence[Score]) -> Table:
+        """The same table with the values of the scores that are densities, from its features."""
+        for score in scores:
+            if score.density is not None:
+                table.values[score.name] = self.densities[score.name].score(table.features[score.needs])
+        return table
+
+    def pixel_threshold(self, name: str) -> float:
+        """Above which a pixel of the map of a score is anomalous; infinite where there is no threshold."""
+        return self.pixel_thresholds.get(name, math.inf)
+
+    # ------------------------------------------------------------------------------------------------- file
+
+    def state(self) -> dict[str, Any]:
+        """JSON for thresholds.json."""
+        return finite({
+            'primary_score': self.primary_score, 'weights': self.weights, 'preparation': self.preparation,
+            **{name: asdict(getattr(self, name)) for name in SECTIONS},
+            'scores': {name: {'threshold': value,
+                              **({'pixel_threshold': self.pixel_thresholds[name]}
+                                 if name in self.pixel_thresholds else {}),
+                              'normal_validation': sorted(self.validation[name].tolist())}
+                       for name, value in self.thresholds.items()},
+            'fitted': {name: {key: value.tolist() for key, value in density.state().items()}
+                       for name, density in self.densities.items()}})
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.state())
+
+    @classmethod
+    def load(cls, path: Path, model: Any, remedy: str) -> Normal:
+        """What `save` wrote for this model.
+
+        Raises UserError, with the command that is the `remedy`, if the file is missing, of another kind, or
+        of other weights.
+        """
+        if not path.exists():
+            raise UserError(f"there is no {path}, which holds the thresholds. Create it once: {remedy}")
+        kept = read_json(path)
+        expected = {'weights', 'primary_score', 'preparation', 'scores', 'fitted', *SECTIONS}
+        if missing := sorted(expected - set(kept if isinstance(kept, dict) else ())):
+            raise UserError(f"{path} lacks {missing[0]!r}: another version wrote it. Create it again: "
+                            f"{remedy}")
+        if kept['weights'] != fingerprint(model):
+            raise UserError(f"{path} belongs to other weights of the model (training went on, or --no_ema "
+                            f"differs). Create it again: {remedy}")
+        sections = {name: read_flags(config, kept[name]) for name, config in SECTIONS.items()}
+        number = lambda value: math.inf if value is None else value        # JSON has no infinity
+        normal = cls(
+            kept['primary_score'], **sections, weights=kept['weights'], preparation=kept['preparation'],
+            validation={name: np.array(row['normal_validation'], np.float64)
+                        for name, row in kept['scores'].items()},
+            thresholds={name: number(row['threshold']) for name, row in kept['scores'].items()},
+            pixel_thresholds={name: number(row['pixel_threshold']) for name, row in kept['scores'].items()
+                              if 'pixel_threshold' in row})
+        for score in normal.scores((), model):
+            if score.density is not None:
+                normal.densities[score.name] = load_density(score, kept['fitted'])
+        return normal
+
+    def scores(self, names: Sequence[str], model: Any) -> list[Score]:
+        """The scores of the model with a threshold, or those of them that `names` choose. Raises UserError.
+        """
+        known = [name for name in self.thresholds if name not in BASELINES]
+        chosen, _ = choose_scores(names if names and 'all' not in names else known, model)
+        if unknown := [score.name for score in chosen if score.name not in known]:
+            raise UserError(f"--scores {unknown[0]}: the evaluation set no threshold for it, but for "
+                            f"{', '.join(known)}. Run --eval_mode anomaly with it first.")
+        return chosen
+
+
+def load_density(score: Score, fitted: Mapping[str, Mapping]) -> Density:
+    """The density of a score, from 'fitted' of thresholds.json. Raises UserError if it is not there."""
+    if score.name not in fitted:
+        raise UserError(f"score {score.name} was not fitted in that evaluation, but "
+                        f"{', '.join(fitted) or 'none'}. Run it again with --scores {score.name}.")
+    return score.density.from_state(fitted[score.name])

@@ -1,0 +1,174 @@
+"""Outputs of a model for one batch, each computed once and only if a score asks for it; bounds on log p(x).
+
+B images, C channels, *S = (H, W) or (D, H, W), L latent groups from the top (1) down to the image (L); D
+draws of the latents over which scores average, M importance samples of a bound, k groups nearest the image
+that a forward pass skips, that is, draws from the prior. Terms of a forward pass, all in nats: recon = -log
+p(x|z) (B,); kl (B, L); log_q, log_p (B,) of the drawn latents, to which skipped groups add nothing.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anomaly.scores import Scoring
+from distributions import RowNoise, log_mean_exp
+from utils import mix_seed
+
+Terms = dict[str, Tensor]
+TERMS = ('recon', 'kl', 'log_q', 'log_p')
+
+
+# ------------------------------------------------------------------------------------- functions of the terms
+
+def elbo(terms: Terms) -> Tensor:
+    """Evidence lower bound on log p(x), in nats, one per image: (B,).
+
+    The KL is that of the terms, which is analytic where a family has it so. From the terms of a forward pass
+    with `skip=k` this is L>k (Havtorn et al. 2021, eq. 8): skipped groups have no KL.
+    """
+    return -terms['recon'] - terms['kl'].sum(1)
+
+
+def log_weight(terms: Terms) -> Tensor:
+    """log p(x, z) - log q(z|x) of the sampled z, nats: (B,). Its mean over z is the ELBO, or L>k."""
+    return -terms['recon'] - terms['log_q'] + terms['log_p']
+
+
+# ------------------------------------------------------------------------------------------------------ noise
+
+def content_id(image: Tensor) -> str:
+    """32 hexadecimal digits that identify the values of an image (C, *S), wherever its file lies."""
+    return hashlib.sha256(image.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:32]
+
+
+# ----------------------------------------------------------------------------------------- outputs of a batch
+
+class Outputs:
+    """The images of one batch, and what a model says of them.
+
+    The noise of every forward pass follows from the seed, the purpose and number of the pass, and the content
+    of each image: an image has one score, whatever its neighbors, its batch, its rank, its file name and the
+    mode. With `llr_noise` 'shared' it does not depend on k: L and L>k then take the same noise, and where a
+    model draws from the top down, the groups above the skipped ones take the same values.
+    """
+
+    def __init__(self, model: Any, x: Tensor, scoring: Scoring | None = None, bits: int = 8,
+                 file_bytes: Tensor | None = None, densities: Mapping[str, Any] | None = None,
+                 ids: Sequence[str] | None = None):
+        """`x` (B, C, *S) in [0, 1] on the device of the model; `bits` per value; `file_bytes` (B,) sizes of
+        the files on disk; `densities` of normal images by the name of their score; `ids` in place of the
+        content.
+        """
+        self.model, self.x, self.scoring = model, x, scoring or Scoring()
+        self.bits, self.file_bytes, self.densities = bits, file_bytes, densities or {}
+        self._ids, self._made = ids, {}
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """What identifies each of the B images."""
+        if self._ids is None:
+            self._ids = [content_id(image) for image in self.x]
+        return self._ids
+
+    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """The value of `make`, which is called without gradients at the first request for `key` only."""
+        if key not in self._made:
+            with torch.no_grad():
+                self._made[key] = make()
+        return self._made[key]
+
+    def noise(self, *purpose: int | str) -> AbstractContextManager:
+        """Context in which all noise follows from the seed, the purpose and each image."""
+        return RowNoise([mix_seed(self.scoring.seed, *purpose, i) for i in self.ids])
+
+    def forward(self, number: int, skip: int = 0) -> Terms:
+        """Terms of forward pass `number` in float64 on the CPU, without logits."""
+        separate = skip and self.scoring.llr_noise == 'separate'
+        with self.noise(*(('skip', skip) if separate else ()), number):
+            terms = self.model(self.x, skip=skip)
+        return {name: terms[name].detach().cpu().double() for name in TERMS}
+
+    def terms(self, draw: int = 0, skip: int = 0) -> Terms:
+        """Terms of one of the D draws: recon, kl, log_q, log_p."""
+        return self.once(('terms', draw, skip), lambda: self.forward(draw, skip))
+
+    def mean(self, function: Callable[[Terms], Tensor], skip: int = 0) -> Tensor:
+        """Mean over the draws of a function of the terms."""
+        draws = range(self.scoring.num_draws)
+        return torch.stack([function(self.terms(draw, skip)) for draw in draws]).mean(0)
+
+    def nelbo(self) -> Tensor:
+        """Negative ELBO, mean over the draws, nats: (B,)."""
+        return -self.mean(elbo)
+
+    def log_weight(self, number: int, skip: int = 0) -> Tensor:
+        """Log weight of forward pass `number`, nats: (B,). The first D passes are the draws."""
+        def make() -> Tensor:
+            is_draw = number < self.scoring.num_draws
+            return log_weight(self.terms(number, skip) if is_draw else self.forward(number, skip))
+        return self.once(('log_weight', number, skip), make)
+
+    def iw_bound(self, numbers: Sequence[int], skip: int = 0) -> Tensor:
+        """Importance-weighted bound (Burda et al. 2016, eq. 8) from forward passes `numbers`, nats: (B,)."""
+        return log_mean_exp(torch.stack([self.log_weight(number, skip) for number in numbers]), 0)
+
+    def bound(self, skip: int = 0) -> Tensor:
+        """L, or with `skip=k` L>k, from M importance samples, mean over D such draws: (B,) nats.
+
+        M is `iw_samples_elbo` for L and `iw_samples_lk` for L>k. One sample is `elbo`: an analytic KL has the
+        mean of log q - log p and less variance. Several need the log weights.
+        """
+        draws = self.scoring.num_draws
+        samples = self.scoring.iw_samples_lk if skip else self.scoring.iw_samples_elbo
+        if samples == 1:
+            return self.mean(elbo, skip)
+        # Sample s of draw d is pass d + s D, so that draw d is among its own samples.
+        return torch.stack([self.iw_bound(range(draw, samples * draws, draws), skip)
+                            for draw in range(draws)]).mean(0)
+
+    def reconstruction(self) -> Tensor:
+        """Mean of p(x|z) at the posterior means: (B, C, *S) in [0, 1]."""
+        return self._ask('reconstruct').float()
+
+    def residual(self) -> Tensor:
+        """x - reconstruction, or the model's own `residual`, whose output may leave [0, 1]: (B, C, *S)."""
+        if hasattr(self.model, 'residual'):
+            return self._ask('residual').float()
+        return self.x.float() - self.reconstruction()
+
+    def maps(self, skip: int = 0) -> dict[str, Tensor] | None:
+        """'recon' (B, 1, *S) and 'kl' (B, L, *S), nats per pixel; None if the model has no maps."""
+        if not hasattr(self.model, 'maps'):
+            return None
+        return {name: values.float() for name, values in self._ask('maps', skip=skip).items()}
+
+    def likelihood_features(self) -> Tensor:
+        """-log p(x|z) and the KL of every group from the top down, means over the draws, nats: (B, 1 + L)."""
+        return self.mean(lambda terms: torch.cat([terms['recon'][:, None], terms['kl']], 1))
+
+    def score_norms(self) -> Tensor:
+        """Norms of the model's score at n levels of noise, float64 on the CPU: (B, n)."""
+        return self._ask('score_norms', **self.scoring.msma).double().cpu()
+
+    def repair_error(self, kind: str) -> Tensor:
+        """The model's own map of what 'inpainting' or 'restoration' changes: (B, 1, *S)."""
+        return self._ask(f'{kind}_map').float()
+
+    def ode_nll(self) -> Tensor:
+        """-log p(x) by the model's probability flow, nats, float64 on the CPU: (B,)."""
+        return -self._ask('log_likelihood').double().cpu()
+
+    def voxel_nll(self) -> Tensor:
+        """-log p of the features of every voxel, nats: (B, 1, *S)."""
+        return self._ask('voxel_nll').float()
+
+    def _ask(self, method: str, **options: Any) -> Any:
+        """What a method of the model says of the images."""
+        def make() -> Any:
+            with self.noise(method):
+                return getattr(self.model, method)(self.x, **options)
+        return self.once((method, *options.items()), make)
