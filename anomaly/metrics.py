@@ -53,7 +53,7 @@ class Estimate:
         return Estimate.of(self.value - other.value, self.resamples - other.resamples)
 
     @property
-    def reversed(self) -> 'Estimate':
+    def negated(self) -> 'Estimate':
         """The AUROC of the negated score."""
         return Estimate.of(1 - self.value, 1 - self.resamples)
 
@@ -174,13 +174,6 @@ def evaluate_score(normal: np.ndarray, anomalous: np.ndarray, resamples: Resampl
     values = bootstrap(normal, anomalous, Resamples.once(len(normal), len(anomalous)), metrics)
     resampled = bootstrap(normal, anomalous, resamples, [metric for metric in metrics if metric.resampled])
     return {name: Estimate.of(value[0], resampled.get(name)) for name, value in values.items()}
-
-
-def paired_difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """95 % interval of a - b, a metric of two scores on the same resamples (R,), and what it says of a."""
-    low, high = np.percentile(a - b, [2.5, 97.5])
-    outcome = 'better' if low > 0 else 'worse' if high < 0 else 'undecided'
-    return {'low': float(low), 'high': float(high), 'outcome': outcome}
 
 
 def make_finite(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -113,8 +113,8 @@ def test_a_difference_has_the_interval_of_the_pairs():
     assert 0 < difference.low <= difference.value <= difference.high
     assert difference.high - difference.low < score.high - score.low
     negated = evaluate_score(-normal, -anomalous, drawn)['auroc']
-    assert negated.reversed.value == pytest.approx(score.value)
-    assert np.allclose(negated.reversed.resamples, score.resamples)
+    assert negated.negated.value == pytest.approx(score.value)
+    assert np.allclose(negated.negated.resamples, score.resamples)
 
 
 def test_what_does_not_exist_in_a_resample_is_left_out_of_the_interval():

@@ -14,23 +14,24 @@ from PIL import Image, ImageColor, ImageDraw
 from scipy import ndimage
 
 from anomaly.maps.slices import VIEWS, cuts, focus
-from anomaly.report.figures import CALLED
 
 SHOWN_SIZE = 256            # pixels that a small image is enlarged to, about
-STRENGTH = 0.8              # how much of a pixel the colour of the largest map value covers
+STRENGTH = 0.8              # how much of a pixel the color of the largest map value covers
 GAP = 4                     # white pixels between the panels
 LINE = 2                    # width of an outline, in pixels of the picture
+LESION = '#39e0d0'          # outline of lesion masks
+CALLED = {'inferno': '#ffffff', 'coolwarm': '#000000'}   # outline of pixels above the threshold, by color map
 
 
 def overlay(image: np.ndarray, reconstruction: np.ndarray | None, anomaly_map: np.ndarray | None,
-            look: dict[str, Any], threshold: float = math.inf,
-            spacing: Sequence[float] = (1, 1, 1)) -> Image.Image:
-    """`image` and `reconstruction` (C, *S) in [0, 1], `anomaly_map` (*S); the latter two may be None; voxels
-    are `spacing` apart, in any unit.
+            look: dict[str, Any], threshold: float = math.inf, spacing: Sequence[float] = (1, 1, 1),
+            mask: np.ndarray | None = None) -> Image.Image:
+    """`image` and `reconstruction` (C, *S) in [0, 1], `anomaly_map` and the `mask` of lesions (*S), which is
+    outlined; all but the image may be None. Voxels are `spacing` apart, in any unit.
 
-    `look` is the colour scale: the name of the colours, and the values of its ends. Of a volume the first
-    channel is shown, in a row each for input, reconstruction and map: axial, coronal and sagittal slices
-    (slices.py) through the largest value of the map, else through the middle.
+    `look` is the color scale of `map_scale`. For a volume the first channel is shown, in a row each for
+    input, reconstruction and map: axial, coronal and sagittal slices (slices.py) through the largest value of
+    the map, else through the middle.
     """
     volume, size = image.ndim == 4, image.shape[1:]
     place = focus(anomaly_map, size) if volume else ()
@@ -40,21 +41,25 @@ def overlay(image: np.ndarray, reconstruction: np.ndarray | None, anomaly_map: n
     axes = [(view.rows, view.columns) for view in VIEWS] if volume else [(0, 1)]
     enlarged = lambda row: [x.repeat(times[a], 0).repeat(times[b], 1) for x, (a, b) in zip(row, axes)]
     shown = [parts(x[:1] if volume else x) for x in (image, reconstruction) if x is not None]
-    rows = [enlarged([as_colour(x) for x in row]) for row in shown]
+    rows = [enlarged([as_color(x) for x in row]) for row in shown]
     if anomaly_map is not None:
         maps = parts(anomaly_map)
-        colours = enlarged([blend(as_colour(x), values, look) for x, values in zip(shown[0], maps)])
+        colors = enlarged([blend(as_color(x), values, look) for x, values in zip(shown[0], maps)])
         above = enlarged([values > threshold for values in maps])
-        rows.append([coloured(x, here, look) for x, here in zip(colours, above)])
+        rows.append([outlined(x, here, CALLED[look['cmap']]) for x, here in zip(colors, above)])
+    if mask is not None:
+        lesions = enlarged(parts(mask))
+        for row in [rows[0], *(rows[-1:] if anomaly_map is not None else [])]:
+            row[:] = [outlined(x, lesion, LESION) for x, lesion in zip(row, lesions)]
     if volume:
         rows = [[lettered(x, view.letters) for x, view in zip(row, VIEWS)] for row in rows]
     return as_picture(joined([joined(row, 1) for row in rows], 0 if volume else 1))
 
 
-def coloured(picture: np.ndarray, above: np.ndarray, look: dict[str, Any]) -> np.ndarray:
+def outlined(picture: np.ndarray, region: np.ndarray, color: str) -> np.ndarray:
     """The picture (H, W, 3) with the outline of (H, W) bool drawn into it."""
-    line = above & ~ndimage.binary_erosion(above, iterations=LINE, border_value=1)
-    picture[line] = np.array(ImageColor.getrgb(CALLED[look['cmap']])) / 255
+    line = region & ~ndimage.binary_erosion(region, iterations=LINE, border_value=1)
+    picture[line] = np.array(ImageColor.getrgb(color)) / 255
     return picture
 
 
@@ -80,27 +85,37 @@ def joined(pictures: list[np.ndarray], axis: int) -> np.ndarray:
     return np.concatenate(filled[1:], axis)
 
 
-def as_picture(colours: np.ndarray) -> Image.Image:
+def as_picture(colors: np.ndarray) -> Image.Image:
     """Colours (H, W, 3) in [0, 1] as a picture of 8 bits."""
-    return Image.fromarray((colours.clip(0, 1) * 255).round().astype(np.uint8))
+    return Image.fromarray((colors.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def as_grey(values: np.ndarray) -> np.ndarray:
-    """(..., H, W) as colours (..., H, W, 3)."""
+def as_gray(values: np.ndarray) -> np.ndarray:
+    """(..., H, W) as colors (..., H, W, 3)."""
     return values[..., None].repeat(3, -1)
 
 
-def as_colour(image: np.ndarray) -> np.ndarray:
-    """(C, H, W) as (H, W, 3): colours if C = 3, else the first channel in grey."""
-    return np.moveaxis(image, 0, -1) if len(image) == 3 else as_grey(image[0])
+def as_color(image: np.ndarray) -> np.ndarray:
+    """(C, H, W) as (H, W, 3): colors if C = 3, else the first channel in gray."""
+    return np.moveaxis(image, 0, -1) if len(image) == 3 else as_gray(image[0])
 
 
 def blend(background: np.ndarray, anomaly_map: np.ndarray, look: dict[str, Any]) -> np.ndarray:
-    """The map (..., H, W) in colours over (..., H, W, 3): the farther from 0, the less shows through."""
+    """The map (..., H, W) in colors over (..., H, W, 3): the farther from 0, the less shows through."""
     import matplotlib
     values = np.nan_to_num(anomaly_map.astype(np.float64), nan=look['vmax'], posinf=look['vmax'],
                            neginf=look['vmin']).clip(look['vmin'], look['vmax'])
-    colours = matplotlib.colormaps[look['cmap']](
+    colors = matplotlib.colormaps[look['cmap']](
         (values - look['vmin']) / (look['vmax'] - look['vmin']))[..., :3]
     cover = STRENGTH * np.abs(values / look['vmax'])[..., None]
-    return (1 - cover) * background + cover * colours
+    return (1 - cover) * background + cover * colors
+
+
+def map_scale(maps: Sequence[np.ndarray]) -> dict[str, Any]:
+    """One color scale for all maps: from 0, or around 0 if some are negative; the top 0.5 % is clipped."""
+    values = np.concatenate([m.ravel() for m in maps]) if len(maps) else np.zeros(1)
+    values = values[np.isfinite(values)]
+    high = float(np.percentile(np.abs(values), 99.5)) if len(values) else 1.0
+    high = high or 1.0
+    return {'cmap': 'coolwarm', 'vmin': -high, 'vmax': high} if len(values) and values.min() < 0 else {
+        'cmap': 'inferno', 'vmin': 0, 'vmax': high}

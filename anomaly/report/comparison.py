@@ -1,213 +1,153 @@
 """What people read of a comparison: tables for the terminal, Markdown, CSV, and figures.
 
-`result` is what comparison.json holds (compare.py); a row of `result['scores']` is a score of a run, named
-run/score, or a trivial baseline.
+`result` is what comparison.json holds (compare.py); a row of the judgement is a score of a run, named run/score,
+or a trivial baseline.
 """
 
-import csv
-import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomaly.report.figures import (
-    COLOURS,
-    FAINT,
-    INK,
-    curve_figure,
-    group_title,
-    keep,
-    new_figure,
-    shown_groups,
-    style,
-)
-from anomaly.report.page import (
-    MOST_TABLES,
-    PIXEL_METRICS,
-    SHOWN_METRICS,
-    TITLES,
-    align,
-    number,
-    pixel_heading,
-    with_heading,
-    with_pixels,
+from anomaly.judge import Difference, Judgement, ScoreRow, group_title
+from anomaly.maps import localization
+from anomaly.metrics import METRICS
+from anomaly.report.figures import COLORS, FAINT, INK, curve_figure, keep, panel_grid, style
+from anomaly.report.page import MOST_TABLES, PIXEL_NOTE, pixel_table
+from anomaly.report.tables import (
+    MISSING,
+    Column,
+    ReportTable,
+    as_markdown,
+    as_text,
+    escape_markdown,
+    metric_columns,
+    save_csv,
+    score_table,
 )
 from utils import write_atomically, write_json
 
-OUTCOMES = {'better': '{first} is better', 'worse': '{first} is worse', 'undecided': 'cannot be told apart'}
+OUTCOMES = {'better': '{} is better', 'worse': '{} is worse', 'undecided': 'cannot be told apart'}
 
 
-def write(out: Path, result: dict[str, Any], test: Any) -> None:
+def write(out: Path, result: dict[str, Any], judgement: Judgement, test: Any) -> None:
     """Writes comparison.json, comparison.md, comparison.csv and figures/{forest,roc}.png.
 
-    `test` is a Scored with the values of all rows.
+    `test` is a table with the values of all rows.
     """
     write_json(out / 'comparison.json', result)
-    write_atomically(out / 'comparison.md', lambda path: path.write_text(markdown(result), encoding='utf-8'))
-    write_csv(out / 'comparison.csv', result)
-    keep(forest_figure(result), out, 'forest')
-    keep(curve_figure(result, test, 'roc', result['primary_scores']), out, 'roc')
+    page = markdown(result, judgement)
+    write_atomically(out / 'comparison.md', lambda path: path.write_text(page, encoding='utf-8'))
+    save_csv(out / 'comparison.csv', csv_rows(result, judgement))
+    keep(forest_figure(judgement), out, 'forest')
+    keep(curve_figure(judgement, test, 'roc'), out, 'roc')
 
 
-# ------------------------------------------------------------------------------------------------------ cells
+# --------------------------------------------------------------------------------------------------- tables
 
-def with_interval(metric: dict[str, float | None], decimals: int = 3) -> str:
-    """'0.712 [0.636, 0.781]'; '-' where there is no value."""
-    value, low, high = (number(metric[key], decimals) for key in ('value', 'low', 'high'))
-    return value if value == '-' else f'{value} [{low}, {high}]'
-
-
-def marked(name: str, result: dict[str, Any]) -> str:
-    return f'{name} *' if name in result['primary_scores'] else name
-
-
-def group_cells(result: dict[str, Any], group: str) -> list[list[str]]:
-    """All rows against one anomalous group, the head first."""
-    cells = [['', *(TITLES[metric] for metric in SHOWN_METRICS), 's/image', 'parameters']]
-    for name, row in result['scores'].items():
-        run = result['runs'].get(row.get('run'))
-        cells.append([marked(name, result), *(with_interval(row['metrics'][group][m]) for m in SHOWN_METRICS),
-                      *([f"{run['seconds_per_image']:.2g}", f"{run['parameters'] / 1e6:.2f} M"] if run
-                        else ['-', '-'])])
-    return cells
+def group_table(result: dict[str, Any], judgement: Judgement, group: str) -> ReportTable:
+    """All rows against one anomalous group."""
+    def fact(name: str, form: str) -> Column:
+        runs = result['runs']
+        return Column(name, lambda row: form.format(**runs[row.run]) if row.run else None)
+    title = (f"Normal ({judgement.images('normal')}) against {group_title(group)} "
+             f"({judgement.images(group)} test images)")
+    return score_table(title, [*metric_columns(METRICS, lambda row: row.metrics[group], interval=True),
+                               fact('s/image', '{seconds_per_image:.2g}'), fact('parameters', '{parameters:,}')],
+                       judgement.rows.values())
 
 
-def group_heading(result: dict[str, Any], group: str) -> str:
-    called = next(iter(result['scores'].values()))['called']
-    return f"Normal ({called['normal'][1]}) against {group_title(group)} ({called[group][1]} test images)"
+def difference_table(judgement: Judgement, group: str) -> ReportTable:
+    """Differences of AUROC against one group."""
+    def interval(difference: Difference) -> str:
+        found = difference.estimate
+        return f'{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]'
+    return ReportTable('', [
+        Column('', lambda difference: f'{difference.first.name} - {difference.rival}'),
+        Column('', lambda difference: OUTCOMES[difference.outcome].format(difference.first.name)),
+        Column('difference of AUROC', interval)], judgement.differences(group))
 
 
-def pixel_cells(result: dict[str, Any], intervals: bool) -> list[list[str]]:
-    """Metrics of the maps of all scores that have one, the head first; [] where there are no masks."""
-    table = with_pixels(result)
-    return [['', *(title for title, _ in PIXEL_METRICS.values())], *(
-        [marked(name, result), *(with_interval(pixels[metric], decimals) if intervals
-                                 else number(pixels[metric]['value'], decimals)
-                                 for metric, (_, decimals) in PIXEL_METRICS.items())]
-        for name, pixels in table.items())] if table else []
+def run_table(result: dict[str, Any]) -> ReportTable:
+    """What is known of the runs."""
+    forms = {'run': '{name}', 'family': '{family}', 'parameters': '{parameters:,}', 'images': '{size}',
+             'trained on': '{train_images}', 'folder': '`{path}`'}
+    rows = [{'name': name, 'size': ' x '.join(map(str, run['shape'])), **run} for name, run in result['runs'].items()]
+    return ReportTable('', [Column(title, lambda row, form=form: form.format(**row))
+                            for title, form in forms.items()], rows)
 
 
-def difference_cells(result: dict[str, Any], group: str) -> list[list[str]]:
-    """Differences of AUROC against one group, the head first."""
-    cells = [['', '', 'difference of AUROC']]
-    for found in result['differences']:
-        if found['group'] == group:
-            second = f"{found['second']} turned round" if found['turned'] else found['second']
-            cells.append([f"{found['first']} - {second}", OUTCOMES[found['outcome']].format(**found),
-                          f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"])
-    return cells
+def tables(result: dict[str, Any], judgement: Judgement, groups: Sequence[str]) -> list[ReportTable]:
+    """Scores and differences of each group, and the metrics of maps where there are masks."""
+    pixels = pixel_table(judgement)
+    return [*(table for group in groups for table in (group_table(result, judgement, group),
+                                                      difference_table(judgement, group))),
+            *([pixels] if pixels else [])]
 
 
-def notes(result: dict[str, Any]) -> list[str]:
+def notes(result: dict[str, Any], judgement: Judgement) -> list[str]:
     """What a reader of the tables must know."""
     first, about = next(iter(result['runs'].items()))
-    size = ' x '.join(map(str, about['shape']))
-    several = len(result['differences']) > 1
-    return [
-        f"95 % intervals in brackets: bootstrap of the test images, {result['num_bootstrap']} resamples, the "
-        f"same for all rows, so that differences are paired. They do not cover another training run.",
-        *(["Each difference has its own 95 % interval; among many, some exclude 0 by chance."] if several
-          else []),
-        f"* primary score of a run, chosen beforehand. Trivial baselines: on the images of {first} ({size}, "
-        f"{about['bits']} bits); the best of them is picked on these images, and turned round if below 0.5.",
+    lines = [
+        f"95 % intervals in brackets: bootstrap of the test images, {judgement.judging.num_bootstrap} resamples, "
+        f"the same for all rows, so that differences are paired. They do not cover another training run.",
+        "Each difference has its own 95 % interval; among many, some exclude 0 by chance.",
+        f"* primary score of a run, chosen beforehand. Trivial baselines: on the images of {first} "
+        f"({' x '.join(map(str, about['shape']))}, {about['bits']} bits); the best of them is picked on these "
+        f"images, and negated if its AUROC is below 0.5.",
         f"s/image: seconds of one process for all scores of the run in this table, in batches of "
-        f"{result['batch_size']}, without reading images.",
-        *([f"Dice and what follows: at the threshold from the pixels of normal validation images, for "
-           f"{100 * result['target_pixel_fpr']:g} %. False regions: an image."]
-          if with_pixels(result) else [])]
+        f"{result['batch_size']}, without reading images."]
+    masks = pixel_table(judgement) is not None
+    return [*lines, PIXEL_NOTE.format(100 * judgement.judging.target_pixel_fpr)] if masks else lines
 
 
-# --------------------------------------------------------------------------------------------------- terminal
-
-def text_tables(result: dict[str, Any]) -> list[str]:
-    """Aligned lines: scores and differences of each group, or of all together where they are many; pixels."""
-    groups = shown_groups(result)
+def text_tables(result: dict[str, Any], judgement: Judgement) -> list[str]:
+    """Aligned lines, with one table of all classes together where they are many."""
+    groups = judgement.shown_groups
     many = len(groups) > MOST_TABLES
-    lines = ['', 'The tables of each class are in comparison.md.'] if many else []
-    for group in ['all'] if many else groups:
-        lines += ['', group_heading(result, group), *with_heading(align(group_cells(result, group)), result)]
-        lines += ['', *align(difference_cells(result, group), left=2)]
-    if cells := pixel_cells(result, intervals=False):
-        lines += ['', pixel_heading(with_pixels(result)), *align(cells)]
-    return [*lines, '', *notes(result), '']
+    shown = tables(result, judgement, ['all'] if many else groups)
+    return [*(['', 'The tables of each class are in comparison.md.'] if many else []),
+            *(line for table in shown for line in ['', *as_text(table)]), '', *notes(result, judgement), '']
 
 
-# --------------------------------------------------------------------------------------------------- Markdown
-
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: dict[str, Any], judgement: Judgement) -> str:
     """The same tables as a page of Markdown, ready for a README or a paper's supplement."""
-    parts = [f"# Comparison on {result['dataset']}",
-             markdown_table([['run', 'family', 'parameters', 'images', 'trained on', 'folder'], *(
-                 [name, one['family'], f"{one['parameters'] / 1e6:.2f} M", ' x '.join(map(str, one['shape'])),
-                  str(one['train_images']), f"`{one['path']}`"] for name, one in result['runs'].items())])]
-    for group in shown_groups(result):
-        parts += [f'## {escape(group_heading(result, group))}',
-                  markdown_table(group_cells(result, group)), markdown_table(difference_cells(result, group))]
-    if cells := pixel_cells(result, intervals=True):
-        parts += [f'## {pixel_heading(with_pixels(result)).capitalize()}', markdown_table(cells)]
-    parts += ['\n'.join(f'- {escape(line)}' for line in [*notes(result), *result['left_out'],
-                                                         *result['warnings']])]
-    return '\n\n'.join(parts) + f"\n\n```\n{result['command']}\n```\n"
+    lines = [*notes(result, judgement), *result['left_out'], *result['warnings']]
+    return '\n\n'.join([
+        f"# Comparison on {result['dataset']}", as_markdown(run_table(result)),
+        *map(as_markdown, tables(result, judgement, judgement.shown_groups)),
+        '\n'.join(f'- {escape_markdown(line)}' for line in lines), f"```\n{result['command']}\n```\n"])
 
 
-def markdown_table(cells: list[list[str]]) -> str:
-    head, *rows = [[escape(cell) for cell in row] for row in cells]
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---'] * len(head), *rows])
+def csv_rows(result: dict[str, Any], judgement: Judgement) -> Iterator[dict[str, Any]]:
+    """A row for each score and group: metrics with intervals, and the calls at the score's own threshold."""
+    masks = pixel_table(judgement) is not None
+    for row in judgement.rows.values():
+        run, found = result['runs'].get(row.run, {}), row.pixels.metrics if row.pixels else {}
+        pixels = {f'pixel_{metric.name}': found.get(metric.name, MISSING) for metric in localization.METRICS}
+        for group in judgement.shown_groups:
+            normal, anomalous = row.called['normal'], row.called[group]
+            yield {'row': row.name, 'run': row.run, 'kind': row.kind, 'primary': int(row.primary), 'group': group,
+                   'normal_images': normal.total, 'anomalous_images': anomalous.total, **row.metrics[group],
+                   **(pixels if masks else {}), 'threshold': row.threshold, 'called_normal': normal.count,
+                   'called_anomalous': anomalous.count, 'seconds_per_image': run.get('seconds_per_image'),
+                   'parameters': run.get('parameters')}
 
 
-def escape(text: str) -> str:
-    """Text in which Markdown sees no column and no emphasis."""
-    return text.replace('|', r'\|').replace('*', r'\*')
+# --------------------------------------------------------------------------------------------------- figure
 
-
-# -------------------------------------------------------------------------------------------------------- CSV
-
-def write_csv(path: Path, result: dict[str, Any]) -> None:
-    """One line a row and group: each metric with its interval; the calls at the row's own threshold."""
-    pixels = PIXEL_METRICS if with_pixels(result) else ()
-    columns = [f'{metric}{end}' for metric in [*SHOWN_METRICS, *(f'pixel_{m}' for m in pixels)]
-               for end in ('', '_low', '_high')]
-
-    def put(temporary: Path) -> None:
-        with temporary.open('w', newline='', encoding='utf-8') as file:
-            writer = csv.writer(file, lineterminator='\n')
-            writer.writerow(['row', 'run', 'kind', 'primary', 'group', 'normal_images', 'anomalous_images',
-                             *columns, 'threshold', 'called_normal', 'called_anomalous', 'seconds_per_image',
-                             'parameters'])
-            for name, row in result['scores'].items():
-                run = result['runs'].get(row.get('run'), {})
-                for group in shown_groups(result):
-                    called, metrics = row['called'], row['metrics'][group]
-                    writer.writerow([
-                        name, row.get('run', ''), row['kind'], int(name in result['primary_scores']), group,
-                        called['normal'][1], called[group][1],
-                        *(metrics[m][key] for m in SHOWN_METRICS for key in ('value', 'low', 'high')),
-                        *(row['pixels'][m][key] if 'pixels' in row else ''
-                          for m in pixels for key in ('value', 'low', 'high')),
-                        row['threshold'], called['normal'][0], called[group][0],
-                        run.get('seconds_per_image', ''), run.get('parameters', '')])
-    write_atomically(path, put)
-
-
-# ---------------------------------------------------------------------------------------------------- figures
-
-def forest_figure(result: dict[str, Any]) -> Any:
-    """AUROC and its 95 % interval of every row, one panel a group; models in colour, baselines in grey."""
-    groups, rows = shown_groups(result), result['scores']
-    columns = min(3, len(groups))
-    lines = math.ceil(len(groups) / columns)
-    figure = new_figure(3.4 * columns + 1.6, (0.24 * len(rows) + 0.9) * lines)
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
-    colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(result['runs'])}
+def forest_figure(judgement: Judgement) -> Any:
+    """AUROC and its 95 % interval of every row, one panel a group; models in color, baselines in gray."""
+    groups, rows = judgement.shown_groups, list(judgement.rows.values())
+    figure, panels = panel_grid(len(groups), (3.4, 0.24 * len(rows) + 0.9), (1.6, 0), sharex=True, sharey=True)
+    runs = list(dict.fromkeys(row.run for row in rows))
     for group, panel in zip(groups, panels):
-        for height, row in enumerate(rows.values()):
-            auroc, colour = row['metrics'][group]['auroc'], colours.get(row.get('run'), FAINT)
-            panel.plot([auroc['low'], auroc['high']], [height, height], color=colour, lw=2.2)
-            panel.plot(auroc['value'], height, color=colour, marker='o', ms=5)
+        for height, row in enumerate(rows):
+            auroc, color = row.auroc(group), COLORS[runs.index(row.run) % len(COLORS)] if row.run else FAINT
+            panel.plot([auroc.low, auroc.high], [height, height], color=color, lw=2.2)
+            panel.plot(auroc.value, height, color=color, marker='o', ms=5)
         panel.axvline(0.5, color=INK, lw=0.8, dashes=(4, 2), zorder=0)
         style(panel, group_title(group))
-        panel.set_yticks(range(len(rows)), [marked(name, result) for name in rows])
+        panel.set_yticks(range(len(rows)), [f'{row.name} *' if row.primary else row.name for row in rows])
         panel.set_xlabel('AUROC, 95 %')
-    for panel in list(panels):
-        panel.set_visible(False)
-    figure.axes[0].invert_yaxis()
+    panels[0].invert_yaxis()
     return figure

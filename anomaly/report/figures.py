@@ -1,22 +1,22 @@
 """The figures of an evaluation: ROC and PR curves, histograms, levels of the hierarchy, training.
 
-Drawn once and kept twice: as PNG under figures/, and as SVG inside the report, where their ink takes the
-colour of the text, so that dark mode and paper both work. `result` is what stands under 'anomaly' in
-metrics.json, `validation` and `test` are the Scored of scorer.py; k counts the latent groups that a score
-draws from the prior.
+Drawn once and kept twice: as PNG under figures/, and as SVG inside the report, where their ink takes the color
+of the text, so that dark mode and paper both work. `validation` and `test` are tables of scores; k counts the
+latent groups that a score draws from the prior.
 """
 
 import io
 import json
 import math
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from anomaly.metrics import make_finite
+from anomaly.judge import Judgement, ScoreRow, group_title
+from anomaly.metrics import Curves, Resamples, make_finite, roc_curves
 from utils import write_atomically
 
 # Scores in the figures beside the primary one, fixed beforehand so that none is picked on the test set
@@ -24,20 +24,9 @@ FIGURE_SCORES = ('reconstruction', 'complexity', 'kl_profile', 'kl', 'llr_1', 'i
 MOST_FIGURE_SCORES = 4
 FIGURE_BASELINES = ('png_size', 'file_size', 'pca')
 MOST_LEVEL_CLASSES = 6              # columns of the figure of levels
-INK = '#1b2430'                     # becomes the colour of the text in the report's SVG
-COLOURS = ('#2f7fd1', '#e07b39', '#2a9d74', '#b455a0', '#c9a227', '#7a6ff0')
+INK = '#1b2430'                     # becomes the color of the text in the report's SVG
+COLORS = ('#2f7fd1', '#e07b39', '#2a9d74', '#b455a0', '#c9a227', '#7a6ff0')
 NORMAL, FAINT = '#7f8b99', '#9aa5b1'
-LESION = '#39e0d0'
-CALLED = {'inferno': '#ffffff', 'coolwarm': '#000000'}   # pixels above the threshold, on each colour map
-
-
-def shown_groups(result: dict[str, Any]) -> list[str]:
-    """The anomalous classes, and 'all' where there are several."""
-    return [g for g in result['groups'] if g != 'all' or len(result['groups']) != 2]
-
-
-def group_title(group: str) -> str:
-    return 'all anomalous classes' if group == 'all' else group
 
 
 def new_figure(width: float, height: float, layout: str | None = 'constrained') -> Any:
@@ -47,7 +36,7 @@ def new_figure(width: float, height: float, layout: str | None = 'constrained') 
 
 
 def keep(figure: Any, out: Path, name: str) -> str:
-    """Writes figures/NAME.png; returns the same as SVG whose ink is the colour of the text around it."""
+    """Writes figures/NAME.png; returns the same as SVG whose ink is the color of the text around it."""
     import matplotlib
     (out / 'figures').mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -81,176 +70,175 @@ def legend(owner: Any, **options: Any) -> None:
     owner.legend(frameon=False, fontsize=8, labelcolor=INK, **options)
 
 
-def figure_scores(result: dict[str, Any]) -> list[str]:
-    """The primary score and a few others, fixed beforehand."""
-    others = [name for name in FIGURE_SCORES if name in result['scores'] and name != result['primary_score']]
-    return [result['primary_score'], *others[:MOST_FIGURE_SCORES - 1]]
+def panel_grid(count: int, size: tuple[float, float], margins: tuple[float, float],
+               **options: Any) -> tuple[Any, list[Any]]:
+    """A figure with `count` panels of a size in inches, at most three in a row, and room around them all."""
+    columns = min(3, count)
+    rows = math.ceil(count / columns)
+    figure = new_figure(size[0] * columns + margins[0], size[1] * rows + margins[1])
+    panels = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for panel in panels[count:]:
+        panel.set_visible(False)
+    return figure, panels[:count]
 
 
-def with_baselines(result: dict[str, Any], scores: list[str]) -> list[str]:
-    """These scores and the trivial baselines that stand beside them."""
-    return [*scores, *(name for name in FIGURE_BASELINES if name in result['scores'])]
+def figure_scores(judgement: Judgement) -> list[ScoreRow]:
+    """The primary scores, a few others and the baselines beside them, all fixed beforehand."""
+    known = lambda names: [judgement.rows[name] for name in names if name in judgement.rows]
+    others = [row for row in known(FIGURE_SCORES) if not row.primary]
+    return [*judgement.primaries, *others[:MOST_FIGURE_SCORES - 1], *known(FIGURE_BASELINES)]
 
 
-def chosen(test: Any, group: str) -> np.ndarray:
+def members(test: Any, group: str) -> np.ndarray:
     """Which test images are the anomalous ones of a group: (N,) bool."""
     return (test.labels == 1) & ((test.classes == group) | (group == 'all'))
 
 
-def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False-positive rate and true-positive rate."""
-    from sklearn.metrics import roc_curve
-    return roc_curve(labels, scores)[:2]
+def roc(curves: Curves) -> tuple[np.ndarray, np.ndarray]:
+    """False-positive and true-positive rate from (0, 0) to (1, 1); the area below is the AUROC."""
+    # At each anomalous score the curve runs to the right along the normal images above it, then up.
+    fpr, tpr = (np.stack(steps, 1).ravel() / total for steps, total in (
+        ((curves.above[0], curves.false_positive[0]), curves.normal),
+        ((curves.true_positive[0] - curves.positive[0], curves.true_positive[0]), curves.anomalous)))
+    return np.r_[0, fpr, 1], np.r_[0, tpr, 1]
 
 
-def pr_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Recall and precision."""
-    from sklearn.metrics import precision_recall_curve
-    precision, recall, _ = precision_recall_curve(labels, scores, drop_intermediate=True)
-    return recall, precision
+def precision_recall(curves: Curves) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and precision in steps, the area below which is the AUPRC."""
+    true = curves.true_positive[0]
+    return (np.repeat(np.r_[0, true / curves.anomalous], 2)[1:-1],
+            np.repeat(true / (true + curves.false_positive[0]), 2))
 
 
 # kind of curve -> what draws it, its axes, and the line of a score that knows nothing, from the prevalence
-CURVES: dict[str, tuple[Callable, tuple[str, str], Callable[[float], list[float]]]] = {
-    'roc': (roc_curve, ('false-positive rate', 'true-positive rate'), lambda prevalence: [0, 1]),
-    'pr': (pr_curve, ('recall (true-positive rate)', 'precision'), lambda prevalence: [prevalence] * 2)}
+CURVES = {
+    'roc': (roc, ('false-positive rate', 'true-positive rate'), lambda prevalence: [0, 1]),
+    'pr': (precision_recall, ('recall (true-positive rate)', 'precision'), lambda prevalence: [prevalence] * 2),
+}
 
 
-def curve_figure(result: dict[str, Any], test: Any, kind: str, scores: list[str]) -> Any:
-    """ROC or precision-recall curves, one panel a group: `scores` in colour, trivial baselines dashed."""
-    curve, (x_label, y_label), chance = CURVES[kind]
-    groups = shown_groups(result)
-    columns = min(3, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    figure = new_figure(3.5 * columns + 1.7, 3.4 * rows + 0.2)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    names = with_baselines(result, scores)
+def curve_figure(judgement: Judgement, test: Any, kind: str) -> Any:
+    """ROC or precision-recall curves, one panel a group: model scores in color, trivial baselines dashed."""
+    points, (x_label, y_label), chance = CURVES[kind]
+    groups, rows = judgement.shown_groups, figure_scores(judgement)
+    figure, panels = panel_grid(len(groups), (3.5, 3.4), (1.7, 0.2))
     dashes = iter(((4, 2), (1, 1.5), (6, 2, 1, 2)))
-    primary = result.get('primary_scores') or [result['primary_score']]
-    looks = {n: {'color': COLOURS[i % len(COLOURS)], 'lw': 2.2 if n in primary else 1.4}
-             if result['scores'][n]['kind'] == 'model'
-             else {'color': INK, 'lw': 1.1, 'dashes': next(dashes), 'alpha': 0.75}
-             for i, n in enumerate(names)}
+    looks = [{'color': COLORS[i % len(COLORS)], 'lw': 2.2 if row.primary else 1.4} if row.kind == 'model' else
+             {'color': INK, 'lw': 1.1, 'dashes': next(dashes), 'alpha': 0.75} for i, row in enumerate(rows)]
+    normal = test.labels == 0
     for group, panel in zip(groups, panels):
-        these = (test.labels == 0) | chosen(test, group)
-        labels = test.labels[these]
-        for name in names:
-            panel.plot(*curve(labels, make_finite(test.values[name])[0][these]), label=name,
-                       solid_capstyle='round', **looks[name])
-        panel.plot([0, 1], chance(float(labels.mean())), color=FAINT, lw=0.9, zorder=0, label='chance')
+        anomalous = members(test, group)
+        once = Resamples.once(int(normal.sum()), int(anomalous.sum()))
+        for row, look in zip(rows, looks):
+            scores = make_finite(test.values[row.name])[0]
+            curves, = roc_curves(scores[normal], scores[anomalous], once)
+            panel.plot(*points(curves), label=row.name, solid_capstyle='round', **look)
+        prevalence = float(anomalous.sum() / (anomalous | normal).sum())
+        panel.plot([0, 1], chance(prevalence), color=FAINT, lw=0.9, zorder=0, label='chance')
         panel.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect='equal', xlabel=x_label, ylabel=y_label)
         style(panel, group_title(group))
-    for panel in list(panels):
-        panel.set_visible(False)
-    legend(figure, handles=figure.axes[0].get_lines(), loc='outside right upper')
+    legend(figure, handles=panels[0].get_lines(), loc='outside right upper')
     return figure
 
 
-def histogram_figure(result: dict[str, Any], validation: Any, test: Any, thresholds: dict[str, float]) -> Any:
-    """How the scores of normal and anomalous images are distributed, with the threshold."""
-    names = [*figure_scores(result), *(b for b in FIGURE_BASELINES[:2] if b in result['scores'])]
-    columns = min(3, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure = new_figure(3.5 * columns, 2.3 * rows + 0.5)
-    panels = figure.subplots(rows, columns, squeeze=False)
-    classes = [g for g in result['groups'] if g != 'all']
-    fewest = min([len(validation.entries), *(int(chosen(test, group).sum()) for group in classes)])
-    number = int(np.clip(3 * fewest ** (1 / 3), 8, 40))                 # of bins: Rice's rule, somewhat finer
-    for panel, name in zip(panels.flat, names):
-        everything = np.concatenate([validation.values[name], test.values[name]])
-        low, high = np.percentile(everything[np.isfinite(everything)], [0.5, 99.5])
-        bins = np.linspace(low, high if high > low else low + 1, number + 1)
-
-        def draw(values: np.ndarray, panel: Any = panel, bins: np.ndarray = bins, **look: Any) -> None:
-            values = np.clip(values[np.isfinite(values)], bins[0], bins[-1])
-            if len(values):
-                panel.hist(values, bins, density=True, **look)
-        draw(test.values[name][test.labels == 0], color=NORMAL, alpha=0.45, label='normal, test')
-        draw(validation.values[name], histtype='step', color=INK, lw=1, label='normal, validation')
-        for i, group in enumerate(classes):
-            values, colour = test.values[name][chosen(test, group)], COLOURS[1 + i % 5]
-            draw(values, histtype='stepfilled', alpha=0.3, color=colour)
-            draw(values, histtype='step', lw=1.4, color=colour, label=group)
-        if math.isfinite(thresholds[name]):
-            panel.axvline(thresholds[name], color=INK, lw=1.2, dashes=(4, 2), label='threshold')
-        kind = ' (baseline)' if result['scores'][name]['kind'] == 'baseline' else ''
-        style(panel, name + kind)
+def histogram_figure(judgement: Judgement, validation: Any, test: Any) -> Any:
+    """The distributions of normal and anomalous scores, with the threshold."""
+    rows = figure_scores(judgement)[:6]
+    figure, panels = panel_grid(len(rows), (3.5, 2.3), (0, 0.5))
+    parts = {group: members(test, group) for group in judgement.classes}
+    fewest = min([len(validation.entries), *(int(part.sum()) for part in parts.values())])
+    edges = int(np.clip(3 * fewest ** (1 / 3), 8, 40)) + 1                  # Rice's rule, somewhat finer
+    for panel, row in zip(panels, rows):
+        known, values = validation.values[row.name], test.values[row.name]
+        finite = np.concatenate([v[np.isfinite(v)] for v in (known, values)])
+        low, high = np.percentile(finite, [0.5, 99.5]) if len(finite) else (0, 1)
+        draw = partial(draw_histogram, panel, np.linspace(low, high if high > low else low + 1, edges))
+        draw(values[test.labels == 0], color=NORMAL, alpha=0.45, label='normal, test')
+        draw(known, histtype='step', color=INK, lw=1, label='normal, validation')
+        for i, (group, part) in enumerate(parts.items()):
+            color = COLORS[1 + i % 5]
+            draw(values[part], histtype='stepfilled', alpha=0.3, color=color)
+            draw(values[part], histtype='step', lw=1.4, color=color, label=group)
+        if math.isfinite(row.threshold):
+            panel.axvline(row.threshold, color=INK, lw=1.2, dashes=(4, 2), label='threshold')
+        style(panel, f'{row.name} (baseline)' if row.kind == 'baseline' else row.name)
         panel.spines['left'].set_visible(False)
         panel.set_yticks([])
-    for panel in panels.flat[len(names):]:
-        panel.set_visible(False)
-    handles, labels = panels.flat[0].get_legend_handles_labels()
-    legend(figure, handles=handles, labels=labels, loc='outside lower center', ncols=min(6, len(labels)))
+    fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
+    handles, labels = fullest.get_legend_handles_labels()
+    legend(figure, handles=handles, labels=labels, loc='outside lower center', ncols=6)
     return figure
 
 
-def levels(result: dict[str, Any], row: str) -> dict[int, str]:
-    """k -> name of the scores of a row, 'llr' or 'lk', by rising k; 'lk' begins with L>0, the NELBO."""
-    found = {int(name.removeprefix(f'{row}_')): name for name in result['scores']
-             if name.startswith(f'{row}_')}
-    if row == 'lk' and found and 'nelbo' in result['scores'] and result['iw_samples_lk'] == 1:
-        found[0] = 'nelbo'
+def draw_histogram(panel: Any, bins: np.ndarray, values: np.ndarray, **look: Any) -> None:
+    """The density of the finite values; those beyond the bins are counted in the outermost ones."""
+    values = np.clip(values[np.isfinite(values)], bins[0], bins[-1])
+    if len(values):
+        panel.hist(values, bins, density=True, **look)
+
+
+def levels(judgement: Judgement, prefix: str, with_nelbo: bool = False) -> dict[int, ScoreRow]:
+    """k -> the score PREFIX_k, by rising k; `with_nelbo` puts the NELBO, which is L>0, before those of 'lk'."""
+    found = {int(name.removeprefix(f'{prefix}_')): row for name, row in judgement.rows.items()
+             if name.startswith(f'{prefix}_')}
+    if found and with_nelbo and 'nelbo' in judgement.rows:
+        found[0] = judgement.rows['nelbo']
     return dict(sorted(found.items()))
 
 
-def level_figure(result: dict[str, Any], test: Any) -> Any | None:
-    """Which level finds it strange: LLR>k, -L>k and their AUROC against k, one column an anomalous class.
+def level_figure(judgement: Judgement, test: Any, lk_is_elbo: bool) -> Any | None:
+    """Which levels find images unusual: LLR>k, -L>k and their AUROC against k, one column an anomalous class.
 
     Lines are medians, bands reach from the lower to the upper quartile of the images; bars are the 95 %
-    intervals of the AUROC. None if the scores have fewer than two levels.
+    intervals of the AUROC. None if the scores have fewer than two levels. `lk_is_elbo`: -L>k are ELBOs, too.
     """
-    rows = {title: names for title, row in (('LLR>k', 'llr'), ('-L>k', 'lk'))
-            if len(names := levels(result, row)) > 1}
-    if not rows:
+    lines = {'LLR>k': levels(judgement, 'llr'), '-L>k': levels(judgement, 'lk', with_nelbo=lk_is_elbo)}
+    lines = {title: rows for title, rows in lines.items() if len(rows) > 1}
+    if not lines:
         return None
-    classes = [group for group in result['groups'] if group != 'all'][:MOST_LEVEL_CLASSES]
-    judged = bool(classes) and all(row['metrics'] for row in result['scores'].values())
-    shape = len(rows) + judged, max(1, len(classes))
+    classes, judged = judgement.classes[:MOST_LEVEL_CLASSES], judgement.has_metrics
+    shape = len(lines) + judged, max(1, len(classes))
     figure = new_figure(max(5.5, 2.7 * shape[1]), 2.3 * shape[0] + 0.5)
     panels = figure.subplots(*shape, squeeze=False, sharex='col')
-    for column in range(shape[1]):
-        parts = [('normal', test.labels == 0, NORMAL)]
-        parts += [(group, chosen(test, group), COLOURS[1 + column % 5])
-                  for group in classes[column:column + 1]]
-        for i, (panel, (title, names)) in enumerate(zip(panels[:, column], rows.items())):
-            for label, images, colour in parts:
-                values = {k: test.values[name][images] for k, name in names.items()}
-                draw_quartiles(panel, values, label, colour)
-            panel.set(ylabel=f'{title}, nats' if column == 0 else '')
-            style(panel)
-            if i == 0:
-                legend(panel, loc='best')
+    for i, column in enumerate(panels.T):
+        group = classes[i] if classes else ''
+        parts = [('normal', test.labels == 0, NORMAL),
+                 *([(group, members(test, group), COLORS[1 + i % 5])] if group else [])]
+        for panel, (title, rows) in zip(column, lines.items()):
+            for label, images, color in parts:
+                draw_quartiles(panel, {k: test.values[row.name][images] for k, row in rows.items()},
+                               color=color, label=label)
+            panel.set(ylabel=f'{title}, nats' if i == 0 else '')
+            style(panel, group if panel is column[0] else '')
+        legend(column[0], loc='best')
         if judged:
-            draw_auroc(panels[-1, column], result, rows, classes[column])
-            if column == 0:
-                panels[-1, column].set_ylabel('AUROC')
-                legend(panels[-1, column], loc='lower right')
-        if classes:
-            style(panels[0, column], classes[column])
-        panels[-1, column].set_xlabel('k, groups from the prior')
+            draw_auroc(column[-1], lines, group)
+        column[-1].set_xlabel('k, groups from the prior')
+    if judged:
+        panels[-1, 0].set_ylabel('AUROC')
+        legend(panels[-1, 0], loc='lower right')
     for panel in panels.flat:
         panel.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
-def draw_quartiles(panel: Any, values: dict[int, np.ndarray], label: str, colour: str) -> None:
+def draw_quartiles(panel: Any, values: dict[int, np.ndarray], **look: Any) -> None:
     """Median and quartiles of the finite values (n,) of each k."""
     quartiles = {k: np.percentile(v[np.isfinite(v)], [25, 50, 75]) for k, v in values.items()
                  if np.isfinite(v).any()}
     if quartiles:
         low, middle, high = np.array(list(quartiles.values())).T
-        panel.plot(list(quartiles), middle, color=colour, lw=1.8, marker='o', ms=3, label=label)
-        panel.fill_between(list(quartiles), low, high, color=colour, alpha=0.22, lw=0)
+        panel.plot(list(quartiles), middle, lw=1.8, marker='o', ms=3, **look)
+        panel.fill_between(list(quartiles), low, high, color=look['color'], alpha=0.22, lw=0)
 
 
-def draw_auroc(panel: Any, result: dict[str, Any], rows: dict[str, dict[int, str]], group: str) -> None:
-    """AUROC and its 95 % interval against k, one line a row of scores."""
-    for i, (title, names) in enumerate(rows.items()):
-        found = [result['scores'][name]['metrics'][group]['auroc'] for name in names.values()]
-        value, low, high = (np.array([auroc[key] for auroc in found]) for key in ('value', 'low', 'high'))
-        # a percentile interval need not hold the value itself
-        bars = np.maximum(0, [value - low, high - value])
-        panel.errorbar(list(names), value, bars, color=COLOURS[5 * i], lw=1.4, marker='o', ms=3, label=title)
+def draw_auroc(panel: Any, lines: dict[str, dict[int, ScoreRow]], group: str) -> None:
+    """AUROC and its 95 % interval against k, one line a kind of score."""
+    for i, (title, rows) in enumerate(lines.items()):
+        aurocs = [row.auroc(group) for row in rows.values()]
+        value, low, high = np.array([(auroc.value, auroc.low, auroc.high) for auroc in aurocs]).T
+        bars = np.maximum(0, [value - low, high - value])      # a percentile interval need not hold the value
+        panel.errorbar(list(rows), value, bars, color=COLORS[5 * i], lw=1.4, marker='o', ms=3, label=title)
     panel.axhline(0.5, color=FAINT, lw=0.7, zorder=0)
     panel.set_ylim(-0.02, 1.02)
     style(panel)
@@ -277,19 +265,9 @@ def training_figure(history: dict[str, list[tuple[int, float]]]) -> Any | None:
         return None
     figure = new_figure(5.2 * len(names), 2.9)
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False).flat, names):
-        for part, label, colour in (('train', 'training', NORMAL), ('val', 'validation', COLOURS[0])):
-            panel.plot(*zip(*history[f'{part}/{name}']), label=label, color=colour, lw=1.6, marker='o', ms=3)
+        for part, label, color in (('train', 'training', NORMAL), ('val', 'validation', COLORS[0])):
+            panel.plot(*zip(*history[f'{part}/{name}']), label=label, color=color, lw=1.6, marker='o', ms=3)
         panel.set(xlabel='step', ylabel=name)
         style(panel, name)
         legend(panel, loc='best')
     return figure
-
-
-def map_scale(maps: list[np.ndarray]) -> dict[str, Any]:
-    """One colour scale for all maps: from 0, or around 0 if some are negative; the top 0.5 % is clipped."""
-    values = np.concatenate([m.ravel() for m in maps]) if maps else np.zeros(1)
-    values = values[np.isfinite(values)]
-    high = float(np.percentile(np.abs(values), 99.5)) if len(values) else 1.0
-    high = high or 1.0
-    return {'cmap': 'coolwarm', 'vmin': -high, 'vmax': high} if len(values) and values.min() < 0 else {
-        'cmap': 'inferno', 'vmin': 0, 'vmax': high}

@@ -1,7 +1,7 @@
 """The cases that a reader looks at: which test images, and their pictures, on the page and as a figure.
 
-C channels, S pixels, (H, W) or (D, H, W); N test images, in whose order places are counted. `result`,
-`validation` and `test` are those of figures.py.
+C channels, S pixels, (H, W) or (D, H, W); N test images, in whose order places are counted. `validation` and
+`test` are tables of scores.
 """
 
 import base64
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from anomaly.maps.overlays import as_colour, as_grey, as_picture, blend
-from anomaly.maps.slices import CONVENTION, VIEWS, View, cuts, focus, sheet, sheet_columns, stack
+from anomaly.judge import ScoreRow
+from anomaly.maps.overlays import as_color, as_gray, as_picture, blend, map_scale, overlay
+from anomaly.maps.slices import CONVENTION, VIEWS, View, focus, sheet, sheet_columns, stack
 from anomaly.metrics import make_finite, percentile
-from anomaly.report.figures import CALLED, FAINT, INK, LESION, map_scale, new_figure
+from anomaly.report.figures import FAINT, INK, new_figure
 from anomaly.scoring import Case
 from readers.volumes.nifti import entry_grids
 
@@ -60,13 +61,12 @@ def short_number(value: float) -> str:
 
 # ------------------------------------------------------------------------------------------------ on the page
 
-def gallery(result: dict[str, Any], validation: Any, test: Any, threshold: float) -> dict[str, Any]:
-    """What the page shows of each case, and the colours of the maps. A card has `pictures`, or of a volume
-    `views`: sheets with all slices of a direction, which the page's script moves.
+def gallery(row: ScoreRow, validation: Any, test: Any) -> dict[str, Any]:
+    """What the page shows of each case by the score of `row`, and the colors of the maps. A card has
+    `pictures`, or for a volume `views`: sheets with all slices of a direction, which the page's script moves.
     """
-    name = result['primary_score']
-    values, maps = test.values[name], [case.map for case in test.cases if case.map is not None]
-    percentiles, look = percentile(values, validation.values[name]), map_scale(maps)
+    values, maps = test.values[row.name], [case.map for case in test.cases if case.map is not None]
+    percentiles, look = percentile(values, validation.values[row.name]), map_scale(maps)
     volumes = bool(test.cases) and test.cases[0].image.ndim == 4
     cards = []
     for case in test.cases:
@@ -75,7 +75,7 @@ def gallery(result: dict[str, Any], validation: Any, test: Any, threshold: float
             flat_pictures(case, look)
         cards.append({'place': case.place, 'id': entry.id, 'class': entry.class_name, **shown,
                       'score': short_number(value), 'percentile': f'{percentiles[case.place]:.0f}',
-                      'outcome': outcome(entry.label, not np.isfinite(value) or value > threshold)})
+                      'outcome': outcome(entry.label, not np.isfinite(value) or value > row.threshold)})
     return {'cards': cards, 'classes': list(dict.fromkeys(sorted(card['class'] for card in cards))),
             'scale': scale_bar(look) if maps else None, 'volumes': volumes, 'convention': CONVENTION,
             'skips': max((card['step'] for card in cards), default=1) if volumes else 1,
@@ -84,13 +84,13 @@ def gallery(result: dict[str, Any], validation: Any, test: Any, threshold: float
 
 def flat_pictures(case: Case, look: dict[str, Any]) -> dict[str, Any]:
     """The pictures of an image (C, H, W)."""
-    colours = as_colour(case.image)
-    pictures = [{'title': 'input', 'source': picture_source(colours), 'outlined': True}]
+    colors = as_color(case.image)
+    pictures = [{'title': 'input', 'source': picture_source(colors), 'outlined': True}]
     if case.reconstruction is not None:
         pictures.append({'title': 'reconstruction', 'outlined': False,
-                         'source': picture_source(as_colour(case.reconstruction))})
+                         'source': picture_source(as_color(case.reconstruction))})
     if case.map is not None:
-        pictures.append({'title': 'map', 'source': picture_source(blend(colours, case.map, look)),
+        pictures.append({'title': 'map', 'source': picture_source(blend(colors, case.map, look)),
                          'outlined': True})
     return {'pictures': pictures, 'outline': '' if case.mask is None else outline_path(case.mask),
             'height': case.image.shape[-2], 'width': case.image.shape[-1]}
@@ -125,13 +125,13 @@ def one_view(case: Case, view: View, place: int, look: dict[str, Any], distance:
     total, chosen = case.image.shape[1 + view.across], slice(place % step, None, step)
     slices = lambda volume: stack(volume, view)[..., chosen, :, :]                    # (..., n, h, w)
     sheets = [{'title': title if len(volume) == 1 else f'{title}, channel {channel}', 'outlined': outlined,
-               'source': sheet_source(as_grey(one))}
+               'source': sheet_source(as_gray(one))}
               for title, volume, outlined in (('input', case.image, True),
                                               ('reconstruction', case.reconstruction, False))
               if volume is not None for channel, one in enumerate(slices(volume), 1)]
     if case.map is not None:
         sheets.append({'title': 'map', 'outlined': True, 'source': sheet_source(
-            blend(as_grey(slices(case.image)[0]), slices(case.map), look))})
+            blend(as_gray(slices(case.image)[0]), slices(case.map), look))})
     number, height, width = slices(case.image).shape[1:]
     columns = sheet_columns(number)
     return {'name': view.name, 'letters': dict(zip(('left', 'right', 'top', 'bottom'), view.letters)),
@@ -143,15 +143,15 @@ def one_view(case: Case, view: View, place: int, look: dict[str, Any], distance:
 
 
 def scale_bar(look: dict[str, Any]) -> dict[str, str]:
-    """The colours of the maps from low to high, as a picture of one row."""
+    """The colors of the maps from low to high, as a picture of one row."""
     values = np.linspace(look['vmin'], look['vmax'], 128)[None]
     return {'source': picture_source(blend(np.full((1, 128, 3), 0.5), values, look)),
             'low': short_number(look['vmin']), 'high': short_number(look['vmax'])}
 
 
-def picture_source(colours: np.ndarray) -> str:
+def picture_source(colors: np.ndarray) -> str:
     """Colours (H, W, 3) in [0, 1] as the data address of a WebP picture, which holds nothing but pixels."""
-    picture = as_picture(colours)
+    picture = as_picture(colors)
     picture.thumbnail((LARGEST, LARGEST))
     return data_address(picture, lossless=max(picture.size) <= LOSSLESS)
 
@@ -178,90 +178,36 @@ def outline_path(mask: np.ndarray) -> str:
 
 # ------------------------------------------------------------------------------------------------ as a figure
 
-def case_figure(result: dict[str, Any], validation: Any, test: Any, threshold: float, each: int) -> Any:
-    """Input | reconstruction | map of the `each` most and least anomalous images.
+def case_figure(row: ScoreRow, validation: Any, test: Any, each: int) -> Any:
+    """Overlays of the `each` most and least anomalous images by the score of `row`.
 
-    Lesion masks are outlined, and on the map what is called at the pixel threshold. Of a volume three slices,
-    axial, coronal and sagittal, through the largest value of the map, of the first channel.
+    Lesion masks are outlined, and on the map what is above the pixel threshold.
     """
-    name, first = result['primary_score'], test.cases[0]
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     most, least = test.cases[:each], test.cases[::-1][:each]
-    percentiles = percentile(test.values[name], validation.values[name])
-    kinds = ['input', *(['reconstruction'] if first.reconstruction is not None else []),
-             *([f'{name} map'] if first.map is not None else [])]
-    volumes = first.image.ndim == 4
-    titles = [f"{'' if i else kind}\n{view.name}" for kind in kinds
-              for i, view in enumerate(VIEWS)] if volumes else kinds
-    # All measures in inches: every picture `side` wide, two lines of text under each row.
-    side, gap, text, rows, head = 1.1 if volumes else 1.5, 0.07, 0.36, len(most), 0.6 if volumes else 0.5
-    block = len(titles) * (side + gap) + 0.2
-    height, width = head + rows * (side + text), 2 * block + (0.55 if first.map is not None else 0)
-    figure = new_figure(width, height, layout=None)
-
-    def panel(left: float, top: float, wide: float, high: float) -> Any:
-        return figure.add_axes([left / width, 1 - (top + high) / height, wide / width, high / height])
-
-    look, shown = map_scale([case.map for case in [*most, *least] if case.map is not None]), None
-    pixel_threshold = result['scores'][name].get('pixel_threshold', math.inf)
-    if volumes:
-        figure.text(1 - 0.1 / width, 1 - 0.17 / height, CONVENTION, fontsize=7.5, ha='right', color=INK)
-    for left, title, cases in ((0, 'most anomalous', most), (block, 'least anomalous', least)):
-        figure.text(left / width, 1 - 0.17 / height, title, fontsize=10, fontweight='bold', color=INK)
-        for row, case in enumerate(cases):
-            top = head + row * (side + text)
-            cells = [panel(left + i * (side + gap), top, side, side) for i in range(len(titles))]
-            for cell, words in zip(cells, titles):
-                cell.set_axis_off()
-                if row == 0:
-                    cell.set_title(words, fontsize=7.5, color=INK, loc='left', pad=3)
-            entry, score = test.entries[case.place], test.values[name][case.place]
-            shown = draw_case(cells, case, look, pixel_threshold) or shown
-            if volumes:
-                distance = spacing(entry)
-                for cell, view in zip(cells, VIEWS * len(kinds)):
-                    cell.set_aspect(distance[view.rows] / distance[view.columns])
-            called = '' if score <= threshold else ', called'
-            figure.text(left / width, 1 - (top + side + 0.05) / height, f"{entry.class_name} · "
-                        f"{shorten(entry.id)}\n{name} {score:.5g}, percentile "
-                        f"{percentiles[case.place]:.0f}{called}", va='top', fontsize=7, color=INK)
-    if shown is not None:
-        bar = figure.colorbar(shown, cax=panel(2 * block, head, 0.12, min(3.5, height - head - text)))
+    maps = [case.map for case in [*most, *least] if case.map is not None]
+    look, threshold = map_scale(maps), math.inf if row.pixel_threshold is None else row.pixel_threshold
+    percentiles = percentile(test.values[row.name], validation.values[row.name])
+    height = 2.6 if test.cases[0].image.ndim == 4 else 1.9
+    figure = new_figure(10, height * len(most) + 0.4)
+    panels = figure.subplots(len(most), 2, squeeze=False)
+    for column, title, cases in zip(panels.T, ('most anomalous', 'least anomalous'), (most, least)):
+        for panel, case in zip(column, cases):
+            entry, score = test.entries[case.place], test.values[row.name][case.place]
+            panel.imshow(overlay(case.image, case.reconstruction, case.map, look, threshold, spacing(entry),
+                                 case.mask), interpolation='none')
+            panel.set_axis_off()
+            called = '' if score <= row.threshold else ', called'
+            panel.set_title(f"{entry.class_name} · {shorten(entry.id)}\n{row.name} {score:.5g}, percentile "
+                            f"{percentiles[case.place]:.0f}{called}", fontsize=7, color=INK, loc='left')
+        column[0].set_title(f'{title}\n{column[0].get_title(loc="left")}', fontsize=7, color=INK, loc='left')
+    if maps:
+        bar = figure.colorbar(ScalarMappable(Normalize(look['vmin'], look['vmax']), look['cmap']), ax=panels,
+                              label=f'{row.name} map', shrink=min(1, 2 / len(most)), anchor=(0, 1))
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelcolor=INK, labelsize=7, color=FAINT)
     return figure
-
-
-def draw_case(cells: list[Any], case: Case, look: dict[str, Any], pixel_threshold: float) -> Any | None:
-    """Draws a case into one panel a picture, three of a volume; returns what its colour bar needs."""
-    images, masks, maps = [case.image], [case.mask], [case.map]
-    rebuilt = [] if case.reconstruction is None else [case.reconstruction]
-    if case.image.ndim == 4:
-        place = focus(case.map, case.image.shape[1:])
-        images, masks, maps = ([None] * 3 if x is None else cuts(x, place)
-                               for x in (case.image[:1], case.mask, case.map))
-        rebuilt = [part for x in rebuilt for part in cuts(x[:1], place)]
-    for cell, image, mask in zip(cells, [*images, *rebuilt], [*masks, *[None] * len(rebuilt)]):
-        picture(cell, image, mask)
-    shown = None
-    if case.map is not None:
-        for cell, values, mask in zip(cells[-len(maps):], maps, masks):
-            shown = cell.imshow(values, interpolation='none', **look)
-            outline(cell, values > pixel_threshold, CALLED[look['cmap']])
-            outline(cell, mask)
-    return shown
-
-
-def picture(panel: Any, image: np.ndarray, mask: np.ndarray | None = None) -> None:
-    """An image (C, H, W) in [0, 1] in grey, or in colour if C = 3; other channel counts show their first."""
-    colour = len(image) == 3
-    panel.imshow(np.moveaxis(image, 0, -1).clip(0, 1) if colour else image[0], interpolation='none',
-                 **({} if colour else {'cmap': 'gray', 'vmin': 0, 'vmax': 1}))
-    outline(panel, mask)
-
-
-def outline(panel: Any, mask: np.ndarray | None, colour: str = LESION) -> None:
-    if mask is not None and mask.any() and not mask.all():
-        panel.contour(mask, [0.5], colors=colour, linewidths=0.9)
 
 
 def shorten(text: str, most: int = 22) -> str:

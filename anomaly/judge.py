@@ -1,0 +1,224 @@
+"""How well scores tell normal from anomalous test images: from a table of scores to typed rows.
+
+N images of a table. A group is one anomalous class, or 'all' of them; each is judged against all normal images.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anomaly.config import Judging, MapConfig
+from anomaly.maps.localization import Localization, localize
+from anomaly.maps.segmentation import Segmentation
+from anomaly.maps.segmentation import judge as judge_segmentations
+from anomaly.metrics import Estimate, Resamples, evaluate_score, make_finite, smallest_sample
+from utils import finite
+
+
+class Share(NamedTuple):
+    """How many of some images."""
+    count: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A score with its thresholds, and what `judge` finds of it on the test images."""
+    name: str                                    # in a comparison run/score
+    kind: str                                    # 'model' or 'baseline'
+    about: str
+    threshold: float                             # above it an image is called anomalous; may be infinite
+    pixel_threshold: float | None = None         # the same for pixels of its map; None: no map is judged
+    primary: bool = False                        # chosen before looking at any anomaly
+    run: str = ''                                # in a comparison, the run of the model
+    called: Mapping[str, Share] = field(default_factory=dict)                        # 'normal' and groups
+    metrics: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)      # group -> metric
+    pixels: Localization | None = None
+    segmentation: Segmentation | None = None
+
+    def auroc(self, group: str) -> Estimate:
+        return self.metrics[group]['auroc']
+
+    def as_json(self) -> dict[str, Any]:
+        """What metrics.json holds of the score; keys without a value are left out."""
+        optional = {'run': self.run or None, 'pixel_threshold': self.pixel_threshold,
+                    'pixels': self.pixels and self.pixels.as_json(),
+                    'segmentation': self.segmentation and self.segmentation.as_json()}
+        metrics = {group: {name: estimate.as_json() for name, estimate in found.items()}
+                   for group, found in self.metrics.items()}
+        return finite({'kind': self.kind, 'about': self.about, 'threshold': self.threshold, 'metrics': metrics,
+                       'called': dict(self.called),
+                       **{key: value for key, value in optional.items() if value is not None}})
+
+
+class Difference(NamedTuple):
+    """AUROC of one score minus that of another against a group, from the same resamples."""
+    group: str
+    first: ScoreRow
+    second: ScoreRow
+    turned: bool                                 # the second is a baseline with an AUROC below 0.5, negated
+    estimate: Estimate
+
+    @property
+    def outcome(self) -> str:
+        """What the interval says of the first."""
+        return 'better' if self.estimate.low > 0 else 'worse' if self.estimate.high < 0 else 'undecided'
+
+    @property
+    def rival(self) -> str:
+        return f'{self.second.name} negated' if self.turned else self.second.name
+
+    @property
+    def text(self) -> str:
+        """The result for a primary score and the best baseline, as a sentence."""
+        ours, theirs = (row.auroc(self.group).value for row in (self.first, self.second))
+        verb = 'cannot be told from' if self.outcome == 'undecided' else f'is {self.outcome} than'
+        return (f"{group_title(self.group)}: the primary score {self.first.name} (AUROC {ours:.3f}) {verb} "
+                f"the best trivial baseline, {self.rival} ({max(theirs, 1 - theirs):.3f}); difference "
+                f"{self.estimate.low:+.3f} to {self.estimate.high:+.3f} (95 %, paired).")
+
+    def as_json(self) -> dict[str, Any]:
+        return {'group': self.group, 'first': self.first.name, 'second': self.second.name,
+                'turned': self.turned, **self.estimate.as_json(), 'outcome': self.outcome}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """All scores on the test images, of one run or of several; trivial baselines last."""
+    rows: Mapping[str, ScoreRow]
+    groups: Sequence[str]                        # anomalous classes in their order, and 'all'
+    judging: Judging
+    warnings: Sequence[str] = ()
+
+    @property
+    def classes(self) -> list[str]:
+        return [group for group in self.groups if group != 'all']
+
+    @property
+    def shown_groups(self) -> list[str]:
+        """Without 'all' where it is the only class again."""
+        return self.classes if len(self.classes) == 1 else list(self.groups)
+
+    @property
+    def primaries(self) -> list[ScoreRow]:
+        """The primary score of each run."""
+        return [row for row in self.rows.values() if row.primary]
+
+    @property
+    def has_metrics(self) -> bool:
+        """False where normal or anomalous test images are missing."""
+        return all(row.metrics for row in self.rows.values())
+
+    def images(self, group: str) -> int:
+        """The number of test images of a group, or of 'normal'."""
+        return next(iter(self.rows.values())).called[group].total
+
+    def differences(self, group: str) -> list[Difference]:
+        """Between all primary scores, and from each of them to the best baseline: that with the AUROC farthest
+        from 0.5, because a user may negate it. None where there are no metrics.
+        """
+        if not self.has_metrics:
+            return []
+        best = max((row for row in self.rows.values() if row.kind == 'baseline'),
+                   key=lambda row: abs(row.auroc(group).value - 0.5))
+        turned = best.auroc(group).value < 0.5
+        rival = best.auroc(group).negated if turned else best.auroc(group)
+        return [*(Difference(group, a, b, False, a.auroc(group) - b.auroc(group))
+                  for a, b in combinations(self.primaries, 2)),
+                *(Difference(group, row, best, turned, row.auroc(group) - rival) for row in self.primaries)]
+
+    def as_json(self) -> dict[str, Any]:
+        """`groups` and `scores` of metrics.json and comparison.json."""
+        return {'groups': list(self.groups), 'scores': {name: row.as_json() for name, row in self.rows.items()}}
+
+
+def group_title(group: str) -> str:
+    return 'all anomalous classes' if group == 'all' else group
+
+
+# -------------------------------------------------------------------------------------------------- judging
+
+def unjudged(scores: Iterable[Any], kind: str, thresholds: Mapping[str, float],
+             pixel_thresholds: Mapping[str, float], primary: str) -> list[ScoreRow]:
+    """The rows of scores, or of baselines, before any test image is seen."""
+    return [ScoreRow(score.name, kind, score.about, thresholds[score.name], pixel_thresholds.get(score.name),
+                     primary=score.name == primary) for score in scores]
+
+
+def judge(test: Any, rows: Sequence[ScoreRow], judging: Judging, maps: MapConfig, seed: int,
+          class_order: Sequence[str] = ()) -> Judgement:
+    """Calls and metrics of every score against each group, and metrics of maps where lesion masks are known.
+
+    `test` is a table of scores with the values of all `rows`. Resamples follow from the seed and the numbers
+    of images alone: those of all scores, and of several runs on the same images, are paired.
+    """
+    normal, anomalous, order = test.labels == 0, test.labels == 1, list(class_order)
+    names = sorted(set(test.classes[anomalous]), key=lambda name: [*order, name].index(name))
+    groups = {**{name: anomalous & (test.classes == name) for name in names}, 'all': anomalous}
+    drawn, warnings = {}, not_finite('test', test)
+    if normal.any() and anomalous.any():
+        drawn = {group: Resamples.draw(int(normal.sum()), int(members.sum()), judging.num_bootstrap, seed)
+                 for group, members in groups.items()}
+    else:
+        warnings.insert(0, "the test part lacks normal or anomalous images: scores and calls only, no AUROC.")
+    judged = {}
+    for row in rows:
+        scores, bad = make_finite(test.values[row.name])
+        called = bad | (scores > row.threshold)
+        judged[row.name] = replace(
+            row, **judge_maps(test, row, judging, maps, seed),
+            called={group: Share(int(called[members].sum()), int(members.sum()))
+                    for group, members in {'normal': normal, **groups}.items()},
+            metrics={group: evaluate_score(scores[normal], scores[groups[group]], resamples)
+                     for group, resamples in drawn.items()})
+    return Judgement(judged, list(groups), judging, warnings)
+
+
+def judge_maps(test: Any, row: ScoreRow, judging: Judging, maps: MapConfig, seed: int) -> dict[str, Any]:
+    """`pixels` and, for volumes, `segmentation` of a row; {} without a map or known lesions."""
+    known, found, options = test.maps, {}, {'num_bootstrap': judging.num_bootstrap, 'seed': seed}
+    if known is None or row.pixel_threshold is None or not known.masks.any():
+        return {}
+    if not known.masks.all():
+        found['pixels'] = localize(known.masks, known.values[row.name], row.pixel_threshold,
+                                   counted=known.counted, **options)
+    if known.inside is not None:
+        found['segmentation'] = judge_segmentations(known, row.name, test.entries, row.pixel_threshold, maps,
+                                                    **options)
+    return found
+
+
+def join(judgements: Mapping[str, Judgement]) -> Judgement:
+    """The rows of several runs on the same images under the names run/score; baselines last."""
+    rows = [row if row.kind == 'baseline' else replace(row, name=f'{run}/{row.name}', run=run)
+            for run, judgement in judgements.items() for row in judgement.rows.values()]
+    return replace(next(iter(judgements.values())),
+                   rows={row.name: row for row in sorted(rows, key=lambda row: row.kind == 'baseline')},
+                   warnings=[f'{run}: {line}' for run, one in judgements.items() for line in one.warnings])
+
+
+# ------------------------------------------------------------------------------------------------- warnings
+
+def not_finite(part: str, table: Any) -> list[str]:
+    """A line for each score that is not finite for some images of a part."""
+    lines = []
+    for name, values in table.values.items():
+        broken = np.flatnonzero(~np.isfinite(values))
+        if len(broken):
+            images, others = ('images have', ' and others') if len(broken) > 1 else ('image has', '')
+            lines.append(f"{name}: {len(broken)} {part} {images} a score that is not finite, which counts as "
+                         f"the most anomalous: {table.entries[broken[0]].id}{others}.")
+    return lines
+
+
+def validation_warnings(validation: Any, target_fpr: float) -> list[str]:
+    """What limits the thresholds: too few normal validation images, and scores that are not finite."""
+    n, least = len(validation.entries), smallest_sample(target_fpr)
+    few = [] if n >= least else [
+        f"{n} normal validation images cannot promise a false-positive rate of {100 * target_fpr:g} %: "
+        f"that needs at least {least}. The thresholds are their largest scores, which promise "
+        f"{100 / (n + 1):.1f} %."]
+    return few + not_finite('validation', validation)
