@@ -1,6 +1,7 @@
 """How well scores tell normal from anomalous test images: from a table of scores to typed rows.
 
-N images of a table. A group is one anomalous class, or 'all' of them; each is judged against all normal images.
+N images of a table. A group is one anomalous class, or 'all' of them; each is judged against all normal
+images.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,8 +50,8 @@ class ScoreRow:
                     'segmentation': self.segmentation and self.segmentation.as_json()}
         metrics = {group: {name: estimate.as_json() for name, estimate in found.items()}
                    for group, found in self.metrics.items()}
-        return finite({'kind': self.kind, 'about': self.about, 'threshold': self.threshold, 'metrics': metrics,
-                       'called': dict(self.called),
+        return finite({'kind': self.kind, 'about': self.about, 'threshold': self.threshold,
+                       'metrics': metrics, 'called': dict(self.called),
                        **{key: value for key, value in optional.items() if value is not None}})
 
 
@@ -117,8 +118,8 @@ class Judgement:
         return next(iter(self.rows.values())).called[group].total
 
     def differences(self, group: str) -> list[Difference]:
-        """Between all primary scores, and from each of them to the best baseline: that with the AUROC farthest
-        from 0.5, because a user may negate it. None where there are no metrics.
+        """Between all primary scores, and from each of them to the best baseline: that with the AUROC
+        farthest from 0.5, because a user may negate it. None where there are no metrics.
         """
         if not self.has_metrics:
             return []
@@ -132,7 +133,8 @@ class Judgement:
 
     def as_json(self) -> dict[str, Any]:
         """`groups` and `scores` of metrics.json and comparison.json."""
-        return {'groups': list(self.groups), 'scores': {name: row.as_json() for name, row in self.rows.items()}}
+        return {'groups': list(self.groups),
+                'scores': {name: row.as_json() for name, row in self.rows.items()}}
 
 
 def group_title(group: str) -> str:

@@ -14,16 +14,21 @@ from test_detect import make_data, make_model, rows_of, run, settings
 from test_scores import LinearGaussian
 from toy_volumes import LESION, SHAPE, Mean, make_volumes
 
+from anomaly.config import Judging
+from anomaly.judge import Judgement, ScoreRow, Share
+from anomaly.metrics import Estimate, Resamples, evaluate_score, roc_curves
 from anomaly.report.figures import (
     curve_figure,
     figure_scores,
     level_figure,
     levels,
+    precision_recall,
     read_history,
-    shown_groups,
+    roc,
     training_figure,
 )
-from anomaly.report.page import number, pixel_table, shade, share, text_tables
+from anomaly.report.page import pixel_table
+from anomaly.report.tables import number, percent, shade
 
 
 class Page(HTMLParser):
@@ -64,9 +69,16 @@ def made(tmp_path_factory):
     config = settings(num_draws=1, num_bootstrap=30, num_cases=2, num_gallery=20)
     (out / 'eval-x').mkdir()
     (out / 'eval-x' / 'metrics.jsonl').write_text(HISTORY)
-    result = run(out, make_data(masks=True), make_model(), config, run_folder=out / 'eval-x')
+    lines = []
+    result = run(out, make_data(masks=True), make_model(), config, run_folder=out / 'eval-x',
+                 log=lines.append)
     source = (out / 'report.html').read_text()
-    return SimpleNamespace(out=out, result=result, source=source, page=Page(source))
+    return SimpleNamespace(out=out, result=result, source=source, page=Page(source), lines=lines)
+
+
+def judged(*rows, groups=('COVID', 'all')):
+    """A judgement of these rows."""
+    return Judgement({row.name: row for row in rows}, groups, Judging())
 
 
 def block(source):
@@ -194,7 +206,7 @@ def test_figures_are_pictures_of_a_readable_size(made):
 
 
 def test_text_table_is_aligned_and_has_scores_above_baselines(made):
-    lines = text_tables(made.result)
+    lines = made.lines
     start = next(i for i, line in enumerate(lines) if 'normal (20) against COVID (8 test images)' in line)
     block = lines[start + 1:lines.index('', start)]
     assert block[0].split()[:2] == ['AUROC', '[95'] and block[0].endswith('FPR')
@@ -205,28 +217,28 @@ def test_text_table_is_aligned_and_has_scores_above_baselines(made):
 
 
 def test_maps_have_a_table_of_their_own(made):
-    lines = text_tables(made.result)
+    lines = made.lines
     start = next(i for i, line in enumerate(lines) if line.startswith('maps against masks'))
     assert lines[start] == 'maps against masks: 16 lesions in 16 of 36 test images, 11 % of the pixels'
     row = next(line.split() for line in lines[start:] if line.startswith('  nelbo *'))
     pixels = made.result['scores']['nelbo']['pixels']
     assert row[2:6] == [f"{pixels[m]['value']:.3f}" for m in ('auroc', 'auprc', 'aupro', 'best_dice')]
-    assert not any(line.startswith(('  iw', '  png_size', '  trivial')) for line in lines[start:])
+    assert not any(line.startswith(('  iw', '  png_size')) for line in lines[start:])
     text = ' '.join(' '.join(made.page.text).split())
     assert 'Where: maps against lesion masks' in text
     for end in ('value', 'low', 'high'):
         assert f"{pixels['aupro'][end]:.3f}" in text
-    assert number(None, 3) == '-' and number(0.1239, 3) == '0.124'
-    assert pixel_table({'scores': {'kl': {}}}) == []
+    assert number(np.nan, 3) == '-' and number(0.1239, 3) == '0.124'
+    assert pixel_table(judged(ScoreRow('kl', 'model', '', 1.0))) is None
 
 
 def test_figure_scores_are_fixed_beforehand_and_begin_with_the_primary_score():
-    table = dict.fromkeys(('nelbo', 'kl', 'reconstruction', 'complexity', 'kl_profile', 'llr_1'))
-    found = figure_scores({'scores': table, 'primary_score': 'kl'})
-    assert found == ['kl', 'reconstruction', 'complexity', 'kl_profile']
+    names = ('nelbo', 'kl', 'reconstruction', 'complexity', 'kl_profile', 'llr_1')
+    found = figure_scores(judged(*(ScoreRow(name, 'model', '', 1.0, primary=name == 'kl') for name in names)))
+    assert [row.name for row in found] == ['kl', 'reconstruction', 'complexity', 'kl_profile']
 
 
-def hierarchy(classes=('COVID', 'Other'), iw_samples_lk=1):
+def hierarchy(classes=('COVID', 'Other')):
     """Scores of four levels, worked by hand: LLR>k of image i is 10 k + i, of anomalous images twice that."""
     names = ['Normal'] * 5 + [name for name in classes for _ in range(5)]
     label = np.array([name != 'Normal' for name in names], int)
@@ -234,24 +246,24 @@ def hierarchy(classes=('COVID', 'Other'), iw_samples_lk=1):
     values = {f'llr_{k}': (10 * k + within) * (1 + label) for k in (2, 10, 3, 1)}       # in no order
     values |= {f'lk_{k}': 100 + value for k, value in ((1, within), (2, within), (3, within), (10, within))}
     values['nelbo'] = within
-    auroc = {'auroc': {'value': 0.75, 'low': 0.5, 'high': 0.9}}
     groups = [*classes, 'all']
-    result = {'groups': groups, 'iw_samples_lk': iw_samples_lk, 'scores': {
-        name: {'kind': 'model', 'metrics': {group: auroc for group in groups if classes}} for name in values}}
-    return result, SimpleNamespace(values=values, labels=label, classes=np.array(names, object))
+    metrics = {group: {'auroc': Estimate(0.75, 0.5, 0.9)} for group in groups if classes}
+    found = judged(*(ScoreRow(name, 'model', '', 1.0, metrics=metrics) for name in values), groups=groups)
+    return found, SimpleNamespace(values=values, labels=label, classes=np.array(names, object))
 
 
 def test_levels_are_in_the_order_of_their_numbers():
-    result, _ = hierarchy()
-    assert list(levels(result, 'llr').items()) == [(1, 'llr_1'), (2, 'llr_2'), (3, 'llr_3'), (10, 'llr_10')]
-    assert list(levels(result, 'lk')) == [0, 1, 2, 3, 10] and levels(result, 'lk')[0] == 'nelbo'
-    assert 0 not in levels(hierarchy(iw_samples_lk=9)[0], 'lk')           # then it is another kind of bound
-    assert levels({'scores': {'kl': {}, 'llr': {}}}, 'llr') == {}
+    found, _ = hierarchy()
+    assert [(k, row.name) for k, row in levels(found, 'llr').items()] == [
+        (1, 'llr_1'), (2, 'llr_2'), (3, 'llr_3'), (10, 'llr_10')]
+    bounds = levels(found, 'lk', with_nelbo=True)
+    assert list(bounds) == [0, 1, 2, 3, 10] and bounds[0].name == 'nelbo'
+    assert 0 not in levels(found, 'lk')                                   # then it is another kind of bound
+    assert levels(judged(*(ScoreRow(name, 'model', '', 1.0) for name in ('kl', 'llr'))), 'llr') == {}
 
 
 def test_the_figure_of_levels_shows_medians_quartiles_and_intervals():
-    result, test = hierarchy()
-    figure = level_figure(result, test)
+    figure = level_figure(*hierarchy(), lk_is_elbo=True)
     panels = np.array(figure.axes).reshape(3, 2)                             # LLR>k, -L>k, AUROC; two classes
     assert [panel.get_title(loc='left') for panel in panels[0]] == ['COVID', 'Other']
     normal, anomalous = panels[0, 1].get_lines()
@@ -267,28 +279,37 @@ def test_the_figure_of_levels_shows_medians_quartiles_and_intervals():
 
 
 def test_the_figure_of_levels_of_odd_data():
-    result, test = hierarchy(classes=())
-    assert len(level_figure(result, test).axes) == 2                          # no AUROC of nothing
+    found, test = hierarchy(classes=())
+    assert len(level_figure(found, test, True).axes) == 2                     # no AUROC of nothing
     test.values['llr_2'][:] = np.nan
-    lines = level_figure(result, test).axes[0].get_lines()
+    lines = level_figure(found, test, True).axes[0].get_lines()
     assert lines[0].get_xdata().tolist() == [1, 3, 10]
-    result['scores'] = {name: result['scores'][name] for name in ('nelbo', 'llr_2')}
-    assert level_figure(result, test) is None                                 # one level is no curve
+    few = judged(found.rows['nelbo'], found.rows['llr_2'], groups=['all'])
+    assert level_figure(few, test, True) is None                              # one level is no curve
 
 
 def test_curves_of_scores_that_are_right_and_wrong():
     names = ['Normal'] * 3 + ['COVID']
     test = SimpleNamespace(labels=np.array([0, 0, 0, 1]), classes=np.array(names, object),
                            values={'nelbo': np.array([1.0, 2, 3, 4]), 'kl': np.array([2.0, 3, 4, 1])})
-    result = {'groups': ['COVID', 'all'], 'primary_score': 'nelbo',
-              'scores': {name: {'kind': 'model'} for name in test.values}}
-    right, wrong, chance = curve_figure(result, test, 'roc', ['nelbo', 'kl']).axes[0].get_lines()
+    found = judged(*(ScoreRow(name, 'model', '', 1.0, primary=name == 'nelbo') for name in test.values))
+    right, wrong, chance = curve_figure(found, test, 'roc').axes[0].get_lines()
     assert (0, 1) in zip(*right.get_data()) and (1, 0) in zip(*wrong.get_data())
     assert list(chance.get_ydata()) == [0, 1]
-    right, wrong, chance = curve_figure(result, test, 'pr', ['nelbo', 'kl']).axes[0].get_lines()
+    right, wrong, chance = curve_figure(found, test, 'pr').axes[0].get_lines()
     assert (1, 1) in zip(*right.get_data())
     assert max(y for x, y in zip(*wrong.get_data()) if x > 0) == 1 / 4      # the anomalous image comes last
     assert list(chance.get_ydata()) == [1 / 4] * 2                            # the share of anomalous images
+
+
+def test_areas_below_the_curves_are_the_metrics():
+    random = np.random.default_rng(0)
+    normal, anomalous = random.integers(0, 9, 40), random.integers(3, 12, 25)              # with many ties
+    found = evaluate_score(normal, anomalous, Resamples.once(40, 25))
+    curves, = roc_curves(normal, anomalous, Resamples.once(40, 25))
+    for name, curve in (('auroc', roc), ('auprc', precision_recall)):
+        x, y = curve(curves)
+        assert np.trapezoid(y, x) == pytest.approx(found[name].value), name
 
 
 def test_training_curves_need_both_parts(tmp_path):
@@ -303,10 +324,9 @@ def test_training_curves_need_both_parts(tmp_path):
 
 
 def test_many_classes_share_one_table(tmp_path):
-    classes = ('A', 'B', 'Viral Pneumonia', 'D', 'E')
+    classes, lines = ('A', 'B', 'Viral Pneumonia', 'D', 'E'), []
     result = run(tmp_path, make_data(classes=classes), make_model(), settings(
-        scores=('nelbo', 'lk', 'llr'), num_draws=1, num_bootstrap=10, num_cases=0))
-    lines = text_tables(result)
+        scores=('nelbo', 'lk', 'llr'), num_draws=1, num_bootstrap=10, num_cases=0), log=lines.append)
     head = next(i for i, line in enumerate(lines) if line.startswith('AUROC of normal (20)'))
     assert re.split(r' {2,}', lines[head + 1].strip()) == [
         'A (8)', 'B (8)', 'Viral Pneumonia (8)', 'D (8)', 'E (8)', 'all (40)', 'FPR']
@@ -321,9 +341,9 @@ def test_many_classes_share_one_table(tmp_path):
 
 def test_small_things():
     assert '60%' in shade(1.0) and '60%' in shade(0.0) and ' 0%' in shade(0.5) and shade(1.0) != shade(0.0)
-    assert shown_groups({'groups': ['COVID', 'all']}) == ['COVID']
-    assert shown_groups({'groups': ['A', 'B', 'all']}) == ['A', 'B', 'all']
-    assert share([1, 8]) == '12.5 %' and share([0, 0]) == '-'
+    assert judged().shown_groups == ['COVID']
+    assert judged(groups=['A', 'B', 'all']).shown_groups == ['A', 'B', 'all']
+    assert percent(Share(1, 8)) == '12.5 %' and percent(Share(0, 0)) == '-'
 
 
 def test_findings_of_an_audit_stand_in_the_report(tmp_path):

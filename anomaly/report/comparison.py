@@ -1,14 +1,14 @@
 """What people read of a comparison: tables for the terminal, Markdown, CSV, and figures.
 
-`result` is what comparison.json holds (compare.py); a row of the judgement is a score of a run, named run/score,
-or a trivial baseline.
+`result` is what comparison.json holds (compare.py); a row of the judgement is a score of a run, named
+run/score, or a trivial baseline.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomaly.judge import Difference, Judgement, ScoreRow, group_title
+from anomaly.judge import Difference, Judgement, group_title
 from anomaly.maps import localization
 from anomaly.metrics import METRICS
 from anomaly.report.figures import COLORS, FAINT, INK, curve_figure, keep, panel_grid, style
@@ -52,7 +52,8 @@ def group_table(result: dict[str, Any], judgement: Judgement, group: str) -> Rep
     title = (f"Normal ({judgement.images('normal')}) against {group_title(group)} "
              f"({judgement.images(group)} test images)")
     return score_table(title, [*metric_columns(METRICS, lambda row: row.metrics[group], interval=True),
-                               fact('s/image', '{seconds_per_image:.2g}'), fact('parameters', '{parameters:,}')],
+                               fact('s/image', '{seconds_per_image:.2g}'),
+                               fact('parameters', '{parameters:,}')],
                        judgement.rows.values())
 
 
@@ -71,7 +72,8 @@ def run_table(result: dict[str, Any]) -> ReportTable:
     """What is known of the runs."""
     forms = {'run': '{name}', 'family': '{family}', 'parameters': '{parameters:,}', 'images': '{size}',
              'trained on': '{train_images}', 'folder': '`{path}`'}
-    rows = [{'name': name, 'size': ' x '.join(map(str, run['shape'])), **run} for name, run in result['runs'].items()]
+    rows = [{'name': name, 'size': ' x '.join(map(str, run['shape'])), **run}
+            for name, run in result['runs'].items()]
     return ReportTable('', [Column(title, lambda row, form=form: form.format(**row))
                             for title, form in forms.items()], rows)
 
@@ -88,11 +90,13 @@ def notes(result: dict[str, Any], judgement: Judgement) -> list[str]:
     """What a reader of the tables must know."""
     first, about = next(iter(result['runs'].items()))
     lines = [
-        f"95 % intervals in brackets: bootstrap of the test images, {judgement.judging.num_bootstrap} resamples, "
+        f"95 % intervals in brackets: bootstrap of the test images, "
+        f"{judgement.judging.num_bootstrap} resamples, "
         f"the same for all rows, so that differences are paired. They do not cover another training run.",
         "Each difference has its own 95 % interval; among many, some exclude 0 by chance.",
         f"* primary score of a run, chosen beforehand. Trivial baselines: on the images of {first} "
-        f"({' x '.join(map(str, about['shape']))}, {about['bits']} bits); the best of them is picked on these "
+        f"({' x '.join(map(str, about['shape']))}, {about['bits']} bits); the best of them is picked on "
+        "these "
         f"images, and negated if its AUROC is below 0.5.",
         f"s/image: seconds of one process for all scores of the run in this table, in batches of "
         f"{result['batch_size']}, without reading images."]
@@ -126,7 +130,8 @@ def csv_rows(result: dict[str, Any], judgement: Judgement) -> Iterator[dict[str,
         pixels = {f'pixel_{metric.name}': found.get(metric.name, MISSING) for metric in localization.METRICS}
         for group in judgement.shown_groups:
             normal, anomalous = row.called['normal'], row.called[group]
-            yield {'row': row.name, 'run': row.run, 'kind': row.kind, 'primary': int(row.primary), 'group': group,
+            yield {'row': row.name, 'run': row.run, 'kind': row.kind, 'primary': int(row.primary),
+                   'group': group,
                    'normal_images': normal.total, 'anomalous_images': anomalous.total, **row.metrics[group],
                    **(pixels if masks else {}), 'threshold': row.threshold, 'called_normal': normal.count,
                    'called_anomalous': anomalous.count, 'seconds_per_image': run.get('seconds_per_image'),
@@ -138,7 +143,8 @@ def csv_rows(result: dict[str, Any], judgement: Judgement) -> Iterator[dict[str,
 def forest_figure(judgement: Judgement) -> Any:
     """AUROC and its 95 % interval of every row, one panel a group; models in color, baselines in gray."""
     groups, rows = judgement.shown_groups, list(judgement.rows.values())
-    figure, panels = panel_grid(len(groups), (3.4, 0.24 * len(rows) + 0.9), (1.6, 0), sharex=True, sharey=True)
+    figure, panels = panel_grid(len(groups), (3.4, 0.24 * len(rows) + 0.9), (1.6, 0), sharex=True,
+                                sharey=True)
     runs = list(dict.fromkeys(row.run for row in rows))
     for group, panel in zip(groups, panels):
         for height, row in enumerate(rows):

@@ -1,8 +1,8 @@
 """The figures of an evaluation: ROC and PR curves, histograms, levels of the hierarchy, training.
 
-Drawn once and kept twice: as PNG under figures/, and as SVG inside the report, where their ink takes the color
-of the text, so that dark mode and paper both work. `validation` and `test` are tables of scores; k counts the
-latent groups that a score draws from the prior.
+Drawn once and kept twice: as PNG under figures/, and as SVG inside the report, where their ink takes the
+color of the text, so that dark mode and paper both work. `validation` and `test` are tables of scores; k
+counts the latent groups that a score draws from the prior.
 """
 
 import io
@@ -113,7 +113,8 @@ def precision_recall(curves: Curves) -> tuple[np.ndarray, np.ndarray]:
 # kind of curve -> what draws it, its axes, and the line of a score that knows nothing, from the prevalence
 CURVES = {
     'roc': (roc, ('false-positive rate', 'true-positive rate'), lambda prevalence: [0, 1]),
-    'pr': (precision_recall, ('recall (true-positive rate)', 'precision'), lambda prevalence: [prevalence] * 2),
+    'pr': (precision_recall, ('recall (true-positive rate)', 'precision'),
+           lambda prevalence: [prevalence] * 2),
 }
 
 
@@ -178,7 +179,8 @@ def draw_histogram(panel: Any, bins: np.ndarray, values: np.ndarray, **look: Any
 
 
 def levels(judgement: Judgement, prefix: str, with_nelbo: bool = False) -> dict[int, ScoreRow]:
-    """k -> the score PREFIX_k, by rising k; `with_nelbo` puts the NELBO, which is L>0, before those of 'lk'."""
+    """k -> the score PREFIX_k, by rising k; `with_nelbo` puts the NELBO, which is L>0, before those of 'lk'.
+    """
     found = {int(name.removeprefix(f'{prefix}_')): row for name, row in judgement.rows.items()
              if name.startswith(f'{prefix}_')}
     if found and with_nelbo and 'nelbo' in judgement.rows:

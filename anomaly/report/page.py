@@ -1,4 +1,5 @@
-"""What people read of an evaluation: tables of the terminal, and report.html, one file that needs no network."""
+"""What people read of an evaluation: tables of the terminal, and report.html, one file that needs no network.
+"""
 
 import base64
 import hashlib
@@ -25,11 +26,14 @@ from anomaly.report.tables import Column, Label, ReportTable, as_text, metric_co
 from utils import finite, write_atomically
 
 MOST_TABLES = 4      # groups that get a table of their own in the terminal, and an open one on the page
-SCORE_NOTE = ("* primary score, chosen beforehand. Sensitivity and FPR: at the threshold from normal validation "
+SCORE_NOTE = ("* primary score, chosen beforehand. Sensitivity and FPR: at the threshold from normal "
+              "validation "
               "images, for {:g} %.")
-PIXEL_NOTE = ("Dice and the columns after it: at the threshold from the pixels of normal validation images, for "
+PIXEL_NOTE = ("Dice and the columns after it: at the threshold from the pixels of normal validation "
+              "images, for "
               "{:g} %. False regions: per image.")
-SEGMENTATION_NOTE = ("Means over the volumes with a lesion, without those in which nothing is called for PPV and "
+SEGMENTATION_NOTE = ("Means over the volumes with a lesion, without those in which nothing is called for "
+                     "PPV and "
                      "distances; distances in mm, > from lesions to the call alone.")
 
 
@@ -57,7 +61,8 @@ def page_group_table(judgement: Judgement, group: str) -> ReportTable:
 
 def auroc_columns(judgement: Judgement) -> list[Column]:
     """The AUROC against each group."""
-    return [Column(f'{group} ({judgement.images(group)})', lambda row, group=group: row.auroc(group), METRICS[0],
+    return [Column(f'{group} ({judgement.images(group)})', lambda row, group=group: row.auroc(group),
+                   METRICS[0],
                    look='shade') for group in judgement.shown_groups if judgement.has_metrics]
 
 
@@ -134,8 +139,8 @@ def write(out: Path, result: dict[str, Any], judgement: Judgement, validation: A
           num_cases: int, history: dict[str, list[tuple[int, float]]]) -> None:
     """Writes figures/*.png and report.html; `validation` and `test` are tables of scores.
 
-    `result` is what metrics.json holds. `num_cases` most and least anomalous images are in the figure of cases;
-    `history` is what training logged.
+    `result` is what metrics.json holds. `num_cases` most and least anomalous images are in the figure of
+    cases; `history` is what training logged.
     """
     figures = {kind: curve_figure(judgement, test, kind) for kind in CURVES if judgement.has_metrics}
     figures |= {'histograms': histogram_figure(judgement, validation, test),
