@@ -312,9 +312,9 @@ def copy(trained, tmp_path):
 @pytest.mark.parametrize('flags, told', [
     ((), '--eval_mode predict needs --data'),
     (('--data', '/no/where'), '--data: /no/where does not exist'),
-    (('--data', 'SPOT', '--image_size', 32), '--image_size with --eval_mode predict'),
-    (('--data', 'SPOT', '--invert'), '--invert with --eval_mode predict'),
-    (('--data', 'SPOT', '--num_draws', 3), '--num_draws'),
+    (('--data', 'SPOT', '--image_size', 32), '--image_size is a flag of .*, not of predict'),
+    (('--data', 'SPOT', '--invert'), '--invert is a flag of .*, not of predict'),
+    (('--data', 'SPOT', '--num_draws', 3), '--num_draws is a flag of .*, not of predict'),
     (('--data', 'SPOT', '--scores', 'iw'), '--scores iw: the evaluation set no threshold for it'),
     (('--data', 'SPOT', '--num_overlays', -2), '--num_overlays -2'),
     (('--data', 'SPOT', '--thresholds', '/no/thresholds.json'), 'there is no /no/thresholds.json'),
