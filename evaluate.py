@@ -29,7 +29,7 @@ from anomaly.config import (
 )
 from anomaly.scores import Scoring, Selection
 from datasets import DATASETS, DataConfig, data_flags
-from distributed.topology import LaunchConfig
+from distributed.environment import LaunchConfig
 from evaluation import config
 from evaluation.config import run_folder
 from model import MODELS, family_config

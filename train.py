@@ -251,9 +251,10 @@ class Trainer:
 
     def _saved(self) -> dict[str, Any] | None:
         path = self.folder / 'checkpoint.pt'
+        goes_on = self.run.cont_training or launch.begun_before()
         if not path.exists():
             return None
-        if not self.run.cont_training and not launch.begun_before():
+        if not goes_on:
             raise UserError(f"{self.folder} already holds a trained model. Go on with it by --cont_training, "
                             f"take another name with --save, or delete the folder.")
         saved = read_checkpoint(path)

@@ -76,7 +76,7 @@ def test_three_ranks_share_all_batches(trained, monkeypatch, tmp_path):
     seen, drawn = [], {}
     model = load_model(trained)
     for rank in range(3):
-        monkeypatch.setattr(launch, '_here', launch.Topology(rank, 3))
+        monkeypatch.setattr(launch, '_here', launch.Environment(rank, 3))
         args = evaluate.parse_args(['--checkpoint', str(trained), '--eval_mode', 'latents', '--batch_size',
                                     '3', '--cache_dir', str(tmp_path)])
         monkeypatch.setattr(launch, 'barrier', lambda: None)

@@ -15,7 +15,7 @@ from test_score import FLAGS as SCORE_FLAGS
 
 import evaluate
 from distributed import launch
-from distributed.topology import free_port
+from distributed.environment import free_port
 from utils import read_flags
 
 # ---------------------------------------------------------------------------------- as one process would do

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from processes import end, saved, start
 
-from distributed.topology import free_port
+from distributed.environment import free_port
 
 SRUN = '''#!{python}
 """Stands in for srun: {tasks} tasks on one node, with the variables that Slurm sets."""

@@ -1,0 +1,169 @@
+"""The process group of a run: how its processes find each other, and notice that one of them is lost.
+
+Collectives and their timeouts are those of torch.distributed. But a process may rightly wait for another that
+decodes a data set or writes a report. Such waits have no limit; a heartbeat ends them if a process is lost.
+"""
+
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distributed.environment import LOOPBACK, Environment
+from utils import UserError
+
+MEETING_TIME = 600.0         # seconds that processes may start apart
+NAME_TIME = 30.0             # seconds in which a name server may come to know the host of process 0
+PAUSE = 0.1                  # seconds between two looks at what is awaited
+PULSE = 5.0                  # seconds between two heartbeats, at most
+NO_LIMIT = timedelta(days=365)
+NCCL_GRACE = 60              # seconds: NCCL ends a process with pages of text, so the heartbeat speaks first
+
+
+@contextmanager
+def process_group(here: Environment, device: torch.device, timeout: float,
+                  give_up: Callable[[str], None]) -> Iterator[dist.ProcessGroup]:
+    """Makes the default group, whose collectives fail after `timeout` seconds; yields one without a limit.
+
+    All leave together. If a process is lost, `give_up` is called, perhaps in another thread, with a line that
+    says so. It does not return.
+    """
+    store, heartbeat, on_gpu = join_store(here), None, device.type == 'cuda'
+    if interface := gloo_interface(here):
+        os.environ.setdefault('GLOO_SOCKET_IFNAME', interface)
+    try:
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group('nccl' if on_gpu else 'gloo', store=store, rank=here.rank,
+                                world_size=here.world, device_id=device if on_gpu else None,
+                                timeout=limit + timedelta(seconds=NCCL_GRACE * on_gpu))
+        patient = dist.new_group(backend='gloo', timeout=NO_LIMIT)
+        heartbeat = Heartbeat(dist.new_group(backend='gloo', timeout=limit), min(PULSE, timeout / 4), give_up)
+        yield patient
+        heartbeat.stop()
+        dist.destroy_process_group()
+    except BaseException as error:
+        if lost := lost_connection(error):
+            give_up(lost)
+        if heartbeat:
+            heartbeat.stop(failed=True)
+        raise
+
+
+def lost_connection(error: BaseException) -> str:
+    """What an error in talking to the other processes means; '' for any other error."""
+    if not isinstance(error, RuntimeError) or not (
+            isinstance(error, dist.DistError) or re.search('gloo/|caused pair closure', str(error))):
+        return ''
+    reason = re.sub(r'^\[\S*\] ', '', str(error).splitlines()[0]).split('. ')[0][:200]
+    return f'lost touch with the other processes ({reason}): one of them has ended or hangs, or the ' \
+           f'network is down. The last checkpoint is kept: training goes on from it with --cont_training.'
+
+
+class Heartbeat(threading.Thread):
+    """Every `pulse` seconds all processes meet here; calls `give_up` if that fails."""
+
+    def __init__(self, group: dist.ProcessGroup, pulse: float, give_up: Callable[[str], None]):
+        super().__init__(daemon=True)
+        self.group, self.pulse, self.give_up = group, pulse, give_up
+        self.stopping, self.failed = threading.Event(), False
+        self.start()
+
+    def run(self) -> None:
+        all_stop = torch.zeros(())
+        while not all_stop:
+            self.stopping.wait(self.pulse)
+            if self.failed:
+                return
+            all_stop.fill_(self.stopping.is_set())
+            try:
+                dist.all_reduce(all_stop, dist.ReduceOp.MIN, self.group)
+            except RuntimeError as error:
+                self.give_up(lost_connection(error))
+
+    def stop(self, failed: bool = False) -> None:
+        """Waits for all processes; but not after a failure, when the others may never come."""
+        self.failed = failed
+        self.stopping.set()
+        self.join(self.pulse if failed else None)
+
+
+# ------------------------------------------------------------------------------------------------ rendezvous
+
+def join_store(here: Environment) -> dist.Store:
+    """The key-value store of this start of the run. Raises UserError if some processes do not come.
+
+    torchrun's store outlives the processes that it restarts and holds keys of earlier starts. So every
+    process calls with a word of its own until process 0, which first deletes old calls, answers with the list
+    of all words. That list is the prefix of the keys of this start.
+    """
+    word, calls = uuid.uuid4().hex[:8], [f'call/{rank}' for rank in range(here.world)]
+    try:
+        store, since = connect(here), time.monotonic()
+        for call in calls if here.rank == 0 else ():
+            store.delete_key(call)
+        while not store.check(['all']) or word not in store.get('all').decode():
+            store.set(calls[here.rank], word)
+            if here.rank == 0 and store.check(calls):
+                store.set('all', b','.join(store.multi_get(calls)))
+            if time.monotonic() - since > MEETING_TIME:
+                missing = [rank for rank in range(here.world) if not store.check([calls[rank]])]
+                raise TimeoutError(f"process {(missing or [0])[0]} did not come")
+            time.sleep(PAUSE)
+        return dist.PrefixStore(store.get('all').decode(), store)
+    except (OSError, dist.DistError) as error:
+        raise UserError(f"process {here.rank} of {here.world} cannot meet the others at {here.address}:"
+                        f"{here.port} ({str(error).splitlines()[0][:200]}). Check --master_address and "
+                        f"--master_port, and that all processes were started.") from None
+
+
+def connect(here: Environment) -> dist.Store:
+    """The store at the address of process 0, which serves it unless torchrun does."""
+    by_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' \
+        and os.environ.get('MASTER_PORT') == str(here.port)
+    if here.rank == 0 and not by_torchrun:                  # the address may be one that only the others know
+        return dist.TCPStore(LOOPBACK[0], here.port, is_master=True, wait_for_workers=False)
+    wait_for_server(here.address, here.port)
+    return dist.TCPStore(here.address, here.port, is_master=False, wait_for_workers=False)
+
+
+def wait_for_server(address: str, port: int) -> None:
+    """TCPStore would wait as well, but its failure is pages of text. Raises OSError."""
+    since = time.monotonic()
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=10).close()
+        except OSError as error:
+            if time.monotonic() - since > (NAME_TIME if isinstance(error, socket.gaierror) else MEETING_TIME):
+                raise
+            time.sleep(PAUSE)
+
+
+def gloo_interface(here: Environment) -> str:
+    """The network interface on the route to process 0; '' leaves the choice to gloo.
+
+    gloo takes the one of the host's name, which Debian sets to 127.0.1.1, where no other host is.
+    """
+    table = Path('/proc/net/route')        # IPv4: [0] interface, [1] destination, ..., [6] metric, [7] mask
+    if not table.exists():
+        return ''
+    if here.local_world == here.world:
+        return 'lo'
+    try:
+        packed = socket.inet_aton(socket.gethostbyname(here.address))
+    except OSError:
+        packed = bytes(4)                  # an unknown host is where the default route leads
+    address = int.from_bytes(packed, sys.byteorder)
+    routes = [line.split() for line in table.read_text().splitlines()[1:]]
+    fitting = [(int(route[7], 16).bit_count(), -int(route[6]), route[0]) for route in routes
+               if address & int(route[7], 16) == int(route[1], 16)]
+    return max(fitting, default=(0, 0, ''))[2]             # the most specific, then the cheapest
