@@ -1,8 +1,8 @@
-"""Where an image raises a density score of its norms of scores: gradients of -log density, as heat-maps.
+"""Anomaly maps of densities of score norms: attribution of the density's score to the pixels of the image.
 
 B images x (B, C, *S) in [0, 1], n norms of the model's score, f (B, n), E = energy(f) the score of a fitted
-density. The chain rule goes level by level, dE/dx = sum over i of dE/df_i df_i/dx: the graph of one level is
-in memory at a time.
+density. The chain rule is applied level by level, dE/dx = sum over i of dE/df_i df_i/dx, so that the graph of
+one level is in memory at a time.
 """
 
 import copy
@@ -26,7 +26,7 @@ LINEAR_INTERPOLATION = {2: 'bilinear', 3: 'trilinear'}
 # -------------------------------------------------------------------------------- densities, differentiable
 
 def tensors(density: Density) -> dict[str, Any]:
-    """What the density has learned, numbers as float64 tensors."""
+    """The state of a density, numbers as float64 tensors."""
     return {name: torch.as_tensor(value, dtype=torch.float64) if value.dtype.kind in 'fi' else str(value)
             for name, value in density.state().items()}
 
@@ -38,7 +38,7 @@ def mahalanobis(density: Density, features: Tensor) -> Tensor:
 
 
 def distances(d: dict[str, Any], features: Tensor) -> Tensor:
-    """To all images that were learned from: (N, R)."""
+    """To the R images of the fit: (N, R)."""
     return torch.cdist((features - d['mean']) / d['std'], d['reference'])
 
 
@@ -86,7 +86,7 @@ def pull(density: Density, features: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ heat-maps
 
 class Level(nn.Module):
-    """One level's share of the score, w f_i(x): images (B, C, *S) to (B,). A module, as captum wants it."""
+    """The contribution of one level, w f_i(x): images (B, C, *S) to (B,). A module, as captum requires."""
 
     def __init__(self, model: Any, level: int, weight: Tensor, msma: dict[str, Any]):
         """`weight` (B,), dE/df_i."""
@@ -98,7 +98,7 @@ class Level(nn.Module):
 
 
 def levels(model: Any, weights: Tensor, msma: dict[str, Any]) -> Iterator[Level]:
-    """The shares of all levels, from `weights` (B, n)."""
+    """The contributions of all levels, from `weights` (B, n)."""
     return (Level(model, i, weight, msma) for i, weight in enumerate(weights.T))
 
 
@@ -117,12 +117,12 @@ def saliency(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Te
 
 
 def gradient_times_input(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
-    """x dE/dx, mean over channels: what the grey value adds to the score, negative where it lowers it."""
+    """x dE/dx, mean over channels: the contribution of the gray value to the score, which may be negative."""
     return (x * gradient(model, x, weights, msma)).mean(1, keepdim=True)
 
 
 def guided_backprop(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
-    """|dE/dx| with what is negative stopped at every ReLU (Springenberg et al. 2015), mean over channels."""
+    """|dE/dx| without negative gradients at every ReLU (Springenberg et al. 2015), mean over channels."""
     from captum.attr import GuidedBackprop
     total = torch.zeros_like(x)
     for level in levels(with_relus(model), weights, msma):
@@ -131,9 +131,8 @@ def guided_backprop(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]
 
 
 def grad_cam(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
-    """Channels of the last block at full size, weighted by the mean of dE by them (Selvaraju et al. 2017).
-
-    Summed over levels, then what is negative is cut off.
+    """Channels of the last block at full size, weighted by the mean gradient of E (Selvaraju et al. 2017),
+    summed over levels and clipped at 0.
     """
     from captum.attr import LayerGradCam
     model = with_relus(model)
@@ -143,7 +142,7 @@ def grad_cam(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Te
 
 def with_relus(model: nn.Module) -> nn.Module:
     """A copy of the model with ReLU in place of all smooth activations, as published for these heat-maps."""
-    # Hooks want gradients everywhere; those of the copy's weights are never computed.
+    # captum's hooks need gradients everywhere; those of the copy's weights are never computed.
     model = copy.deepcopy(model).requires_grad_(True)
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -152,7 +151,7 @@ def with_relus(model: nn.Module) -> nn.Module:
     return model
 
 
-WAYS: dict[str, Callable[[Any, Tensor, Tensor, dict], Tensor]] = {
+METHODS: dict[str, Callable[[Any, Tensor, Tensor, dict], Tensor]] = {
     'gradient': saliency, 'gradient_input': gradient_times_input, 'guided': guided_backprop,
     'gradcam': grad_cam}
 
@@ -160,8 +159,8 @@ WAYS: dict[str, Callable[[Any, Tensor, Tensor, dict], Tensor]] = {
 def density_map(density: Density, outputs: Outputs) -> Tensor:
     """The heat-map of a fitted density on the norms of scores, as --msma_map says: (B, 1, *S).
 
-    The density's own gradient is taken at the model's own norms, also where a network with ReLUs leads it
-    back to the image.
+    The gradient of the density is taken at the norms of the model itself, also where it is propagated back to
+    the image through a network with ReLUs.
     """
     scoring = outputs.scoring
     check_captum(scoring.msma_map)
@@ -170,5 +169,5 @@ def density_map(density: Density, outputs: Outputs) -> Tensor:
         weights = pull(density, outputs.score_norms()).to(outputs.x)
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')                       # captum announces its hooks
-            return WAYS[scoring.msma_map](outputs.model, outputs.x, weights, scoring.msma).detach()
+            return METHODS[scoring.msma_map](outputs.model, outputs.x, weights, scoring.msma).detach()
     return outputs.once(('density map', id(density)), make)

@@ -1,9 +1,8 @@
-"""Likelihood regret: what the bound of one image gains when the encoder is fitted to that image alone.
+"""Likelihood regret: how much the bound of one image rises when the encoder is fitted to that image alone.
 
 Xiao, Yan, Amit 2020, "Likelihood regret: an out-of-distribution detection score for variational
-auto-encoder". A normal image has little to gain, because the encoder has learned to serve its like; an
-unusual one gains what the encoder falls short of on it, however likely or unlikely the image is. What
-generates images stays as it is.
+auto-encoder". The encoder was trained on normal images, so their bound rises little; for an unusual image it
+rises more, however likely the image is. The decoder stays as it is.
 
 B images, C channels, H x W pixels, D draws behind the bounds before and after.
 """
@@ -23,9 +22,9 @@ def likelihood_regret(outputs: Outputs) -> Tensor:
     """ELBO after minus ELBO before, nats: (B,). The model has `encoder_parameters() -> [Parameter, ...]`.
 
     Every image starts from the trained encoder and takes `regret_steps` steps of Adam, each with noise of
-    its own: fitted to one noise, the posterior would move to where that noise does no harm, and gain without
-    cause. Both bounds take the same D draws, so that their difference varies less. Where there is nothing to
-    gain it is 0 but for the noise of the steps, and may be slightly negative.
+    its own: with the same noise in every step the posterior would be fitted to that noise. Both bounds take
+    the same D draws, so that their difference varies less. An optimal encoder has a regret near 0, which may
+    be slightly negative because of the noise of the steps.
     """
     def make() -> Tensor:
         scoring = outputs.scoring

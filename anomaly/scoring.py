@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from anomaly.config import MapConfig
-from anomaly.maps.postprocessing import Maps, treated
+from anomaly.maps.postprocessing import Maps, final_maps
 from anomaly.outputs import Outputs
 from anomaly.scores import Score, Scoring
 from distributed import launch
@@ -133,7 +133,7 @@ def pictures(model: Any, batches: Batches, score: Score, scoring: Scoring, confi
     mask.
     """
     for entries, batch, outputs in model_outputs(model, batches, scoring, densities):
-        maps, _ = treated(outputs, [score] if score.map else [], config.map_smoothing, config.body_mask)
+        maps, _ = final_maps(outputs, [score], config)
         rebuilt = outputs.reconstruction().cpu().numpy() if hasattr(model, 'reconstruct') else None
         for i, entry in enumerate(entries):
             yield entry, Case(
@@ -192,7 +192,7 @@ def keep_maps(outputs: Outputs, batch: Batch, scores: Sequence[Score], selection
     known = known.cpu().numpy() & [i in selection.ids for i in batch.id]
     if not known.any():
         return []
-    values, inside = treated(outputs, scores, config.map_smoothing, config.body_mask)
+    values, inside = final_maps(outputs, scores, config)
     masks = np.zeros((len(batch.x), *batch.x.shape[2:]), bool) if batch.mask is None else (
         batch.mask[:, 0].cpu().numpy() > 0)
     x = batch.x.float().cpu().numpy()

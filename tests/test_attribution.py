@@ -7,7 +7,7 @@ from small_score import build
 from torch import nn
 
 from anomaly import scores
-from anomaly.attribution import WAYS, grad_cam, gradient, guided_backprop, pull
+from anomaly.attribution import METHODS, grad_cam, gradient, guided_backprop, pull
 from anomaly.density import GMM, KDE, KNN, PCAGMM, Mahalanobis
 from anomaly.flow_density import Flow
 from anomaly.outputs import Outputs
@@ -85,15 +85,16 @@ def test_maps_of_a_score_network_in_2d_and_3d(shape, flags):
         densities={'msma_knn': score.density})
     assert score.map(outputs(x)) is None, 'none unless asked for'
     maps = {}
-    assert ('none', *WAYS) == MSMA_MAPS
-    for way in WAYS:
-        if way in NEED_CAPTUM:
+    assert ('none', *METHODS) == MSMA_MAPS
+    for method in METHODS:
+        if method in NEED_CAPTUM:
             pytest.importorskip('captum')
         with torch.no_grad():
-            maps[way] = score.map(outputs(x, msma_map=way))
-        assert maps[way].shape == (2, 1, *shape[1:]) and maps[way].isfinite().all() and maps[way].any()
-        assert way == 'gradient_input' or (maps[way] >= 0).all()
-    assert all(not a.equal(b) for way, a in maps.items() for other, b in maps.items() if other != way)
+            maps[method] = score.map(outputs(x, msma_map=method))
+        found = maps[method]
+        assert found.shape == (2, 1, *shape[1:]) and found.isfinite().all() and found.any()
+        assert method == 'gradient_input' or (found >= 0).all()
+    assert all(not a.equal(b) for method, a in maps.items() for other, b in maps.items() if other != method)
     # a step along the gradient raises the score by its squared length
     slope = gradient(model, x, pull(score.density, outputs(x).score_norms()), options)
     step = 1e-6

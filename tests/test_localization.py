@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomaly.maps import localization
 from anomaly.maps.localization import FPR_LIMIT, localize
-from anomaly.maps.postprocessing import pixel_threshold, treat
+from anomaly.maps.postprocessing import pixel_threshold, postprocess
 from readers.body import body
 from utils import UserError
 
@@ -230,10 +230,10 @@ def test_the_pixel_threshold_is_the_least_that_keeps_the_promise():
 def test_smoothing_spreads_a_point_within_its_image(dimensions):
     maps = np.zeros((2, *(31,) * dimensions))
     maps[(0, *(15,) * dimensions)] = 1
-    smoothed = treat(maps, 2.0, None)
+    smoothed = postprocess(maps, 2.0, None)
     assert smoothed[0].sum() == pytest.approx(1) and not smoothed[1].any()
     assert smoothed[0].max() == pytest.approx((2 * math.pi * 4) ** (-dimensions / 2), rel=0.01)
-    assert treat(maps, 0.0, None) is maps
+    assert postprocess(maps, 0.0, None) is maps
 
 
 def disc(size, centre, radius):
@@ -250,9 +250,9 @@ def test_the_body_is_a_disc_with_its_hole_and_without_the_label():
     np.testing.assert_array_equal(inside[0], whole)
     assert inside[1].all()                                                   # nothing is bright: all counts
     maps = np.ones((2, 64, 64), np.float32)
-    treated = treat(maps, 0.0, inside)
-    np.testing.assert_array_equal(treated[0], whole)
-    assert treated[1].all() and treated.dtype == np.float32
+    masked = postprocess(maps, 0.0, inside)
+    np.testing.assert_array_equal(masked[0], whole)
+    assert masked[1].all() and masked.dtype == np.float32
 
 
 def test_two_legs_are_both_the_body_and_colours_are_averaged():

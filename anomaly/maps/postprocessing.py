@@ -1,47 +1,47 @@
-"""What is done to anomaly maps before they are judged, drawn or given away: smoothing, the body, a threshold.
+"""Smoothing of anomaly maps, maps within the body, and the threshold of pixels.
 
-N images, C channels, S pixels, which may be (H, W) or (D, H, W).
+N, B images, C channels, *S = (H, W) pixels or (D, H, W) voxels.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
+from anomaly.config import MapConfig
 from readers.body import body
 from utils import UserError
 
 
 class Maps(NamedTuple):
-    """The treated maps of N images whose lesions are known, and what they are judged by."""
+    """The postprocessed maps of N images whose lesions are known, and the masks to compare them with."""
     masks: np.ndarray                    # (N, *S) bool; all False for normal images
     counted: np.ndarray | None           # (N, *S) bool, the pixels that count; None = all
     values: dict[str, np.ndarray]        # score with a map -> (N, *S) float32
     ids: np.ndarray                      # (N,) of the images
-    inside: np.ndarray | None            # (N, *S) bool, `interior` of volumes; None for images
+    inside: np.ndarray | None            # (N, *S) bool, the eroded body of volumes; None for images
 
     def merged(self, other: 'Maps | None') -> 'Maps':
         """These maps and those that `other` has of the same images."""
         return self if other is None else self._replace(values=self.values | other.values)
 
 
-def treated(passes: Any, scores: list, sigma: float,
-            level: float) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """The maps (B, *S) of `scores` for a batch after `treat`, and its `body`, None where `level` is 0.
-
-    Without maps where the model has none.
+def final_maps(outputs: Any, scores: Iterable[Any],
+               config: MapConfig) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """The postprocessed maps (B, *S) of the scores that have one for this model, as they are evaluated and
+    drawn, and the body (B, *S) bool; None without --body_mask.
     """
-    inside = body(passes.x.float().cpu().numpy(), level) if level and scores else None
-    made = {s.name: s.map(passes) for s in scores}
-    return {name: treat(m[:, 0].float().cpu().numpy(), sigma, inside)
-            for name, m in made.items() if m is not None}, inside
+    inside = body(outputs.x.float().cpu().numpy(), config.body_mask) if config.body_mask else None
+    maps = {score.name: score.map(outputs) for score in scores if score.map}
+    return {name: postprocess(values[:, 0].float().cpu().numpy(), config.map_smoothing, inside)
+            for name, values in maps.items() if values is not None}, inside
 
 
-def treat(maps: np.ndarray, sigma: float, inside: np.ndarray | None) -> np.ndarray:
-    """Maps (N, *S) as they are judged and drawn: smoothed, and 0 outside the body.
+def postprocess(maps: np.ndarray, sigma: float, inside: np.ndarray | None) -> np.ndarray:
+    """Maps (N, *S), smoothed by a Gaussian of `sigma` pixels, 0 = none, and 0 outside the body.
 
-    The Gaussian's `sigma` is in pixels, the same in every direction, with the image mirrored at its edges;
-    0 = not smoothed. `inside` (N, *S) bool is what `body` gives; None = no body mask.
+    Images are mirrored at their edges. `inside` (N, *S) bool is the `body`; None = everything.
     """
     if sigma:
         maps = ndimage.gaussian_filter(maps, sigma, axes=tuple(range(1, maps.ndim)))
@@ -49,16 +49,15 @@ def treat(maps: np.ndarray, sigma: float, inside: np.ndarray | None) -> np.ndarr
 
 
 def pixel_threshold(maps: np.ndarray, target_fpr: float, counted: np.ndarray | None = None) -> float:
-    """The least value that at most `target_fpr` of the pixels of normal images exceed; inf if they are NaN.
+    """The smallest value that at most `target_fpr` of the pixels of normal images exceed; NaN counts as inf.
 
     `maps` (N, *S) are those of normal validation images, `counted` (N, *S) bool the pixels that count; None =
-    all. It is exact for these pixels. Pixels of one image resemble each other, so it promises less than the
-    threshold of an image's score does.
+    all. Exact for these pixels, but no guarantee for new images: the pixels of one image are not independent.
     """
     values = maps.ravel() if counted is None else maps[counted]
     if not values.size:
-        raise UserError("no pixel of a normal validation image counts: lower --body_mask, of volumes also "
+        raise UserError("no pixel of a normal validation image counts: lower --body_mask, for volumes also "
                         "--seg_erosion.")
     values = np.where(np.isfinite(values), values, np.inf)
-    place = values.size - 1 - int(target_fpr * values.size + 1e-9)                # so many lie above it
+    place = values.size - 1 - int(target_fpr * values.size + 1e-9)                # the others are above it
     return float(np.partition(values, place)[place])
