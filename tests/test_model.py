@@ -198,8 +198,8 @@ def test_likelihood_terms(name):
     # at the posterior means, which take no noise, maps sum to the terms
     maps, means = model.maps(x), model(x, temperature=0.0)
     assert torch.equal(means['recon'], noisy(lambda: model(x, temperature=0.0))['recon'])
-    assert torch.allclose(maps['recon'].flatten(1).sum(1), means['recon'], rtol=1e-4, atol=1e-2)
-    assert torch.allclose(maps['kl'].flatten(2).sum(2), means['kl'], rtol=1e-4, atol=1e-2)
+    assert torch.allclose(maps['recon'].flatten(1).sum(1), means['recon'].float(), rtol=1e-4, atol=1e-2)
+    assert torch.allclose(maps['kl'].flatten(2).sum(2), means['kl'].float(), rtol=1e-4, atol=1e-2)
 
 
 @torch.no_grad()
