@@ -54,8 +54,8 @@ def full_precision(x: Tensor) -> Tensor:
 def per_image(x: Tensor) -> Tensor:
     """Sums (B, ...) over all axes but the first: (B,), in float64 where no gradient is taken.
 
-    Scores are differences of such sums: in float32 their last digits would depend on the order of summation, and
-    with it on the size of the batch.
+    Scores are differences of such sums: in float32 their last digits would depend on the order of summation,
+    and with it on the size of the batch.
     """
     x = x.flatten(1)
     return x.sum(1) if torch.is_grad_enabled() else x.double().sum(1)
