@@ -5,7 +5,8 @@
     python evaluate.py --eval_mode MODE --help        the flags of a mode; with --checkpoint, those of its run
 
 Reads what train.py and the published NVAE, HVAE, LVAE and BIVA leave. The data set, its split and the flags
-of the model are those of the run; data flags given here win. Writes OUT/metrics.json and what the mode adds.
+of the model are those of the run; data flags given here win (--help_all). Writes OUT/metrics.json and what
+the mode adds.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ class EvalConfig:
     """Evaluation"""
     checkpoint: str = flag('', 'checkpoint.pt of a run, or its folder; or what the published NVAE, HVAE, '
                                'LVAE and BIVA leave', basic=True)
-    eval_mode: str = flag('sample', 'what to do', choices=tuple(MODES), metavar='MODE', basic=True)
+    eval_mode: str = flag('sample', 'what to do, one of the modes', choices=tuple(MODES), metavar='MODE',
+                          basic=True)
     save: str = flag('', "folder for the results; '' = one named after the mode in the run folder, or "
                          "'comparison' beside the first of several runs", basic=True)
     no_ema: bool = flag(False, 'use the last weights even if the run kept an average')
@@ -114,7 +116,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     mode = MODES.get(name, MODES['sample'])                       # of a wrong name, the parser tells
     run_flags = read_run_flags(peeked['checkpoint'] or ''.join(peeked['compare'][:1]))
     run = {'model': run_flags.get('model', ''), 'dataset': peeked['dataset'] or run_flags.get('dataset', '')}
-    args = parse_flags(argv, f'{__doc__}\n{MODES_HELP}', (EvalConfig, *mode.flags, LaunchConfig),
+    about = __doc__ if peeked['eval_mode'] else f'{__doc__}\n{MODES_HELP}'
+    args = parse_flags(argv, about, (EvalConfig, *mode.flags, LaunchConfig),
                        stored=stored_flags(mode, **run), defaults={'eval_mode': name},
                        without=ONLY_FOR_TRAINING, elsewhere=partial(elsewhere, name, **run))
     if bool(args.checkpoint) == (name == 'compare'):

@@ -120,26 +120,28 @@ class Parser(argparse.ArgumentParser):
                   without: Collection[str]) -> None:
         """A titled group of flags for the class, and one for each base of it; for all fields but `without`.
 
-        The help page states the defaults, or that a `stored` value stays in force.
+        The help page states the defaults, or that a `stored` value stays in force, with --help_all.
         """
         bases = [base for base in config.__mro__ if dataclasses.is_dataclass(base)]
         owner = {field.name: base for base in bases for field in dataclasses.fields(base)}    # the first one
-        for base in bases:
-            self.group(base)
+        titles = {base: (base.__doc__ or base.__name__).strip().split('\n')[0] for base in bases}
+        for title in titles.values():
+            self.group(title)
         for field in dataclasses.fields(config):
             if 'help' in field.metadata and field.name not in without:
                 self.fields[field.name] = field
                 default = "the run's" if stored else defaults.get(field.name, field.default)
-                self._add_field(self.group(owner[field.name]), field, default)
+                shown = self.show_all or (field.metadata['basic'] and not stored)
+                self._add_field(self.group(titles[owner[field.name]]), field, default, shown)
 
-    def group(self, config: type) -> argparse._ArgumentGroup:
-        """The group of the help page that has the first line of the class's docstring as its title."""
-        title = (config.__doc__ or config.__name__).strip().split('\n')[0]
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """The group of this title; the short page has one group, which saves lines."""
+        title = title if self.show_all else 'Flags'
         return next((group for group in self._action_groups if group.title == title), None) \
             or self.add_argument_group(title)
 
-    def _add_field(self, group: Any, field: dataclasses.Field, default: Any) -> None:
-        """A bool is turned on by --name and off by --no-name; only basic flags are shown if not all are."""
+    def _add_field(self, group: Any, field: dataclasses.Field, default: Any, shown: bool) -> None:
+        """A bool is turned on by --name and off by --no-name."""
         name, kind, help = field.name, type(field.default), field.metadata['help']
         options = {k: v for k, v in field.metadata.items() if k in ARGPARSE_OPTIONS}
         choices = options.get('choices', ())
@@ -156,11 +158,13 @@ class Parser(argparse.ArgumentParser):
         if default is True:
             help += f' (default: on; --no-{name} turns it off)'
         elif default is not False and default not in ('', (), None):
-            help += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
-        shown = help.replace('%', '%%') if self.show_all or field.metadata['basic'] else argparse.SUPPRESS
+            words = [f'{one:g}' if isinstance(one, float) else str(one)
+                     for one in (default if isinstance(default, tuple) else (default,))]
+            help += '' if f'; {words[0]} = ' in help else f" (default: {' '.join(words)})"
         for alias in (name, *field.metadata.get('aliases', ())):
+            hidden = not shown or alias != name
             group.add_argument(f'--{alias}', dest=name, **options,
-                               help=shown if alias == name else argparse.SUPPRESS)
+                               help=argparse.SUPPRESS if hidden else help.replace('%', '%%'))
 
 
 def parse_flags(argv: Sequence[str], about: str, classes: Sequence[type], *,
@@ -178,7 +182,7 @@ def parse_flags(argv: Sequence[str], about: str, classes: Sequence[type], *,
     parser, defaults = Parser(about, show_all='--help_all' in argv), defaults or {}
     for config in (*classes, *stored):
         parser.add_class(config, defaults, config in stored, without)
-    group = parser.add_argument_group('Help')
+    group = parser.group('Help')
     group.add_argument('--config', metavar='FILE', help='take flags from this YAML or JSON file, such as the '
                                                         'args.json of a run; the command line wins')
     group.add_argument('-h', '--help', action='help', help='show the flags that most people need')

@@ -65,7 +65,7 @@ def test_flags_have_the_fields_defaults_and_types():
 def test_help_states_every_default_that_is_a_number(capsys):
     """1 and 0 are equal to True and False, and yet are numbers."""
     text = page(capsys, '--help_all')
-    for part in ('groups; 0 = none (default: 1)', 'share, 5 % is usual (default: 0.0)', 'Things to set',
+    for part in ('groups; 0 = none (default: 1)', 'share, 5 % is usual (default: 0)', 'Things to set',
                  'be safe (default: on; --no-safe turns it off)', 'Does things.'):
         assert part in text, text
     assert "a name; '' = none --" in text and 'be fast --' in text and 'And more' not in text

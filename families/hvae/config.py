@@ -97,7 +97,8 @@ class HVAEConfig:
     free_nats: float = flag(2.0, 'nats of KL that are free, of each dense latent and of each position of a '
                                  'convolutional one', least=0, basic=True)
     free_nats_portion: float = flag(0.4, 'fraction of the training after which no nats are free; they fade '
-                                         'out in its second half; 0 = free to the end', least=0, most=1)
+                                         'out in its second half; 0 = free to the end', least=0, most=1,
+                                    needs='free_nats')
     train_samples: int = flag(1, 'draws of the latents for each image in training', least=1, basic=True)
     train_importance_weighted: bool = flag(False, 'train on the importance-weighted bound of these draws')
     compat_official: bool = flag(False, 'the published networks with their faults: skip connections of equal '

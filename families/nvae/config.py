@@ -50,7 +50,8 @@ class NVAEConfig:
     num_groups_per_scale: int = flag(10, 'latent groups at each resolution', least=1, basic=True)
     num_latent_per_group: int = flag(20, 'channels of a latent group', least=1, basic=True)
     ada_groups: bool = flag(False, 'halve the number of groups from each scale to the next coarser one')
-    min_groups_per_scale: int = flag(1, 'with --ada_groups: fewest groups of a scale', least=1)
+    min_groups_per_scale: int = flag(1, 'with --ada_groups: fewest groups of a scale', least=1,
+                                     needs='ada_groups')
     num_channels_enc: int = flag(32, 'channels of the first encoder layer', least=1, basic=True)
     num_preprocess_blocks: int = flag(2, 'blocks before the latents; each halves the resolution', least=0)
     num_preprocess_cells: int = flag(3, 'cells of each block before the latents', least=1)
@@ -66,12 +67,13 @@ class NVAEConfig:
     kl_anneal_portion: float = flag(0.3, 'fraction of the training in which the KL weight rises; 0 = it is 1 '
                                          'from the start', least=0, most=1)
     kl_const_portion: float = flag(1e-4, 'fraction of the training before that, at --kl_const_coeff',
-                                   least=0, most=1)
-    kl_const_coeff: float = flag(1e-4, 'smallest KL weight', least=0, most=1)
+                                   least=0, most=1, needs='kl_anneal_portion')
+    kl_const_coeff: float = flag(1e-4, 'smallest KL weight', least=0, most=1, needs='kl_anneal_portion')
     weight_decay_norm: float = flag(0.0, 'weight of the spectral and batch-norm regularizers; 0 = none',
                                     least=0)
     weight_decay_norm_init: float = flag(10.0, 'with --weight_decay_norm_anneal: that weight at the start',
-                                         above=0)
+                                         above=0, needs='weight_decay_norm_anneal')
     weight_decay_norm_anneal: bool = flag(False, 'move that weight from --weight_decay_norm_init to '
-                                                 '--weight_decay_norm, geometrically')
+                                                 '--weight_decay_norm, geometrically',
+                                          needs='weight_decay_norm')
     compat_official: bool = flag(False, 'likelihoods with the quirks of the published NVAE')

@@ -46,11 +46,13 @@ class ScoreModelConfig(SamplingConfig):
     sde: str = flag('vesde', 'stochastic differential equation that turns images into noise', choices=SDES,
                     basic=True)
     sigma_min: float = flag(0.06, 'vesde: smallest standard deviation of the noise; images are on [-1, 1]',
-                            above=0, basic=True)
+                            above=0, basic=True, needs='sde=vesde')
     sigma_max: float = flag(545.0, 'vesde: largest; about the largest distance between two images', above=0,
-                            basic=True)
-    beta_min: float = flag(0.1, 'vpsde, subvpsde: rate of the noise at the beginning', above=0)
-    beta_max: float = flag(20.0, 'vpsde, subvpsde: rate at the end', above=0)
+                            basic=True, needs='sde=vesde')
+    beta_min: float = flag(0.1, 'vpsde, subvpsde: rate of the noise at the beginning', above=0,
+                           needs='sde=vpsde or sde=subvpsde')
+    beta_max: float = flag(20.0, 'vpsde, subvpsde: rate at the end', above=0,
+                           needs='sde=vpsde or sde=subvpsde')
     reduce_mean: bool = flag(True, 'the loss is the mean over pixels and channels, not half their sum')
     likelihood_weighting: bool = flag(False, 'weight noise levels as the likelihood does (Song et al. '
                                              '2021b), not equally')
@@ -62,10 +64,11 @@ class ScoreModelConfig(SamplingConfig):
                             basic=True)
     resblock_type: str = flag('biggan', 'residual block', choices=BLOCKS)
     resblock_pp: bool = flag(True, 'segresnet: activation of --act, biases and dilation; without, the plain '
-                                   'blocks of SegResNet')
+                                   'blocks of SegResNet', needs='resblock_type=segresnet')
     act: str = flag('memswish', 'activation; memswish is swish', choices=ACTIVATIONS)
     conv_size: int = flag(3, 'width of the convolutions, odd', least=1)
-    dilation: int = flag(1, 'segresnet: dilation of the convolutions', least=1)
+    dilation: int = flag(1, 'segresnet: dilation of the convolutions', least=1,
+                         needs='resblock_type=segresnet')
     norm_num_groups: int = flag(8, 'groups of normalization at the end, and in segresnet blocks', least=1)
     self_attention: bool = flag(False, 'attention at the coarsest level')
     dropout: float = flag(0.0, 'fraction of channels dropped after the first convolution', least=0, below=1)
@@ -73,9 +76,11 @@ class ScoreModelConfig(SamplingConfig):
                              least=0)
     embedding_type: str = flag('fourier', 'embedding of the noise level', choices=EMBEDDINGS)
     time_embedding_sz: int = flag(64, 'frequencies of that embedding', least=1)
-    fourier_scale: float = flag(2.0, 'fourier: standard deviation of the frequencies', least=0)
-    learnable_embedding: bool = flag(True, 'fourier: train the frequencies')
-    scale_by_sigma: bool = flag(True, 'vesde: divide the output by the standard deviation of the noise')
+    fourier_scale: float = flag(2.0, 'fourier: standard deviation of the frequencies', least=0,
+                                needs='embedding_type=fourier')
+    learnable_embedding: bool = flag(True, 'fourier: train the frequencies', needs='embedding_type=fourier')
+    scale_by_sigma: bool = flag(True, 'vesde: divide the output by the standard deviation of the noise',
+                                needs='sde=vesde')
     inner_model: str = flag('', 'matryoshka: run folder or checkpoint of a score model at a lower '
                                 'resolution, to which this model adds a level; or JSON, or a JSON file, with '
                                 'its image_size, flags, and checkpoint (ours or published); none = no '

@@ -27,10 +27,12 @@ class SpatialMSMAConfig:
                                            "steps", choices=SCHEDULES)
     local_patch_kernel: int = flag(3, 'side of the neighborhood of a voxel, in voxels, odd', least=1)
     use_global_context: bool = flag(True, 'condition the density on the image as a whole too')
-    global_patch_kernel: int = flag(17, 'global context: side of its patches, in voxels, odd', least=1)
-    global_patch_stride: int = flag(8, 'global context: voxels from one patch to the next', least=1)
+    global_patch_kernel: int = flag(17, 'global context: side of its patches, in voxels, odd', least=1,
+                                    needs='use_global_context')
+    global_patch_stride: int = flag(8, 'global context: voxels from one patch to the next', least=1,
+                                    needs='use_global_context')
     global_embedding_size: int = flag(512, 'global context: width of its attention, a multiple of 8',
-                                      least=1)
+                                      least=1, needs='use_global_context')
     context_embedding_size: int = flag(128, 'numbers that encode the position, and as many the image',
                                        least=1)
     base_distribution: str = flag('gaussian_mixture', 'distribution of the latents of the flow: a mixture of '
@@ -47,7 +49,7 @@ class SpatialMSMAConfig:
     cache_maps: bool = flag(True, 'keep the score maps of images in memory; useless where images change, as '
                                   'with --augment or --flip')
     cache_gb: float = flag(4.0, 'memory for these maps, GiB per process; maps beyond it are computed again',
-                           least=0)
+                           least=0, needs='cache_maps')
 
     def __post_init__(self):
         for name in ('local_patch_kernel', 'global_patch_kernel'):
