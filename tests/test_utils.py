@@ -92,7 +92,7 @@ def test_fields_of_a_base_have_a_group_of_their_own_and_equal_titles_one(capsys)
 
     text = page(capsys, '--help_all', classes=(More, Alike))
     own, base = text.split('Things to set')
-    assert own.count('Further things') == 1 and '--sizes' in own and '(default: 0.5 2.0)' in own
+    assert own.count('Further things') == 1 and '--sizes' in own and '(default: 0.5 2)' in own
     assert '--more' in own and '--groups' in base and '--no-fast' in base          # where it was first
     args = parse('--sizes', '1', '3', classes=(More, Alike))
     assert read_flags(More, args).sizes == (1.0, 3.0) and 'unseen' not in vars(args)
