@@ -149,3 +149,18 @@ def load_model(path: str | Path, device: str | torch.device = 'cpu', ema: bool =
     Raises UserError if the file is missing, damaged or unknown.
     """
     return place(open_model(path, ema)[0], device)
+
+
+def start_from(model: Model, path: str | Path) -> None:
+    """Fills the model with the (averaged) weights of a run folder or checkpoint of the same architecture.
+
+    A family may read further formats with `load_weights(path)`. Raises UserError if they do not fit.
+    """
+    if hasattr(model, 'load_weights'):
+        model.load_weights(path)
+        return
+    try:
+        model.load_state_dict(load_model(path).state_dict())
+    except RuntimeError:
+        raise UserError(f"--init_from {path}: its weights are not those of this model. Give the flags of the "
+                        f"model that it holds.") from None

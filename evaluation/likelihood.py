@@ -1,22 +1,38 @@
-"""Likelihood of a part of a data set: the bound of the model, and the tighter importance-weighted one."""
+"""What a model attains on a part of a data set: bounds of its likelihood, its objective, its diagnostics."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from anomaly.outputs import elbo, log_weight
 from distributed import launch
 from distributions import bits_per_dim, log_mean_exp
 from evaluation.config import Likelihood
+from readers.parts import Batch
 from utils import UserError, seed_noise
+
+Batches = Iterable[tuple[int, Batch]]        # with the number of each
 
 
 @torch.no_grad()
-def evaluate_likelihood(model: Any, batches: Iterable[tuple[int, Any]], *, num_iw_samples: int, seed: int,
-                        num_dims: int, device: torch.device) -> dict[str, float]:
+def over_batches(model: Any, batches: Batches, measure: Callable[[int, Batch], Any]) -> list[Any]:
+    """measure(number, batch) of all batches in order, over all ranks; its noise is to follow from the number.
+
+    Raises UserError if there are no images.
+    """
+    model.eval()
+    rows = launch.gather([(number, measure(number, batch)) for number, batch in batches])
+    if not rows:
+        raise UserError("there are no images to evaluate. Set --val_fraction or --test_fraction above 0.")
+    return [value for _, value in sorted(rows, key=lambda row: row[0])]
+
+
+def evaluate_likelihood(model: Any, batches: Batches, *, num_iw_samples: int, seed: int,
+                        num_dims: int) -> dict[str, float]:
     """Mean NELBO and importance-weighted negative log-likelihood of all images of `batches`, over all ranks.
 
     The NELBO is averaged over the same `num_iw_samples` draws. Returns nats and bits per dimension, standard
@@ -24,26 +40,45 @@ def evaluate_likelihood(model: Any, batches: Iterable[tuple[int, Any]], *, num_i
     numbers do not depend on how many processes share the batches. Where there are both, 'normal' and
     'anomalous' hold the same of these images alone. Raises UserError if there are no images.
     """
-    model.eval()
-    rows = []
-    for index, batch in batches:
-        x, bounds, weights = batch.x.to(device, non_blocking=True), [], []
+    def bounds(number: int, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        x, elbos, weights = batch.x.to(launch.device(), non_blocking=True), [], []
         for draw in range(num_iw_samples):
-            seed_noise(seed, 'likelihood', index, draw)
+            seed_noise(seed, 'likelihood', number, draw)
             terms = model(x)
-            bounds.append(elbo(terms).double())
+            elbos.append(elbo(terms).double())
             weights.append(log_weight(terms).double())
-        nelbo, neg_log_p = -torch.stack(bounds).mean(0), -log_mean_exp(torch.stack(weights))
-        rows.append((index, nelbo.cpu().numpy(), neg_log_p.cpu().numpy(), batch.y.numpy()))
-    rows = sorted(launch.gather(rows), key=lambda row: row[0])
-    if not rows:
-        raise UserError("there are no images to evaluate. Set --val_fraction or --test_fraction above 0.")
-    nelbo, neg_log_p, label = (np.concatenate([row[i] for row in rows]) for i in (1, 2, 3))
+        nelbo, neg_log_p = -torch.stack(elbos).mean(0), -log_mean_exp(torch.stack(weights))
+        return nelbo.cpu().numpy(), neg_log_p.cpu().numpy(), batch.y.numpy()
+
+    rows = over_batches(model, batches, bounds)
+    nelbo, neg_log_p, label = map(np.concatenate, zip(*rows))
     result = {'num_iw_samples': num_iw_samples, **summary(nelbo, neg_log_p, num_dims)}
     if 0 < label.mean() < 1:
         for name, chosen in (('normal', label == 0), ('anomalous', label == 1)):
             result[name] = summary(nelbo[chosen], neg_log_p[chosen], num_dims)
     return result
+
+
+def mean_objective(model: Any, batches: Batches, seed: int) -> float:
+    """The model's loss at the end of all schedules, mean over all images and ranks."""
+    def objective(number: int, batch: Batch) -> tuple[float, int]:
+        seed_noise(seed, 'objective', number)
+        loss, _ = model.objective(model(batch.x.to(launch.device(), non_blocking=True)), progress=1.0)
+        return float(loss), len(batch.x)
+
+    rows = over_batches(model, batches, objective)
+    return sum(loss * images for loss, images in rows) / sum(images for _, images in rows)
+
+
+def diagnose(model: Any, batches: Batches, seed: int) -> dict[str, Tensor]:
+    """What `model.diagnose(x)` gives of each image: (N,) over all images and ranks."""
+    def diagnostics(number: int, batch: Batch) -> dict[str, Tensor]:
+        seed_noise(seed, 'diagnose', number)
+        values = model.diagnose(batch.x.to(launch.device(), non_blocking=True))
+        return {name: value.float().cpu() for name, value in values.items()}
+
+    rows = over_batches(model, batches, diagnostics)
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def summary(nelbo: np.ndarray, neg_log_p: np.ndarray, num_dims: int) -> dict[str, float]:
@@ -67,7 +102,7 @@ def evaluate(run: Any) -> None:
     config, data = run.flags(Likelihood), run.data()
     result = evaluate_likelihood(run.model, run.batches(data, config.max_images),
                                  num_iw_samples=config.num_iw_samples, seed=config.seed,
-                                 num_dims=count_dims(data.shape, data.pixels.padding), device=launch.device())
+                                 num_dims=count_dims(data.shape, data.pixels.padding))
     result |= {'part': run.part, 'seed': config.seed}
     run.write_metrics('likelihood', result)
     groups = {name: result[name] for name in ('normal', 'anomalous') if name in result}

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from utils import write_atomically
+from utils import RunLog, seed_noise, write_atomically
 
-NUM_SHOWN = 64                         # images in a grid
+NUM_SHOWN = 64                              # images in a grid
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0)         # of samples that training shows, unless the family states others
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
@@ -50,3 +52,17 @@ def save_gif(path: str | Path, frames: Sequence[Tensor], milliseconds: int = 120
     pictures += pictures[-2:0:-1]
     write_atomically(path, lambda temporary: pictures[0].save(
         temporary, format='GIF', save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0))
+
+
+@torch.no_grad()
+def show_images(model: Any, x: Tensor, log: RunLog, step: int, seed: int) -> None:
+    """Shows reconstructions of x (B, C, *S) and samples in TensorBoard; training does not see their noise."""
+    model.eval()
+    number = getattr(model, 'num_shown', NUM_SHOWN)
+    if hasattr(model, 'reconstruct'):
+        x = x[:number // 2]
+        pairs = torch.stack([x, model.reconstruct(x)], dim=1).flatten(0, 1)    # input, output, input, ...
+        log.image(step, 'reconstruction', image_grid(pairs))
+    for temperature in getattr(model, 'temperatures', TEMPERATURES) if hasattr(model, 'sample') else ():
+        seed_noise(seed, 'show', step)
+        log.image(step, f'generated_{temperature}', image_grid(model.sample(number, temperature)))

@@ -1,10 +1,11 @@
-"""Drawing images from a trained model, and batch-norm statistics that fit the images it draws."""
+"""Drawing images from a trained model, and batch-norm statistics that fit its use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from distributed import launch
 from evaluation.config import Samples, Sampling
@@ -49,6 +50,25 @@ def readjust_batch_norm(model: Any, temperature: float, *, seed: int, passes: in
     if not all(torch.isfinite(b).all() for b in model.buffers() if b.is_floating_point()):
         raise UserError(f"the batch-norm statistics at temperature {temperature} are not finite: the model "
                         f"draws images without bounds. Evaluate it without --readjust_bn.")
+
+
+def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor], seed: int) -> None:
+    """Sets the batch-norm statistics to the means over these batches (B, C, *S), and over all processes.
+
+    An average of weights has never seen its own activations: the average of the statistics is not the
+    statistics of the average (Izmailov et al. 2018).
+    """
+    def with_noise() -> Iterator[Tensor]:
+        for index, x in enumerate(batches):
+            seed_noise(seed, 'recalibrate', index, launch.rank())
+            yield x
+
+    update_bn(with_noise(), model)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            for statistic in (norm.running_mean, norm.running_var):
+                statistic.copy_(launch.mean_over_ranks(statistic))
+    model.eval()
 
 
 def temperature(run: Evaluation, wanted: float | None) -> float:

@@ -14,7 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch.overrides import TorchFunctionMode
 
+import evaluation.likelihood
+import readers.batches
 import train
+import training.trainer
 from distributions import RowNoise
 from utils import mix_seed, run_program
 
@@ -54,8 +57,10 @@ def in_double(batches):
 # At import, so that processes that train.py spawns do the same.
 torch.set_default_dtype(torch.float64)
 JointNoise().__enter__()
-train.seed_noise = seed_noise
-train.train_batches, train.eval_batches = in_double(train.train_batches), in_double(train.eval_batches)
+for module in (train, training.trainer, evaluation.likelihood):
+    module.seed_noise = seed_noise
+training.trainer.train_batches = in_double(readers.batches.train_batches)
+training.trainer.eval_batches = in_double(readers.batches.eval_batches)
 
 if __name__ == '__main__':
     run_program(train.main)

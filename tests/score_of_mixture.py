@@ -18,7 +18,8 @@ from distributions import Pixels
 from families.score.config import ScoreModelConfig
 from families.score.model import ScoreModel
 from families.score.sde import SDES
-from training.optimization import average_of, learning_rate, ramped
+from training.config import Schedule, TrainConfig
+from training.optimization import average_of
 
 FLAGS = {'nf': 64, 'blocks_down': (3,), 'blocks_up': (), 'conv_size': 1, 'norm_num_groups': 1,
          'time_embedding_sz': 16, 'fourier_scale': 0.25, 'sigma_min': 0.01, 'sigma_max': 20.0}
@@ -40,11 +41,12 @@ def train(name: str, steps: int, seed: int = 0) -> ScoreModel:
     torch.manual_seed(seed)
     data = mixture()
     model = ScoreModel((2, 1, 1), ScoreModelConfig(sde=name, **FLAGS), Pixels())
-    average = average_of(model, ramped(0.999))
+    config = TrainConfig(epochs=steps, warmup_epochs=0, warmup_steps=100, learning_rate=RATE,
+                         learning_rate_min=RATE / 100, ema_decay=0.999, ema_ramp=True)
+    schedule, average = Schedule(config, 1), average_of(model, config)
     optimizer = torch.optim.Adam(model.parameters())
     for step in range(steps):
-        optimizer.param_groups[0]['lr'] = learning_rate(
-            step, 1, epochs=steps, warmup_epochs=0, warmup_steps=100, highest=RATE, lowest=RATE / 100)
+        optimizer.param_groups[0]['lr'] = schedule.learning_rate(step)
         loss, _ = model.objective(model((data.sample(BATCH) + 1) / 2), progress=step / steps)
         optimizer.zero_grad()
         loss.backward()

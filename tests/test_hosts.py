@@ -118,7 +118,7 @@ def test_torchrun_goes_on_after_a_host_was_started_again(hosts, undisturbed, tmp
     hosts.kill(hosts.names[1])
     end(second)
     assert end(first, torchrun(1)) == [0, 0], [path.read_text() for path in tmp_path.glob('log*')]
-    assert 'going on at step' in (tmp_path / 'log.0').read_text()
+    assert 'continuing at step' in (tmp_path / 'log.0').read_text()
     assert saved(tmp_path / 'eval-exp')['step'] == 24
     assert same_weights(tmp_path / 'eval-exp' / 'checkpoint.pt', whole)
 

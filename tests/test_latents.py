@@ -15,6 +15,7 @@ from evaluation.latent_space import interpolate, traverse
 from families.nvae.config import NVAEConfig
 from families.nvae.model import NVAE
 from model import load_model
+from training.trainer import Trainer
 from utils import UserError, read_checkpoint, read_flags
 
 ONE_THREAD = ('--device', 'cpu', '--num_threads', '1')
@@ -211,4 +212,4 @@ def test_readjusted_batch_norms_are_kept(trained, tmp_path):
     args = train.parse_args(['--root', str(tmp_path), '--save', 'a', '--cont_training'])
     (tmp_path / 'a').rename(tmp_path / 'eval-a')
     with pytest.raises(UserError, match='not a checkpoint of a run'):
-        train.Trainer(args)
+        Trainer(args)

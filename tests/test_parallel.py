@@ -144,7 +144,7 @@ def test_torchrun_goes_on_after_a_process_was_killed(undisturbed, tmp_path, same
     os.kill(child_of(process.pid, 1), signal.SIGKILL)
     assert end(process) == [0], (tmp_path / 'log').read_text()
     log = (tmp_path / 'log').read_text()
-    assert 'going on at step' in log and 'error: lost touch with the other processes' in log
+    assert 'continuing at step' in log and 'error: lost touch with the other processes' in log
     assert saved(tmp_path / 'eval-exp')['step'] == 24
     assert same_weights(tmp_path / 'eval-exp' / 'checkpoint.pt', whole)
 

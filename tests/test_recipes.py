@@ -17,6 +17,7 @@ import train
 from datasets import DATASETS, DataConfig, stand_in
 from distributed import launch
 from model import build_model, family_config
+from training.trainer import Trainer
 from utils import read_flags, read_json
 
 FOLDER = ROOT / 'scripts' / 'recipes'
@@ -201,7 +202,7 @@ def test_every_data_set_trains_a_step(dataset, tmp_path, cache):
                              '--cache_dir', str(cache), *SMALL, '--num_groups_per_scale', '1',
                              '--num_preprocess_blocks', '1', '--num_postprocess_blocks', '1',
                              '--num_preprocess_cells', '1', '--num_postprocess_cells', '1'])
-    trainer = train.Trainer(args)
+    trainer = Trainer(args)
     assert trainer.data.shape[0] == DATASETS[dataset].channels
-    trainer.take_step()
-    assert trainer.step == 1 and trainer.skipped == 0
+    train.train_step(trainer, next(trainer.steps(0, 1)))
+    assert trainer.optimization.step == 1 and trainer.optimization.skipped == 0

@@ -25,7 +25,8 @@ from families.score.samplers import (
     reverse_diffusion,
 )
 from families.score.sde import VE, VP, SubVP, expand
-from training.optimization import average_of, learning_rate, ramped
+from training.config import Schedule, TrainConfig
+from training.optimization import average_of
 from utils import read_flags
 
 PARITY = Path(os.environ.get('PARITY_DIR', Path(__file__).parents[2] / 'shared' / 'parity'))
@@ -181,13 +182,13 @@ def test_average_of_weights_and_learning_rate(formulas):
     f = formulas['ema']
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(f['weights'][0])
-    average = average_of(model, ramped(f['decay']))
+    average = average_of(model, TrainConfig(ema_decay=f['decay'], ema_ramp=True))
     for weight, expected in zip(f['weights'][1:], f['averages'][1:]):
         model.weight.data.fill_(weight)
         average.update_parameters(model)
         assert agrees(average.module.weight.detach().squeeze(), expected)
     f = formulas['learning_rate']
+    config = TrainConfig(epochs=60, warmup_epochs=0, warmup_steps=f['warmup'], learning_rate=f['lr'],
+                         learning_rate_min=f['lr'])
     for step, value in zip(f['step'], f['value']):
-        rate = learning_rate(step, 100, epochs=60, warmup_epochs=0, warmup_steps=f['warmup'],
-                             highest=f['lr'], lowest=f['lr'])
-        assert abs(rate - value) <= 1e-4 * f['lr']
+        assert abs(Schedule(config, 100).learning_rate(step) - value) <= 1e-4 * f['lr']

@@ -12,9 +12,12 @@ import pytest
 import torch
 from conftest import ROOT
 from pytest import approx
+from torch.nn.parallel import DistributedDataParallel
 
 import train
 from distributed import launch
+from training.config import Schedule, TrainConfig
+from training.optimization import Optimization
 from utils import UserError
 
 
@@ -189,7 +192,7 @@ def gradients(args):
     model = NVAE((1, 16, 16), train.read_flags(NVAEConfig, parsed))
     x = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(1))
     share = 8 // world
-    ddp = train.DistributedDataParallel(model) if world > 1 else model
+    ddp = DistributedDataParallel(model) if world > 1 else model
     own = x[launch.rank() * share : (launch.rank() + 1) * share]
     loss, _ = model.objective(ddp(own, temperature=0.0), progress=1.0)
     loss.backward()
@@ -240,35 +243,52 @@ def test_gradients_of_two_processes_equal_those_of_one_and_noise_differs(tmp_pat
 
 
 def test_learning_rate_of_the_published_schedule():
-    rates = [train.learning_rate(step, 5, epochs=10, warmup_epochs=2, highest=1e-2, lowest=1e-4)
-             for step in range(50)]
+    config = TrainConfig(epochs=10, warmup_epochs=2, learning_rate=1e-2, learning_rate_min=1e-4)
+    rates = [Schedule(config, 5).learning_rate(step) for step in range(50)]
     assert rates[0] == 0 and rates[5] == approx(5e-3) and rates[10] == rates[14] == approx(1e-2)
     cosine = 1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * 3 / 7)) / 2
     assert rates[25] == rates[29] == approx(cosine)  # epoch 5 is 3 of 7 steps down
     assert rates[45] == rates[49] == approx(1e-4)
 
 
+def constant(**flags):
+    return Schedule(TrainConfig(lr_schedule='constant', warmup_epochs=0, **flags), steps=1)
+
+
 def test_a_step_that_is_not_finite_changes_nothing():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    optimizer = torch.optim.Adamax(model.parameters(), lr=0.1)
-    safe = train.SafeBuffers(model)
+    optimization = Optimization(model, constant(learning_rate=0.1))
     good, bad = torch.randn(4, 2), torch.full((4, 2), math.nan)
     model(good).sum().backward()
-    train.optimizer_step(model, optimizer, safe, grad_clip=0.0)
+    optimization.update()
     before = {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
     model(bad).sum().backward()
-    applied, _ = train.optimizer_step(model, optimizer, safe, grad_clip=0.0)
-    assert not applied
+    assert optimization.update()['train/skipped'] == 1
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run():
+    model = torch.nn.Linear(1, 1)
+    optimization = Optimization(model, constant(learning_rate=0.1))
+
+    def update(value):
+        model.weight.grad = torch.tensor([[value]])
+        optimization.update()
+
+    for value in [math.nan] * 99 + [1.0] + [math.nan] * 99:
+        update(value)
+    with pytest.raises(UserError, match='100 steps in a row, up to step 200'):
+        update(math.nan)
 
 
 def test_gradient_clipping_bounds_the_update():
     weight = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         weight.weight.fill_(0)
-    optimizer = torch.optim.SGD(weight.parameters(), lr=1.0)
+    optimization = Optimization(weight, constant(learning_rate=1.0, grad_clip=2.0))
+    optimization.optimizer = torch.optim.SGD(weight.parameters(), lr=1.0)
     (100 * weight(torch.ones(1, 1)).sum()).backward()
-    _, norm = train.optimizer_step(weight, optimizer, train.SafeBuffers(weight), 2.0)
+    norm = optimization.update()['train/grad_norm']
     assert norm.item() == approx(100) and weight.weight.item() == approx(-2, rel=1e-4)
 
 

@@ -1,6 +1,7 @@
 """What a training step can do besides: accumulate batches, batch norms of averaged weights, the dry run."""
 
 import re
+from dataclasses import fields, replace
 from itertools import islice
 
 import pytest
@@ -10,19 +11,15 @@ from torch import nn
 import train
 from distributed import launch
 from distributions import Pixels
+from evaluation.sampling import recalibrate_batch_norm
 from families.nvae.config import NVAEConfig
 from families.nvae.model import NVAE
 from neural_operations import activation_bytes, checkpoint_activations
-from training.graph import check_graph
-from training.optimization import (
-    average_of,
-    by_half_life,
-    learning_rate,
-    ramped,
-    recalibrate_batch_norm,
-    steady,
-)
-from training.rehearsal import Memory, advice
+from readers.batches import train_batches
+from training.config import DECAYS, Schedule, TrainConfig
+from training.dry_run import Memory, advice
+from training.optimization import OPTIMIZERS, average_decay, average_of, check_graph
+from training.trainer import Trainer
 from utils import UserError, read_checkpoint, read_flags
 
 
@@ -34,23 +31,26 @@ def run(flags, root, name, *more):
 
 # ----------------------------------------------------------------------------------------------- accumulation
 
-def gradient(train_flags, root, *flags, rank=0, world=1):
+def gradient(monkeypatch, train_flags, root, *flags, rank=0, world=1):
     """The gradient of the second step of process `rank` of `world`: its own, before ranks are averaged."""
     args = train.parse_args([*train_flags, '--root', str(root), '--save', 'a', '--batch_size', '4',
                              '--weight_decay_norm', '0', *flags])
-    trainer = train.Trainer(args)
-    trainer.rank, trainer.world, trainer.shares = rank, world, world * trainer.config.accumulate
-    trainer.steps, trainer.total, trainer.step = 4, 8, 1
-    trainer.ddp = trainer.model.train()
-    for share, batch in enumerate(islice(trainer._batches(1, 1), trainer.config.accumulate)):
-        trainer._backward(batch.x, share)
+    trainer = Trainer(args)
+    trainer.optimization.step, trainer.schedule = 1, replace(trainer.schedule, steps=4)
+    trainer.optimization.update = dict
+    accumulate = trainer.config.accumulate
+    batches = train_batches(trainer.data.train, 4, seed=1, rank=rank, world=world, accumulate=accumulate,
+                            first_step=1)
+    monkeypatch.setattr(launch, 'rank', lambda: rank)
+    train.train_step(trainer, [batch.x for batch in islice(batches, accumulate)])
+    monkeypatch.undo()
     return [p.grad for p in trainer.model.parameters()]
 
 
-def test_accumulated_batches_are_those_of_as_many_processes(train_flags, tmp_path):
+def test_accumulated_batches_are_those_of_as_many_processes(monkeypatch, train_flags, tmp_path):
     """Same images, same noise: the accumulated gradient is the mean of what two ranks would compute."""
-    accumulated = gradient(train_flags, tmp_path, '--accumulate', '2')
-    ranks = [gradient(train_flags, tmp_path, rank=rank, world=2) for rank in (0, 1)]
+    accumulated = gradient(monkeypatch, train_flags, tmp_path, '--accumulate', '2')
+    ranks = [gradient(monkeypatch, train_flags, tmp_path, rank=rank, world=2) for rank in (0, 1)]
     assert (ranks[0][0] - ranks[1][0]).abs().max() > 1e-3, 'ranks see other images'
     for a, b, c in zip(accumulated, *ranks):
         assert (a - (b + c) / 2).norm() <= 1e-4 * b.norm(), 'rounding aside'
@@ -69,27 +69,43 @@ def test_resume_with_accumulation_is_exact(train_flags, tmp_path, same_weights):
 def test_schedules():
     """A warm-up of 10 of 100 steps, then none, or a factor of 0.3 after every 40 % of all steps."""
     def rates(schedule, lowest):
-        return [learning_rate(step, 10, epochs=10, warmup_epochs=1, highest=1.0, lowest=lowest,
-                              schedule=schedule) for step in (5, 10, 39, 40, 79, 80, 99)]
+        config = TrainConfig(epochs=10, warmup_epochs=1, learning_rate=1.0, learning_rate_min=lowest,
+                             lr_schedule=schedule)
+        return [Schedule(config, 10).learning_rate(step) for step in (5, 10, 39, 40, 79, 80, 99)]
     assert rates('constant', 0.1) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1])
     assert rates('step', 0.0) == pytest.approx([0.5, 1, 1, 0.3, 0.3, 0.09, 0.09])
     assert rates('step', 0.1) == pytest.approx([0.5, 1, 1, 0.37, 0.37, 0.181, 0.181])
 
 
+def test_what_is_due_after_which_step():
+    """3 epochs of 4 steps, cut after 10: pictures every 5 steps, validation every 2 epochs, logs every 3."""
+    config = TrainConfig(epochs=3, max_steps=10, image_every=5, val_every=2, log_every=3)
+    due = {step: Schedule(config, 4).due(step) for step in range(1, 11)}
+    assert {step: names for step, names in due.items() if names} == {
+        3: {'log'}, 4: {'epoch', 'save'}, 5: {'show'}, 6: {'log'}, 8: {'epoch', 'save', 'validate'},
+        9: {'log'}, 10: {'log', 'save'}}
+    assert 'save' not in Schedule(TrainConfig(epochs=3, save_every=3), 4).due(4)
+
+
 def test_what_averages_keep():
-    assert [steady(0.9)(n) for n in (1, 2, 99)] == [0, 0.9, 0.9]
-    assert [ramped(0.9)(n) for n in (1, 2, 10 ** 6)] == pytest.approx([2 / 11, 3 / 12, 0.9])
-    kept = by_half_life(1000, ramp=0.0, images=100)
-    assert kept(3) ** 10 == pytest.approx(0.5), '1000 images are 10 updates'
-    kept = by_half_life(1000, ramp=0.5, images=100)              # after 4 updates, half of 400 images
-    assert [kept(4), kept(20), kept(50)] == pytest.approx([0.5 ** 0.5, 0.5 ** 0.1, 0.5 ** 0.1])
+    decays = [average_decay(n, TrainConfig(ema_decay=0.9)) for n in (1, 2, 99)]
+    assert decays == [0, 0.9, 0.9]
+    decays = [average_decay(n, TrainConfig(ema_decay=0.9, ema_ramp=True)) for n in (1, 2, 10 ** 6)]
+    assert decays == pytest.approx([2 / 11, 3 / 12, 0.9])
+    config = TrainConfig(ema_halflife_kimg=1.0)
+    assert average_decay(3, config, images=100) ** 10 == pytest.approx(0.5), '1000 images are 10 updates'
+    config = TrainConfig(ema_halflife_kimg=1.0, ema_rampup_ratio=0.5)   # after 4 updates, half of 400 images
+    assert [average_decay(n, config, images=100) for n in (4, 20, 50)] == pytest.approx(
+        [0.5 ** 0.5, 0.5 ** 0.1, 0.5 ** 0.1])
+    assert average_decay(7, TrainConfig(ema_halflife_kimg=1.0, reptile_steps=5), 100) == pytest.approx(
+        0.5 ** 0.5), 'updates every 5 steps'
 
 
 def test_an_average_copies_whole_numbers_and_leaves_what_does_not_change():
     model = nn.Linear(1, 1, bias=False)
     model.register_buffer('order', torch.arange(50))
     model.register_parameter('frozen', nn.Parameter(torch.rand(50), requires_grad=False))
-    frozen, average = model.frozen.clone(), average_of(model, steady(0.9))
+    frozen, average = model.frozen.clone(), average_of(model, TrainConfig(ema_decay=0.9))
     for value in (1.0, 2.0, 3.0):
         model.weight.data.fill_(value)
         average.update_parameters(model)
@@ -102,7 +118,7 @@ def test_first_steps_of_optimizers(name, first):
     """At a rate of 1: AdamW takes the decay off the weight and moves by the rate; RAdam, before it knows the
     variance, by the gradient, to which the decay is added: 2 - (0.1 * 2 + 1.8)."""
     weight = nn.Parameter(torch.tensor([2.0]))
-    optimizer = train.OPTIMIZERS[name]([weight], lr=1.0, weight_decay=0.05 if name == 'adamw' else 0.1,
+    optimizer = OPTIMIZERS[name]([weight], lr=1.0, weight_decay=0.05 if name == 'adamw' else 0.1,
                                        betas=(0.9, 0.999), foreach=False)
     weight.grad = torch.tensor([1.8])
     optimizer.step()
@@ -111,8 +127,12 @@ def test_first_steps_of_optimizers(name, first):
 
 def test_two_averages_at_once_are_refused():
     with pytest.raises(UserError, match='set one of them to 0'):
-        train.TrainConfig(ema_decay=0.9, ema_halflife_kimg=1.0)
-    assert train.TrainConfig(ema_halflife_kimg=1.0).kept(100)(7) == pytest.approx(0.5 ** 0.1)
+        TrainConfig(ema_decay=0.9, ema_halflife_kimg=1.0)
+
+
+def test_choices_known_without_pytorch_are_the_tables():
+    choices = {field.name: field.metadata.get('choices') for field in fields(TrainConfig)}
+    assert choices['optimizer'] == tuple(OPTIMIZERS) and choices['lr_schedule'] == tuple(DECAYS)
 
 
 # -------------------------------------------------------------------------------------- averaged batch norms
@@ -121,7 +141,7 @@ def test_recalibrated_statistics_are_those_of_the_batches():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, momentum=0.05))
     batches = [torch.randn(8, 1, 4, 4) * 3 + 1 for _ in range(5)]
-    recalibrate_batch_norm(model, batches)
+    recalibrate_batch_norm(model, batches, seed=1)
     with torch.no_grad():
         seen = [model[0](x) for x in batches]
     mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
@@ -146,12 +166,11 @@ def test_averaged_weights_get_statistics_of_their_own(train_flags, tmp_path, sam
     assert same_weights(whole / 'checkpoint.pt', part / 'checkpoint.pt')
     # By hand: the first batch norm sees what the stem of the averaged weights puts out, over these batches.
     args = train.parse_args([*flags, '--root', str(tmp_path), '--save', 'whole', '--cont_training'])
-    trainer = train.Trainer(args)
-    norm = next(m for m in trainer.ema.module.modules() if isinstance(m, nn.BatchNorm2d))
+    trainer = Trainer(args)
+    norm = next(m for m in trainer.optimization.average.module.modules() if isinstance(m, nn.BatchNorm2d))
     stored, seen = norm.running_mean.clone(), []
     handle = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3))))
-    trainer.ema_recalibrated = -1
-    trainer._recalibrate()
+    trainer.recalibrate()
     handle.remove()
     assert len(seen) == 4
     torch.testing.assert_close(stored, torch.stack(seen).mean(0), rtol=1e-4, atol=1e-5)
@@ -159,7 +178,7 @@ def test_averaged_weights_get_statistics_of_their_own(train_flags, tmp_path, sam
 
 def test_statistics_for_an_average_that_is_not_kept_are_refused():
     with pytest.raises(UserError, match='--ema_decay too'):
-        train.TrainConfig(ema_bn_batches=3)
+        TrainConfig(ema_bn_batches=3)
 
 
 # ------------------------------------------------------------------------------------------------ the dry run
@@ -176,10 +195,9 @@ def test_a_dry_run_needs_no_data_and_leaves_nothing(program, tmp_path):
     assert re.search(r'images +1 x 32 x 32, bernoulli, 60,000 to train on', done.stdout)
     assert re.search(r'memory +[\d.]+ GB at most of [\d.]+ GB free on cpu', done.stdout)
     speed = float(re.search(r'speed +([\d.]+) images/s', done.stdout)[1])
-    time = r'time +([\d.]+) (days|h) for 4,000,000 steps of 6 images on 2 processes'
-    value, unit = re.search(time, done.stdout).groups()
-    hours = float(value) * {'days': 24, 'h': 1}[unit]
-    assert hours == pytest.approx(4e6 * 3 / speed / 3600, rel=0.05)
+    time = r'time +(\d+) days?, (\d+):\d\d:\d\d for 4,000,000 steps of 6 images on 2 processes'
+    days, hours = map(int, re.search(time, done.stdout).groups())
+    assert 24 * days + hours == pytest.approx(4e6 * 3 / speed / 3600, rel=0.05)
     assert not (tmp_path / 'runs').exists()
 
 
@@ -241,9 +259,11 @@ def test_estimated_activations_are_what_autograd_keeps():
     ({'device': 'cuda', 'accumulate': 2}, 'and --accumulate exclude each other'),
     ({'device': 'cuda', 'recomputes': True}, 'and --checkpoint_activations exclude each other'),
     ({'device': 'cuda', 'capturable': False}, 'is not for Linear')])
-def test_passes_that_cannot_be_a_graph(changes, told):
+def test_passes_that_cannot_be_a_graph(changes, told, monkeypatch):
     case = {'device': 'cpu', 'world': 1, 'accumulate': 1, 'recomputes': False, 'capturable': True} | changes
+    monkeypatch.setattr(launch, 'device', lambda: torch.device(case['device']))
+    monkeypatch.setattr(launch, 'world', lambda: case['world'])
     model = torch.nn.Linear(1, 1)
-    model.capturable = case.pop('capturable')
+    model.capturable = case['capturable']
     with pytest.raises(UserError, match=f'--cuda_graph {told}'):
-        check_graph(model, torch.device(case.pop('device')), **case)
+        check_graph(model, case['accumulate'], case['recomputes'])

@@ -12,8 +12,8 @@ from torch import nn
 
 import model
 import train
+from evaluation.likelihood import mean_objective
 from model import load_model
-from training.validation import mean_objective
 from utils import UserError, flag, flags, read_checkpoint
 
 
@@ -59,7 +59,7 @@ def mean_flags(train_flags, monkeypatch):
 def test_the_objective_of_a_short_last_batch_counts_by_its_images():
     images = torch.zeros(3, 1, 2, 2), torch.ones(1, 1, 2, 2)
     batches = [(i, SimpleNamespace(x=x)) for i, x in enumerate(images)]
-    assert mean_objective(Mean((1, 2, 2), Mean.Config(), None), batches, 0, 'cpu') == approx(1 / 4)
+    assert mean_objective(Mean((1, 2, 2), Mean.Config(), None), batches, 0) == approx(1 / 4)
 
 
 def test_a_family_without_likelihood_trains_in_the_same_loop(mean_flags, tmp_path):

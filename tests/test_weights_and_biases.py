@@ -8,7 +8,7 @@ import pytest
 
 import train
 from distributed import launch
-from training.weights_and_biases import start_wandb
+from training.run_folder import start_wandb
 from utils import UserError, read_flags
 
 

@@ -1,119 +1,162 @@
-"""The update of the weights: learning rate, steps that are not finite, batch norms of averaged weights."""
+"""The update of the weights: optimizer, average, steps that are not finite, passes as a CUDA graph."""
 
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from distributed import launch
+from training.config import Schedule, TrainConfig
+from utils import UserError
 
-DROP_EVERY, DROP = 0.4, 0.3          # the 'step' schedule of SADE: share of the steps, factor
-
-
-def cosine(step: int, steps: int, epochs: int, warmup_epochs: int) -> float:
-    """From 1 to 0 along a cosine, the same within an epoch."""
-    last = epochs - warmup_epochs - 1
-    done = min((step // steps - warmup_epochs) / last, 1.0) if last > 0 else 0.0
-    return (1 + math.cos(math.pi * done)) / 2
+OPTIMIZERS = {'adamax': partial(torch.optim.Adamax, eps=1e-3),       # eps of the published NVAE
+              'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW, 'radam': torch.optim.RAdam}
+MOST_SKIPPED = 100                  # steps in a row that are not finite; then the run has diverged
 
 
-# share of the way from the lowest to the highest rate, after the warm-up
-SCHEDULES = {'cosine': cosine,
-             'step': lambda step, steps, epochs, _: DROP ** int(step / (DROP_EVERY * steps * epochs)),
-             'constant': lambda *_: 1.0}
+class Optimization:
+    """The weights of a model and what moves them; `network` is the model in all processes.
 
-
-def learning_rate(step: int, steps: int, *, epochs: int, warmup_epochs: int, highest: float,
-                  lowest: float, warmup_steps: int = 0, schedule: str = 'cosine') -> float:
-    """Linear warm-up per step, then a schedule from the highest rate towards the lowest.
-
-    `steps` are those of an epoch. The warm-up takes `warmup_epochs`, and `warmup_steps` if that is longer.
+    A gradient that is not finite changes nothing, neither weights nor running statistics. Gradients are
+    averaged over processes, so all come to the same verdict.
     """
-    warm_up = max(warmup_epochs * steps, warmup_steps)
-    if step < warm_up:
-        return highest * step / warm_up
-    return lowest + (highest - lowest) * SCHEDULES[schedule](step, steps, epochs, warmup_epochs)
+
+    def __init__(self, model: nn.Module, schedule: Schedule):
+        self.model, self.schedule, self.config = model, schedule, schedule.config
+        # Filters of 1 x 1 are in both memory formats at once; DDP notes each as a lost chance to go faster.
+        warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
+        self.network = DistributedDataParallel(model) if launch.world() > 1 else model
+        self.optimizer = OPTIMIZERS[self.config.optimizer](
+            model.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay,
+            betas=(self.config.beta1, 0.999), foreach=self.config.fast_adamax)
+        averages = self.config.ema_decay or self.config.ema_halflife_kimg
+        self.average = average_of(model, self.config, schedule.joint_batch) if averages else None
+        self.buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self.good_buffers = [b.clone() for b in self.buffers]       # as they were after the last good step
+        self.step = self.skipped = self.skipped_in_a_row = 0
+
+    @property
+    def evaluated(self) -> Any:
+        """The model with the weights that count: the average if one is kept."""
+        return self.average.module if self.average else self.model
+
+    def weights_changed(self) -> None:
+        """The weights were set, not updated: the average starts from them."""
+        copy_all(self.good_buffers, self.buffers)
+        if self.average:
+            self.average.module.load_state_dict(self.model.state_dict())
+
+    @torch.no_grad()
+    def update(self) -> dict[str, Any]:
+        """Moves the weights by their gradients; returns what there is to log."""
+        rate = self.schedule.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        finite = bool(torch.isfinite(norm))
+        self.step += 1
+        if finite:
+            self.optimizer.step()
+            copy_all(self.good_buffers, self.buffers)
+            self._update_average()
+        else:
+            copy_all(self.buffers, self.good_buffers)
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            raise UserError(f"{MOST_SKIPPED} steps in a row, up to step {self.step}, had a gradient that is "
+                            f"not finite: the run has diverged. Lower --learning_rate or set --grad_clip; "
+                            f"the last checkpoint is kept.")
+        return {'train/lr': rate, 'train/grad_norm': norm, 'train/skipped': self.skipped}
+
+    def _update_average(self) -> None:
+        every = self.config.reptile_steps
+        if self.average and self.step % (every or 1) == 0:
+            self.average.update_parameters(self.model)
+            if every:                   # the weights continue from the average (Reptile, Nichol et al. 2018)
+                self.model.load_state_dict(self.average.module.state_dict())
+
+    def weights(self) -> dict[str, Any]:
+        """The part of the state that an evaluation needs."""
+        return {'step': self.step, 'weights': self.model.state_dict(),
+                'ema': self.average.module.state_dict() if self.average else None}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.weights(), 'optimizer': self.optimizer.state_dict(), 'skipped': self.skipped,
+                'ema_count': int(self.average.n_averaged) if self.average else 0,
+                'joint_batch': self.schedule.joint_batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state['weights'])
+        self.weights_changed()
+        self.optimizer.load_state_dict(state['optimizer'])
+        for group in self.optimizer.param_groups:               # how to compute is this command's choice
+            group['foreach'] = self.config.fast_adamax
+        if self.average:
+            self.average.module.load_state_dict(state['ema'] or state['weights'])
+            self.average.n_averaged.fill_(state['ema_count'])
+        self.step, self.skipped = state['step'], state['skipped']
 
 
-def steady(decay: float) -> Callable[[int], float]:
-    """What the n-th update of an average keeps of it: nothing at first, then always `decay`."""
-    return lambda n: decay if n > 1 else 0.0
+def copy_all(to: list[Tensor], values: list[Tensor]) -> None:
+    """Copies tensors in one operation, not one each."""
+    if values:
+        torch._foreach_copy_(to, values)
 
 
-def ramped(decay: float) -> Callable[[int], float]:
-    """The same, less at first, so that the average soon forgets where it began."""
-    return lambda n: min(decay, (1 + n) / (10 + n))
-
-
-def by_half_life(half_life: float, ramp: float, images: int) -> Callable[[int], float]:
-    """The same, so that half is kept over `half_life` images, but at most over `ramp` times those seen.
-
-    `images` are those between updates; a `ramp` of 0 is none (Karras et al. 2022, appendix F.1).
-    """
-    return lambda n: 0.5 ** (images / min(half_life, ramp * images * n or half_life))
-
-
-def average_of(model: nn.Module, kept: Callable[[int], float], use_buffers: bool = True) -> AveragedModel:
-    """An exponential average of the model's weights, beginning at them as they are.
-
-    Its n-th update keeps the share `kept(n)` of it, n from 1. Whole numbers are copied.
-    """
+def average_of(model: nn.Module, config: TrainConfig, images: int = 1) -> AveragedModel:
+    """An exponential average of the model's weights, starting from them as they are. Integers are copied."""
     def update(averages: list[Tensor], values: list[Tensor], n: Tensor) -> None:
-        share = kept(int(n)) if averages[0].is_floating_point() else 0.0
-        get_ema_multi_avg_fn(share)(averages, values, n)
+        decay = average_decay(int(n), config, images) if averages[0].is_floating_point() else 0.0
+        get_ema_multi_avg_fn(decay)(averages, values, n)
 
-    average = AveragedModel(model, multi_avg_fn=update, use_buffers=use_buffers)
+    average = AveragedModel(model, multi_avg_fn=update, use_buffers=not config.ema_bn_batches)
     average.n_averaged.fill_(1)                 # of 0 updates torch takes the first one whole
     return average
 
 
-class SafeBuffers:
-    """A copy of the model's floating-point buffers as they were after the last good step."""
-
-    def __init__(self, model: nn.Module):
-        self.buffers = [b for b in model.buffers() if b.is_floating_point()]
-        self.copies = [b.clone() for b in self.buffers]
-
-    def keep(self) -> None:
-        self._copy(self.copies, self.buffers)
-
-    def restore(self) -> None:
-        self._copy(self.buffers, self.copies)
-
-    def _copy(self, to: list[Tensor], values: list[Tensor]) -> None:
-        if values:                                    # one operation, not one each
-            torch._foreach_copy_(to, values)
+def average_decay(n: int, config: TrainConfig, images: int = 1) -> float:
+    """Weight of the old average in its n-th update, n from 1, with this many images a step."""
+    if config.ema_halflife_kimg:                # Karras et al. 2022, appendix F.1
+        half_life, images = 1000 * config.ema_halflife_kimg, images * (config.reptile_steps or 1)
+        return 0.5 ** (images / min(half_life, config.ema_rampup_ratio * images * n or half_life))
+    if config.ema_ramp:
+        return min(config.ema_decay, (1 + n) / (10 + n))
+    return config.ema_decay if n > 1 else 0.0
 
 
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, safe: SafeBuffers,
-                   grad_clip: float) -> tuple[bool, Tensor]:
-    """Updates the weights from their gradients. Returns whether it did, and the gradient norm before
-    clipping.
+# ------------------------------------------------------------------------------------------------ CUDA graph
 
-    A gradient that is not finite changes nothing: neither weights nor running statistics. Gradients are
-    averaged over ranks, so all ranks come to the same verdict.
+def check_graph(model: nn.Module, accumulate: int, recomputes: bool) -> None:
+    """Raises UserError if the passes of this training cannot be captured."""
+    for stands, words in (
+            (launch.device().type != 'cuda', 'is for a GPU: this run is on the CPU'),
+            (launch.world() > 1, 'is for one process'),
+            (accumulate > 1, 'and --accumulate exclude each other: the graph overwrites gradients'),
+            (recomputes, 'and --checkpoint_activations exclude each other: lower --batch_size'),
+            (not getattr(model, 'capturable', True),
+             f'is not for {type(model).__name__}: which voxels it takes depends on the images')):
+        if stands:
+            raise UserError(f"--cuda_graph {words}. Leave it out.")
+
+
+def capture_passes(model: nn.Module, x: Tensor, amp: bool) -> None:
+    """From here on `model(x)` of a batch of this shape, in training, replays its forward and backward pass.
+
+    Weights may change in place, other passes are as before. Noise follows the seed of each step: a replay
+    draws what the pass would have drawn. Running statistics stay as they are.
     """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        optimizer.step()
-        safe.keep()
-    else:
-        safe.restore()
-    return finite, norm
-
-
-def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Sets the batch-norm statistics to the means over these batches (B, C, *S), and over all ranks.
-
-    An average of weights has never seen its own activations: the average of the statistics is not the
-    statistics of the average (Izmailov et al. 2018).
-    """
-    update_bn(batches, model)
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            for statistic in (norm.running_mean, norm.running_var):
-                statistic.copy_(launch.mean_over_ranks(statistic))
-    model.eval()
+    # Gradients are written by the stream that captured them, and their sums wait for it.
+    warnings.filterwarnings('ignore', "The AccumulateGrad node's stream does not match")
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    # The weights are cast inside the graph, not kept from the passes that warm it up.
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=amp, cache_enabled=False):
+        torch.cuda.make_graphed_callables(model, (x.clone(),))
+    with torch.no_grad():
+        for buffer, before in zip(model.buffers(), buffers):
+            buffer.copy_(before)

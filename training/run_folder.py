@@ -1,0 +1,119 @@
+"""What a run leaves behind and shows: log, checkpoints, progress bar, Weights & Biases."""
+
+import json
+import math
+import time
+from argparse import Namespace
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from datasets import DataConfig
+from distributed import launch
+from model import describe, family_config
+from training.config import RunConfig
+from utils import RunLog, UserError, read_checkpoint, read_flags, save_checkpoint, write_atomically
+
+FREE_DATA_FLAGS = ('data', 'cache_dir', 'num_workers')     # may change when a run is resumed
+
+
+class RunFolder(RunLog):
+    """The log and the checkpoints of a run, which only its main process writes."""
+
+    def __init__(self, run: RunConfig, flags: dict[str, Any], step: int = 0):
+        """`flags` are all flags of the command; `step` steps are done."""
+        self.flags, shown = flags, run.wandb_project and launch.is_main()
+        self.wandb = start_wandb(run.folder, run.wandb_project, flags) if shown else None
+        super().__init__(run.folder, active=launch.is_main(), step=step)
+
+    def save(self, name: str, model: Any, state: dict[str, Any]) -> None:
+        """Writes a checkpoint: `state`, and what builds `model` again."""
+        if self.active:
+            save_checkpoint(self.folder / name, {'description': describe(model), 'args': self.flags,
+                                                 'torch': str(torch.__version__), **state})
+
+    def close(self) -> None:
+        super().close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_wandb(folder: Path, project: str, flags: dict[str, Any]) -> Any:
+    """A run of Weights & Biases, the one of this run folder if it has begun; call `finish()` at its end.
+
+    It passes on the events of TensorBoard, so it is started before the first of them. Raises UserError if the
+    library is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb_project needs a library: pip install wandb. Or leave it out: TensorBoard "
+                        "and metrics.jsonl get the same.") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    id_file = folder / 'wandb_id.txt'                          # a resumed run continues there too
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=flags, sync_tensorboard=True,
+                     id=id_file.read_text().strip() if id_file.exists() else None, resume='allow')
+    write_atomically(id_file, lambda path: path.write_text(run.id))
+    return run
+
+
+def read_resumable(run: RunConfig, args: Namespace) -> dict[str, Any] | None:
+    """The checkpoint that this command continues; None if there is none yet.
+
+    Raises UserError if the run is not to be continued, or was started with flags of another model or data.
+    """
+    path, family = run.folder / 'checkpoint.pt', family_config(args.model)
+    if not path.exists():
+        return None
+    if not run.cont_training and not launch.begun_before():
+        raise UserError(f"{run.folder} already holds a trained model. Continue with --cont_training, choose "
+                        f"another --save, or delete the folder.")
+    saved = read_checkpoint(path)
+    if not {'description', 'optimizer'} <= saved.keys():
+        raise UserError(f"{path} is not a checkpoint of a run of this framework: choose another --save.")
+    fixed = [field.name for config in (family, DataConfig) for field in fields(config)
+             if field.name not in FREE_DATA_FLAGS] + ['model', 'seed', 'optimizer']
+    # A family may resolve its flags, such as a file to what it holds: then that counts, not the name.
+    before = saved['args'] | saved['description']['config']
+    now = vars(args) | asdict(read_flags(family, args))
+    if changed := [f'--{name} {before[name]} then, {now[name]} now' for name in fixed
+                   if name in before and name in now and json.dumps(before[name]) != json.dumps(now[name])]:
+        raise UserError(f"{run.folder} was started with other flags ({'; '.join(changed)}). Give the same "
+                        f"ones, or another --save.")
+    return saved
+
+
+class Progress:
+    """The progress bar, the speed, and the mean of a metric, nelbo or loss, over the epoch so far."""
+
+    def __init__(self, metric: str, step: int, end: int):
+        self.metric, self.values, self.images, self.since = metric, [], 0, time.perf_counter()
+        self.bar = tqdm(total=end, initial=step, unit='step', dynamic_ncols=True,
+                        disable=None if launch.is_main() else True)
+
+    def update(self, logs: dict[str, Any], images: int) -> None:
+        """Counts a step of this many images."""
+        self.values.append(float(logs[f'train/{self.metric}_iter']))
+        self.images += images
+        self.bar.update()
+
+    def mean(self) -> float:
+        """Over the steps of the epoch with a finite value."""
+        finite = list(filter(math.isfinite, self.values))
+        return sum(finite) / len(finite) if finite else math.nan
+
+    def read(self) -> dict[str, float]:
+        """The mean so far, and images a second since the last reading."""
+        now = time.perf_counter()
+        speed, self.images, self.since = self.images / (now - self.since), 0, now
+        self.bar.set_postfix_str(f'{self.metric} {self.mean():.5g}, {speed:.0f} images/s')
+        return {f'train/{self.metric}_avg': self.mean(), 'train/images_per_second': speed}
+
+    def end_epoch(self) -> dict[str, float]:
+        """The mean of the epoch over all processes; starts the next epoch."""
+        mean = launch.mean_over_ranks(torch.tensor(self.mean(), device=launch.device()))
+        self.values.clear()
+        return {f'train/{self.metric}': float(mean)}

@@ -1,0 +1,189 @@
+"""The parts of a training run, built from its flags."""
+
+import math
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datasets import Data, DataConfig, load_data, stand_in
+from distributed import launch
+from evaluation.likelihood import count_dims, diagnose, evaluate_likelihood, mean_objective
+from evaluation.pictures import show_images
+from evaluation.sampling import recalibrate_batch_norm
+from model import build_model, family_config, place, start_from
+from neural_operations import activation_bytes, checkpoint_activations
+from readers.batches import eval_batches, steps_per_epoch, train_batches
+from training.config import RunConfig, Schedule, TrainConfig
+from training.optimization import Optimization, capture_passes, check_graph
+from training.run_folder import RunFolder, read_resumable
+from utils import UserError, mix_seed, read_checkpoint, read_flags, read_json, seed_noise, write_json
+
+MEMORY_MARGIN = 1.3          # gradients and work space, beside what is kept for the backward pass
+TAGS = {'val/nelbo': 'nelbo_nats', 'val/neg_log_p': 'neg_log_p_nats',
+        'val/bpd_elbo': 'nelbo_bits_per_dim', 'val/bpd_log_p': 'neg_log_p_bits_per_dim'}
+
+
+class Trainer:
+    """One process of a run: its folder, data, schedule, model, optimization and validation."""
+
+    def __init__(self, args: Namespace):
+        """Raises UserError for flags that do not fit each other, the data, or the run that is resumed."""
+        self.args, self.run, self.config = args, read_flags(RunConfig, args), read_flags(TrainConfig, args)
+        saved = read_resumable(self.run, args)
+        self.folder = RunFolder(self.run, vars(args), saved['step'] if saved else 0)
+        # Batches that a process accumulates are those of as many processes: same images, same noise.
+        batches = launch.world() * self.config.accumulate
+        self.data = self._load_data(batches)
+        batch_size = min(self.config.batch_size, len(self.data.train) // batches)
+        self.schedule = Schedule(self.config, steps_per_epoch(self.data.train, max(batch_size, 1), batches),
+                                 batch_size, batch_size * batches)
+        self.model = self._build_model(initial=not saved)
+        # What progress and validations show: the bound of a likelihood model, the loss of another.
+        self.metric = 'nelbo' if hasattr(self.model, 'num_groups') else 'loss'
+        self.amp = self.config.amp == 'bf16' or (self.config.amp == 'auto' and launch.device().type == 'cuda')
+        self.optimization = Optimization(self.model, self.schedule)
+        self.validation = Validation(self.data, self.schedule, self.metric, self.folder, self.run.seed)
+        if saved:
+            self.optimization.load_state_dict(saved)
+            self.validation.resume()
+            if (before := saved['joint_batch']) != self.schedule.joint_batch:
+                self.folder.say(f'{before} images a step before, {self.schedule.joint_batch} now: the run '
+                                f'sees other batches than it would have')
+        self.recomputes = self._recomputes()
+        if self.recomputes:
+            checkpoint_activations(self.model)
+        if self.config.cuda_graph:
+            check_graph(self.model, self.config.accumulate, self.recomputes)
+        self.captured = False                   # whether the passes of the network are a CUDA graph
+
+    def _load_data(self, batches: int) -> Data:
+        config, split = read_flags(DataConfig, self.args), self.folder.folder / 'split.json'
+        if self.run.dry_run and not config.data:
+            return stand_in(config, self.config.batch_size * batches)
+        with launch.main_first():                               # reads and caches the files once
+            data = load_data(config, read_json(split) if split.exists() else None)
+        if launch.is_main() and not split.exists():
+            write_json(split, data.split)
+        if self.config.keep_best and not len(data.val):
+            raise UserError("--keep_best chooses by a validation part, and there is none: set "
+                            "--val_fraction, such as 0.1. The test part is not for choosing.")
+        return data
+
+    def _build_model(self, initial: bool) -> Any:
+        seed_noise(self.run.seed, 'initialization')             # the same weights in every process
+        family = read_flags(family_config(self.args.model), self.args)
+        model = build_model(self.args.model, self.data.shape, family, self.data.pixels)
+        if launch.device().type == 'cuda' and launch.world() > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        place(model, launch.device())
+        if self.config.init_from and initial:
+            start_from(model, self.config.init_from)
+        return model
+
+    def _recomputes(self) -> bool:
+        """Whether activations are recomputed in the backward pass; all processes decide alike."""
+        if self.config.checkpoint_activations != 'auto':
+            return self.config.checkpoint_activations == 'on'
+        need = activation_bytes(self.model, self.data.shape)[0] * self.schedule.batch_size * MEMORY_MARGIN
+        recomputes = launch.any_rank(need > launch.free_memory())
+        if recomputes:
+            self.folder.say(f'a batch would need {need / 2 ** 30:.1f} GB, more than is free: activations are '
+                            f'recomputed, which is slower (a smaller --batch_size avoids it)')
+        return recomputes
+
+    def announce(self) -> None:
+        """Says what is trained, on what and for how long, and keeps the flags."""
+        data, schedule, say = self.data, self.schedule, self.folder.say
+        for line in (f'command: python {shlex.join(sys.argv)}', *data.report):
+            say(line)
+        say(f'{self.args.model}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters, '
+            f'images {" x ".join(map(str, data.shape))}, {data.pixels.likelihood} pixels')
+        say(f'{launch.world()} process(es) on {launch.device().type}, {schedule.joint_batch} images a step, '
+            f'{schedule.steps} steps an epoch, {schedule.total} steps in all')
+        if schedule.batch_size < self.config.batch_size:
+            say(f'the training part has {len(data.train)} images, too few for batches of '
+                f'{self.config.batch_size}: batches of {schedule.batch_size} are used')
+        if self.optimization.step:
+            say(f'continuing at step {self.optimization.step} of {schedule.total}')
+        if launch.is_main():
+            write_json(self.folder.folder / 'args.json', vars(self.args))
+
+    def steps(self, first: int, seed: int) -> Iterator[list[Tensor]]:
+        """The batches of this process in each step from `first` on, each (B, C, *S)."""
+        batches = train_batches(self.data.train, self.schedule.batch_size, seed=seed, rank=launch.rank(),
+                                world=launch.world(), accumulate=self.config.accumulate, first_step=first,
+                                workers=self.args.num_workers)
+        while True:
+            yield [batch.x.to(launch.device(), non_blocking=True)
+                   for batch in islice(batches, self.config.accumulate)]
+
+    def start_step(self, images: list[Tensor]) -> None:
+        """Clears the gradients. Before the first step, initializes from its images and captures passes."""
+        if self.optimization.step == 0 and hasattr(self.model, 'initialize') and not self.config.init_from:
+            seed_noise(self.run.seed, 'initialize', launch.rank())
+            self.model.initialize(torch.cat(images))
+            self.optimization.weights_changed()
+        self.model.train()
+        if self.config.cuda_graph and not self.captured:
+            self.captured = True
+            capture_passes(self.model, images[0], self.amp)
+        self.optimization.optimizer.zero_grad(set_to_none=True)
+
+    def recalibrate(self) -> None:
+        """Gives the averaged weights batch-norm statistics of their own, if this is asked for."""
+        if self.config.ema_bn_batches:
+            batches = chain.from_iterable(self.steps(0, mix_seed(self.run.seed, 'recalibrate')))
+            batches = islice(batches, self.config.ema_bn_batches)
+            recalibrate_batch_norm(self.optimization.evaluated, batches, self.run.seed)
+
+    def show(self, x: Tensor) -> None:
+        if launch.is_main():
+            show_images(self.optimization.evaluated, x, self.folder, self.optimization.step, self.run.seed)
+
+
+class Validation:
+    """Measures the validation part, or the test part if there is none: then nothing is chosen by it."""
+
+    def __init__(self, data: Data, schedule: Schedule, metric: str, folder: RunFolder, seed: int):
+        self.part = data.val if len(data.val) else data.test
+        self.num_dims = count_dims(data.shape, data.pixels.padding)
+        self.schedule, self.metric, self.folder, self.seed = schedule, metric, folder, seed
+        self.batches = partial(eval_batches, self.part, schedule.batch_size, rank=launch.rank(),
+                               world=launch.world())
+        self.best = math.inf                    # the lowest value so far, that of best.pt
+
+    def resume(self) -> None:
+        if (path := self.folder.folder / 'best.pt').exists():
+            self.best = read_checkpoint(path)['validation']
+
+    def __call__(self, optimization: Optimization) -> None:
+        """Logs what the weights that count attain, and keeps the best of them if this is asked for."""
+        if not len(self.part):
+            return
+        step, model, config = optimization.step, optimization.evaluated, self.schedule.config
+        if self.metric == 'nelbo':
+            result = evaluate_likelihood(model, self.batches(), num_iw_samples=config.val_iw_samples,
+                                         seed=self.seed, num_dims=self.num_dims)
+            values = {tag: result[name] for tag, name in TAGS.items()}
+            summary = f"{result['nelbo_nats']:.2f} +- {result['nelbo_nats_standard_error']:.2f} nats"
+        else:
+            values = {'val/loss': mean_objective(model, self.batches(), self.seed)}
+            summary = f"{values['val/loss']:.6g}"
+        if hasattr(model, 'diagnose'):
+            for name, each in diagnose(model, self.batches(), self.seed).items():
+                values[f'val/{name}'] = float(each.mean())
+                self.folder.histogram(step, f'val/{name}', each)
+        self.folder.metrics(step, values)
+        epoch = step // self.schedule.steps
+        self.folder.say(f'epoch {epoch}, step {step}: validation {self.metric} {summary}')
+        value = values[f'val/{self.metric}']
+        if config.keep_best and value < self.best:
+            self.best = value
+            self.folder.save('best.pt', model, optimization.weights() | {'validation': value})
