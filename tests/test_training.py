@@ -176,9 +176,14 @@ def test_averaged_weights_get_statistics_of_their_own(train_flags, tmp_path, sam
     torch.testing.assert_close(stored, torch.stack(seen).mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_statistics_for_an_average_that_is_not_kept_are_refused():
-    with pytest.raises(UserError, match='--ema_decay too'):
-        TrainConfig(ema_bn_batches=3)
+@pytest.mark.parametrize('flags, needed', [
+    (['--ema_bn_batches', '3'], '--ema_decay or --ema_halflife_kimg'), (['--ema_ramp'], '--ema_decay'),
+    (['--reptile_steps', '2'], '--ema_decay or --ema_halflife_kimg'),
+    (['--ema_decay', '0.9', '--ema_rampup_ratio', '0.1'], '--ema_halflife_kimg')])
+def test_flags_of_an_average_that_is_not_kept_are_refused(flags, needed):
+    with pytest.raises(UserError, match=f'{flags[-1] if len(flags) == 1 else flags[-2]} does nothing without '
+                                        f'{needed}:'):
+        train.parse_args(flags)
 
 
 # ------------------------------------------------------------------------------------------------ the dry run
