@@ -25,7 +25,7 @@ DECAYS = {
 @flags
 class RunConfig:
     """The run"""
-    model: str = flag('nvae', 'model family', choices=tuple(MODELS), basic=True)
+    model: str = flag('nvae', 'model family', choices=MODELS, basic=True)
     root: str = flag('runs', 'folder of all runs', basic=True)
     save: str = flag('exp', 'name of this run, which is kept in <root>/eval-<save>', basic=True)
     cont_training: bool = flag(False, 'resume this run; start it if there is no checkpoint yet', basic=True)
