@@ -18,7 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from datasets import DATASETS, data_flags
-from distributed.topology import LaunchConfig
+from distributed import launch
+from distributed.launch import LaunchConfig
 from model import MODELS, family_config
 from training.config import RunConfig, TrainConfig
 from utils import owners, parse_flags, peek_flags, read_flags, run_program, seed_noise
@@ -53,7 +54,6 @@ def elsewhere(model: str, dataset: str) -> dict[str, str]:
 
 def work(args: argparse.Namespace) -> int:
     """Trains in one process of the run, to its end or to a signal; returns the exit status."""
-    from distributed import launch
     from training.run_folder import Progress
     from training.trainer import Trainer
 
@@ -101,8 +101,6 @@ def train_step(trainer: Trainer, images: list[Tensor]) -> dict[str, Any]:
     """One update of the weights by the mean gradient of these batches (B, C, *S); returns what is logged."""
     import torch
 
-    from distributed import launch
-
     model, optimization, all_logs = trainer.model, trainer.optimization, []
     step, progress = optimization.step, optimization.step / trainer.schedule.total
     trainer.start_step(images)
@@ -132,7 +130,6 @@ class StopSignal:
 
 def dry_run(args: argparse.Namespace) -> int:
     """The first steps of the run in one process, in a folder that is gone afterwards."""
-    from distributed import launch
     from training.dry_run import report
 
     processes = args.num_proc_node * args.num_process_per_node
@@ -146,7 +143,6 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     if args.dry_run:
         return dry_run(args)
-    from distributed import launch
     return launch.launch(work, args, read_flags(LaunchConfig, args))
 
 

@@ -66,9 +66,10 @@ def read_resumable(run: RunConfig, args: Namespace) -> dict[str, Any] | None:
     Raises UserError if the run is not to be continued, or was started with flags of another model or data.
     """
     path, family = run.folder / 'checkpoint.pt', family_config(args.model)
+    resumes = run.cont_training or launch.begun_before()
     if not path.exists():
         return None
-    if not run.cont_training and not launch.begun_before():
+    if not resumes:
         raise UserError(f"{run.folder} already holds a trained model. Continue with --cont_training, choose "
                         f"another --save, or delete the folder.")
     saved = read_checkpoint(path)
