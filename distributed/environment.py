@@ -128,8 +128,7 @@ def _counts(text: str) -> list[int]:
 
 def integer(env: Mapping[str, str], name: str) -> int:
     """A number of the environment; 0 if it is not there."""
-    text = env.get(name, '')
-    return int(text) if text.isdigit() else 0
+    return int(env[name]) if env.get(name, '').isdigit() else 0
 
 
 def free_port() -> int:

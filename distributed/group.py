@@ -127,21 +127,16 @@ def join_store(here: Environment) -> dist.Store:
 
 
 def connect(here: Environment) -> dist.Store:
-    """The store at the address of process 0, which serves it unless torchrun does."""
+    """The store at the address of process 0, which serves it unless torchrun does; or OSError, DistError."""
     by_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' \
         and os.environ.get('MASTER_PORT') == str(here.port)
     if here.rank == 0 and not by_torchrun:                  # the address may be one that only the others know
         return dist.TCPStore(LOOPBACK[0], here.port, is_master=True, wait_for_workers=False)
-    wait_for_server(here.address, here.port)
-    return dist.TCPStore(here.address, here.port, is_master=False, wait_for_workers=False)
-
-
-def wait_for_server(address: str, port: int) -> None:
-    """TCPStore would wait as well, but its failure is pages of text. Raises OSError."""
     since = time.monotonic()
-    while True:
+    while True:                             # TCPStore would wait as well, but its failure is pages of text
         try:
-            return socket.create_connection((address, port), timeout=10).close()
+            socket.create_connection((here.address, here.port), timeout=10).close()
+            return dist.TCPStore(here.address, here.port, is_master=False, wait_for_workers=False)
         except OSError as error:
             if time.monotonic() - since > (NAME_TIME if isinstance(error, socket.gaierror) else MEETING_TIME):
                 raise

@@ -91,11 +91,11 @@ def _child(index: int, work: Callable, argument: Any, config: LaunchConfig, firs
     try:
         with _member(here, config, losses.put):
             status = work(argument) or 0
-    except KeyboardInterrupt:
-        status = 130
-    except Exception:
-        atexit.register(os._exit, 1)    # it must not wait for the others, as the end of a group may
-        raise
+    except BaseException as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        atexit.register(os._exit, status)       # it must not wait for the others, as the end of a group may
+        if status == 1:
+            raise
     sys.exit(status)
 
 
