@@ -1,7 +1,6 @@
 """How well scores tell normal from anomalous test images: from a table of scores to typed rows.
 
-N images of a table. A group is one anomalous class, or 'all' of them; each is judged against all normal
-images.
+A group is one anomalous class, or 'all' of them; each is judged against all normal images.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

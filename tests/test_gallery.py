@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from toy_volumes import LESION, SHAPE, one_case
 
-from anomaly.maps.overlays import overlay
+from anomaly.judge import ScoreRow
+from anomaly.maps.overlays import map_scale, overlay
 from anomaly.maps.slices import VIEWS, cuts, focus, sheet, stack
 from anomaly.report import gallery as cards
-from anomaly.report.figures import map_scale
 from anomaly.report.gallery import (
     LARGEST,
     case_figure,
@@ -88,6 +88,9 @@ def test_the_outline_runs_between_lesion_and_other_pixels():
     assert len(re.findall('M', outline_path(np.ones((3, 3), bool)))) == 12         # the border of the image
 
 
+NELBO = ScoreRow('nelbo', 'model', 'negative ELBO', threshold=1.0, primary=True)
+
+
 def scored(number, reconstruction=True, maps=True, masks=True):
     """Images of scores 0, 1, ..., the second half anomalous; all of them are cases."""
     entries = [SimpleNamespace(id=f'a/{i}.png', class_name='odd' if i >= number // 2 else 'normal',
@@ -101,7 +104,7 @@ def scored(number, reconstruction=True, maps=True, masks=True):
 def test_cards_say_score_percentile_and_outcome_at_the_threshold():
     test = scored(6)
     test.values['nelbo'][4] = np.nan
-    found = gallery({'primary_score': 'nelbo'}, scored(4), test, threshold=1.0)
+    found = gallery(NELBO, scored(4), test)
     assert [(c['score'], c['percentile'], c['outcome']) for c in found['cards']] == [
         ('5', '100', 'tp'), ('not finite', '100', 'tp'), ('3', '88', 'tp'), ('2', '62', 'fp'),
         ('1', '38', 'tn'), ('0', '12', 'tn')]
@@ -111,12 +114,12 @@ def test_cards_say_score_percentile_and_outcome_at_the_threshold():
 
 
 def test_models_without_reconstructions_and_maps_have_cards_with_what_they_have():
-    found = gallery({'primary_score': 'nelbo'}, scored(4), scored(4, False, False, False), threshold=1.0)
+    found = gallery(NELBO, scored(4), scored(4, False, False, False))
     assert [p['title'] for p in found['cards'][0]['pictures']] == ['input'] and found['scale'] is None
-    result = {'primary_score': 'nelbo', 'scores': {'nelbo': {}}}
-    figure = case_figure(result, scored(4), scored(4, False, False, False), 1.0, 2)
+    figure = case_figure(NELBO, scored(4), scored(4, False, False, False), 2)
     assert len(figure.axes) == 4                                     # two most, two least, one picture each
-    assert 'called' in figure.texts[1].get_text() and 'called' not in figure.texts[-1].get_text()
+    captions = [panel.get_title(loc='left') for panel in figure.axes]
+    assert 'called' in captions[0] and 'called' not in captions[-1]
 
 
 # --------------------------------------------------------------------------------------------------- volumes
@@ -204,17 +207,31 @@ def test_pictures_show_millimetres():
     grid = [SHAPE, np.diag([*mm, 1]).tolist()]
     test = SimpleNamespace(entries=[SimpleNamespace(id='a', class_name='odd', label=1, grids=(grid, grid))],
                            cases=[case], values={'nelbo': np.ones(1)})
-    figure = case_figure({'primary_score': 'nelbo', 'scores': {'nelbo': {}}}, test, test, 0.0, 1)
-    assert [panel.get_aspect() for panel in figure.axes if panel.images][:6] == [1, 2, 2, 1, 2, 2]
+    panel = case_figure(NELBO, test, test, 1).axes[0]
+    look = map_scale([case.map])
+    assert np.array_equal(panel.images[0].get_array(),
+                          np.asarray(overlay(case.image, case.reconstruction, case.map, look, spacing=mm)))
 
 
-def test_the_figure_of_cases_has_three_slices_of_each_picture():
+def test_the_figure_of_cases_shows_overlays_with_lesions_and_a_color_scale():
     entries = [SimpleNamespace(id='a', class_name='odd', label=1)]
-    test = SimpleNamespace(entries=entries, cases=[one_case(channels=2)], values={'nelbo': np.ones(1)})
-    figure = case_figure({'primary_score': 'nelbo', 'scores': {'nelbo': {}}}, test, test, 0.0, 1)
-    panels = [panel for panel in figure.axes if panel.images]
-    assert len(panels) == 2 * 9
-    for panel, place in zip(panels[:9], PLACES * 3):
-        values = np.asarray(panel.images[0].get_array())
-        assert np.unravel_index(values.argmax(), values.shape) == place
-    assert any('radiological' in text.get_text() for text in figure.texts)
+    case = one_case(channels=2)
+    case = case._replace(mask=case.map > 0.5)
+    test = SimpleNamespace(entries=entries, cases=[case], values={'nelbo': np.ones(1)})
+    figure = case_figure(NELBO, test, test, 1)
+    most, least, bar = figure.axes
+    for panel in (most, least):
+        assert np.array_equal(panel.images[0].get_array(), np.asarray(overlay(
+            case.image, case.reconstruction, case.map, map_scale([case.map]), mask=case.mask)))
+    assert bar.get_ylabel() == 'nelbo map'
+
+
+def test_lesions_are_outlined_in_the_input_and_in_the_map_of_an_overlay():
+    image = np.zeros((1, 8, 8), np.float32)
+    mask = np.zeros((8, 8), bool)
+    mask[2:5, 2:5] = True
+    picture = np.asarray(overlay(image, image, image[0], LOOK, mask=mask))
+    cyan = (picture == (0x39, 0xe0, 0xd0)).all(-1)
+    first, second, third = cyan[:, :256], cyan[:, 260:516], cyan[:, 520:]
+    assert first.any() and np.array_equal(first, third) and not second.any()
+    assert first[64:160, 64:160].sum() == first.sum() < 96 ** 2

@@ -1,7 +1,7 @@
 """What people read of a comparison: tables for the terminal, Markdown, CSV, and figures.
 
-`result` is what comparison.json holds (compare.py); a row of the judgement is a score of a run, named
-run/score, or a trivial baseline.
+`result` is what comparison.json holds. A row of the judgement is a score of a run, named run/score, or a
+trivial baseline.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,10 +51,9 @@ def group_table(result: dict[str, Any], judgement: Judgement, group: str) -> Rep
         return Column(name, lambda row: form.format(**runs[row.run]) if row.run else None)
     title = (f"Normal ({judgement.images('normal')}) against {group_title(group)} "
              f"({judgement.images(group)} test images)")
-    return score_table(title, [*metric_columns(METRICS, lambda row: row.metrics[group], interval=True),
-                               fact('s/image', '{seconds_per_image:.2g}'),
-                               fact('parameters', '{parameters:,}')],
-                       judgement.rows.values())
+    metrics = metric_columns(METRICS, lambda row: row.metrics[group], interval=True)
+    return score_table(title, [*metrics, fact('s/image', '{seconds_per_image:.2g}'),
+                               fact('parameters', '{parameters:,}')], judgement.rows.values())
 
 
 def difference_table(judgement: Judgement, group: str) -> ReportTable:
@@ -90,14 +89,12 @@ def notes(result: dict[str, Any], judgement: Judgement) -> list[str]:
     """What a reader of the tables must know."""
     first, about = next(iter(result['runs'].items()))
     lines = [
-        f"95 % intervals in brackets: bootstrap of the test images, "
-        f"{judgement.judging.num_bootstrap} resamples, "
-        f"the same for all rows, so that differences are paired. They do not cover another training run.",
+        f"95 % intervals in brackets: bootstrap of the test images, {judgement.judging.num_bootstrap} "
+        f"resamples, the same for all rows: differences are paired. They do not cover another training run.",
         "Each difference has its own 95 % interval; among many, some exclude 0 by chance.",
         f"* primary score of a run, chosen beforehand. Trivial baselines: on the images of {first} "
         f"({' x '.join(map(str, about['shape']))}, {about['bits']} bits); the best of them is picked on "
-        "these "
-        f"images, and negated if its AUROC is below 0.5.",
+        f"these images, and negated if its AUROC is below 0.5.",
         f"s/image: seconds of one process for all scores of the run in this table, in batches of "
         f"{result['batch_size']}, without reading images."]
     masks = pixel_table(judgement) is not None
@@ -131,11 +128,10 @@ def csv_rows(result: dict[str, Any], judgement: Judgement) -> Iterator[dict[str,
         for group in judgement.shown_groups:
             normal, anomalous = row.called['normal'], row.called[group]
             yield {'row': row.name, 'run': row.run, 'kind': row.kind, 'primary': int(row.primary),
-                   'group': group,
-                   'normal_images': normal.total, 'anomalous_images': anomalous.total, **row.metrics[group],
-                   **(pixels if masks else {}), 'threshold': row.threshold, 'called_normal': normal.count,
-                   'called_anomalous': anomalous.count, 'seconds_per_image': run.get('seconds_per_image'),
-                   'parameters': run.get('parameters')}
+                   'group': group, 'normal_images': normal.total, 'anomalous_images': anomalous.total,
+                   **row.metrics[group], **(pixels if masks else {}), 'threshold': row.threshold,
+                   'called_normal': normal.count, 'called_anomalous': anomalous.count,
+                   'seconds_per_image': run.get('seconds_per_image'), 'parameters': run.get('parameters')}
 
 
 # --------------------------------------------------------------------------------------------------- figure

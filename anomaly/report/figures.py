@@ -114,7 +114,7 @@ def precision_recall(curves: Curves) -> tuple[np.ndarray, np.ndarray]:
 CURVES = {
     'roc': (roc, ('false-positive rate', 'true-positive rate'), lambda prevalence: [0, 1]),
     'pr': (precision_recall, ('recall (true-positive rate)', 'precision'),
-           lambda prevalence: [prevalence] * 2),
+           lambda prevalence: [prevalence, prevalence]),
 }
 
 
@@ -179,8 +179,7 @@ def draw_histogram(panel: Any, bins: np.ndarray, values: np.ndarray, **look: Any
 
 
 def levels(judgement: Judgement, prefix: str, with_nelbo: bool = False) -> dict[int, ScoreRow]:
-    """k -> the score PREFIX_k, by rising k; `with_nelbo` puts the NELBO, which is L>0, before those of 'lk'.
-    """
+    """k -> the score PREFIX_k, by rising k; `with_nelbo` puts the NELBO before those of 'lk', as L>0."""
     found = {int(name.removeprefix(f'{prefix}_')): row for name, row in judgement.rows.items()
              if name.startswith(f'{prefix}_')}
     if found and with_nelbo and 'nelbo' in judgement.rows:

@@ -1,5 +1,4 @@
-"""What people read of an evaluation: tables of the terminal, and report.html, one file that needs no network.
-"""
+"""What people read of an evaluation: tables of the terminal, and report.html, one file without network."""
 
 import base64
 import hashlib
@@ -27,14 +26,11 @@ from utils import finite, write_atomically
 
 MOST_TABLES = 4      # groups that get a table of their own in the terminal, and an open one on the page
 SCORE_NOTE = ("* primary score, chosen beforehand. Sensitivity and FPR: at the threshold from normal "
-              "validation "
-              "images, for {:g} %.")
-PIXEL_NOTE = ("Dice and the columns after it: at the threshold from the pixels of normal validation "
-              "images, for "
-              "{:g} %. False regions: per image.")
-SEGMENTATION_NOTE = ("Means over the volumes with a lesion, without those in which nothing is called for "
-                     "PPV and "
-                     "distances; distances in mm, > from lesions to the call alone.")
+              "validation images, for {:g} %.")
+PIXEL_NOTE = ("Dice and the columns after it: at the threshold from the pixels of normal validation images, "
+              "for {:g} %. False regions: per image.")
+SEGMENTATION_NOTE = ("Means over the volumes with a lesion; PPV and distances without those in which nothing "
+                     "is called. Distances in mm, > from lesions to the call alone.")
 
 
 # --------------------------------------------------------------------------------------------------- tables
@@ -62,8 +58,8 @@ def page_group_table(judgement: Judgement, group: str) -> ReportTable:
 def auroc_columns(judgement: Judgement) -> list[Column]:
     """The AUROC against each group."""
     return [Column(f'{group} ({judgement.images(group)})', lambda row, group=group: row.auroc(group),
-                   METRICS[0],
-                   look='shade') for group in judgement.shown_groups if judgement.has_metrics]
+                   METRICS[0], look='shade')
+            for group in judgement.shown_groups if judgement.has_metrics]
 
 
 def auroc_table(judgement: Judgement) -> ReportTable:
