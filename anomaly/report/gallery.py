@@ -189,8 +189,8 @@ def case_figure(row: ScoreRow, validation: Any, test: Any, each: int) -> Any:
     maps = [case.map for case in [*most, *least] if case.map is not None]
     look, threshold = map_scale(maps), math.inf if row.pixel_threshold is None else row.pixel_threshold
     percentiles = percentile(test.values[row.name], validation.values[row.name])
-    height = 2.6 if test.cases[0].image.ndim == 4 else 1.9
-    figure = new_figure(10, height * len(most) + 0.4)
+    width, height = (7, 2.8) if test.cases[0].image.ndim == 4 else (10, 1.9)
+    figure = new_figure(width, height * len(most) + 0.4)
     panels = figure.subplots(len(most), 2, squeeze=False)
     for column, title, cases in zip(panels.T, ('most anomalous', 'least anomalous'), (most, least)):
         for panel, case in zip(column, cases):
@@ -204,7 +204,8 @@ def case_figure(row: ScoreRow, validation: Any, test: Any, each: int) -> Any:
         column[0].set_title(f'{title}\n{column[0].get_title(loc="left")}', fontsize=7, color=INK, loc='left')
     if maps:
         bar = figure.colorbar(ScalarMappable(Normalize(look['vmin'], look['vmax']), look['cmap']), ax=panels,
-                              label=f'{row.name} map', shrink=min(1, 2 / len(most)), anchor=(0, 1))
+                              shrink=min(1, 2 / len(most)), anchor=(0, 1))
+        bar.set_label(f'{row.name} map', color=INK, fontsize=7.5)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelcolor=INK, labelsize=7, color=FAINT)
     return figure

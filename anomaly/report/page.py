@@ -36,23 +36,17 @@ SEGMENTATION_NOTE = ("Means over the volumes with a lesion; PPV and distances wi
 # --------------------------------------------------------------------------------------------------- tables
 
 def group_table(judgement: Judgement, group: str) -> ReportTable:
-    """All metrics of all scores against one group."""
+    """All metrics of all scores against one group; the page marks the model score with the largest AUROC."""
     auroc, *others = metric_columns(METRICS, lambda row: row.metrics.get(group, {}))
-    auroc = replace(auroc, title=f'{auroc.title} [95 % interval]', interval=True)
-    return score_table(f"normal ({judgement.images('normal')}) against {group_title(group)} "
-                       f"({judgement.images(group)} test images)",
-                       [auroc, *others, Column('sensitivity', lambda row: row.called[group]),
-                        Column('FPR', lambda row: row.called['normal'])], judgement.rows.values())
-
-
-def page_group_table(judgement: Judgement, group: str) -> ReportTable:
-    """The same with the intervals drawn, and a mark at the model score with the largest AUROC."""
+    columns = [replace(auroc, title=f'{auroc.title} [95 % interval]', interval=True),
+               replace(auroc, title='0 · 0.5 · 1', look='bar'), *others,
+               Column('sensitivity', lambda row: row.called[group]),
+               Column('FPR', lambda row: row.called['normal'])]
     highest = max((row for row in judgement.rows.values() if row.kind == 'model' and row.metrics),
                   key=lambda row: row.auroc(group).value, default=None)
-    table = group_table(judgement, group)
-    _, auroc, *others = table.columns
-    return score_table(table.title, [auroc, replace(auroc, title='0 · 0.5 · 1', look='bar'), *others],
-                       table.rows, lambda row: ('highest',) if row is highest else ())
+    return score_table(f"normal ({judgement.images('normal')}) against {group_title(group)} "
+                       f"({judgement.images(group)} test images)", columns, judgement.rows.values(),
+                       lambda row: ('highest',) if row is highest else ())
 
 
 def auroc_columns(judgement: Judgement) -> list[Column]:
@@ -185,6 +179,6 @@ def render(result: dict[str, Any], judgement: Judgement, **parts: Any) -> str:
         wilson=lambda share: wilson_interval(*share),
         has_levels=bool(levels(judgement, 'llr') or levels(judgement, 'lk')),
         aurocs=auroc_table(judgement) if len(groups) > 1 and judgement.has_metrics else None,
-        group_tables=[page_group_table(judgement, group) for group in groups],
+        group_tables=[group_table(judgement, group) for group in groups],
         pixels=pixel_table(judgement), segmentations=segmentation_table(judgement),
         counts=count_table(result), confounds=confound_table(result, judgement))

@@ -6,7 +6,7 @@ there is no value. How a cell looks follows from its type. HTML is drawn by temp
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class Column:
     cell: Callable[[Any], Any]
     metric: Metric | None = None           # of its estimates: gives digits and direction
     interval: bool = False                 # whether the terminal, where room is short, shows the interval
-    look: str = ''                         # on the page: 'bar' draws the interval, 'shade' colors an AUROC
+    look: str = ''                         # 'bar' draws the interval, on the page alone; 'shade' colors it
 
     @property
     def digits(self) -> int:
@@ -53,6 +53,10 @@ class ReportTable:
         headings = ['', *(new if new != old else '' for old, new in pairwise(sections))]
         return [(heading, [column.cell(row) for column in self.columns])
                 for heading, row in zip(headings, self.rows)]
+
+    def plain(self) -> 'ReportTable':
+        """The columns that are text."""
+        return replace(self, columns=[column for column in self.columns if column.look != 'bar'])
 
 
 def metric_columns(metrics: Iterable[Metric], values: Callable[[Any], Mapping[str, Estimate]],
@@ -107,6 +111,7 @@ def show(cell: Any, digits: int, interval: bool) -> str:
 
 def as_text(table: ReportTable) -> list[str]:
     """The title and aligned lines; the first column, and others of plain text, are set to the left."""
+    table = table.plain()
     lines, head = table.lines(), [column.title for column in table.columns]
     rows = [[show(cell, column.digits, column.interval) for cell, column in zip(cells, table.columns)]
             for _, cells in lines]
