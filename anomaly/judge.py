@@ -157,7 +157,7 @@ def judge(test: Any, rows: Sequence[ScoreRow], judging: Judging, maps: MapConfig
     of images alone: those of all scores, and of several runs on the same images, are paired.
     """
     normal, anomalous, order = test.labels == 0, test.labels == 1, list(class_order)
-    names = sorted(set(test.classes[anomalous]), key=lambda name: [*order, name].index(name))
+    names = sorted(set(test.classes[anomalous]), key=lambda name: ([*order, name].index(name), name))
     groups = {**{name: anomalous & (test.classes == name) for name in names}, 'all': anomalous}
     drawn, warnings = {}, not_finite('test', test)
     if normal.any() and anomalous.any():

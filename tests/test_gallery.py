@@ -208,9 +208,8 @@ def test_pictures_show_millimetres():
     test = SimpleNamespace(entries=[SimpleNamespace(id='a', class_name='odd', label=1, grids=(grid, grid))],
                            cases=[case], values={'nelbo': np.ones(1)})
     panel = case_figure(NELBO, test, test, 1).axes[0]
-    look = map_scale([case.map])
-    assert np.array_equal(panel.images[0].get_array(),
-                          np.asarray(overlay(case.image, case.reconstruction, case.map, look, spacing=mm)))
+    assert np.array_equal(panel.images[0].get_array(), np.asarray(overlay(
+        case.image, case.reconstruction, case.map, map_scale([case.map]), spacing=mm, mask=case.mask)))
 
 
 def test_the_figure_of_cases_shows_overlays_with_lesions_and_a_color_scale():

@@ -211,7 +211,8 @@ def level_figure(judgement: Judgement, test: Any, lk_is_elbo: bool) -> Any | Non
                                color=color, label=label)
             panel.set(ylabel=f'{title}, nats' if i == 0 else '')
             style(panel, group if panel is column[0] else '')
-        legend(column[0], loc='best')
+        if column[0].get_lines():
+            legend(column[0], loc='best')
         if judged:
             draw_auroc(column[-1], lines, group)
         column[-1].set_xlabel('k, groups from the prior')
