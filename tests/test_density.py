@@ -175,7 +175,8 @@ def test_rows_that_are_not_finite_teach_nothing_and_score_nan(make):
     fitted = make().fit(spoilt)
     scores = fitted.score(spoilt)
     assert np.isnan(scores[40:]).all()
-    np.testing.assert_array_equal(scores[:40], make().fit(features).score(features))
+    # 43 rows and 40 may be summed in other orders.
+    np.testing.assert_allclose(scores[:40], make().fit(features).score(features), rtol=1e-6)
     assert np.isnan(fitted.score(spoilt[40:])).all()
 
 

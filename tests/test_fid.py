@@ -282,7 +282,8 @@ def test_inception(tmp_path, monkeypatch, capfd):
     for channels in (1, 3):
         x = torch.rand(2, channels, 16, 16)
         expected = inception((x * 255).round().to(torch.uint8).expand(2, 3, 16, 16))[0].double()
-        assert torch.equal(features(x), expected) and expected.std(0).max() > 1e-4
+        torch.testing.assert_close(features(x), expected, rtol=1e-5, atol=1e-6)      # other layouts in memory
+        assert expected.std(0).max() > 1e-4
 
     def told(content):
         torch.save(content, path)

@@ -239,7 +239,8 @@ def test_a_border_is_no_business_of_the_network():
     with torch.no_grad():
         noisy = F.pad(x, (2,) * 4, value=0.5)
         ours, theirs = framed(noisy, temperature=0.0), bare(x, temperature=0.0)
-        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+        for key in theirs:         # not to the bit: a frame that is cut off leaves another layout in memory
+            torch.testing.assert_close(ours[key], theirs[key], msg=key)
         torch.testing.assert_close(framed.reconstruct(noisy), F.pad(bare.reconstruct(x), (2,) * 4))
 
 

@@ -176,7 +176,9 @@ def test_kept_maps_are_the_same_and_are_kept_once(monkeypatch):
                         lambda x, **levels: passes.append(1) or score_maps(x, **levels))
     heat = model.voxel_nll(x)
     assert torch.equal(heat, plain.voxel_nll(x)) and len(passes) == 3
-    assert torch.equal(model.voxel_nll(x.flip(0)).flip(0), heat) and len(passes) == 3
+    # Kernels may sum the rows of a batch in an order that depends on their place.
+    torch.testing.assert_close(model.voxel_nll(x.flip(0)).flip(0), heat)
+    assert len(passes) == 3
     # 4 maps of 8 x 8 in float64 are 2 kB; one image fits into the memory
     assert model.cache.used == 3 * 4 * 64 * 8
     model.cache.clear()
