@@ -41,6 +41,10 @@ class Pixels:
         return F.pad(x, (self.padding,) * 4)
 
 
+EIGHT_BITS = Pixels()
+Terms = dict[str, Tensor]     # what a pass of a model gives for each image, by name: see model.Model
+
+
 def soft_clamp(x: Tensor) -> Tensor:
     """Squeezes x smoothly into (-5, 5)."""
     return SOFT_CLAMP * torch.tanh(x / SOFT_CLAMP)

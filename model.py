@@ -17,23 +17,37 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from distributions import Pixels
-
-    Terms = dict[str, Tensor]     # per image, never averaged: (B,) or (B, L)
+    from distributions import Pixels, Terms
 
 
 class Model(Protocol):
-    """Family(shape=(C, *S), config=Family.Config(...), pixels=Pixels(...)), for (B, C, *S) float32 in [0, 1].
+    """The contract of a family: Family(shape=(C, *S), config=Family.Config(...), pixels=Pixels(...)).
 
-    A likelihood family's terms are recon (B,) = -log p(x|z), kl (B, L) from the top group down, log_q and
-    log_p (B,), in nats, and logits. `skip=k` draws the k groups nearest the image from the prior;
-    `temperature` scales the noise, 0 takes means. Capabilities that a family may have besides:
-    reconstruct(x) -> (B, C, *S) in [0, 1], residual(x) = x - an output that may leave [0, 1], maps(x) -> dict
-    of (B, n, *S), sample(n, temperature) -> (n, C, *S), latents(x) -> list of (B, Z, h, w) and
-    decode(latents) -> (B, C, *S), initialize(x) once before training. `defaults`, flags of the training, and
-    `primary_score` are those that the family is published with.
+    B images x (B, C, *S), float32 in [0, 1]; L latent groups. tests/test_model.py checks every clause.
+
+    - A model keeps `shape`, `config` and `pixels`: with its weights they build it again.
+    - `forward` gives terms of each image, never averaged, (B,) or (B, L). Those of a likelihood family, which
+      has `num_groups`, are recon = -log p(x|z), kl from the top group down, log_q and log_p, in nats, and
+      logits. `skip=k` draws the k groups nearest the image from the prior; a family without groups refuses
+      it with a UserError. `temperature` scales the noise; 0 takes means.
+    - `forward` runs inside DDP, so every trained weight takes part in every pass, and on the meta device,
+      where it estimates memory: it never looks at values. In evaluation mode it changes no buffer.
+    - All noise of `forward` and of the capabilities comes from `torch.randn_like` and `torch.rand_like` of
+      tensors with a row for each image. In evaluation mode no image depends on the others of its batch, so
+      with `RowNoise` its results follow from the image and its seed.
+    - `objective` gives the loss of the batch, a scalar, and what to log: numbers without gradient. A
+      likelihood family logs 'train/nelbo_iter', the mean negative ELBO in nats; the loop adds
+      'train/loss_iter'. `progress`, from 0 to 1, drives every schedule.
+    - `Config` is a class of flags, frozen, which imports no PyTorch. Its class attributes are optional:
+      `defaults`, flags of the training as published; `primary_score`, the published score, which the model
+      has too; `only_images`, S is (H, W); `Sampling`, flags that an evaluation may change.
+
+    Capabilities that a family may have: reconstruct(x) -> (B, C, *S) in [0, 1]; residual(x), x minus an
+    output that may leave [0, 1]; maps(x, skip) -> dict of (B, n, *S); sample(n, temperature) -> (n, C, *S);
+    latents(x) -> list of (B, Z, h, w), and decode(latents) -> (B, C, *S); initialize(x), called once before
+    training. docs/architecture.md lists them all.
     """
-    Config: type              # frozen dataclass; its fields are the family's flags
+    Config: type
 
     def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms: ...
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from pytest import approx
 
-from distributions import Pixels
+from distributions import EIGHT_BITS, Pixels
 from families.nvae.config import ARCHITECTURES, NVAEConfig
 from families.nvae.model import (
-    EIGHT_BITS,
     NVAE,
     balance_coefficients,
     balanced_kl,

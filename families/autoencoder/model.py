@@ -15,14 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributions import Normal, Pixels, full_precision
+from distributions import EIGHT_BITS, Normal, Pixels, Terms, full_precision
 from families.autoencoder.config import AEConfig, VAEConfig
 from neural_operations import check_latents
 from utils import UserError
-
-Terms = dict[str, Tensor]
-EIGHT_BITS = Pixels()
-
 
 # ------------------------------------------------------------------------------------------------------- loss
 

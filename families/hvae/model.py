@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributions import Pixels, log_mean_exp, per_image
+from distributions import EIGHT_BITS, Pixels, Terms, log_mean_exp, per_image
 from families.hvae.config import HVAEConfig
 from families.hvae.layers import GaussianLatent, centred, initialize_layers
 from families.hvae.likelihoods import PixelHead, choose_likelihood
@@ -24,8 +24,6 @@ from families.hvae.stages import BidirectionalStage, Drawn, LadderStage, Stage
 from neural_operations import check_latents
 from utils import UserError
 
-Terms = dict[str, Tensor]
-EIGHT_BITS = Pixels()
 # Parts of a stage that serve inference alone; the others generate.
 INFERENCE = {'encode', 'bottom_up', 'top_down', 'join', 'merge', 'lift', 'to_posterior'}
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed import launch
-from distributions import Normal, Pixels, full_precision, per_image, pixel_likelihood
+from distributions import EIGHT_BITS, Normal, Pixels, Terms, full_precision, per_image, pixel_likelihood
 from families.nvae.config import ARCHITECTURES, NVAEConfig
 from families.nvae.flows import FlowCell
 from neural_operations import (
@@ -25,8 +25,6 @@ from neural_operations import (
 )
 from utils import UserError
 
-Terms = dict[str, Tensor]
-EIGHT_BITS = Pixels()
 ACTIVE_KL = 0.1        # nats an image; a latent channel with less is counted as unused
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distributions import Pixels, full_precision
+from distributions import EIGHT_BITS, Pixels, Terms, full_precision
 from families.score.config import Levels, ScoreModelConfig
 from families.score.msma import denoise, level_times, score_maps, score_norms
 from families.score.official import read_weights
@@ -29,8 +29,6 @@ from families.score.unet import CONV, Matryoshka, NCSNpp
 from neural_operations import foreground
 from utils import UserError, read_flags
 
-Terms = dict[str, Tensor]
-EIGHT_BITS = Pixels()
 WATCHED_TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)          # of u, where validations look
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed import launch
-from distributions import Pixels
+from distributions import EIGHT_BITS, Pixels, Terms
 from families.score.config import Levels, read_network
 from families.score.model import ScoreModel
 from families.score.msma import level_times
@@ -23,8 +23,6 @@ from families.spatial_msma.patches import FeatureCache, GlobalContext, PositionC
 from neural_operations import foreground
 from utils import UserError, read_checkpoint
 
-Terms = dict[str, Tensor]
-EIGHT_BITS = Pixels()
 LEAST_SPREAD = 1e-6        # of a feature that is the same in all voxels of the first batch
 
 
