@@ -7,6 +7,8 @@ channels) or doubles it ('up', half the channels). Cells and constants: NVAE (Va
 import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +34,11 @@ class WeightNormConv2d(nn.Conv2d):
     (Salimans and Kingma 2016).
     """
 
-    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, dilation: int = 1,
-                 groups: int = 1, bias: bool = True, mask: Tensor | None = None, data_init: bool = False):
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, dilation: int = 1, *,
+                 mask: Tensor | None = None, data_init: bool = False, **options: Any):
+        """`options` are groups and bias of nn.Conv2d."""
         super().__init__(c_in, c_out, kernel, stride, padding=dilation * (kernel - 1) // 2, dilation=dilation,
-                         groups=groups, bias=bias)
+                         **options)
         self.register_buffer('mask', mask, persistent=False)
         self.data_init, self.initializing = data_init, False
         self.log_weight_norm = nn.Parameter(torch.log(self._norm(self._masked().detach()) + 1e-2))
@@ -247,48 +250,51 @@ def activation_bytes(model: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
     before = [cell.recomputes for cell in cells]
     training = model.training
 
-    def kept(images: int, module: nn.Module | None = None) -> int:
-        """Bytes of the tensors that are saved in a pass, or in the passes of one of its modules."""
-        storages: dict[int, torch.UntypedStorage] = {}
-        inside = [module is None]
-
-        def note(tensor: Tensor) -> Tensor:
-            if inside[0]:
-                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
-
-        def enter(*_: object) -> None:
-            inside[0] = True
-
-        def leave(*_: object) -> None:
-            inside[0] = False
-
-        handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)] \
-            if module is not None else []
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            terms = functional_call(model, state, torch.zeros(images, *shape, device='meta'))
-        total = sum(storage.nbytes() for storage in storages.values())
-        del terms
-        for handle in handles:
-            handle.remove()
-        return total
-
-    def an_image(module: nn.Module | None = None) -> int:
-        # The difference leaves out what does not grow with the batch: weights above all.
-        return max(kept(4, module) - kept(2, module), 0) // 2
+    def bytes_per_image(part: nn.Module) -> int:
+        batches = (torch.zeros(number, *shape, device='meta') for number in (2, 4))
+        two, four = (_saved_bytes(partial(functional_call, model, state, x), part) for x in batches)
+        return max(four - two, 0) // 2          # without what does not grow with the batch: weights above all
 
     try:
         model.train()
         checkpoint_activations(model, False)
-        plain = an_image()
+        plain = bytes_per_image(model)
         # The cells next to the image are the largest.
-        largest = max((an_image(cell) for cell in cells[:1] + cells[-1:]), default=0)
+        largest = max((bytes_per_image(cell) for cell in cells[:1] + cells[-1:]), default=0)
         checkpoint_activations(model)
-        return plain, an_image() + largest
+        return plain, bytes_per_image(model) + largest
     finally:
         model.train(training)
         for cell, recomputes in zip(cells, before):
             cell.recomputes = recomputes
+
+
+def _saved_bytes(run: Callable[[], object], part: nn.Module) -> int:
+    """Bytes of the tensors that `part` of a model saves for the backward pass, when `run()` calls it."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    inside = False
+
+    def note(tensor: Tensor) -> Tensor:
+        if inside:
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    def enter(*_: object) -> None:
+        nonlocal inside
+        inside = True
+
+    def leave(*_: object) -> None:
+        nonlocal inside
+        inside = False
+
+    handles = [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = run()
+    total = sum(storage.nbytes() for storage in storages.values())
+    del kept
+    for handle in handles:
+        handle.remove()
+    return total
 
 
 class SpectralRegularizer(nn.Module):

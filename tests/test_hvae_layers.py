@@ -9,7 +9,7 @@ from pytest import approx
 from small_hvae import BINARY, GREY, block, build, dense, images
 
 from distributions import DiscretizedLogisticMixture, Pixels
-from families.hvae.config import Block
+from families.hvae.config import Block, HVAEConfig
 from families.hvae.layers import Conv, Dense, ResBlock, UpConv, same_padding, skip_layer
 from families.hvae.likelihoods import (
     LIKELIHOODS,
@@ -116,7 +116,7 @@ def test_a_single_image_leaves_dense_layers_as_they_are():
 
 def resblock(shape, channels=2, stride=1, gate=False, **more):
     torch.manual_seed(0)
-    return ResBlock(shape, Block(channels, 3, stride, gated=gate), 'ReLU', revives=True, **more)
+    return ResBlock(shape, Block(channels, 3, stride, gated=gate), HVAEConfig(), **more)
 
 
 def test_residual_block_worked_by_hand():

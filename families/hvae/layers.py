@@ -7,7 +7,6 @@ B images, C channels in, O out, H x W pixels, k kernel size, s stride, Z latent 
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distributed import launch
 from distributions import Normal, full_precision
+from families.hvae.config import Block, HVAEConfig
 from families.hvae.shapes import Shape
 
 INIT_EPS = 1e-8            # of the variance, in the data-dependent initialization
@@ -201,24 +201,24 @@ def skip_layer(skip: Shape, inner: Shape, kernel: int, mode: str, revives: bool)
 class ResBlock(nn.Module):
     """act, convolution, (+ skip), act, dropout, convolution of stride s, (gate), (+ the input)."""
 
-    def __init__(self, shape_in: Shape, block: Any, activation: str, *, revives: bool, up: bool = False,
-                 residual: bool = True, skip: Shape | None = None, dropout: float = 0.0,
-                 stride: int | None = None):
-        """`block` is the entry of the configuration; `stride` replaces its own, and with `up` it enlarges.
+    def __init__(self, shape_in: Shape, block: Block, config: HVAEConfig, *, up: bool = False,
+                 residual: bool = True, skip: Shape | None = None, dropout: float = 0.0):
+        """`block` is the entry of the configuration; with `up` its stride enlarges.
 
-        `skip` is the shape of the connection that comes from elsewhere. `revives`: see `skip_layer`.
+        `skip` is the shape of the connection that comes from elsewhere.
         """
         super().__init__()
         c_in, *size = shape_in
         channels, kernel, weightnorm = block.out_channels, block.kernel_size, block.weightnorm
-        stride, make = stride or block.stride, ACTIVATIONS[activation]
+        stride, make = block.stride, ACTIVATIONS[config.activation]
         mode = block.upsampling_mode if up else block.downsampling_mode
         self.residual, self.stride, self.grows = residual, stride, up and stride > 1
         self.shape = (channels, *(n * stride if up else n // stride for n in size))      # of the output
 
         self.activation_pre = make() if residual else nn.Identity()
         self.conv1 = Conv(c_in, channels, kernel, weightnorm=weightnorm)
-        self.aux = skip and skip_layer(skip, (channels, *size), kernel, mode, revives)
+        self.aux = skip and skip_layer(skip, (channels, *size), kernel, mode,
+                                       revives=not config.compat_official)
         self.activation_aux = make() if skip else nn.Identity()
         if self.aux is None:
             self.activation_aux.requires_grad_(False)        # has no effect: it is there for checkpoints only

@@ -7,6 +7,7 @@ of BIVA.
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -69,8 +70,7 @@ class Stage(nn.Module):
         return self.config.activation
 
     def block(self, shape: Shape, block: Block, **options: Any) -> ResBlock:
-        revives = not self.config.compat_official
-        return ResBlock(shape, block, self.config.activation, revives=revives, **options)
+        return ResBlock(shape, block, self.config, **options)
 
     def chain(self, shape: Shape, skip: Shape | None) -> Chain:
         """The stage's blocks of inference, from features of this shape."""
@@ -85,7 +85,8 @@ class Stage(nn.Module):
         """Brings d_{i+1} to the features of inference; published, it leaves d_{i+1} out."""
         spec = self.spec
         skip = spec.shape if self.config.compat_official else spec.above
-        return self.block(spec.shape, spec.blocks[-1], skip=skip, stride=1, dropout=self.config.p_dropout)
+        return self.block(spec.shape, replace(spec.blocks[-1], stride=1), skip=skip,
+                          dropout=self.config.p_dropout)
 
     def new_latent(self) -> GaussianLatent:
         spec, latent = self.spec, self.spec.latent
@@ -185,7 +186,7 @@ class BidirectionalStage(Stage):
         self.top_down = self.chain(spec.below, spec.shape)
         if spec.top:
             joint = (2 * spec.shape[0], *spec.shape[1:])
-            self.join = self.block(joint, spec.blocks[-1], stride=1, dropout=self.config.q_dropout)
+            self.join = self.block(joint, replace(spec.blocks[-1], stride=1), dropout=self.config.q_dropout)
             self.latent = self.new_latent()
         else:
             self.lift = self.as_features(spec.shape)

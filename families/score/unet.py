@@ -42,10 +42,14 @@ def initialize(layer: nn.Module, scale: float) -> nn.Module:
     return layer
 
 
-def conv(dims: int, c_in: int, c_out: int, kernel: int = 3, *, stride: int = 1, dilation: int = 1,
-         bias: bool = True, scale: float | None = 1.0) -> nn.Module:
-    """A convolution that keeps the size at stride 1; `scale` None leaves torch's own initialization."""
-    layer = CONV[dims](c_in, c_out, kernel, stride, dilation * (kernel - 1) // 2, dilation, bias=bias)
+def conv(dims: int, c_in: int, c_out: int, kernel: int = 3, *, dilation: int = 1,
+         scale: float | None = 1.0, **options: Any) -> nn.Module:
+    """A convolution that keeps the size at stride 1; `scale` None leaves torch's own initialization.
+
+    `options` are stride and bias of nn.Conv2d and nn.Conv3d.
+    """
+    padding = dilation * (kernel - 1) // 2
+    layer = CONV[dims](c_in, c_out, kernel, padding=padding, dilation=dilation, **options)
     return layer if scale is None else initialize(layer, scale)
 
 
@@ -136,13 +140,13 @@ class BigGANBlock(Block):
 
 
 class SegResNetBlock(Block):
-    """gamma (x + h) + beta. The plain form has ReLU, no biases, no dilation, 3 x 3 kernels."""
+    """gamma (x + h) + beta."""
 
-    def __init__(self, dims: int, channels: int, embedding: int, act: str, groups: int, *, kernel: int = 3,
-                 dilation: int = 1, plain: bool = False, before: nn.Module | None = None):
+    def __init__(self, dims: int, channels: int, embedding: int, act: str, groups: int,
+                 before: nn.Module | None, **options: Any):
+        """`options` of both convolutions: see `conv`."""
         super().__init__(before)
-        self.act = ACTIVATIONS['relu' if plain else act]()
-        options = {'bias': False, 'scale': None} if plain else {'kernel': kernel, 'dilation': dilation}
+        self.act = ACTIVATIONS[act]()
         self.norm_1 = nn.GroupNorm(groups, channels)
         self.norm_2 = nn.GroupNorm(groups, channels)
         self.conv_1 = conv(dims, channels, channels, **options)
@@ -185,13 +189,15 @@ class NCSNpp(nn.Module):
         plain = config.resblock_type == 'segresnet' and not config.resblock_pp
         kernel, own = (3, {'bias': False, 'scale': None}) if plain \
             else (config.conv_size, {'scale': config.init_scale})
+        act, convolutions = ('relu', own) if plain \
+            else (config.act, {'kernel': config.conv_size, 'dilation': config.dilation})
         widths = [config.nf * 2 ** i for i in range(len(config.blocks_down))]
 
         def block(width: int, before: nn.Module | None = None) -> Block:
             if config.resblock_type == 'biggan':
                 return BigGANBlock(dims, width, embedding, config.act, config.conv_size, before)
-            return SegResNetBlock(dims, width, embedding, config.act, config.norm_num_groups, plain=plain,
-                                  kernel=config.conv_size, dilation=config.dilation, before=before)
+            return SegResNetBlock(dims, width, embedding, act, config.norm_num_groups, before,
+                                  **convolutions)
 
         def level(i: int, number: int) -> nn.ModuleList:
             halving = conv(dims, widths[i - 1], widths[i], kernel, stride=2, **own) if i else None
