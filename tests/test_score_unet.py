@@ -190,7 +190,7 @@ def test_files_that_hold_something_else(tmp_path):
     for file, told in (('a', 'do not fit'), ('b', r"keys are \['net'\]"), ('c', '0 averaged weights')):
         with pytest.raises(UserError, match=told):
             read_weights(tmp_path / f'{file}.pt', network)
-    with pytest.raises(UserError, match='not a checkpoint of a score of ours'):
+    with pytest.raises(UserError, match='not a checkpoint of one of our score models'):
         ScoreModelConfig(inner_model=str(tmp_path / 'b.pt'))
 
 
