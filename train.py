@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 TABLES = {'model': MODELS, 'dataset': DATASETS}
 
 
-# ------------------------------------------------------------------------------------------------------ flags
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags of the model and the data set that the command names; no others are known."""
     chosen = {'model': 'nvae', 'dataset': 'mnist'}
@@ -49,8 +47,6 @@ def elsewhere(model: str, dataset: str) -> dict[str, str]:
     of_data = owners('dataset', dataset, {name: data_flags(name) for name in DATASETS})
     return of_data | owners('model', model, {name: (family_config(name),) for name in MODELS})
 
-
-# --------------------------------------------------------------------------------------------------- the loop
 
 def work(args: argparse.Namespace) -> int:
     """Trains in one process of the run, to its end or to a signal; returns the exit status."""

@@ -20,6 +20,7 @@ DECAYS = {
     'cosine': cosine,
     'step': lambda schedule, step: 0.3 ** int(step / (0.4 * schedule.steps * schedule.config.epochs)),  # SADE
     'constant': lambda schedule, step: 1.0}
+AVERAGE = 'ema_decay or ema_halflife_kimg'          # flags that keep an average of the weights
 
 
 @flags
@@ -36,9 +37,6 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         return Path(self.root) / f'eval-{self.save}'
-
-
-AVERAGE = 'ema_decay or ema_halflife_kimg'          # flags that keep an average of the weights
 
 
 @flags

@@ -130,8 +130,6 @@ def average_decay(n: int, config: TrainConfig, images: int = 1) -> float:
     return config.ema_decay if n > 1 else 0.0
 
 
-# ------------------------------------------------------------------------------------------------ CUDA graph
-
 def check_graph(model: nn.Module, accumulate: int, recomputes: bool) -> None:
     """Raises UserError if the passes of this training cannot be captured."""
     for stands, words in (

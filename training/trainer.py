@@ -52,13 +52,13 @@ class Trainer:
         self.validation = Validation(self.data, self.schedule, self.metric, self.folder, self.run.seed)
         if saved:
             self.optimization.load_state_dict(saved)
-            self.validation.resume()
+            if (best := self.folder.folder / 'best.pt').exists():
+                self.validation.best = read_checkpoint(best)['validation']
             if (before := saved['joint_batch']) != self.schedule.joint_batch:
                 self.folder.say(f'{before} images a step before, {self.schedule.joint_batch} now: the run '
                                 f'sees other batches than it would have')
         self.recomputes = self._recomputes()
-        if self.recomputes:
-            checkpoint_activations(self.model)
+        checkpoint_activations(self.model, self.recomputes)
         if self.config.cuda_graph:
             check_graph(self.model, self.config.accumulate, self.recomputes)
         self.captured = False                   # whether the passes of the network are a CUDA graph
@@ -158,10 +158,6 @@ class Validation:
         self.batches = partial(eval_batches, self.part, schedule.batch_size, rank=launch.rank(),
                                world=launch.world())
         self.best = math.inf                    # the lowest value so far, that of best.pt
-
-    def resume(self) -> None:
-        if (path := self.folder.folder / 'best.pt').exists():
-            self.best = read_checkpoint(path)['validation']
 
     def __call__(self, optimization: Optimization) -> None:
         """Logs what the weights that count attain, and keeps the best of them if this is asked for."""
