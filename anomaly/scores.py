@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE, Density, Mahalanobis, Typicality
 from utils import UserError, flag, flags
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from anomaly.density import Density
     from anomaly.outputs import Outputs
 
 LESION_FRACTION = 0.01     # of the foreground: a lesion is small and would be lost in a mean over all voxels
@@ -189,10 +189,11 @@ def repair_score(kind: str, about: str) -> Score:
                  lambda outputs: outputs.repair_error(kind))
 
 
-def likelihood_density(name: str, about: str, density: Density) -> Score:
-    """A density of -log p(x|z) and the KL of every group."""
+def likelihood_density(name: str, about: str, kind: str, **options: Any) -> Score:
+    """A density, a class of density.py, of -log p(x|z) and the KL of every group."""
+    from anomaly import density
     return Score(name, 'likelihood terms', about, features=lambda outputs: outputs.likelihood_features(),
-                 density=density)
+                 density=getattr(density, kind)(**options))
 
 
 def msma_score(name: str, about: str, density: Density) -> Score:
@@ -202,6 +203,7 @@ def msma_score(name: str, about: str, density: Density) -> Score:
 
 
 def msma_scores() -> list[Score]:
+    from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE
     from anomaly.flow_density import Flow
     norms = 'the norms of the score at many levels of noise'
     return [
@@ -261,16 +263,16 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
         'regret', 'encoder parameters', "likelihood regret: gain of the bound when the encoder is fitted to "
         "the image alone, nats", regret)],
     'typicality': lambda L: [likelihood_density(
-        'typicality', "|NELBO - mean NELBO of normal validation images|, nats", Typicality())],
+        'typicality', "|NELBO - mean NELBO of normal validation images|, nats", 'Typicality')],
     'kl_profile': lambda L: [likelihood_density(
         'kl_profile', "Mahalanobis distance of (recon, KL of every group) from normal validation images",
-        Mahalanobis())],
+        'Mahalanobis')],
     'kl_knn': lambda L: [likelihood_density(
         'kl_knn', "distance of (recon, KL of every group) to the 5th nearest normal validation image",
-        KNN(k=5))],
+        'KNN', k=5)],
     'kl_gmm': lambda L: [likelihood_density(
         'kl_gmm', "-log density of (recon, KL of every group) under a Gaussian mixture fitted to normal "
-        "validation images, nats", GMM())],
+        "validation images, nats", 'GMM')],
     'msma': lambda L: msma_scores(),
     'inpainting': lambda L: [repair_score(
         'inpainting', "mean |inpainted - x| of the foreground, each half of a checkerboard inpainted from "
