@@ -29,12 +29,13 @@ from anomaly.config import (
     Showing,
 )
 from anomaly.scores import Scoring, Selection
+from command_line.parser import owners, parse_flags, peek_flags
 from datasets import DATASETS, DataConfig, data_flags
 from distributed.environment import LaunchConfig
 from evaluation import config
 from evaluation.config import run_folder
 from model import MODELS, family_config
-from utils import UserError, flag, flags, owners, parse_flags, peek_flags, read_flags, read_json, run_program
+from utils import UserError, flag, flags, read_flags, read_json, run_program
 
 if TYPE_CHECKING:
     from evaluation.run import Evaluation

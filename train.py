@@ -17,12 +17,13 @@ import tempfile
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from command_line.parser import owners, parse_flags, peek_flags
 from datasets import DATASETS, data_flags
 from distributed import launch
 from distributed.launch import LaunchConfig
 from model import MODELS, family_config
 from training.config import RunConfig, TrainConfig
-from utils import owners, parse_flags, peek_flags, read_flags, run_program, seed_noise
+from utils import read_flags, run_program, seed_noise
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run fr
 from audit.audit import LEAST_IMAGES, audit
 from audit.findings import SEVERITIES
 from audit.trivial import FEATURES
+from command_line.parser import parse_flags
 from datasets import DataConfig, load_data
 from readers.split import count
 from utils import (
     UserError,
     flag,
-    parse_flags,
     read_flags,
     read_json,
     run_program,

@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from command_line.parser import parse_flags
 from datasets import DATASETS, DataConfig, check
 from readers.config import VolumeConfig
 from readers.images.folder import (
@@ -61,7 +62,7 @@ from readers.lmdb.packed import (
 from readers.lmdb.packed_volumes import preparation_flags, volume_record
 from readers.source import CLASSES_SHOWN
 from readers.split import count, some, with_patients
-from utils import UserError, flag, parse_flags, read_flags, run_program
+from utils import UserError, flag, read_flags, run_program
 
 MOST_ROWS, MOST_BYTES = 512, 32 << 20            # in a transaction: what a kill can lose
 AHEAD = 4                                        # images prepared ahead, for each thread

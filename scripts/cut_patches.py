@@ -24,13 +24,14 @@ from itertools import product
 
 import numpy as np
 
+from command_line.parser import parse_flags
 from datasets import DATASETS, DataConfig
 from readers.source import Entry, same_name
 from readers.split import PARTS, count, some, split_given, with_patients
 from readers.volumes.nifti import Grid, resample, write_nifti
 from readers.volumes.subjects import KEYS, NORMAL, Subject, find_subjects, with_classes, with_keys
 from readers.volumes.volumes import LESION, VolumePreparation, attempt, expect_one_spacing
-from utils import UserError, flag, parse_flags, read_flags, run_program, write_atomically
+from utils import UserError, flag, read_flags, run_program, write_atomically
 
 ROW = DATASETS['brain']
 DEPTH = 8                          # bits of a voxel: 0 and 255 are the ends of --percentiles or --window

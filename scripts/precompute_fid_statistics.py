@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
 
+from command_line.parser import parse_flags
 from datasets import DataConfig, load_data
 from distributed import launch
 from distributed.launch import LaunchConfig
@@ -27,7 +28,7 @@ from evaluation.fid import (
     statistics_file,
     write_statistics,
 )
-from utils import UserError, flag, parse_flags, read_flags, run_program
+from utils import UserError, flag, read_flags, run_program
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from command_line.parser import parse_flags, peek_flags
 from distributions import RowNoise
 from utils import (
     RunLog,
@@ -14,8 +15,6 @@ from utils import (
     flag,
     flags,
     mix_seed,
-    parse_flags,
-    peek_flags,
     read_flags,
     read_json,
     run_program,
