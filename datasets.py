@@ -257,9 +257,9 @@ class SplitConfig:
     """Data set and split"""
     dataset: str = flag('mnist', 'data set', choices=tuple(DATASETS), basic=True)
     val_fraction: float = flag(-1.0, "fraction of the normal images for validation; -1 = the data set's own",
-                               least=-1, below=1, basic=True)
+                               least=-1, below=1)
     test_fraction: float = flag(-1.0, "fraction of the normal images for testing; -1 = the data set's own",
-                                least=-1, below=1, basic=True)
+                                least=-1, below=1)
     split_seed: int = flag(0, 'seed of the random split')
     num_workers: int = flag(0, 'processes that prepare batches; 0 = the program itself', least=0)
 

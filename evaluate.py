@@ -31,7 +31,8 @@ from anomaly.config import (
 from anomaly.scores import Scoring, Selection
 from command_line.parser import owners, parse_flags, peek_flags
 from datasets import DATASETS, DataConfig, data_flags
-from distributed.environment import LaunchConfig
+from distributed import launch
+from distributed.launch import LaunchConfig
 from evaluation import config
 from evaluation.config import run_folder
 from model import MODELS, family_config
@@ -172,7 +173,6 @@ def work(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parse_args(sys.argv[1:])
-    from distributed import launch
     return launch.launch(work, args, read_flags(LaunchConfig, args))
 
 

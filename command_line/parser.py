@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     """Flags from the fields of dataclasses. Flags that are not given are absent from the result."""
 
     def __init__(self, about: str = '', show_all: bool = False):
-        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=HELP_WIDTH)
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=HELP_WIDTH)
         super().__init__(usage='python %(prog)s [--FLAG VALUE ...]', description=about, add_help=False,
                          allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=layout)
         self.show_all = show_all
@@ -102,8 +102,8 @@ def parse_flags(argv: Sequence[str], about: str, classes: Sequence[type], *,
     for config in (*classes, *stored):
         parser.add_class(config, defaults, config in stored, without)
     group = parser.group('Help')
-    group.add_argument('--config', metavar='FILE', help='take flags from this YAML or JSON file, such as the '
-                                                        'args.json of a run; the command line wins')
+    group.add_argument('--config', metavar='FILE', help="take flags from this YAML or JSON file, such as a "
+                                                        "run's args.json; the command line wins")
     group.add_argument('-h', '--help', action='help', help='show the flags that most people need')
     group.add_argument('--help_all', action='help', help='show all flags')
     given, unknown = parser.parse_known_args(with_config(argv))

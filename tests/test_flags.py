@@ -13,11 +13,11 @@ from conftest import ROOT
 import evaluate
 import train
 from datasets import DATASETS, data_flags
-from distributed.environment import LaunchConfig
+from distributed.launch import LaunchConfig
 from model import MODELS, family_config
 from utils import UserError
 
-SCREEN = 45                             # lines
+SCREEN = 48                             # lines
 CLASSES = {'train': {config for name in MODELS for config in (family_config(name),)}
            | {train.RunConfig, train.TrainConfig, LaunchConfig}
            | {config for name in DATASETS for config in data_flags(name)},
@@ -44,7 +44,7 @@ def other(field):
         return not field.default
     if choices := field.metadata.get('choices'):
         return next(choice for choice in choices if choice != field.default)
-    return field.default + 1 if isinstance(field.default, int) else field.default / 2
+    return field.default + 1 if isinstance(field.default, int) else field.default / 2 or 1
 
 
 def switched_off(config, needs):
@@ -117,7 +117,8 @@ def test_a_runs_own_flags_start_it_again(tmp_path):
     assert train.parse_args(['--config', str(path), '--nf', '16']).nf == 16
 
 
-@pytest.mark.parametrize('words', ['evaluate.py --help', 'evaluate.py --eval_mode anomaly --help',
+@pytest.mark.parametrize('words', ['train.py --help', 'train.py --help_all', 'train.py --lerning_rate 1',
+                                   'evaluate.py --help', 'evaluate.py --eval_mode anomaly --help',
                                    'evaluate.py --lerning_rate 1'])
 def test_help_and_wrong_flags_are_answered_without_pytorch(words):
     """Half a second of CPU, of which a busy machine takes more; that PyTorch is not imported is exact."""
