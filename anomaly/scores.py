@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from utils import UserError, flag, flags
@@ -51,26 +51,33 @@ class Selection:
 class Scoring:
     """Computation of the scores
 
-    All that a score depends on besides the model and the image; `seed` is that of the command.
+    All that a score depends on besides the model and the image; `seed` is that of the command. `scores` are
+    the rows of SCORES that a flag is for.
     """
     num_draws: int = flag(4, 'draws of the latents over which every sampled score averages', least=1,
                           basic=True)
-    num_iw_samples: int = flag(16, 'iw: importance samples per image', least=1)
-    iw_samples_elbo: int = flag(1, 'llr: importance samples for each draw of L; 1 = the ELBO', least=1)
-    iw_samples_lk: int = flag(1, 'llr, lk: importance samples for each draw of L>k; 1 = the ELBO', least=1)
+    num_iw_samples: int = flag(16, 'iw: importance samples per image', least=1, scores='iw')
+    iw_samples_elbo: int = flag(1, 'llr: importance samples for each draw of L; 1 = the ELBO', least=1,
+                                scores='llr')
+    iw_samples_lk: int = flag(1, 'llr, lk: importance samples for each draw of L>k; 1 = the ELBO', least=1,
+                              scores='llr lk')
     llr_noise: str = flag('separate', 'llr: noise of L and of L>k: separate, as published, or shared',
-                          choices=('separate', 'shared'))
-    regret_steps: int = flag(20, 'regret: Adam steps on the encoder for each image', least=1)
-    regret_learning_rate: float = flag(1e-4, 'regret: learning rate of Adam', above=0)
-    msma_levels: int = flag(20, 'msma: number of noise levels', least=1)
-    msma_min_timestep: float = flag(0.01, 'msma: time of the lowest noise level, 0 to 1', above=0, most=1)
-    msma_max_timestep: float = flag(1.0, 'msma: time of the highest noise level, 0 to 1', above=0, most=1)
+                          choices=('separate', 'shared'), scores='llr')
+    regret_steps: int = flag(20, 'regret: Adam steps on the encoder for each image', least=1, scores='regret')
+    regret_learning_rate: float = flag(1e-4, 'regret: learning rate of Adam', above=0, scores='regret')
+    msma_levels: int = flag(20, 'msma: number of noise levels', least=1, scores='msma')
+    msma_min_timestep: float = flag(0.01, 'msma: time of the lowest noise level, 0 to 1', above=0, most=1,
+                                    scores='msma')
+    msma_max_timestep: float = flag(1.0, 'msma: time of the highest noise level, 0 to 1', above=0, most=1,
+                                    scores='msma')
     msma_schedule: str = flag('geometric', "msma: spacing of the noise levels; thinned = a subset of the "
-                                           "sampler's steps", choices=('geometric', 'linear', 'thinned'))
-    msma_denoise: bool = flag(False, 'msma: remove the finest noise from the image first')
+                                           "sampler's steps", choices=('geometric', 'linear', 'thinned'),
+                              scores='msma')
+    msma_denoise: bool = flag(False, 'msma: remove the finest noise from the image first', scores='msma')
     msma_map: str = flag('none', "msma: anomaly map: magnitude of the gradient of the density's score with "
                                  "respect to the image, gradient times image, guided backpropagation, or "
-                                 "GradCAM (the last two need captum); none = no map", choices=MSMA_MAPS)
+                                 "GradCAM (the last two need captum); none = no map", choices=MSMA_MAPS,
+                         scores='msma')
     seed: int = field(default=1, kw_only=True)
 
     def __post_init__(self):
@@ -85,6 +92,16 @@ class Scoring:
         return {'number': self.msma_levels, 'min_timestep': self.msma_min_timestep,
                 'max_timestep': self.msma_max_timestep, 'schedule': self.msma_schedule,
                 'denoised': self.msma_denoise}
+
+
+def check_used(scoring: Scoring, names: Sequence[str]) -> None:
+    """Raises UserError for a flag that was set although none of the scores `names` depends on it."""
+    for one in fields(scoring):
+        rows = one.metadata.get('scores', '').split()
+        used = any(name == row or name.startswith(f'{row}_') for name in names for row in rows)
+        if rows and not used and getattr(scoring, one.name) != one.default:
+            raise UserError(f"--{one.name} does nothing, as no score {' or '.join(rows)} is computed: name "
+                            f"one with --scores, or leave --{one.name} out.")
 
 
 def check_captum(kind: str) -> None:

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import evaluate
 import train
+from anomaly.scores import Scoring, check_used
 from datasets import DATASETS, data_flags
 from distributed.launch import LaunchConfig
 from model import MODELS, family_config
@@ -73,6 +74,18 @@ def test_a_flag_that_would_do_nothing_is_refused(program, config, field):
     with pytest.raises(UserError, match=f'--{field.name} does nothing without'):
         parse([*words, *word(field, other(field))])
     parse(words)
+
+
+@pytest.mark.parametrize('field', [one for one in dataclasses.fields(Scoring) if 'scores' in one.metadata],
+                         ids=lambda one: one.name)
+def test_a_flag_of_scores_that_are_not_computed_is_refused(field):
+    scoring = dataclasses.replace(Scoring(), **{field.name: other(field)})
+    with pytest.raises(UserError, match=f'--{field.name} does nothing, as no score'):
+        check_used(scoring, ['nelbo', 'kl_1'])
+    for row in field.metadata['scores'].split():
+        check_used(scoring, ['nelbo', row])
+        check_used(scoring, [f'{row}_1'])
+    check_used(Scoring(), [])
 
 
 @pytest.mark.parametrize('parse, words, told', [

@@ -29,7 +29,7 @@ from readers.images.new_files import Preparation, find_files, printable
 from utils import UserError, read_flags, write_json
 
 SCORES = ('reconstruction', 'nelbo', 'regret', 'kl_profile', 'llr_1')        # in the table's order
-SETTINGS = ('--num_draws', '2', '--regret_steps', '1', '--num_iw_samples', '1')
+SETTINGS = ('--num_draws', '2', '--regret_steps', '1')
 
 
 @pytest.fixture(scope='module')
