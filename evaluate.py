@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anomaly.config import (
@@ -113,7 +114,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     Raises UserError for any other flag, and for values that make no sense.
     """
-    peeked = peek_flags(argv, eval_mode='', checkpoint='', compare=(), dataset='')
+    peeked = peek_flags(argv, eval_mode='', checkpoint='', compare=(), dataset='', config='')
     name = peeked['eval_mode'] or ('compare' if peeked['compare'] else 'sample')
     mode = MODES.get(name, MODES['sample'])                       # of a wrong name, the parser tells
     run_flags = read_run_flags(peeked['checkpoint'] or ''.join(peeked['compare'][:1]))
@@ -124,6 +125,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                        without=ONLY_FOR_TRAINING, elsewhere=partial(elsewhere, name, **run))
     if bool(args.checkpoint) == (name == 'compare'):
         raise UserError("give --checkpoint, the checkpoint.pt of a run, or --compare, several runs.")
+    if Path(peeked['config']).name == 'args.json' and '--save' not in argv:
+        args.save = ''                                   # of a run's own flags, it is the name of the run
     for one in mode.flags:
         read_flags(one, args)                            # wrong combinations are told before any work
     if name == 'compare' and not args.save:

@@ -128,6 +128,8 @@ def test_a_runs_own_flags_start_it_again(tmp_path):
     again = train.parse_args(['--config', str(path)])
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in vars(again).items()} == vars(args)
     assert train.parse_args(['--config', str(path), '--nf', '16']).nf == 16
+    scored = evaluate.parse_args(['--config', str(path), '--checkpoint', 'run', '--eval_mode', 'sample'])
+    assert scored.save == '' and scored.seed == args.seed
 
 
 @pytest.mark.parametrize('words', ['train.py --help', 'train.py --help_all', 'train.py --lerning_rate 1',
