@@ -22,6 +22,7 @@ from readers.config import (
     FitConfig,
     PatientConfig,
     PhantomConfig,
+    PixelConfig,
     ReaderConfig,
     VolumeConfig,
 )
@@ -30,8 +31,8 @@ from readers.split import (
     count,
     count_table,
     find_duplicates,
+    left_out,
     part_counts,
-    some,
     split_by_name,
     split_given,
     split_records,
@@ -43,37 +44,19 @@ from utils import UserError, flag, flags
 
 if TYPE_CHECKING:
     from distributions import Pixels
-    from readers.images.new_files import Preparation
+    from readers.new_files import Preparation
     from readers.parts import Part
     from readers.published.records import Records
     from readers.source import Entry, Source
-    from readers.volumes.new_volumes import NewVolumes
 
 # ------------------------------------------------------------------------------------------------------ table
 
-def reader(place: str, **options: Any) -> Callable[..., Any]:
+def reader(place: str, **options: Any) -> Callable[[ReaderConfig, DataSet], Source]:
     """The function `place`, 'module:function' below readers/, with these options; imported when called."""
-    def read(*args: Any, **more: Any) -> Any:
+    def read(config: ReaderConfig, row: DataSet) -> Source:
         module, name = place.split(':')
-        return getattr(import_module(f'readers.{module}'), name)(*args, **options, **more)
+        return getattr(import_module(f'readers.{module}'), name)(config, row, **options)
     return read
-
-
-def _read_folder(config: DataConfig, row: DataSet) -> Source:
-    from readers.images.folder import read_folder
-    return read_folder(row.folder(config), normal=row.normal, normal_wanted=config.normal_classes,
-                       anomalous=config.anomalous_classes, size=config.image_size or row.size,
-                       channels=config.channels or row.channels, depth=config.depth, fit=config.fit,
-                       masks=row.masks, cache_dir=config.cache_dir, where=row.where)
-
-
-def _read_volumes(config: DataConfig, row: DataSet) -> Source:
-    from readers.volumes.volumes import read_volumes
-    return read_volumes(row.folder(config), config, modalities=config.modalities or row.modalities,
-                        labels=config.labels or row.labels, normal=row.normal,
-                        normal_wanted=config.normal_classes, anomalous=config.anomalous_classes,
-                        side=config.image_size or row.size, depth=config.depth, cache_dir=config.cache_dir,
-                        where=row.where)
 
 
 def _data_folder(config: ReaderConfig) -> str:
@@ -93,38 +76,8 @@ def _brain_phantom_folder(config: ReaderConfig) -> str:
     return str(write_brain_phantoms(config.data or 'data/brain_phantom', config.num_phantoms or 120))
 
 
-def _read_arrays(read: Callable[..., Source], config: DataConfig, row: DataSet) -> Source:
-    return read(config.data, parts=row.parts, normal=config.normal_classes,
-                anomalous=config.anomalous_classes, size=config.image_size or row.size,
-                channels=config.channels or row.channels, padding=_padding(config, row),
-                cache_dir=config.cache_dir, where=row.where)
-
-
-def _read_records(config: DataConfig, row: DataSet, **layout: Any) -> Source:
-    from readers.published.layouts import Layout, read_records
-    from readers.published.records import Decoding
-    decoding = Decoding(**{k: layout.pop(k) for k in ('encoded', 'crop', 'box') if k in layout})
-    return read_records(config.data, Layout(decoding, **layout), size=config.image_size or row.size,
-                        channels=config.channels or row.channels, num_train=row.num_train,
-                        normal=config.normal_classes, anomalous=config.anomalous_classes,
-                        cache_dir=config.cache_dir, where=row.where)
-
-
-def _read_packed(config: DataConfig, row: DataSet) -> Source:
-    """Any row from an LMDB that scripts/create_lmdb.py made."""
-    if row.dims == 3:
-        from readers.lmdb.packed_volumes import read_packed_volumes
-        return read_packed_volumes(config.data, config, image_size=config.image_size, normal=row.normal,
-                                   normal_wanted=config.normal_classes, anomalous=config.anomalous_classes,
-                                   depth=config.depth, cache_dir=config.cache_dir)
-    from readers.lmdb.packed import read_packed
-    border = _padding(config, row)
-    return read_packed(config.data, normal=row.normal, normal_wanted=config.normal_classes,
-                       anomalous=config.anomalous_classes, size=(config.image_size or row.size) - 2 * border,
-                       border=border, channels=config.channels or row.channels, depth=config.depth,
-                       fit=config.fit, masks=row.masks, cache_dir=config.cache_dir)
-
-
+FOLDER = reader('images.folder:read_folder')
+VOLUMES = reader('volumes.volumes:read_volumes')
 # Published 8-bit sets whose test part is given; validation during training watches it, as published.
 PUBLISHED = {'bits': 8, 'val_fraction': 0.1, 'test_fraction': 0, 'val_always': False}
 # Binary pictures of 28 x 28 in a frame of 2, which --image_size 28 takes off.
@@ -133,75 +86,75 @@ BINARY = PUBLISHED | {'size': 32, 'likelihood': 'bernoulli', 'padding': 2}
 PHOTOGRAPHS = PUBLISHED | {'channels': 3, 'flip': True, 'classes': False}
 LSUN_WHERE = ('Expected the LMDBs {0}_train_lmdb and {0}_val_lmdb, unpacked as github.com/fyu/lsun gives '
               'them.')
-LSUN = partial(_read_records, encoded=True, crop=True, listed=True)
-LSUN_CHURCH = partial(LSUN, class_name='church', train='church_outdoor_train_lmdb',
-                      test='church_outdoor_val_lmdb')
+RECORDS = 'published.layouts:read_records'
+LSUN = partial(reader, RECORDS, encoded=True, crop=True, listed=True)
+LSUN_CHURCH = LSUN(class_name='church', train='church_outdoor_train_lmdb', test='church_outdoor_val_lmdb')
 
 DATASETS = {
     'mnist': DataSet(
-        partial(_read_arrays, reader('published.mnist:read_mnist')), num_train=60_000,
+        reader('published.mnist:read_mnist'), num_train=60_000,
         where='Get it with torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.',
         **BINARY),
     'fashion_mnist': DataSet(
-        partial(_read_arrays, reader('published.mnist:read_mnist', name='FashionMNIST')), num_train=60_000,
+        reader('published.mnist:read_mnist', name='FashionMNIST'), num_train=60_000,
         where='Get it with torchvision.datasets.FashionMNIST(FOLDER, download=True), then --data FOLDER.',
         **BINARY),
     'kmnist': DataSet(
-        partial(_read_arrays, reader('published.mnist:read_mnist', name='KMNIST')), num_train=60_000,
+        reader('published.mnist:read_mnist', name='KMNIST'), num_train=60_000,
         where='Get it with torchvision.datasets.KMNIST(FOLDER, download=True), then --data FOLDER.',
         **BINARY),
     'notmnist': DataSet(
-        partial(_read_arrays, reader('published.part_folders:read_part_folders', name='notMNIST', folders={
-            'train': 'notMNIST_large', 'test': 'notMNIST_small'})), num_train=529_114,
+        reader('published.part_folders:read_part_folders', folders={
+            'train': 'notMNIST_large', 'test': 'notMNIST_small'}), num_train=529_114,
         where='Expected the folders notMNIST_large and notMNIST_small, A to J in each, as their archives '
               'unpack (yaroslavvb.blogspot.com, notMNIST dataset).', **BINARY),
     'stacked_mnist': DataSet(
-        partial(_read_arrays, reader('published.mnist:read_stacked_mnist')), size=32, channels=3, padding=2,
+        reader('published.mnist:read_stacked_mnist'), size=32, channels=3, padding=2,
         num_train=120_000,
         where='It is made from MNIST: torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.',
         **PUBLISHED),
     'omniglot': DataSet(
-        partial(_read_arrays, reader('published.omniglot:read_omniglot')), num_train=24_345,
+        reader('published.omniglot:read_omniglot'), num_train=24_345,
         where='Expected chardata.mat of github.com/yburda/iwae (datasets/OMNIGLOT).', **BINARY),
     'omniglot_py': DataSet(
-        partial(_read_arrays, reader('published.part_folders:read_part_folders', name='Omniglot', folders={
-            'train': 'omniglot-py/images_background', 'test': 'omniglot-py/images_evaluation'})),
+        reader('published.part_folders:read_part_folders', folders={
+            'train': 'omniglot-py/images_background', 'test': 'omniglot-py/images_evaluation'}),
         size=28, num_train=19_280,
         where='Get it with torchvision.datasets.Omniglot(FOLDER, background, download=True) for background '
               'True and False, then --data FOLDER.', **PUBLISHED),
     'cifar10': DataSet(
-        partial(_read_arrays, reader('published.cifar10:read_cifar10')), size=32, channels=3, flip=True,
+        reader('published.cifar10:read_cifar10'), size=32, channels=3, flip=True,
         num_train=50_000,
         where='Get it with torchvision.datasets.CIFAR10(FOLDER, download=True), then --data FOLDER.',
         **PUBLISHED),
     'svhn': DataSet(
-        partial(_read_arrays, reader('published.svhn:read_svhn')), size=32, channels=3, num_train=73_257,
+        reader('published.svhn:read_svhn'), size=32, channels=3, num_train=73_257,
         where='Get it with torchvision.datasets.SVHN(FOLDER, split, download=True) for the splits train and '
               'test, then --data FOLDER.', **PUBLISHED),
     'smallnorb': DataSet(
-        partial(_read_arrays, reader('published.smallnorb:read_smallnorb')), size=96, num_train=24_300,
+        reader('published.smallnorb:read_smallnorb'), size=96, num_train=24_300,
         where='Expected the files of cs.nyu.edu/~ylclab/data/norb-v1.0-small.', **PUBLISHED),
     'celeba_64': DataSet(
-        partial(_read_records, encoded=True, box=(15, 40, 163, 188), class_name='face', celeba=True),
+        reader(RECORDS, encoded=True, box=(15, 40, 163, 188), class_name='face', celeba=True),
         size=64, num_train=162_770,
         where='Expected train.lmdb and validation.lmdb, made by scripts/create_celeba64_lmdb.py, or '
               'celeba/img_align_celeba and celeba/list_eval_partition.txt, as torchvision.datasets.CelebA '
               'leaves them.', **PHOTOGRAPHS),
     'celeba_256': DataSet(
-        partial(_read_records, class_name='face'), size=256, num_train=27_000,
+        reader(RECORDS, class_name='face'), size=256, num_train=27_000,
         where='Expected train.lmdb and validation.lmdb: scripts/convert_tfrecord_to_lmdb.py --dataset celeba '
               'makes them of the CelebA-HQ TFRecords of github.com/openai/glow.', **PHOTOGRAPHS),
     'imagenet_32': DataSet(
-        _read_records, size=32, num_train=1_281_147,
+        reader(RECORDS), size=32, num_train=1_281_147,
         where='Expected train.lmdb and validation.lmdb: scripts/convert_tfrecord_to_lmdb.py --dataset '
               'imagenet-oord_32 makes them of the ImageNet TFRecords of github.com/openai/glow.',
         **PHOTOGRAPHS),
     'ffhq': DataSet(
-        partial(_read_records, class_name='face'), size=256, num_train=63_000,
+        reader(RECORDS, class_name='face'), size=256, num_train=63_000,
         where='Expected train.lmdb and validation.lmdb: scripts/create_ffhq_lmdb.py makes them of the images '
               'of github.com/NVlabs/ffhq-dataset.', **PHOTOGRAPHS),
     'lsun_bedroom_128': DataSet(
-        partial(LSUN, class_name='bedroom', train='bedroom_train_lmdb', test='bedroom_val_lmdb'),
+        LSUN(class_name='bedroom', train='bedroom_train_lmdb', test='bedroom_val_lmdb'),
         size=128, num_train=3_033_042,
         where=LSUN_WHERE.format('bedroom'), **PHOTOGRAPHS),
     'lsun_church_64': DataSet(
@@ -211,45 +164,31 @@ DATASETS = {
         LSUN_CHURCH, size=128, num_train=126_227, where=LSUN_WHERE.format('church_outdoor'),
         **PHOTOGRAPHS),
     'covid': DataSet(
-        _read_folder, size=64, normal=('Normal',), folder=_data_folder,
+        FOLDER, size=64, normal=('Normal',), folder=_data_folder,
         where='Expected Normal/images/*.png and beside it COVID, Lung_Opacity or "Viral Pneumonia", as in '
               'the COVID-19 Radiography Database '
               '(kaggle.com/datasets/tawsifurrahman/covid19-radiography-database).'),
     'mednist': DataSet(
-        _read_folder, size=64, normal=('Hand',), folder=_data_folder, split=split_by_name, val_fraction=0.1,
+        FOLDER, size=64, normal=('Hand',), folder=_data_folder, split=split_by_name, val_fraction=0.1,
         test_fraction=0.1,
         where='Expected MedNIST.tar.gz (github.com/Project-MONAI/MONAI-extra-test-data, release 0.8.1), or '
               'its folder: Hand/*.jpeg and beside it AbdomenCT, BreastMRI, CXR, ChestCT and HeadCT.'),
     'folder': DataSet(
-        _read_folder, size=64, normal=('normal', 'good'), masks=True, folder=_data_folder,
+        FOLDER, size=64, normal=('normal', 'good'), masks=True, folder=_data_folder,
         where='Expected a folder "normal" (or "good") and beside it one folder for each kind of anomaly.'),
     'phantom': DataSet(
-        _read_folder, size=64, normal=('Normal',), masks=True, folder=_phantom_folder, phantoms=1200,
+        FOLDER, size=64, normal=('Normal',), masks=True, folder=_phantom_folder, phantoms=1200,
         where='Synthetic: it is made at the first run.'),
     'brain': DataSet(
-        _read_volumes, size=0, dims=3, normal=('normal', 'healthy', 'control'), labels='label',
+        VOLUMES, size=0, dims=3, normal=('normal', 'healthy', 'control'), labels='label',
         folder=_data_folder, split=split_given,
         where='Expected NIfTI files, one a subject, or with --modalities t1 flair the folders t1 and flair, '
               'or files that end in _t1 and _flair; perhaps in class folders, one of them "normal".'),
     'brain_phantom': DataSet(
-        _read_volumes, size=64, dims=3, channels=2, modalities=('t1', 'flair'), labels='lesions',
+        VOLUMES, size=64, dims=3, channels=2, modalities=('t1', 'flair'), labels='lesions',
         normal=('normal',), folder=_brain_phantom_folder, phantoms=120, split=split_given,
         where='Synthetic: it is made at the first run.'),
 }
-
-
-@flags
-class PixelConfig:
-    """Pixels"""
-    likelihood: str = flag('auto', 'gray levels, or binary pixels that are white with the gray value as '
-                                   "probability; auto = the data set's own",
-                           choices=('auto', 'discretized', 'bernoulli'))
-    binarize: str = flag('dynamic', 'binary and dequantized pixels: draw them anew in every epoch, or once',
-                         choices=('dynamic', 'static'))
-    dequantize: bool = flag(False, 'gray levels: add noise, (level + u) / levels with u uniform in [0, 1)')
-    invert: bool = flag(False, 'invert images, 1 - x, before they are binarized or dequantized')
-    flip: str = flag('auto', 'train on mirror images too, each with probability 1/2; auto = as published '
-                             'for the data set', choices=('auto', 'on', 'off'))
 
 
 @flags
@@ -282,15 +221,6 @@ def data_flags(dataset: str) -> tuple[type, ...]:
     return tuple(group for group, does_something in useful.items() if does_something)
 
 
-def _padding(config: DataConfig, row: DataSet) -> int:
-    """Border around the images at the wanted size; a row with padding keeps its images unscaled."""
-    size, own = config.image_size or row.size, row.size - 2 * row.padding
-    if row.padding and (size < own or (size - own) % 2):
-        raise UserError(f"--image_size {size}: {config.dataset} images are {own} x {own} with an equal "
-                        f"border around: give 0, {own} or a larger even number.")
-    return (size - own) // 2 if row.padding else 0
-
-
 def _likelihood(config: DataConfig, row: DataSet) -> str:
     return row.likelihood if config.likelihood == 'auto' else config.likelihood
 
@@ -299,12 +229,7 @@ def _pixels(config: DataConfig, row: DataSet) -> Pixels:
     """What a model must know of the pixels."""
     from distributions import Pixels
     likelihood = _likelihood(config, row)
-    return Pixels(likelihood, 1 if likelihood == 'bernoulli' else config.num_x_bits, _padding(config, row))
-
-
-def volume_flags(config: DataConfig) -> dict[str, Any]:
-    """The flags that say how volumes are prepared."""
-    return {f.name: getattr(config, f.name) for f in fields(VolumeConfig)}
+    return Pixels(likelihood, 1 if likelihood == 'bernoulli' else config.num_x_bits, row.border(config))
 
 
 def flags_from_json(flags: dict[str, Any]) -> dict[str, Any]:
@@ -313,20 +238,23 @@ def flags_from_json(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def preparation(config: DataConfig, shape: Sequence[int], pixels: Pixels,
-                spacing: Sequence[float] = ()) -> Preparation | NewVolumes:
-    """What the run with these flags, and a model of this shape and these pixels, does to an image file, or to
+                spacing: Sequence[float] = ()) -> Preparation:
+    """What the run with these flags, and a model of this shape and these pixels, does to an image file or to
     the files of a subject; `spacing` is that of the run's volumes in mm, which flags need not say.
     """
-    from readers.images.new_files import Preparation
-    from readers.volumes.new_volumes import NewVolumes
-    from readers.volumes.volumes import VolumePreparation
+    from readers.images.decode import ImageLoader
+    from readers.new_files import Preparation
+    from readers.parts import Transform
+    from readers.volumes.volumes import VolumeLoader
     row = DATASETS[config.dataset]
-    if row.dims == 2:
-        return Preparation(tuple(shape), pixels, config.depth, config.fit, config.dequantize, config.invert)
-    names = config.modalities or row.modalities
-    prepared = replace(VolumePreparation.of(config, names, config.depth), usual=tuple(spacing))
-    return NewVolumes(tuple(shape), pixels, prepared, tuple(names), config.labels or row.labels,
-                      config.dequantize, config.invert)
+    channels, *sides = shape
+    if row.dims == 3:
+        loader = replace(VolumeLoader.of(config, row), shape=tuple(sides), usual=tuple(spacing))
+    else:
+        border = pixels.padding
+        loader = ImageLoader(sides[0] - 2 * border, channels, config.depth, config.fit, border)
+    return Preparation(loader, Transform(pixels, config.depth, dequantize=config.dequantize,
+                                         invert=config.invert))
 
 
 def check(config: DataConfig, row: DataSet) -> None:
@@ -386,15 +314,15 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     not know join `test`; other new files are left out. Raises UserError for files that are unreadable,
     missing or changed.
     """
-    from readers.lmdb.packed import is_packed
-    from readers.parts import Part
+    from readers.lmdb.packed import is_packed, read_packed
+    from readers.parts import Part, Transform
     from readers.published.records import Records
     row = DATASETS[config.dataset]
     check(config, row)
     if split and not config.normal_classes:
         config = replace(config, normal_classes=tuple(split['normal_classes']))
-    source = (_read_packed if is_packed(config.data) else row.read)(config, row)
-    report = list(source.notes) + left_out(source, config.skip_corrupt)
+    source = (read_packed if is_packed(config.data) else row.read)(config, row)
+    report = list(source.notes) + left_out(source.bad, len(source.entries), config.skip_corrupt)
     are_records = isinstance(source.entries, Records)
     if split and are_records != ('records' in split):
         raise UserError(f"{config.data} is kept in another form than the data that the run's split.json "
@@ -406,25 +334,15 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     config = replace(config, **flags_from_json(source.flags))
     pixels = _pixels(config, row)
     flip = {'auto': row.flip, 'on': True, 'off': False}[config.flip]
-    made = {part: Part(entries[part], source, pixels, config.depth, static=config.binarize == 'static',
-                       flip=flip, dequantize=config.dequantize, invert=config.invert, augment=config.augment)
-            for part in PARTS}
+    transform = Transform(pixels, config.depth, static=config.binarize == 'static', flip=flip,
+                          dequantize=config.dequantize, invert=config.invert, augment=config.augment)
+    made = {part: Part(entries[part], source, transform) for part in PARTS}
     stored = {'dataset': config.dataset, 'split_seed': config.split_seed,
               'normal_classes': list(source.normal_classes),
               'anomalous_classes': list(source.anomalous_classes), **stored}
     return Data(**made, shape=tuple(source.pixels.shape[1:]), pixels=pixels,
                 normal_classes=source.normal_classes, anomalous_classes=source.anomalous_classes,
                 split=stored, report=report, config=config)
-
-
-def left_out(source: Source, skip_corrupt: bool) -> list[str]:
-    """A line for each unreadable file. Raises UserError if there is one and none may be left out."""
-    lines = [f'{name} {reason}' for name, reason in source.bad]
-    if lines and not skip_corrupt:
-        total = len(lines) + len(source.entries)
-        raise UserError(f"{count(len(lines), 'file')} of {total} cannot be used: {some(lines)}. Replace "
-                        f"or remove them, or pass --skip_corrupt to leave them out.")
-    return [f'left out: {line}' for line in lines]
 
 
 def _part_files(config: DataConfig, row: DataSet, source: Source, split: dict[str, Any] | None,
@@ -439,7 +357,7 @@ def _part_files(config: DataConfig, row: DataSet, source: Source, split: dict[st
         if left := len(entries) - len(parts):
             report.append(f"left out: {count(left, 'anomalous image')} that --split_seed did not draw")
     entries = [e for e in entries if e.id in parts]
-    duplicates = find_duplicates(entries, source.twins, parts)
+    duplicates = find_duplicates(entries, source.near_duplicates, parts)
     report += part_counts(entries, parts) + warnings(entries, parts, duplicates)
     files = [{'id': e.id, 'class': e.class_name, 'part': parts[e.id], 'sha256': e.sha256}
              | ({'patient': e.patient} if e.patient else {}) for e in entries]
@@ -466,7 +384,7 @@ def _part_records(config: DataConfig, row: DataSet, source: Source, split: dict[
 
 def stand_in(config: DataConfig, number: int) -> Data:
     """`number` training images of the shape and pixels that `config` asks for, of noise: nothing is read."""
-    from readers.parts import NoiseImages, Part
+    from readers.parts import NoiseImages, Part, Transform
     from readers.source import Entry, Source
     row = DATASETS[config.dataset]
     check(config, row)
@@ -478,7 +396,8 @@ def stand_in(config: DataConfig, number: int) -> Data:
     entries = [Entry(f'noise/{i}', '', 'noise', '', 0, i) for i in range(number)]
     source = Source(entries, NoiseImages(shape, config.depth), None, ('noise',), ())
     pixels = _pixels(config, row)
-    parts = {part: Part(entries if part == 'train' else [], source, pixels, config.depth) for part in PARTS}
+    transform = Transform(pixels, config.depth)
+    parts = {part: Part(entries if part == 'train' else [], source, transform) for part in PARTS}
     return Data(**parts, shape=shape, pixels=pixels, normal_classes=('noise',), anomalous_classes=(),
                 split={}, report=[], config=config)
 

@@ -31,8 +31,9 @@ from anomaly.report.figures import read_history
 from anomaly.report.gallery import MOST_VOLUMES, choose_cases, spacing
 from anomaly.scores import Score, Scoring, Selection, choose_primary, choose_scores
 from anomaly.scoring import Table, part_batches, pictures, score_images, select_maps
-from datasets import eval_batches, volume_flags
 from distributed import launch
+from readers.batches import eval_batches
+from readers.config import volume_flags
 from readers.parts import SomeOf
 from utils import UserError, fingerprint, finite, read_flags, read_json, write_csv, write_json
 

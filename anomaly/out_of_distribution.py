@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from datasets import DATASETS, Data, DataConfig, DataSet, left_out
+from datasets import DATASETS, Data, DataConfig
+from readers.images.decode import ImageLoader
 from readers.lmdb.packed import is_packed, read_packed
 from readers.out_of_distribution import (
     ENHANCED,
@@ -15,15 +16,15 @@ from readers.out_of_distribution import (
     as_anomalies,
     drawn,
     parse,
-    read_images,
+    read_folder,
     with_sizes,
 )
 from readers.parts import JoinedPart, Part
 from readers.published.records import Records
 from readers.source import Source
-from readers.split import count, some
+from readers.split import count, left_out, some
 from readers.volumes.nifti import entry_grids
-from readers.volumes.volumes import apart
+from readers.volumes.volumes import apart, in_mm
 from utils import UserError
 
 __all__ = ['with_ood']
@@ -60,7 +61,7 @@ def _own_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str
                      (e.mask_row >= 0 or not of_lesions)], most, seed)
     if not wanted.gives_masks:                       # a turned image is odd everywhere, not in its lesions
         entries = [replace(e, mask_row=-1) for e in entries]
-    images = Changed(part.images, entries, wanted, part.masks, depth=part.depth, seed=seed)
+    images = Changed(part.images, entries, wanted, part.masks, depth=part.transform.depth, seed=seed)
     return _ood_part(data, wanted, images, data.config.invert != wanted.inverted)
 
 
@@ -68,21 +69,20 @@ def _foreign_part(data: Data, wanted: Wanted, most: int, seed: int, report: list
     """Images that the run does not know; of a published data set its test part."""
     border, config = data.pixels.padding, replace(data.config, data=wanted.path, image_size=0, channels=0,
                                                   normal_classes=(), anomalous_classes=())
-    row, published = DATASETS.get(wanted.name), False
     if len(data.shape) == 4:
         source = _foreign_volumes(data, wanted, config)
     else:
-        inner = {'size': data.shape[1] - 2 * border, 'channels': data.shape[0]}
-        published = bool(row) and not is_packed(wanted.path)
-        source = _foreign_images(wanted, config, row, inner, most, seed)
-    report += [f'{wanted.name}: {line}' for line in (*source.notes, *left_out(source, config.skip_corrupt))]
+        source = _foreign_images(data, wanted, config, most, seed)
+    lines = left_out(source.bad, len(source.entries), config.skip_corrupt)
+    report += [f'{wanted.name}: {line}' for line in (*source.notes, *lines)]
     entries = source.entries
     if isinstance(entries, Records):
         entries = entries.at(np.flatnonzero(entries.in_test()))
     elif any(e.part for e in entries):
         entries = [e for e in entries if e.part == 'test']
     entries = drawn(entries, most, seed)
-    if published:                                # a PNG of its own size and colours would give a set away
+    if wanted.name in DATASETS and not is_packed(wanted.path):
+        # The size as a PNG of the published size and colors would give a set away.
         entries = [e if e.path else replace(e, file_bytes=0) for e in entries]
     known = {file['sha256'] for file in data.split.get('files', ()) if file['sha256']}
     if same := [e.id for e in entries if e.sha256 in known]:
@@ -93,19 +93,19 @@ def _foreign_part(data: Data, wanted: Wanted, most: int, seed: int, report: list
     return _ood_part(data, wanted, images, wanted.inverted)
 
 
-def _foreign_images(wanted: Wanted, config: DataConfig, row: DataSet | None, inner: dict[str, int], most: int,
-                    seed: int) -> Source:
+def _foreign_images(data: Data, wanted: Wanted, config: DataConfig, most: int, seed: int) -> Source:
     """From an LMDB, from the files of a published data set, or from any folder; without a border."""
+    published, size = DATASETS.get(wanted.name), data.shape[1] - 2 * data.pixels.padding
+    row = replace(published or DATASETS[config.dataset], size=size, channels=data.shape[0], padding=0,
+                  normal=(), masks=False, parts=('test',))
     if is_packed(wanted.path):
-        return read_packed(wanted.path, normal=(), normal_wanted=(), anomalous=(), border=0, **inner,
-                           depth=config.depth, fit=config.fit, masks=False, cache_dir=config.cache_dir)
-    if row and not row.folder:
-        try:
-            return row.read(config, replace(row, **inner, padding=0, parts=('test',)))
-        except UserError as error:
-            raise UserError(f"--ood {wanted.name}: {error}") from None
-    return read_images(wanted.path, wanted.name, most=most, seed=seed, **inner, depth=config.depth,
-                       fit=config.fit, cache_dir=config.cache_dir)
+        return read_packed(config, row)
+    if not published or published.folder:
+        return read_folder(wanted, most, seed, ImageLoader.of(config, row), config)
+    try:
+        return published.read(config, row)
+    except UserError as error:
+        raise UserError(f"--ood {wanted.name}: {error}") from None
 
 
 def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
@@ -122,9 +122,8 @@ def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
         return source
     ours, theirs = (entry_grids(entries[0])[0].spacing for entries in (data.train.entries, source.entries))
     if apart(theirs, ours):
-        words = [' x '.join(f'{mm:.3g}' for mm in spacing) for spacing in (theirs, ours)]
-        raise UserError(f"--ood {wanted.name}: voxels of {words[0]} mm, the run's are of {words[1]}: train "
-                        f"with --spacing, which then holds for both.")
+        raise UserError(f"--ood {wanted.name}: voxels of {in_mm(theirs)} mm, the run's are of {in_mm(ours)}: "
+                        f"train with --spacing, which then holds for both.")
     return source
 
 
@@ -133,5 +132,4 @@ def _ood_part(data: Data, wanted: Wanted, images: Changed, invert: bool) -> Part
     known = len(data.test) and data.test.entries[0].file_bytes
     entries = as_anomalies(list(images.entries.values()), wanted.name, wanted.gives_masks)
     source = Source(with_sizes(entries, images if known else None), images, images.masks, (), (wanted.name,))
-    return Part(source.entries, source, data.pixels, data.config.depth, dequantize=data.config.dequantize,
-                invert=invert)
+    return Part(source.entries, source, replace(data.test.transform, invert=invert))

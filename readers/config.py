@@ -7,8 +7,8 @@ Flags stand in groups, so that a data set shows and takes only those that do som
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from readers.split import split_parts
 from utils import UserError, flag, flags
@@ -55,6 +55,20 @@ class FitConfig:
     """Shape"""
     fit: str = flag('pad', 'how to make non-square images square: pad, center-crop or stretch',
                     choices=('pad', 'crop', 'stretch'))
+
+
+@flags
+class PixelConfig:
+    """Pixels"""
+    likelihood: str = flag('auto', 'gray levels, or binary pixels that are white with the gray value as '
+                                   "probability; auto = the data set's own",
+                           choices=('auto', 'discretized', 'bernoulli'))
+    binarize: str = flag('dynamic', 'binary and dequantized pixels: draw them anew in every epoch, or once',
+                         choices=('dynamic', 'static'))
+    dequantize: bool = flag(False, 'gray levels: add noise, (level + u) / levels with u uniform in [0, 1)')
+    invert: bool = flag(False, 'invert images, 1 - x, before they are binarized or dequantized')
+    flip: str = flag('auto', 'train on mirror images too, each with probability 1/2; auto = as published '
+                             'for the data set', choices=('auto', 'on', 'off'))
 
 
 @flags
@@ -122,6 +136,11 @@ class VolumeConfig:
                             f"axes, then ends beyond it.")
 
 
+def volume_flags(config: VolumeConfig, *without: str) -> dict[str, Any]:
+    """The flags that say how volumes are prepared, but for those that are named."""
+    return {f.name: getattr(config, f.name) for f in fields(VolumeConfig) if f.name not in without}
+
+
 @flags
 class ReaderConfig(VolumeConfig, PhantomConfig, PatientConfig, FitConfig, ColorConfig, ClassConfig,
                    FileConfig):
@@ -153,3 +172,13 @@ class DataSet:
     parts: tuple[str, ...] = ('train', 'test')               # which of its own parts to read
     phantoms: int = 0                        # normal phantoms drawn by default; 0 = it is not synthetic
     where: str = ''                          # for errors: the expected layout, and where the data comes from
+
+    def border(self, config: ReaderConfig) -> int:
+        """Border around the images at the wanted size; a row with padding keeps its images unscaled."""
+        if not self.padding:
+            return 0
+        size, own = config.image_size or self.size, self.size - 2 * self.padding
+        if size < own or (size - own) % 2:
+            raise UserError(f"--image_size {size}: these images are {own} x {own} with an equal border "
+                            f"around: give 0, {own} or a larger even number.")
+        return (size - own) // 2

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from readers.dicom import MAGIC, MAGIC_START, is_dicom
-from readers.images.folder import FORMATS
+from readers.images.decode import FORMATS
 from readers.volumes.nifti import SUFFIXES, read_header
 from utils import UserError
 

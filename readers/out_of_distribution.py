@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from readers.images.folder import ImageFile, image_files, scan, stamp
+from readers.config import DataSet, ReaderConfig
+from readers.images.decode import ImageLoader
+from readers.images.folder import image_files, read_images
 from readers.images.png import png_bytes
+from readers.items import Item
 from readers.parts import LEFT_RIGHT
 from readers.phantoms.lesions import IMAGE_MM, SIMULATIONS
-from readers.source import Entry, Images, Source, cached
+from readers.source import Entry, Images, Source
 from readers.volumes.nifti import entry_grids
 from utils import UserError, mix_seed
 
@@ -71,33 +74,27 @@ def parse(text: str) -> Wanted:
     return Wanted(name, path, tuple(changes))
 
 
-def read_images(path: str, name: str, *, most: int, seed: int, size: int, channels: int, depth: int, fit: str,
-                cache_dir: str) -> Source:
-    """All image files below a folder, of whatever class folders, as (N, C, S, S); no border.
+def read_folder(wanted: Wanted, most: int, seed: int, loader: ImageLoader, config: ReaderConfig) -> Source:
+    """All image files below a folder, of whatever class folders, as (N, C, S, S).
 
     With `most`, only so many, drawn by `seed`; 0 = all. Raises UserError if there is none.
     """
-    folder = Path(path)
+    name, folder = wanted.name, Path(wanted.path)
     if not folder.is_dir():
-        raise UserError(f"--ood {name}: {path} is no folder of images and no LMDB of scripts/create_lmdb.py. "
-                        f"Correct the path; for a published data set take its name of --dataset as the name.")
-    files = [ImageFile(p.relative_to(folder).as_posix(), str(p), name) for p in image_files(folder)]
-    if not files:
-        raise UserError(f"--ood {name}: there is no image below {path}. Correct the path; for a published "
+        raise UserError(f"--ood {name}: {folder} is no folder of images and no LMDB of "
+                        f"scripts/create_lmdb.py. Correct the path; for a published data set take its name "
+                        f"of --dataset as the name.")
+    items = [Item(p.relative_to(folder).as_posix(), name, path=str(p)) for p in image_files(folder)]
+    if not items:
+        raise UserError(f"--ood {name}: there is no image below {folder}. Correct the path; for a published "
                         f"data set take its name of --dataset as the name.")
-    files = drawn(files, most, seed)
-
-    def make(target: Path) -> dict:
-        return {**scan(files, target, size=size, channels=channels, depth=depth, fit=fit, twins=False),
-                'normal_classes': (), 'anomalous_classes': (name,)}
-
-    return cached(cache_dir, {'images': str(folder.resolve()), 'name': name, 'size': size,
-                              'channels': channels, 'depth': depth, 'fit': fit,
-                              'files': [[f.id, *stamp(f.path)] for f in files]}, make)
+    row = DataSet(read_folder, size=loader.size)                # without names of classes: all are taken
+    return read_images(drawn(items, most, seed), loader, config, row, str(folder.resolve()),
+                       near_duplicates=False)
 
 
 def drawn(items: Sequence[Any], most: int, seed: int) -> list[Any]:
-    """`most` of the items at random, in their order; 0 = all. Each has an id, on which its luck depends."""
+    """`most` of the items, drawn by `seed` and their ids, in their order; 0 = all."""
     if not most or len(items) <= most:
         return list(items)
     chosen = sorted(range(len(items)), key=lambda i: mix_seed(seed, 'ood', items[i].id))[:most]

@@ -4,6 +4,7 @@ B images, C channels, *S = (H, W) pixels or (D, H, W) voxels; label 0 normal, 1 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -33,16 +34,57 @@ class Batch(NamedTuple):
     id: list[str]
 
 
+@dataclass(frozen=True)
+class Transform:
+    """How the integers of decoded images become what a model sees."""
+    pixels: Pixels                   # what the model knows of them
+    depth: int = 8                   # bits of the integers, 8 or 16
+    static: bool = True              # binary and dequantized pixels are drawn once, not in every epoch
+    flip: bool = False               # training images are mirrored at random
+    dequantize: bool = False
+    invert: bool = False
+    augment: bool = False            # training volumes are changed at random
+
+    def x(self, values: np.ndarray, ids: Sequence[str], draw: int) -> Tensor:
+        """Images (B, C, *S) in [0, 1], without mirroring and augmentation."""
+        inside = self._inside(values.shape)
+        if self.invert:
+            values = np.where(inside, ~values, values)            # ~v is the largest value - v
+        noise = 0 if self.static else draw
+        if self.pixels.likelihood == 'bernoulli':
+            chance = gray_levels(values, self.depth, self.depth)
+            return (_uniform(chance.shape, 'binarize', noise, ids) < chance).float()
+        if self.dequantize:
+            u = _uniform(values.shape, 'dequantize', noise, ids)
+            return dequantized(values, self.depth, self.pixels.bits, u) * torch.from_numpy(inside)
+        return gray_levels(values, self.depth, self.pixels.bits)
+
+    def _inside(self, shape: Sequence[int]) -> np.ndarray:
+        """*S bool: False on the border, which stays black whatever is done to the image (B, C, *S)."""
+        border = self.pixels.padding
+        inside = np.zeros(shape[2:], bool)
+        inside[tuple(slice(border, length - border) for length in shape[2:])] = True
+        return inside
+
+    def randomize(self, x: Tensor, masks: Tensor | None, ids: Sequence[str],
+                  draw: int) -> tuple[Tensor, Tensor | None]:
+        """Training images and masks, mirrored and augmented."""
+        if self.flip:
+            mirrored = torch.tensor([mix_seed('flip', draw, name) % 2 == 1 for name in ids])
+            for images in (x,) if masks is None else (x, masks):
+                images[mirrored] = images[mirrored].flip(LEFT_RIGHT[x.ndim])
+        if self.augment:                         # which moves volumes away from their masks
+            return torch.stack([augmented(volume, mix_seed('augment', draw, name))
+                                for volume, name in zip(x, ids, strict=True)]), None
+        return x, masks
+
+
 class Part(Dataset):
     """The images of one part, in the order of their ids; `part[i]` is its (x, y, mask, id) for evaluation."""
 
-    def __init__(self, entries: Sequence[Entry], source: Source, pixels: Pixels, depth: int = 8,
-                 static: bool = True, flip: bool = False, dequantize: bool = False, invert: bool = False,
-                 augment: bool = False):
+    def __init__(self, entries: Sequence[Entry], source: Source, transform: Transform):
         self.entries = entries if isinstance(entries, Records) else list(entries)
-        self.pixels, self.depth, self.static, self.flip = pixels, depth, static, flip
-        self.dequantize, self.invert, self.augment = dequantize, invert, augment
-        self.images, self.masks = source.pixels, source.masks
+        self.images, self.masks, self.transform = source.pixels, source.masks, transform
         self.crops = isinstance(self.images, LazyImages) and self.images.decoding.crop
         labels, self.rows, self.mask_rows = columns(self.entries)
         self.labels, self.has_masks = torch.from_numpy(labels), bool((self.mask_rows >= 0).any())
@@ -66,44 +108,18 @@ class Part(Dataset):
         """These images as a batch; its randomness is that of `draw` and their ids.
 
         Draw 0 is evaluation: nothing is mirrored or augmented, and where images are larger than asked for,
-        their centre is cut out.
+        their center is cut out.
         """
         indices = np.asarray(indices, np.int64)
-        ids = [self.entries[i].id for i in indices]
-        rows = self.rows[indices]
+        ids, rows = [self.entries[i].id for i in indices], self.rows[indices]
         if draw and self.crops:
             values = self.images.cropped(rows, [_place(draw, name) for name in ids])
         else:
             values = self.images[rows]                                          # (B, C, *S) uint8 or uint16
-        if self.invert:
-            values = np.where(self._inside(values.shape), ~values, values)      # ~v is the largest value - v
-        noise = 0 if self.static else draw
-        if self.pixels.likelihood == 'bernoulli':
-            chance = grey_levels(values, self.depth, self.depth)
-            x = (_uniform(chance.shape, 'binarize', noise, ids) < chance).float()
-        elif self.dequantize:
-            u = _uniform(values.shape, 'dequantize', noise, ids)
-            x = dequantized(values, self.depth, self.pixels.bits, u)
-            x *= torch.from_numpy(self._inside(values.shape))
-        else:
-            x = grey_levels(values, self.depth, self.pixels.bits)
-        masks = self._masks(self.mask_rows[indices])
-        if draw and self.flip:
-            mirrored = torch.tensor([mix_seed('flip', draw, name) % 2 == 1 for name in ids])
-            for images in (x,) if masks is None else (x, masks):
-                images[mirrored] = images[mirrored].flip(LEFT_RIGHT[x.ndim])
-        if draw and self.augment:                # which moves volumes away from their masks
-            x = torch.stack([augmented(volume, mix_seed('augment', draw, name))
-                             for volume, name in zip(x, ids, strict=True)])
-            masks = None
+        x, masks = self.transform.x(values, ids, draw), self._masks(self.mask_rows[indices])
+        if draw:
+            x, masks = self.transform.randomize(x, masks, ids, draw)
         return Batch(x, self.labels[indices], masks, ids)
-
-    def _inside(self, shape: Sequence[int]) -> np.ndarray:
-        """*S bool: False on the border, which stays black whatever is done to the image (B, C, *S)."""
-        border = self.pixels.padding
-        inside = np.zeros(shape[2:], bool)
-        inside[tuple(slice(border, length - border) for length in shape[2:])] = True
-        return inside
 
     def _masks(self, rows: np.ndarray) -> Tensor | None:
         if not self.has_masks:
@@ -157,15 +173,15 @@ class SomeOf(Part):
 
 
 def dequantized(values: np.ndarray, depth: int, bits: int, u: Tensor) -> Tensor:
-    """Integers of `depth` bits as (k + u) / 2^bits in [0, 1); k is the grey level, u uniform in [0, 1)."""
+    """Integers of `depth` bits as (k + u) / 2^bits in [0, 1); k is the gray level, u uniform in [0, 1)."""
     level = torch.from_numpy((values >> (depth - bits)).astype(np.float32))
     end = (level + 1) / 2 ** bits
     # In float32 a u near 1 may round up to the next level.
     return torch.minimum((level + u) / 2 ** bits, torch.nextafter(end, torch.zeros_like(end)))
 
 
-def grey_levels(values: np.ndarray, depth: int, bits: int) -> Tensor:
-    """Integers of `depth` bits as grey levels k / (2^bits - 1), where k = floor(value / 2^(depth - bits))."""
+def gray_levels(values: np.ndarray, depth: int, bits: int) -> Tensor:
+    """Integers of `depth` bits as gray levels k / (2^bits - 1), where k = floor(value / 2^(depth - bits))."""
     return torch.from_numpy((values >> (depth - bits)).astype(np.float32) / np.float32(2 ** bits - 1))
 
 
@@ -188,7 +204,7 @@ class NoiseImages:
     """Random gray levels in place of images, for runs without data: `images[rows]` is (B, C, *S)."""
 
     def __init__(self, shape: tuple[int, ...], depth: int):
-        self.shape, self.type = (1, *shape), DTYPES[depth]
+        self.shape, self.type = (1, *shape), np.dtype(DTYPES[depth])
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         shape = (len(rows), *self.shape[1:])

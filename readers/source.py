@@ -1,30 +1,15 @@
-"""What every reader hands over, and the cache on disk that keeps it: scanned once, shared by all processes.
+"""What every reader hands over: a Source, the entries and pixels of a data set.
 
-N images, C channels, *S the size. A cache entry is one folder `<cache_dir>/<key>/` with `pixels.npy`,
-`masks.npy` and `index.json`. It appears whole by one rename, so a killed scan leaves nothing half done;
-checksums tell a damaged one.
+N images, C channels, *S the size.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import errno
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
-from utils import UserError, write_json
-
-CACHE_VERSION = 1      # raise it when what the readers make of the same files changes
-CACHE_NAME = 'medical-anomaly'
 CLASSES_SHOWN = 20     # named in an error
 MOST_PIXELS = 100_000_000     # of an image; a larger one is a decompression bomb or a whole slide
 
@@ -32,8 +17,6 @@ DTYPES = {8: 'uint8', 16: 'uint16'}                # of pixels, by the bits of a
 
 if TYPE_CHECKING:
     import numpy as np
-
-T = TypeVar('T')
 
 
 class Unreadable(ValueError):
@@ -103,7 +86,7 @@ class Source:
     normal_classes: tuple[str, ...]
     anomalous_classes: tuple[str, ...]
     bad: list[tuple[str, str]] = field(default_factory=list)            # (id, reason) of each unreadable file
-    twins: list[tuple[str, str, float]] = field(default_factory=list)    # ids of near-duplicates, correlation
+    near_duplicates: list[tuple[str, str, float]] = field(default_factory=list)      # (id, id, correlation)
     notes: list[str] = field(default_factory=list)                            # what the user should know
     flags: dict[str, Any] = field(default_factory=dict)                  # by which a packed set was prepared
 
@@ -117,140 +100,3 @@ def same_name(a: str, b: str) -> bool:
 
 def _plain(name: str) -> str:
     return name.casefold().replace('_', ' ').replace('-', ' ')
-
-
-def choose_classes(found: Sequence[str], normal: Sequence[str], anomalous: Sequence[str], others: bool,
-                   where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The normal and the anomalous classes among `found`, with the spelling found.
-
-    An empty `normal` means all that is not anomalous; an empty `anomalous` means all that is not normal if
-    `others`, else none. Raises UserError for a class that is not there and for one that is both.
-    """
-    known = {_plain(f) for f in found}
-
-    def pick(names: Sequence[str], kind: str) -> list[str]:
-        for name in names:
-            if _plain(name) not in known:
-                some = sorted(found)[:CLASSES_SHOWN] + ['others'] * (len(found) > CLASSES_SHOWN)
-                raise UserError(f"{kind} class {name!r} is not in {where}: found {', '.join(some)}. "
-                                f"Check --data, or name the classes with --{kind}_classes.")
-        wanted = {_plain(name) for name in names}
-        return sorted(f for f in found if _plain(f) in wanted)
-
-    abnormal = pick(anomalous, 'anomalous')
-    usual = pick(normal, 'normal') if normal else sorted(set(found) - set(abnormal))
-    if not anomalous and others:
-        abnormal = sorted(set(found) - set(usual))
-    if both := set(usual) & set(abnormal):
-        raise UserError(f"class {min(both)!r} is both normal and anomalous: "
-                        f"take it out of --normal_classes or of --anomalous_classes.")
-    return tuple(usual), tuple(abnormal)
-
-
-# ------------------------------------------------------------------------------------------------------ cache
-
-def cache_folder(wanted: str) -> Path:
-    """`wanted`, or a folder for this project in $XDG_CACHE_HOME, ~/.cache or the temporary folder:
-    writable.
-    """
-    home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / CACHE_NAME
-    spare = Path(tempfile.gettempdir()) / f'{CACHE_NAME}-{os.getuid() if hasattr(os, "getuid") else "cache"}'
-    for folder in [Path(wanted)] if wanted else [home, spare]:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-    raise UserError(f"the cache folder {wanted or home} cannot be written: name another with --cache_dir.")
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """One process at a time, where the file system can lock (else it yields False); the lock ends with its
-    process.
-    """
-    with contextlib.ExitStack() as stack:
-        alone = False
-        with contextlib.suppress(ImportError, OSError):    # without a lock work is done twice, never wrongly
-            import fcntl
-            fcntl.flock(stack.enter_context(path.open('w')), fcntl.LOCK_EX)
-            alone = True
-        yield alone
-
-
-def cached(cache_dir: str, key: Any, make: Callable[[Path], dict]) -> Source:
-    """The Source that `make(folder)` writes, from the cache if it is there and sound.
-
-    `key` is JSON of all that the result depends on. `make` writes `pixels.npy` and perhaps `masks.npy` into
-    the folder and returns the other fields of Source.
-    """
-    def make_plain(folder: Path) -> dict:
-        fields = make(folder)
-        return fields | {'entries': [dataclasses.astuple(e) for e in fields['entries']]}
-
-    return cached_files(cache_dir, key, make_plain, _source)
-
-
-def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
-                 load: Callable[[Path, dict], T]) -> T:
-    """`load(folder, fields)` of a cache folder: its .npy files were written by `make(folder)`, which returned
-    the JSON `fields`, now or in an earlier run.
-    """
-    digest = hashlib.sha256(json.dumps([CACHE_VERSION, key]).encode()).hexdigest()[:32]
-    home = cache_folder(cache_dir)
-    final = home / digest
-    with locked(home / f'{digest}.lock') as alone:
-        found = _load(final, load)
-        if found is None:
-            for left_over in [final, *(home.glob(f'{digest}.*.tmp') if alone else ())]:
-                shutil.rmtree(left_over, ignore_errors=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f'{digest}.', suffix='.tmp', dir=home))
-            try:
-                fields = make(temporary)
-                fields['checksums'] = {p.name: _checksum(p) for p in sorted(temporary.glob('*.npy'))}
-                write_json(temporary / 'index.json', fields)
-                os.rename(temporary, final)
-            except OSError as error:
-                if _load(final, load) is None:     # else another process, without locks here, was first
-                    raise UserError(f"cannot write the cache folder {home} ({error.strerror or error}): "
-                                    f"make room there or name another with --cache_dir.") from None
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            found = _load(final, load)
-    if found is None:
-        raise UserError(f"what was written to the cache folder {home} reads back wrongly: "
-                        f"check that disk, or name another folder with --cache_dir.")
-    return found
-
-
-def check_room(folder: Path, num_bytes: int) -> None:
-    """Raises OSError if so much does not fit: a memory map on a full disk ends the process without a word."""
-    if num_bytes > shutil.disk_usage(folder).free:
-        raise OSError(errno.ENOSPC, f'{num_bytes / 2 ** 20:,.0f} MiB do not fit')
-
-
-def _load(folder: Path, load: Callable[[Path, dict], T]) -> T | None:
-    """What is kept in `folder`; None if there is nothing or it is damaged."""
-    try:
-        fields = json.loads((folder / 'index.json').read_text())
-        if any(_checksum(folder / name) != value for name, value in fields.pop('checksums').items()):
-            return None
-        return load(folder, fields)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-def _source(folder: Path, fields: dict) -> Source:
-    masks = folder / 'masks.npy'
-    return Source(entries=[Entry(*values) for values in fields.pop('entries')],
-                  pixels=Array(folder / 'pixels.npy'), masks=Array(masks) if masks.exists() else None,
-                  normal_classes=tuple(fields.pop('normal_classes')),
-                  anomalous_classes=tuple(fields.pop('anomalous_classes')), **fields)
-
-
-def _checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with path.open('rb') as f:
-        while block := f.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value

@@ -72,8 +72,8 @@ def split_by_name(entries: Sequence[Entry], val_fraction: float, test_fraction: 
     normal = sorted(e.id for e in entries if not e.label)
     val, test = round(val_fraction * len(normal)), round(test_fraction * len(normal))
     parts = ['train'] * (len(normal) - val - test) + ['val'] * val + ['test'] * test
-    luck = lambda name: (mix_seed(seed, 'split', name), name)
-    anomalous = sorted((e.id for e in entries if e.label), key=luck)
+    anomalous = sorted((e.id for e in entries if e.label),
+                       key=lambda name: (mix_seed(seed, 'split', name), name))
     return dict(zip(normal, parts)) | dict.fromkeys(anomalous[:test], 'test')
 
 
@@ -208,7 +208,18 @@ def _patient_column(text: str) -> Callable[[str], str]:
 
 # ----------------------------------------------------------------------------------------------------- report
 
-def find_duplicates(entries: Sequence[Entry], twins: Sequence[tuple[str, str, float]],
+def left_out(bad: Sequence[tuple[str, str]], used: int, skip_corrupt: bool, kind: str = 'file') -> list[str]:
+    """A line for each (id, reason) of what cannot be read, beside what is `used`. Raises UserError if there
+    is one and none may be left out.
+    """
+    lines = [f'{name} {reason}' for name, reason in bad]
+    if lines and not skip_corrupt:
+        raise UserError(f"{count(len(lines), kind)} of {len(lines) + used} cannot be used: {some(lines)}. "
+                        f"Replace or remove them, or pass --skip_corrupt to leave them out.")
+    return [f'left out: {line}' for line in lines]
+
+
+def find_duplicates(entries: Sequence[Entry], near: Sequence[tuple[str, str, float]],
                     parts: dict[str, str]) -> list[dict[str, Any]]:
     """Pairs of images in two different parts that are the same file ('exact') or look the same ('near')."""
     pairs, same = [], defaultdict(list)
@@ -218,7 +229,7 @@ def find_duplicates(entries: Sequence[Entry], twins: Sequence[tuple[str, str, fl
     content = {e.id: e.sha256 for e in entries}
     for ids in same.values():
         pairs += [('exact', ids[0], other, 1.0) for other in ids[1:]]
-    pairs += [('near', a, b, c) for a, b, c in twins
+    pairs += [('near', a, b, c) for a, b, c in near
               if a in content and b in content and content[a] != content[b]]
     return [{'kind': kind, 'ids': [a, b], 'parts': [parts[a], parts[b]], 'correlation': c}
             for kind, a, b, c in pairs if parts[a] != parts[b]]

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
 
-from readers.lmdb.maker import in_threads, make_lmdb
+from readers.lmdb.maker import make_lmdb
+from readers.parallel import in_order
 from readers.published.celeba import LAYOUT, celeba_store, find_celeba
 from readers.published.records import Decoding, LazyImages
 from utils import UserError, run_program
@@ -41,7 +42,7 @@ def main() -> None:
         return store.read(index)
 
     def values(first: int) -> Iterator[bytes]:
-        return in_threads(read, range(first, len(store)))
+        return in_order(read, range(first, len(store)))
 
     make_lmdb(Path(flags.lmdb_path, NAMES[flags.split]), values, len(store))
 

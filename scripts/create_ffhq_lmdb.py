@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run fr
 import torch
 from PIL import Image
 
-from readers.lmdb.maker import in_threads, make_lmdb
+from readers.lmdb.maker import make_lmdb
+from readers.parallel import in_order
 from utils import UserError, mix_seed, run_program, write_atomically
 
 SIZE = 256
@@ -48,7 +49,7 @@ def main() -> None:
     chosen = choose(len(files), flags.seed, source, target)[part]
 
     def values(first: int) -> Iterator[bytes]:
-        return in_threads(read, (files[i] for i in chosen[first:].tolist()))
+        return in_order(read, (files[i] for i in chosen[first:].tolist()))
 
     make_lmdb(target / name, values, len(chosen))
 

@@ -18,77 +18,50 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hashlib
 import json
 import time
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from command_line.parser import parse_flags
 from datasets import DATASETS, DataConfig, check
+from readers.cache import stamp
 from readers.config import VolumeConfig
-from readers.images.folder import (
-    ImageFile,
-    Unreadable,
-    cores,
-    find_classes,
-    load_file,
-    mask_to_integers,
-    stamp,
-    to_integers,
-    with_masks,
-)
+from readers.images.decode import ImageLoader
+from readers.images.folder import find_items
+from readers.items import Item
 from readers.lmdb.file import LmdbWriter, is_lmdb
-from readers.lmdb.packed import (
-    FORMAT,
-    META,
-    VERSION,
-    GuardedLmdb,
-    Packed,
-    Record,
-    array_record,
-    file_record,
-    is_packed,
-    key_of,
-    payload,
-    read_meta,
-    seal,
-)
-from readers.lmdb.packed_volumes import preparation_flags, volume_record
-from readers.source import CLASSES_SHOWN
-from readers.split import count, some, with_patients
-from utils import UserError, flag, read_flags, run_program
+from readers.lmdb.format import FORMAT, META, VERSION, Record, array_record, file_record, key_of, seal
+from readers.lmdb.packed import GuardedLmdb, Packed, is_packed, read_meta, stored_flags
+from readers.parallel import in_order
+from readers.source import CLASSES_SHOWN, Unreadable
+from readers.split import count, left_out, some, with_patients
+from utils import UserError, flag, flags, read_flags, run_program
 
 MOST_ROWS, MOST_BYTES = 512, 32 << 20            # in a transaction: what a kill can lose
-AHEAD = 4                                        # images prepared ahead, for each thread
 DATA_FLAGS = ('dataset', 'data', 'image_size', 'channels', 'num_x_bits', 'fit', 'normal_classes',
               'patient_pattern', 'patient_metadata', 'skip_corrupt', 'num_phantoms', 'cache_dir',
               *(f.name for f in fields(VolumeConfig) if f.name != 'augment'))
-PIXEL_FLAGS = ('channels', 'num_x_bits', 'fit')  # say nothing of files that are stored as they are
-
-T = TypeVar('T')
+PIXEL_FLAGS = ('channels', 'num_x_bits', 'fit')  # do nothing to files that are stored as they are
 
 
-@dataclass(frozen=True)
+@flags
 class FolderConfig(DataConfig):
-    """Data: which images, stored how"""
+    """Data"""
     dataset: str = flag('folder', 'data set', choices=tuple(DATASETS))
-    image_size: int = flag(0, 'store arrays of this height and width; 0 = files as they are, or the arrays '
-                              "at the data set's own size")
-    normal_classes: tuple = flag((), 'a class that tells the folder of classes from the one above; none '
+    image_size: int = flag(0, 'store arrays of this height and width; 0 = files as they are, or arrays at '
+                              "the data set's own size", least=0)
+    normal_classes: tuple = flag((), 'a class that tells the folder of classes from the one above it; none '
                                      "given = the data set's own. All classes are stored")
 
 
-@dataclass(frozen=True)
+@flags
 class LmdbConfig:
     """LMDB"""
     out: str = flag('', 'file to make')
-    workers: int = flag(0, 'threads that read and decode; 0 = one a core')
+    workers: int = flag(0, 'threads that read and decode; 0 = one per core', least=0)
     verify: str | None = flag(None, 'check this LMDB, or after --data the one just made', type=str, nargs='?',
                               const='')
 
@@ -97,7 +70,7 @@ class LmdbConfig:
 class Job:
     """What is to be packed: images by their numbers, and what `meta` says of them all."""
     total: int
-    file: Callable[[int], ImageFile]
+    item: Callable[[int], Item]
     load: Callable[[int], Record]                    # raises Unreadable
     state: Callable[[int], Any]                      # another one if the image has changed
     facts: dict[str, Any]
@@ -106,8 +79,8 @@ class Job:
 
     def stamp(self, number: int) -> bytes:
         """Tells whether an image is the same as when an earlier run stored it."""
-        f = self.file(number)
-        return json.dumps([f.id, f.class_name, f.part, f.patient, self.state(number)]).encode()
+        item = self.item(number)
+        return json.dumps([item.id, item.class_name, item.part, item.patient, self.state(number)]).encode()
 
 
 # ------------------------------------------------------------------------------------------------------- jobs
@@ -118,7 +91,7 @@ def plan(config: DataConfig) -> Job:
     check(config, row)
     if is_packed(config.data):
         raise UserError(f"--data {config.data} is such an LMDB already: use it as it is.")
-    return (plan_volumes if row.dims == 3 else plan_files if row.folder else plan_arrays)(config)
+    return (plan_files if row.folder and row.dims == 2 else plan_arrays)(config)
 
 
 def plan_files(config: DataConfig) -> Job:
@@ -128,103 +101,74 @@ def plan_files(config: DataConfig) -> Job:
     if given and not config.image_size:
         raise UserError(f"{', '.join(given)} would change images that are stored as they are: leave it out, "
                         f"or give --image_size.")
-    folder = row.folder(config)
-    if not folder:
-        raise UserError(f"--data is missing. {row.where}")
-    root, classes, notes = find_classes(Path(folder), config.normal_classes or row.normal, row.where)
-    files = [f for name, found in classes.items()
-             for f in (with_masks(root, name, found) if row.masks else found)]
-    files.sort(key=lambda f: f.id)
-    files = with_patients(files, config.patient_metadata, config.patient_pattern, notes)
+    root, items, notes = find_items(row.folder(config), config, row)
+    items = with_patients(items, config.patient_metadata, config.patient_pattern, notes)
     settings = {'dataset': config.dataset, 'image_size': config.image_size}
     if config.image_size:
         settings |= {name: getattr(config, name) for name in PIXEL_FLAGS}
+    loader = ImageLoader.of(config, row)
 
     def load(number: int) -> Record:
-        file = files[number]
-        return resized_record(file, config) if config.image_size else file_record(file)
+        return resized_record(items[number], loader) if config.image_size else file_record(items[number])
 
     def state(number: int) -> Any:
-        return stamp(files[number].path), stamp(files[number].mask)
+        return stamp(items[number].path), stamp(items[number].mask)
 
-    facts = {'dataset': config.dataset, 'classes': sorted(classes), 'near_duplicates': True,
-             'made_from': root.resolve().name}
-    return Job(len(files), files.__getitem__, load, state, facts, settings, notes)
+    facts = {'dataset': config.dataset, 'classes': sorted({item.class_name for item in items}),
+             'near_duplicates': True, 'made_from': root.name}
+    return Job(len(items), items.__getitem__, load, state, facts, settings, notes)
+
+
+def resized_record(item: Item, loader: ImageLoader) -> Record:
+    """An image file as its reader hands it over. Raises Unreadable."""
+    loaded = loader.load(item.path, item.mask)
+    mask = None if loaded.mask is None else loaded.mask[0] * np.uint8(255)                      # (S, S)
+    return array_record(item, loaded.pixels, mask, {'sha256': loaded.sha256, 'num_bytes': loaded.num_bytes})
 
 
 def plan_arrays(config: DataConfig) -> Job:
-    """From any other data set: the arrays that its reader makes, without the border that the model sees."""
+    """From any other data set: the arrays that its reader makes, images without the border that the model
+    sees, volumes with their grids.
+    """
     row = DATASETS[config.dataset]
-    own = row.size - 2 * row.padding
-    size = config.image_size or own
-    if row.padding and size != own:
-        raise UserError(f"--image_size {size}: images of {config.dataset} are stored without border, {own} x "
-                        f"{own}: leave it out. Programs that read them make the border.")
-    source = row.read(replace(config, image_size=size, normal_classes=(), anomalous_classes=()), row)
-    classes = sorted({*source.normal_classes, *source.anomalous_classes})
-
-    def file(number: int) -> ImageFile:
-        entry = source.entries[number]               # made when asked for, where there are millions
-        return ImageFile(entry.id, '', entry.class_name, '', entry.part, entry.patient)
-
-    def load(number: int) -> Record:
-        entry = source.entries[number]
-        try:
-            x = source.pixels[np.array([entry.row])][0]                          # (C, H, W)
-        except UserError as error:
-            raise Unreadable(f'cannot be read ({error})') from None
-        original = {'sha256': entry.sha256, 'num_bytes': entry.file_bytes} if entry.sha256 else {}
-        return array_record(file(number), x, original)
-
-    facts = {'dataset': config.dataset, 'classes': classes, 'near_duplicates': False,
-             'made_from': Path(config.data).resolve().name}
-    settings = {'dataset': config.dataset, 'image_size': size, 'channels': config.channels}
-    if source.entries:                               # large sets keep no hash of each image
-        settings['first_sha256'] = hashlib.sha256(source.pixels[np.array([0])].tobytes()).hexdigest()
-    return Job(len(source.entries), file, load, lambda number: source.entries[number].sha256, facts, settings,
-               source.notes)
-
-
-def plan_volumes(config: DataConfig) -> Job:
-    """From NIfTI files: the arrays that the reader prepares, and their grids."""
-    row = DATASETS[config.dataset]
-    source = row.read(replace(config, anomalous_classes=()), row)
-    lines = [f'{name} {reason}' for name, reason in source.bad]
-    if lines and not config.skip_corrupt:
-        raise UserError(f"{count(len(lines), 'subject')} cannot be used: {some(lines)}. Replace or remove "
-                        f"them, or pass --skip_corrupt to leave them out.")
-    notes = [*source.notes, *(f'left out: {line}' for line in lines)]
+    config = replace(config, anomalous_classes=())
+    if row.dims == 2:
+        own = row.size - 2 * row.padding
+        config = replace(config, normal_classes=(), image_size=config.image_size or own)
+        if row.padding and config.image_size != own:
+            raise UserError(f"--image_size {config.image_size}: images of {config.dataset} are stored "
+                            f"without border, {own} x {own}: leave it out. Programs that read them make the "
+                            f"border.")
+    source = row.read(config, row)
+    notes = [*source.notes, *left_out(source.bad, len(source.entries), config.skip_corrupt,
+                                      'subject' if row.dims == 3 else 'file')]
     entries = with_patients(source.entries, config.patient_metadata, config.patient_pattern, notes)
 
-    def file(number: int) -> ImageFile:
-        entry = entries[number]
-        return ImageFile(entry.id, '', entry.class_name, '', entry.part, entry.patient)
+    def item(number: int) -> Item:
+        entry = entries[number]                      # made when asked for, where there are millions
+        return Item(entry.id, entry.class_name, entry.part, entry.patient)
 
     def load(number: int) -> Record:
         entry = entries[number]
+        try:
+            pixels = source.pixels[np.array([entry.row])][0]                     # (C, *S)
+        except UserError as error:
+            raise Unreadable(f'cannot be read ({error})') from None
         mask = None if entry.mask_row < 0 else source.masks[entry.mask_row][0]
-        return volume_record(entry, source.pixels[entry.row], mask)
+        original = {'sha256': entry.sha256, 'num_bytes': entry.file_bytes} if entry.sha256 else {}
+        record = array_record(item(number), pixels, mask, original)
+        return record._replace(info=record.info | ({'grids': entry.grids} if entry.grids else {}))
 
-    flags = preparation_flags(config, config.image_size)
+    settings = {'dataset': config.dataset, 'num_x_bits': config.num_x_bits, 'channels': config.channels,
+                **stored_flags(config)}
     classes = sorted({*source.normal_classes, *source.anomalous_classes})
-    facts = {'dataset': config.dataset, 'classes': classes, 'near_duplicates': True,
-             'made_from': Path(config.data).resolve().name,
-             'volumes': {'flags': flags, 'notes': notes}}
-    settings = {'dataset': config.dataset, 'num_x_bits': config.num_x_bits, **flags}
-    return Job(len(entries), file, load, lambda number: entries[number].sha256, facts, settings, notes)
-
-
-def resized_record(file: ImageFile, config: DataConfig) -> Record:
-    """An image file as the reader would hand it over at the size that the flags name. Raises Unreadable."""
-    row, picture = DATASETS[config.dataset], load_file(file)
-    x = to_integers(picture.image, config.image_size, config.channels or row.channels,
-                    16 if config.num_x_bits > 8 else 8, config.fit)              # (C, S, S)
-    record = array_record(file, x, {'sha256': picture.sha256, 'num_bytes': picture.num_bytes})
-    if picture.mask is None:
-        return record
-    mask = mask_to_integers(picture.mask, config.image_size, config.fit)[0] * np.uint8(255)     # (S, S)
-    facts = {'name': Path(file.mask).name, **payload(mask.tobytes(), 'raw', mask.shape, 'uint8')}
-    return Record(record.info | {'mask': facts}, record.data, mask.tobytes())
+    facts = {'dataset': config.dataset, 'classes': classes, 'near_duplicates': row.dims == 3,
+             'made_from': Path(config.data).resolve().name}
+    if row.dims == 3:
+        facts['volumes'] = {'flags': stored_flags(config), 'notes': notes}
+    elif entries:                                    # large sets keep no hash of each image
+        settings['first_sha256'] = hashlib.sha256(source.pixels[np.array([0])].tobytes()).hexdigest()
+    return Job(len(entries), item, load, lambda number: entries[number].sha256, facts, settings, notes)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -255,7 +199,7 @@ def pack(job: Job, out: Path, workers: int, skip_corrupt: bool) -> None:
         for number, record in zip(numbers, in_order(job.load, numbers, workers), strict=True):
             bar.update()
             if isinstance(record, str):
-                bad.append([job.file(number).id, record])
+                bad.append([job.item(number).id, record])
             if bad and not skip_corrupt:
                 continue                              # nothing more goes in, but every bad file is found
             if isinstance(record, str):
@@ -316,29 +260,6 @@ def start(job: Job, out: Path) -> tuple[dict[str, Any], Any]:
     return (found if found['complete'] else found | job.facts), digest
 
 
-def in_order(work: Callable[[int], T], numbers: Iterable[int], workers: int) -> Iterator[T | str]:
-    """What `work` makes of each number, or why it could not: in order, a few ahead on threads.
-
-    Threads, not processes: decoding and hashing release Python's lock.
-    """
-    def attempt(number: int) -> T | str:
-        try:
-            return work(number)
-        except Unreadable as error:
-            return str(error)
-
-    Image.init()                                     # all decoders, before threads ask for them at once
-    waiting: deque[Future] = deque()
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        warnings.simplefilter('ignore')              # Pillow warns of odd metadata: no matter here
-        for number in numbers:
-            waiting.append(pool.submit(attempt, number))
-            if len(waiting) > AHEAD * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 def report(job: Job, out: Path, meta: dict[str, Any], bad: list[tuple[str, str]], seconds: float) -> None:
     """Says what was made. Raises UserError if it could not be finished."""
     for note in job.notes:
@@ -388,9 +309,7 @@ def verify(path: Path, workers: int) -> int:
 def main() -> int:
     args = parse_flags(sys.argv[1:], __doc__, (FolderConfig, LmdbConfig),
                        without={f.name for f in fields(FolderConfig)} - {*DATA_FLAGS})
-    workers = args.workers or cores()
-    if workers < 1:
-        raise UserError(f"--workers {workers}: expected a number of threads, or 0 for one a core.")
+    workers = read_flags(LmdbConfig, args).workers
     if args.verify is None or args.data:
         if not args.out:
             raise UserError("--out is missing: name the LMDB to make, such as --out images.lmdb.")

@@ -18,47 +18,43 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
 
 from command_line.parser import parse_flags
 from datasets import DATASETS, DataConfig
+from readers.parallel import attempt
 from readers.source import Entry, same_name
-from readers.split import PARTS, count, some, split_given, with_patients
+from readers.split import PARTS, count, left_out, some, split_given, with_patients
 from readers.volumes.nifti import Grid, resample, write_nifti
 from readers.volumes.subjects import KEYS, NORMAL, Subject, find_subjects, with_classes, with_keys
-from readers.volumes.volumes import LESION, VolumePreparation, attempt, expect_one_spacing
-from utils import UserError, flag, read_flags, run_program, write_atomically
+from readers.volumes.volumes import LESION, MOST_THREADS, VolumeLoader, expect_one_spacing
+from utils import UserError, flag, flags, read_flags, run_program, write_atomically
 
 ROW = DATASETS['brain']
 DEPTH = 8                          # bits of a voxel: 0 and 255 are the ends of --percentiles or --window
 DATA_FLAGS = ('data', 'modalities', 'labels', 'volume_mask', 'crop', 'spacing', 'percentiles', 'window',
               'key_files', 'patient_pattern', 'split_seed', 'skip_corrupt')
+T = TypeVar('T')
 FEW, NEAR = 'with too little of the body', 'beside a lesion'
 
 
-@dataclass(frozen=True)
+@flags
 class PatchConfig(DataConfig):
     """Patches"""
     out: str = flag('', 'folder to make')
-    size: int = flag(32, 'voxels of a patch along each axis')
-    stride: int = flag(0, 'voxels between neighbouring patches along each axis; 0 = --size, side by side')
-    least_body: float = flag(0.5, 'least share of --volume_mask in a patch, 0 to 1')
-    val_fraction: float = flag(0.15, 'fraction of the people for validation: their normal patches')
-    test_fraction: float = flag(0.2, 'fraction of the people for testing: all their patches')
-
-    def __post_init__(self):
-        for name, least in {'size': 1, 'stride': 0, 'least_body': 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
-        if self.least_body > 1:
-            raise UserError(f"--least_body {self.least_body}: expected a share of 0 to 1.")
-        for name in ('val_fraction', 'test_fraction'):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: expected 0 to 1.")
+    size: int = flag(32, 'voxels of a patch along each axis', least=1)
+    stride: int = flag(0, 'voxels between neighboring patches along each axis; 0 = --size, side by side',
+                       least=0)
+    least_body: float = flag(0.5, 'smallest fraction of --volume_mask in a patch', least=0, most=1)
+    val_fraction: float = flag(0.15, 'fraction of the people for validation: their normal patches', least=0,
+                               below=1)
+    test_fraction: float = flag(0.2, 'fraction of the people for testing: all their patches', least=0,
+                                below=1)
 
 
 def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[list[Subject], dict[str, str]]:
@@ -67,7 +63,7 @@ def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[lis
     if not config.data or not root.is_dir():
         raise UserError(f"--data: the folder {config.data!r} does not exist. {ROW.where}")
     found, bad = find_subjects(root, config.modalities, labels, config.volume_mask)
-    stop_at(bad, config)
+    notes += left_out(bad, len(found), config.skip_corrupt, 'subject')
     subjects = with_keys(with_classes(found, ROW.normal, ROW.where), Path(config.key_files or root), notes)
     if not any(s.label for s in subjects):
         raise UserError(f"--labels {labels}: no subject in {root} has a file of it.")
@@ -85,16 +81,6 @@ def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[lis
     return subjects, split_given(entries, config.val_fraction, config.test_fraction, config.split_seed)
 
 
-def stop_at(bad: list[tuple[str, str]], config: PatchConfig) -> None:
-    """Raises UserError if there are subjects that cannot be used, unless they are to be left out."""
-    lines = [f'{name} {reason}' for name, reason in bad]
-    if lines and not config.skip_corrupt:
-        raise UserError(f"{count(len(lines), 'subject')} cannot be used: {some(lines)}. Replace or remove "
-                        f"them, or pass --skip_corrupt to leave them out.")
-    for line in lines:
-        print(f'left out: {line}')
-
-
 def corners(shape: tuple[int, ...], size: int, stride: int) -> Iterator[tuple[int, ...]]:
     """The first voxels (3,) of patches in a volume; what is left over lies half before, half behind them."""
     numbers = [(n - size) // stride + 1 for n in shape]
@@ -102,16 +88,16 @@ def corners(shape: tuple[int, ...], size: int, stride: int) -> Iterator[tuple[in
     return product(*(range(f, f + k * stride, stride) for f, k in zip(first, numbers, strict=True)))
 
 
-def cut(subject: Subject, grid: Grid, prepared: VolumePreparation, config: PatchConfig, labels: str,
+def cut(subject: Subject, grid: Grid, loader: VolumeLoader, config: PatchConfig,
         with_lesions: bool) -> tuple[list[str], Counter]:
     """Writes the patches of a subject on `grid`; their ids, and how many there are of each kind. Raises
     Unreadable.
     """
     size = config.size
     grid = grid.centred(np.maximum(grid.shape, size))
-    volume = prepared.load(subject, grid)
+    volume = loader.on_grid(subject, grid)
     # Where interpolation brought a lesion into the image, be it less than half a voxel of it.
-    label = prepared.lesions(subject, prepared.first(subject))
+    label = loader.lesions(subject, loader.first(subject))
     reached = resample(label[0].astype(np.float32), label[1], grid) > 0 if label else \
         np.zeros(grid.shape, bool)
     written, kinds = [], Counter()
@@ -129,7 +115,7 @@ def cut(subject: Subject, grid: Grid, prepared: VolumePreparation, config: Patch
         pixels = volume.pixels[:, *box]                                          # (C, size, size, size)
         files = dict(zip(config.modalities, pixels, strict=True)) if config.modalities else \
             {'': np.moveaxis(pixels, 0, -1)}
-        files |= {labels: volume.mask[0][box]} if kind == LESION else {}
+        files |= {loader.labels: volume.mask[0][box]} if kind == LESION else {}
         for folder, values in files.items():
             write_nifti(Path(config.out, kind, folder, f'{name}.nii.gz'), values, affine)
         written.append(f'{kind}/{name}')
@@ -147,23 +133,29 @@ def make(config: PatchConfig) -> None:
     notes: list[str] = []
     labels = config.labels or ROW.labels
     subjects, parts = find_people(config, labels, notes)
-    prepared = VolumePreparation.of(config, config.modalities, DEPTH)
-    outlines = attempt(prepared.outline, subjects, 'measuring volumes')
-    stop_at([(s.id, o) for s, o in zip(subjects, outlines, strict=True) if isinstance(o, str)], config)
-    grids = {s: o for s, o in zip(subjects, outlines, strict=True) if not isinstance(o, str)}
+    loader = VolumeLoader(config, config.modalities, labels, DEPTH)
+    grids = whatever_works(loader.outline, subjects, 'measuring volumes', config, notes)
     if grids:
-        expect_one_spacing(list(grids), list(grids.values()))
+        expect_one_spacing({subject.id: grid for subject, grid in grids.items()})
 
     def work(subject: Subject) -> tuple[list[str], Counter]:
-        return cut(subject, grids[subject], prepared, config, labels, parts[subject.id] == 'test')
+        return cut(subject, grids[subject], loader, config, parts[subject.id] == 'test')
 
-    results = attempt(work, list(grids), 'cutting volumes')
-    stop_at([(s.id, r) for s, r in zip(grids, results, strict=True) if isinstance(r, str)], config)
-    done = {s: r for s, r in zip(grids, results, strict=True) if not isinstance(r, str)}
+    done = whatever_works(work, list(grids), 'cutting volumes', config, notes)
     for part in PARTS:
         names = [name for s, (written, _) in done.items() if parts[s.id] == part for name in written]
         write_atomically(out / f'{part}{KEYS}', lambda p, names=names: p.write_text('\n'.join([*names, ''])))
     report(config, done, parts, notes)
+
+
+def whatever_works(work: Callable[[Subject], T], subjects: list[Subject], title: str, config: PatchConfig,
+                   notes: list[str]) -> dict[Subject, T]:
+    """What `work` makes of each subject. Raises UserError for those that cannot be used, or leaves them out.
+    """
+    results = dict(zip(subjects, attempt(work, subjects, title, MOST_THREADS), strict=True))
+    bad = [(subject.id, result) for subject, result in results.items() if isinstance(result, str)]
+    notes += left_out(bad, len(results) - len(bad), config.skip_corrupt, 'subject')
+    return {subject: result for subject, result in results.items() if not isinstance(result, str)}
 
 
 def report(config: PatchConfig, done: dict[Subject, tuple[list[str], Counter]], parts: dict[str, str],

@@ -22,7 +22,7 @@ from anomaly.report import comparison as compare_report
 from datasets import Data, DataConfig
 from distributed import launch
 from distributions import Pixels
-from readers.parts import Part, SomeOf
+from readers.parts import Part, SomeOf, Transform
 from readers.source import Entry, Source
 from utils import UserError, read_flags, read_json, write_json
 
@@ -44,7 +44,7 @@ def make_data(train=range(20), val=range(20, 40), test=range(40, 76), size=4, ma
     marks[NORMAL:, :, :2] = 1
     source = Source(entries, images.astype(np.uint8), marks if masks else None, ('Normal',),
                     ('COVID', 'Other'))
-    parts = {name: Part([entries[i] for i in rows], source, Pixels('discretized', 8))
+    parts = {name: Part([entries[i] for i in rows], source, Transform(Pixels('discretized', 8)))
              for name, rows in (('train', train), ('val', val), ('test', test))}
     return Data(**parts, shape=(1, size, size), pixels=Pixels('discretized', 8), normal_classes=('Normal',),
                 anomalous_classes=('COVID', 'Other'), split={}, report=[],

@@ -67,7 +67,7 @@ def test_a_person_is_in_one_part_and_only_who_is_tested_shows_lesions(made, tmp_
     assert mask.sum() == 1 and mask[3, 1, 2] == 1
 
 
-def test_a_patch_keeps_its_grey_levels_and_its_place(made, tmp_path):
+def test_a_patch_keeps_its_gray_levels_and_its_place(made, tmp_path):
     """Those of the whole volume, scaled by the percentiles of all of it."""
     parts = as_trained(made, tmp_path / 'cache')
     whole = load_data(DataConfig(dataset='brain', data=made.data, modalities=('flair',), labels='lesions',

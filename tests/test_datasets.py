@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from pytest import approx
 
-import readers.images.folder
+import readers.items
 from datasets import DataConfig, load_data
 from distributions import Pixels
 from readers.batches import eval_batches, steps_per_epoch, train_batches
 from readers.duplicates import near_duplicates
-from readers.images.folder import decode, to_channels, to_size
-from readers.parts import grey_levels
+from readers.images.decode import decode, to_channels, to_size
+from readers.parts import gray_levels
 from readers.source import Entry
 from readers.split import split_parts
 from utils import UserError
@@ -345,8 +345,8 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_anew(config, tmp_path, monk
     data = load_data(config)
     expected = data.train.items(range(5)).x
     scans = []
-    scan = readers.images.folder.scan
-    monkeypatch.setattr(readers.images.folder, 'scan', lambda *a, **k: scans.append(1) or scan(*a, **k))
+    scan = readers.items.write_pixels
+    monkeypatch.setattr(readers.items, 'write_pixels', lambda *a: scans.append(1) or scan(*a))
     load_data(config)
     assert not scans
     array = next((tmp_path / 'cache').glob('*/pixels.npy'))
@@ -365,7 +365,7 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_anew(config, tmp_path, monk
 def test_fewer_bits_are_the_published_formula(bits):
     values = np.arange(256, dtype=np.uint8)
     expected = np.floor(values / 255 * 255 / 2 ** (8 - bits)) / (2 ** bits - 1)
-    assert grey_levels(values, 8, bits).numpy() == approx(expected)
+    assert gray_levels(values, 8, bits).numpy() == approx(expected)
 
 
 def test_16_bit_files_keep_their_depth(tmp_path):

@@ -14,7 +14,7 @@ from test_packed import make
 
 from datasets import DataConfig, load_data
 from readers.dicom import decode_dicom
-from readers.images.folder import decode, read_image
+from readers.images.decode import ImageLoader, decode
 from readers.source import Unreadable
 from utils import UserError
 
@@ -135,7 +135,7 @@ def test_sixteen_bits_are_kept(tmp_path):
     stored = np.array([[0, 30000], [30001, 65535]])
     path = tmp_path / 'scan.dcm'
     path.write_bytes(as_bytes(made(stored)))
-    assert np.array_equal(np.rint(read_image(path, 2)[0] * 65535), stored)
+    assert np.array_equal(ImageLoader(2, 1, 16).load(path).pixels[0], stored)
 
 
 def test_colours():
@@ -272,7 +272,8 @@ def test_a_folder_of_dicom_files_is_a_data_set(folder, tmp_path):
     assert sum(map(len, (data.train, data.val, data.test))) == 13
     entry = data.train.entries[0]
     x = data.train[0][0]
-    assert np.allclose(x, read_image(entry.path, 8), atol=1 / 4095) and x.max() == 1
+    own = ImageLoader(8, 1, 16).load(entry.path)
+    assert np.allclose(x, own.pixels / 65535, atol=1 / 4095) and x.max() == 1
 
 
 def test_an_lmdb_of_it_holds_the_same_pixels_and_no_patient(folder, tmp_path):

@@ -124,7 +124,7 @@ def test_float32_agrees_with_float64_far_from_the_mean_and_has_finite_gradients(
 
 
 @pytest.mark.parametrize('channels, mixtures', [(1, 5), (3, 3), (1, 1), (3, 1)])
-def test_samples_have_the_mean_of_the_distribution_and_lie_on_the_grey_levels(channels, mixtures):
+def test_samples_have_the_mean_of_the_distribution_and_lie_on_the_gray_levels(channels, mixtures):
     likelihood = pixel_likelihood(Pixels(bits=5), channels, mixtures)
     generator = torch.Generator().manual_seed(3)
     params = 0.3 * torch.randn(1, likelihood.num_params, 1, 1, generator=generator)

@@ -496,7 +496,7 @@ class Levels(nn.Module):
         return torch.stack([middle, middle ** 2, border], 1)
 
 
-def test_binary_data_are_compared_as_grey_levels_without_the_border(digits, tmp_path, monkeypatch):
+def test_binary_data_are_compared_as_gray_levels_without_the_border(digits, tmp_path, monkeypatch):
     network = save_network(Levels(), tmp_path / 'levels.pt2', side=32)
     mu = precompute(digits, tmp_path, network)['mu']
     real = load_data(replace(digits, likelihood='discretized')).train

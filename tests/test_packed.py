@@ -30,8 +30,9 @@ from standins import make_standin
 import scripts.create_lmdb as program_file
 from datasets import DATASETS, DataConfig, load_data
 from readers.batches import train_batches
-from readers.images.folder import Unreadable
-from readers.lmdb.packed import GuardedLmdb, Packed, is_packed, seal, unseal
+from readers.lmdb.format import seal, unseal
+from readers.lmdb.packed import GuardedLmdb, Packed, is_packed
+from readers.source import Unreadable
 from scripts.create_lmdb import FolderConfig, pack, plan, verify
 from utils import UserError
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,8 +25,10 @@ from datasets import DataConfig, load_data, preparation
 from distributed import launch
 from distributions import Pixels
 from model import load_model
-from readers.images.folder import read_image
-from readers.images.new_files import Preparation, find_files, printable
+from readers.images.decode import ImageLoader
+from readers.new_files import Preparation
+from readers.parts import Transform
+from readers.paths import find_files, printable
 from utils import UserError, read_flags, write_json
 
 SCORES = ('reconstruction', 'nelbo', 'regret', 'kl_profile', 'llr_1')        # in the table's order
@@ -137,10 +140,10 @@ def test_a_file_becomes_the_x_that_it_is_in_the_run(data_folder, cache, flags):
 
 def test_the_border_of_the_run_is_black_and_around_the_image(tmp_path):
     Image.fromarray(np.full((4, 4), 255, np.uint8)).save(tmp_path / 'a.png')
-    prepared = Preparation((1, 8, 8), Pixels('bernoulli', 1, padding=2), 8, 'pad')
+    prepared = Preparation(ImageLoader(4, 1, 8, border=2), Transform(Pixels('bernoulli', 1, padding=2)))
     x = prepared.batch([prepared.load(str(tmp_path / 'a.png'))], ['a.png']).x
     assert x[0, 0, 2:6, 2:6].all() and x.sum() == 16
-    inverted = Preparation((1, 8, 8), Pixels('bernoulli', 1, padding=2), 8, 'pad', invert=True)
+    inverted = Preparation(prepared.loader, replace(prepared.transform, invert=True))
     assert not inverted.batch([prepared.load(str(tmp_path / 'a.png'))], ['a.png']).x.any()
 
 
@@ -243,7 +246,7 @@ def test_nothing_of_a_patient_is_in_what_is_written_or_said(trained, mixed, tmp_
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     path = tmp_path / 'a.png'
     path.write_bytes(WHOLE['grey.png'])
-    prepared = Preparation((1, 8, 8), Pixels(), 8, 'pad')
+    prepared = Preparation(ImageLoader(8, 1, 8), Transform(Pixels()))
 
     def refuse(self):
         raise PermissionError(13, 'Permission denied')
@@ -347,7 +350,7 @@ def test_infinite_thresholds_are_null_and_pixels_above_theirs_are_outlined(copy,
     """A validation score that was not finite makes a threshold infinite: nothing is called."""
     path, image = copy / 'thresholds.json', data_folder / 'spot' / '000.png'
     kept = json.loads(path.read_text())
-    x = torch.from_numpy(read_image(image, 16))[None]
+    x = torch.from_numpy(ImageLoader(16, 1, 8).load(image).pixels / np.float32(255))[None]
     with torch.no_grad():
         maps = load_model(copy).maps(x)
     middle = float((maps['recon'] + maps['kl'].sum(1, keepdim=True)).median())

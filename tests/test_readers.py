@@ -26,6 +26,7 @@ from standins import (
 import readers.published.cifar10
 from datasets import DATASETS, DataConfig, load_data
 from readers.batches import train_batches
+from readers.images.decode import ImageLoader
 from readers.lmdb.file import Lmdb
 from readers.published.arrays import prepare
 from readers.published.omniglot import read_chardata
@@ -58,7 +59,7 @@ def test_every_row_gives_batches_of_its_shape_in_its_parts(name, config):
     batch = next(train_batches(data.train, 5, seed=0))
     assert batch.x.shape == (5, *data.shape) and batch.x.dtype == torch.float32
     assert batch.x.min() >= 0 and batch.x.max() <= 1 and batch.x.std() > 0.01
-    assert data.train.flip == row.flip
+    assert data.train.transform.flip == row.flip
     again = load_data(config(name), data.split)
     assert [e.id for e in again.test.entries] == [e.id for e in data.test.entries]
     assert len({e.id for e in data.train.entries}) == len(data.train)
@@ -144,7 +145,7 @@ def test_omniglot_stands_upright_and_has_alphabets(config):
     fails(replace(config('omniglot'), data='/nowhere'), 'chardata.mat')
 
 
-def test_omniglot_grey_levels_are_rounded(tmp_path):
+def test_omniglot_gray_levels_are_rounded(tmp_path):
     columns = {key: np.full((784, 2), 127.6 / 255) for key in ('data', 'testdata')}
     alphabets = {key: np.eye(50)[:, :2] for key in ('target', 'testtarget')}
     scipy.io.savemat(tmp_path / 'chardata.mat', columns | alphabets)
@@ -178,12 +179,13 @@ def test_stacked_mnist_is_three_digits_of_its_part_the_same_in_every_run(config,
 
 
 def test_arrays_are_padded_and_resized_worked_by_hand():
-    white = np.full((2, 4, 4, 3), 255, np.uint8)
-    x = prepare(white, size=8, channels=3, padding=2)
-    assert x.shape == (2, 3, 8, 8) and x.sum() == 2 * 3 * 16 * 255 and (x[:, :, 2:6, 2:6] == 255).all()
-    assert prepare(white, 6, 3, 0).shape == (2, 3, 6, 6)
+    white = np.full((4, 4, 3), 255, np.uint8)
+    x = prepare(white, ImageLoader(4, 3, 8, border=2)).pixels
+    assert x.shape == (3, 8, 8) and x.sum() == 3 * 16 * 255 and (x[:, 2:6, 2:6] == 255).all()
+    assert prepare(white, ImageLoader(6, 3, 8)).pixels.shape == (3, 6, 6)
+    assert (prepare(white, ImageLoader(4, 3, 16)).pixels == 65535).all()
     red = white * np.uint8([1, 0, 0])
-    assert prepare(red, 4, 1, 0)[0, 0, 0, 0] == round(0.299 * 255)
+    assert prepare(red, ImageLoader(4, 1, 8)).pixels[0, 0, 0] == round(0.299 * 255)
 
 
 # ------------------------------------------------------------------------------------------------- large sets
@@ -248,7 +250,7 @@ def test_lsun_is_resized_and_cut_as_published(config):
 
 def replace_flip(part, flip):
     part = pickle.loads(pickle.dumps(part))
-    part.flip = flip
+    part.transform = replace(part.transform, flip=flip)
     return part
 
 

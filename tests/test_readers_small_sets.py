@@ -14,7 +14,7 @@ from standins import image
 from datasets import DataConfig, load_data
 from distributions import Pixels
 from readers.batches import train_batches
-from readers.parts import dequantized, grey_levels
+from readers.parts import dequantized, gray_levels
 from readers.published.smallnorb import read_matrix
 from readers.published.svhn import read_mat
 from utils import UserError
@@ -168,7 +168,7 @@ def test_inverted_is_one_minus_x_within_the_border(config, bits):
             for invert in (False, True))
     inside = (..., slice(2, -2), slice(2, -2))
     assert torch.allclose(y[inside], 1 - x[inside]) and y.sum() == approx(y[inside].sum())
-    assert set(y.unique().tolist()) <= set(grey_levels(np.arange(256, dtype=np.uint8), 8, bits).tolist())
+    assert set(y.unique().tolist()) <= set(gray_levels(np.arange(256, dtype=np.uint8), 8, bits).tolist())
 
 
 def test_an_inverted_binary_image_is_white_as_often_as_it_was_black(config):

@@ -422,7 +422,7 @@ def test_sizes_and_spacings_that_differ(config, tmp_path):
     assert (x[0] == 0).all() and (x[7] == 0).all() and (x[:, :2] == 0).all() and (x[:, 10:] == 0).all()
     assert x[1:7, 3:10].flatten(1).any(1).all()
     data = load_data(replace(config, volume_shape=(6, 6, 8)))
-    assert data.shape == (1, 6, 6, 8) and said(data, '2 subjects larger than that lose their ends: a; b')
+    assert data.shape == (1, 6, 6, 8) and said(data, '2 subjects larger than the model sees lose their ends: a; b')
     assert load_data(replace(config, image_size=8)).shape == (1, 8, 8, 8)
     save(tmp_path / 'data' / 'c.nii.gz', noise(), np.diag([2, 1, 1, 1]))
     fails(config, r'different sizes in mm \(a 1 x 1 x 1, c 2 x 1 x 1\): give one with --spacing')

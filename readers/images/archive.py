@@ -6,7 +6,7 @@ import zlib
 from gzip import BadGzipFile
 from pathlib import Path, PurePosixPath
 
-from readers.source import cached_files
+from readers.cache import cached_files, stamp
 from utils import UserError
 
 DAMAGED = (tarfile.TarError, BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
@@ -19,8 +19,7 @@ def unpacked(path: str | Path, cache_dir: str) -> Path:
     stay inside: a name that is absolute or goes up by '..', a link, a device.
     """
     path = Path(path)
-    status = path.stat()
-    key = {'tar': str(path.resolve()), 'bytes': status.st_size, 'time': status.st_mtime_ns}
+    key = {'tar': str(path.resolve()), 'stamp': stamp(path)}
 
     def make(folder: Path) -> dict:
         try:

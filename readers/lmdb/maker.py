@@ -7,16 +7,13 @@ where it was, and no reader takes half a data set for a whole one.
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from readers.lmdb.file import Lmdb, LmdbWriter, is_lmdb
 from utils import UserError
 
 BLOCK = 256                  # records in a transaction: what a kill can lose
-T = TypeVar('T')
 
 
 def unfinished(path: str | Path) -> Path:
@@ -59,11 +56,3 @@ def make_lmdb(path: str | Path, values: Callable[[int], Iterator[bytes]], total:
     os.replace(growing, path)
     print(f'{path}: {done:,} records')
     return done
-
-
-def in_threads(read: Callable[[T], bytes], items: Iterable[T]) -> Iterator[bytes]:
-    """`read` of each item, in order, on several cores; never more than BLOCK results wait in memory."""
-    items = iter(items)
-    with ThreadPoolExecutor() as pool:
-        while block := list(itertools.islice(items, BLOCK)):
-            yield from pool.map(read, block)

@@ -1,173 +1,49 @@
-"""A data set in one self-describing LMDB: what a program needs to read it, and a checksum over all of it.
+"""Reads a data set from one self-describing LMDB (format.py).
 
-    meta            facts of the whole          info/00000012   facts of image 12: id, class, hash, ...
-    data/00000012   the bytes of the image      mask/00000012   those of its mask, where it has one
-
-docs/lmdb.md is the format. `meta` and `info` carry a CRC-32 of key and content, `data` and `mask` a SHA-256.
-LMDB's own pages carry none, and a damaged one can end the process that reads it: here a child process reads.
-Records go through the same scan into the same cache as files do, so a data set is the same from its folder
-and from its LMDB. S x S pixels as the model sees them, without border.
+LMDB's own pages carry no checksums, and a damaged one can end the process that reads it: here a child process
+reads. Records go through the importer that files go through, so a data set is the same from its folder and
+from its LMDB. Volumes are stored as they were prepared, on the model's grid.
 """
 
 import hashlib
-import io
-import json
-import math
 import os
 import subprocess
 import sys
 import threading
-import zlib
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from readers.dicom import FULL, is_dicom
-from readers.images.folder import FORMATS, ImageFile, Picture, decode, file_content, load_mask, scan, stamp
+from readers.cache import stamp
+from readers.config import DataSet, ReaderConfig, volume_flags
+from readers.images.decode import ImageLoader, load_mask
+from readers.items import Item, Listing, Loaded, import_items
 from readers.lmdb import child as lmdb_child
 from readers.lmdb.file import is_lmdb
-from readers.source import CLASSES_SHOWN, Source, Unreadable, cached, choose_classes, same_name
+from readers.lmdb.format import (
+    FACTS,
+    FORMAT,
+    INFO,
+    MASK,
+    META,
+    ORIGINAL,
+    REMEDY,
+    VERSION,
+    Damaged,
+    expect,
+    key_of,
+    raw_of,
+    unseal,
+    values_of,
+)
+from readers.source import DTYPES, Source, Unreadable
 from readers.split import count, some
+from readers.volumes.nifti import Grid
 from utils import UserError
 
-FORMAT, VERSION = 'anomaly-lmdb', 1
-META = b'meta'
-DTYPES = {'I': 'int32', 'F': 'float32'}          # of Pillow's modes; others are uint8, or uint16 ('I;16...')
-RAW_TYPES = {'uint8': np.dtype('u1'), 'uint16': np.dtype('<u2')}
-PAYLOAD = {'encoding': str, 'shape': list, 'dtype': str, 'num_bytes': int, 'sha256': str}
-INFO = {'id': str, 'class': str, 'part': str, 'patient': str, **PAYLOAD}
-MASK = {'name': str, **PAYLOAD}
-ORIGINAL = {'sha256': str, 'num_bytes': int}
-FACTS = {'format': str, 'version': int, 'complete': bool, 'count': int, 'dataset': str, 'classes': list}
 PARTS = ('', 'train', 'val', 'test')
 MOST_ENDS = 20                 # reading processes that a damaged file may end before the rest is given up
-REMEDY = 'make the LMDB anew or restore it'
+FREE_FLAGS = ('augment', 'key_files')      # of volumes: they do not say what is stored, or say it by a path
 
-
-class Damaged(Unreadable):
-    """A record that is not what was written; `what` goes on from its key."""
-
-    def __init__(self, key: bytes, what: str):
-        super().__init__(f'is damaged (record {key.decode()} {what}): {REMEDY}')
-        self.what = what
-
-
-# ----------------------------------------------------------------------------------------------------- format
-
-def key_of(kind: str, number: int) -> bytes:
-    """The key of image `number`: kind is info, data or mask."""
-    return f'{kind}/{number:08d}'.encode()
-
-
-def seal(key: bytes, value: dict[str, Any]) -> bytes:
-    """JSON behind the CRC-32 of key and JSON: 8 hexadecimal digits and a space."""
-    text = json.dumps(value, sort_keys=True, separators=(',', ':')).encode()
-    return b'%08x ' % zlib.crc32(key + text) + text
-
-
-def unseal(key: bytes, sealed: bytes | None, fields: dict[str, type]) -> dict[str, Any]:
-    """What `seal` sealed, if it is whole and has these fields. Raises Unreadable."""
-    if sealed is None:
-        raise Damaged(key, 'is missing')
-    if sealed[:9] != b'%08x ' % zlib.crc32(key + sealed[9:]):
-        raise Damaged(key, 'does not have its CRC-32')
-    try:
-        value = json.loads(sealed[9:])
-    except ValueError:
-        raise Damaged(key, 'is not JSON') from None
-    _expect(value, fields, key)
-    return value
-
-
-def _expect(value: Any, fields: dict[str, type], key: bytes) -> None:
-    for field, kind in fields.items():
-        if not isinstance(value, dict) or not isinstance(value.get(field), kind):
-            raise Damaged(key, f'has no {field!r} that is a {kind.__name__}')
-
-
-def payload(data: bytes, encoding: str, shape: Sequence[int], dtype: str) -> dict[str, Any]:
-    """The facts that a record keeps of the bytes of an image or mask."""
-    return {'encoding': encoding, 'shape': list(shape), 'dtype': dtype, 'num_bytes': len(data),
-            'sha256': hashlib.sha256(data).hexdigest()}
-
-
-def values_of(data: bytes, facts: dict[str, Any]) -> np.ndarray:
-    """The image in the bytes of a record: (H, W, C) float32 in [0, 1]. Raises Unreadable."""
-    if facts['encoding'] == 'file':
-        return decode(data)
-    x = raw_of(data, facts)
-    if x.ndim not in (2, 3) or x.shape[2:] not in ((), (1,), (3,)):
-        raise Unreadable(f'has the shape {x.shape}: expected (H, W) or (H, W, 1 or 3)')
-    x = x.reshape(*x.shape[:2], -1)
-    return (x / np.float64(np.iinfo(x.dtype).max)).astype(np.float32)
-
-
-def raw_of(data: bytes, facts: dict[str, Any]) -> np.ndarray:
-    """The array in the bytes of a record, of any shape: uint8 or uint16. Raises Unreadable."""
-    encoding, dtype, shape = facts['encoding'], facts['dtype'], facts['shape']
-    if encoding != 'raw' or dtype not in RAW_TYPES:
-        raise Unreadable(f"is stored as {encoding!r} {dtype}: expected 'file', or 'raw' uint8 or uint16")
-    kind = RAW_TYPES[dtype]
-    if not all(isinstance(n, int) and n > 0 for n in shape) or len(data) != math.prod(shape) * kind.itemsize:
-        raise Unreadable(f'has {len(data)} bytes for the shape {shape} of {dtype}')
-    return np.frombuffer(data, kind).reshape(shape)
-
-
-# ---------------------------------------------------------------------------------------------------- records
-
-class Record(NamedTuple):
-    """An image as it goes into the LMDB; `mask` is b'' where it has none."""
-    info: dict[str, Any]
-    data: bytes
-    mask: bytes = b''
-
-
-def file_record(file: ImageFile) -> Record:
-    """The bytes of a file and of its mask. Raises Unreadable if they cannot be decoded."""
-    data, facts = read_encoded(file.path)
-    if not file.mask:
-        return Record(facts_of(file) | facts, data)
-    name = Path(file.mask).name
-    try:
-        mask, mask_facts = read_encoded(file.mask)
-    except Unreadable as error:
-        raise Unreadable(f'has a mask {name} that {error}') from None
-    return Record(facts_of(file) | facts | {'mask': {'name': name, **mask_facts}}, data, mask)
-
-
-def read_encoded(path: str) -> tuple[bytes, dict[str, Any]]:
-    """The bytes of an image file and what a record says of them; of DICOM the pixels alone, without a name.
-
-    Raises Unreadable.
-    """
-    data = file_content(path)
-    x = decode(data)                                                             # (H, W, C)
-    if is_dicom(data):
-        original = {'sha256': hashlib.sha256(data).hexdigest(), 'num_bytes': len(data)}
-        data = np.rint(x * FULL).astype(RAW_TYPES['uint16']).tobytes()
-        return data, payload(data, 'raw', x.shape, 'uint16') | {'original': original}
-    mode = Image.open(io.BytesIO(data), formats=FORMATS).mode
-    dtype = 'uint16' if mode.startswith('I;16') else DTYPES.get(mode, 'uint8')
-    return data, payload(data, 'file', x.shape if x.shape[2] > 1 else x.shape[:2], dtype)
-
-
-def array_record(file: ImageFile, x: np.ndarray, original: dict[str, Any]) -> Record:
-    """An image (C, H, W) uint8 or uint16; `original` is the hash and the size of what it was made from."""
-    x = x[0] if len(x) == 1 else x.transpose(1, 2, 0)                            # (H, W) or (H, W, C)
-    data = np.ascontiguousarray(x, x.dtype.newbyteorder('<')).tobytes()
-    facts = payload(data, 'raw', x.shape, x.dtype.name)
-    return Record(facts_of(file) | facts | ({'original': original} if original else {}), data)
-
-
-def facts_of(file: ImageFile) -> dict[str, Any]:
-    return {'id': file.id, 'class': file.class_name, 'part': file.part, 'patient': file.patient}
-
-
-# ---------------------------------------------------------------------------------------------------- reading
 
 class GuardedLmdb:
     """The values of an LMDB, fetched by a child process: a damaged file may end that. For any threads."""
@@ -259,7 +135,7 @@ class Packed:
             raise Damaged(key, f"has the part {info['part']!r}: expected 'train', 'val', 'test' or ''")
         for field, fields in {'mask': MASK, 'original': ORIGINAL}.items():
             if field in info:
-                _expect(info[field], fields, key)
+                expect(info[field], fields, key)
         return info
 
     def payload(self, kind: str, number: int, facts: dict[str, Any]) -> bytes:
@@ -272,16 +148,19 @@ class Packed:
             raise Damaged(key, 'does not have its SHA-256')
         return data
 
-    def picture(self, number: int, with_mask: bool) -> Picture:
-        """An image ready for `scan`. Raises Unreadable."""
+    def load(self, number: int, item: Item, loader: ImageLoader | None) -> Loaded:
+        """An image as the `loader` prepares it, or a volume as it is. Raises Unreadable."""
         info = self.info(number)
-        image, mask = values_of(self.payload('data', number, info), info), None
-        if with_mask:
-            facts = info['mask']
-            data = self.payload('mask', number, facts)
-            mask = load_mask(lambda: values_of(data, facts), facts['name'], image)
+        data, facts = self.payload('data', number, info), info.get('mask')
         original = info.get('original', info)
-        return Picture(image, mask, original['sha256'], original['num_bytes'])
+        drawn = self.payload('mask', number, facts) if item.mask else None
+        if loader is None:
+            mask = None if drawn is None else (raw_of(drawn, facts) > 0)[None]
+            return Loaded(raw_of(data, info), mask, original['sha256'], original['num_bytes'],
+                          tuple(map(Grid.from_json, info['grids'])))
+        image = values_of(data, info)
+        mask = None if drawn is None else load_mask(lambda: values_of(drawn, facts), facts['name'], image)
+        return loader.finish(image, mask, original['sha256'], original['num_bytes'])
 
     def examine(self, number: int) -> tuple[dict[str, Any] | None, list[tuple[bytes, str]]]:
         """The facts of an image, None if they are lost; (key, what) of all that is wrong with its records."""
@@ -327,71 +206,77 @@ def is_packed(path: str | Path) -> bool:
 
 # ------------------------------------------------------------------------------------------------- data set
 
-def read_packed(path: str | Path, *, normal: Sequence[str], normal_wanted: Sequence[str],
-                anomalous: Sequence[str], size: int, border: int, channels: int, depth: int, fit: str,
-                masks: bool, cache_dir: str) -> Source:
-    """The images of the chosen classes of a packed LMDB, as (N, C, S + 2 border, S + 2 border).
-
-    Classes are chosen as in a folder where `normal` names what a normal class may be called; without such
-    names all that is not anomalous is normal. Of a set with parts of its own, anomalous images come from the
-    part test alone. Records that cannot be read are in Source.bad. Raises UserError.
+def read_packed(config: ReaderConfig, row: DataSet) -> Source:
+    """The images of the chosen classes, as (N, C, S, S) with the border of the row; or the volumes, as
+    (N, C, *S). Raises UserError for volumes that were prepared by other flags than those that are given.
     """
-    file = os.path.join(path, 'data.mdb') if os.path.isdir(path) else str(path)
-    key = {'packed': os.path.realpath(file), 'stamp': stamp(file), 'normal': list(normal),
-           'normal_wanted': list(normal_wanted), 'anomalous': list(anomalous), 'size': size, 'border': border,
-           'channels': channels, 'depth': depth, 'fit': fit, 'masks': masks}
+    path = config.data
+    file = os.path.join(path, 'data.mdb') if os.path.isdir(path) else path
+    loader = None if row.dims == 3 else ImageLoader.of(config, row)
+    given = stored_flags(config)
+    usual = stored_flags(ReaderConfig())
+    given = {name: value for name, value in given.items() if value != usual[name]} if row.dims == 3 else {}
+    key = {'packed': os.path.realpath(file), 'stamp': stamp(file), 'flags': given,
+           **({'loader': vars(loader)} if loader else {})}
 
-    def make(target: Path) -> dict:
-        with Packed(path) as packed:
-            if 'volumes' in packed.meta:
-                raise UserError(f"{path} is an LMDB of volumes, images are wanted: take --dataset "
-                                f"{packed.meta['dataset']}, which it was made from.")
-            files, bad = list_images(packed)                             # {number: file}
-            found = sorted({*packed.meta['classes'], *(f.class_name for f in files.values())})
-            usual = normal_wanted or [c for c in found if any(same_name(c, n) for n in normal)]
-            if normal and not usual:
-                raise UserError(f"--data: {path} has no class of normal images named {' or '.join(normal)}: "
-                                f"found {', '.join(found[:CLASSES_SHOWN])}. Name the normal ones with "
-                                f"--normal_classes, or take --dataset {packed.meta['dataset']}, which it was "
-                                f"made from.")
-            usual, abnormal = choose_classes(found, usual, anomalous, bool(normal), str(path))
+    def read() -> Listing:
+        packed = Packed(path)
+        try:
+            return list_records(packed, loader, given, config.depth)
+        except UserError:
+            packed.close()
+            raise
 
-            def chosen(file: ImageFile) -> bool:
-                return file.class_name in usual or (file.class_name in abnormal and file.part != 'train')
-
-            numbers = {f.id: number for number, f in files.items() if chosen(f)}
-            files = [f if masks and f.class_name in abnormal else replace(f, mask='')
-                     for f in files.values() if f.id in numbers]
-            if not files and not bad:
-                raise UserError(f"--data: {path} has no image of the classes {', '.join(usual + abnormal)}: "
-                                f"choose others.")
-            made = scan(files, target, size=size, channels=channels, depth=depth, fit=fit, border=border,
-                        load=lambda f: packed.picture(numbers[f.id], bool(f.mask)),
-                        twins=packed.meta.get('near_duplicates', True))
-            left_out = [f'{name} {reason}' for name, reason in packed.meta.get('left_out', [])]
-            notes = [f'{count(len(left_out), "file")} had been left out when {path} was made: '
-                     f'{some(left_out)}'] if left_out else []
-            return {**made, 'bad': bad + made['bad'], 'notes': notes + made['notes'],
-                    'normal_classes': usual, 'anomalous_classes': abnormal}
-
-    return cached(cache_dir, key, make)
+    return import_items(config, row, key, read)
 
 
-def list_images(packed: Packed) -> tuple[dict[int, ImageFile], list[tuple[str, str]]]:
-    """All images of an LMDB by their numbers, without their bytes, and (record, reason) of the damaged ones.
+def stored_flags(config: ReaderConfig) -> dict[str, Any]:
+    """The flags that decide what a volume is stored as, as JSON."""
+    flags = {**volume_flags(config, *FREE_FLAGS), 'image_size': config.image_size}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
 
-    Raises UserError if two have one id.
-    """
-    files, bad, seen = {}, [], set()
+
+def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, Any], depth: int) -> Listing:
+    """All images of an LMDB, or without a `loader` all volumes. Raises UserError if two have one id."""
+    meta, path = packed.meta, packed.path
+    listing = Listing(path, [], loader.shape if loader else (), meta['classes'], close=packed.close,
+                      near_duplicates=meta.get('near_duplicates', True))
+    volumes = meta.get('volumes')
+    if bool(volumes) == bool(loader):
+        raise UserError(f"{path} is an LMDB of {'volumes' if volumes else 'images'}, --dataset says "
+                        f"{'images' if volumes else 'volumes'}: take --dataset {meta['dataset']}, which it "
+                        f"was made from.")
+    if volumes:
+        expect_prepared(packed, given, depth)
+        listing.notes, listing.flags, listing.kind = list(volumes['notes']), volumes['flags'], 'subject'
+    elif left_out := [f'{name} {reason}' for name, reason in meta.get('left_out', [])]:
+        listing.notes.append(f'{count(len(left_out), "file")} had been left out when {path} was made: '
+                             f'{some(left_out)}')
+    seen = set()
     for number in range(len(packed)):
         try:
             info = packed.info(number)
         except Unreadable as error:
-            bad.append((f'image {number} of {packed.path}', str(error)))
+            listing.bad.append((f'image {number} of {path}', str(error)))
             continue
         if info['id'] in seen:
-            raise UserError(f"{packed.path} holds the id {info['id']!r} twice: {REMEDY}.")
+            raise UserError(f"{path} holds the id {info['id']!r} twice: {REMEDY}.")
         seen.add(info['id'])
+        if volumes:
+            listing.shape = tuple(info['shape'])
         mask = key_of('mask', number).decode() if 'mask' in info else ''
-        files[number] = ImageFile(info['id'], '', info['class'], mask, info['part'], info['patient'])
-    return files, bad
+        listing.items.append(Item(info['id'], info['class'], info['part'], info['patient'], mask=mask,
+                                  read=lambda item, number=number: packed.load(number, item, loader)))
+    return listing
+
+
+def expect_prepared(packed: Packed, given: dict[str, Any], depth: int) -> None:
+    """Raises UserError unless the volumes were prepared as the given flags say."""
+    flags, path = packed.meta['volumes']['flags'], packed.path
+    for name, value in given.items():
+        if value != flags.get(name):
+            raise UserError(f"--{name} {value}: {path} was made with {flags.get(name)}. Leave it out, or "
+                            f"make an LMDB with it.")
+    if packed.meta['dtypes'] != [DTYPES[depth]]:
+        raise UserError(f"--num_x_bits: {path} holds {' and '.join(packed.meta['dtypes'])}, {depth} bits are "
+                        f"wanted. Make an LMDB with the same --num_x_bits.")

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates, uniform_filter
 
-from readers.source import locked
+from readers.cache import locked
 from utils import UserError, write_atomically, write_json
 
 SIZE = 128                 # pixels; formulas are in units of the image, blur and noise in pixels at this size

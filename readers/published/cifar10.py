@@ -8,12 +8,12 @@ the published size must have the published MD5: a flipped bit shows nowhere else
 import hashlib
 import io
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from readers.published.arrays import Parts, read_arrays
+from readers.config import DataSet, ReaderConfig
+from readers.published.arrays import Parts, find_files, read_arrays
 from readers.source import Source
 from utils import UserError
 
@@ -27,28 +27,20 @@ ALLOWED = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('numpy.core.multiarray', '
            ('numpy._core.multiarray', '_reconstruct'), ('_codecs', 'encode')}
 
 
-def read_cifar10(folder: str | Path, *, where: str, parts: Sequence[str], **options: object) -> Source:
-    """The images of the chosen classes, 'airplane' to 'truck'; `options` are those of read_arrays.
-
-    Only the files of `parts` are looked for.
-    """
-    if not folder:
-        raise UserError(f"--data is missing. {where}")
-    names = [name for part in parts for name in BATCHES[part]]
-    places = (Path(folder, 'cifar-10-batches-py'), Path(folder))
-    base = next((p for p in places if all((p / name).is_file() for name in names)), None)
-    if base is None:
-        raise UserError(f"--data: {str(folder)!r} has no cifar-10-batches-py with {', '.join(names)}. "
-                        f"{where}")
+def read_cifar10(config: ReaderConfig, row: DataSet) -> Source:
+    """The images of the chosen classes, 'airplane' to 'truck'."""
+    names = [name for part in row.parts for name in BATCHES[part]]
+    files = find_files(config, row, names, ('cifar-10-batches-py', ''))
 
     def load() -> Parts:
         made = {}
-        for part in parts:
-            images, labels = zip(*(read_batch(base / name) for name in BATCHES[part]), strict=True)
+        for part in row.parts:
+            images, labels = zip(*(read_batch(path) for path in files if path.name in BATCHES[part]),
+                                 strict=True)
             made[part] = np.concatenate(images), [CLASSES[i] for batch in labels for i in batch]
         return made
 
-    return read_arrays('CIFAR-10', load, [base / name for name in names], classes=CLASSES, **options)
+    return read_arrays(config, row, 'CIFAR-10', load, files, CLASSES)
 
 
 def read_batch(path: Path) -> tuple[np.ndarray, list[int]]:

@@ -9,71 +9,75 @@ leaves a pickle of the keys in the working folder.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from readers.cache import cached_files, stamp
+from readers.config import DataSet, ReaderConfig
 from readers.lmdb.file import Lmdb, is_lmdb
 from readers.lmdb.maker import unfinished
 from readers.published.celeba import celeba_store, find_celeba
 from readers.published.records import Decoding, LazyImages, LmdbStore, Records, Store
-from readers.source import Array, Source, cached_files, choose_classes
+from readers.source import Array, Source
 from utils import UserError
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where a data set keeps its two parts, and what is in their records."""
-    decoding: Decoding = field(default_factory=Decoding)
     class_name: str = 'image'
     train: str = 'train.lmdb'
     test: str = 'validation.lmdb'
     listed: bool = False             # keys are no numbers: they are listed once and kept in the cache
     celeba: bool = False             # the files of CelebA do as well
+    encoded: bool = False            # of Decoding (records.py), and the following two
+    box: tuple[int, ...] = ()
+    crop: bool = False
 
 
-def read_records(folder: str, layout: Layout, *, size: int, channels: int, num_train: int,
-                 normal: Sequence[str], anomalous: Sequence[str], cache_dir: str, where: str) -> Source:
-    """A published data set, (N, C, S, S) uint8, read lazily.
+def read_records(config: ReaderConfig, row: DataSet, **layout: Any) -> Source:
+    """A published data set, (N, C, S, S) uint8, decoded when it is used; `layout` are fields of Layout.
 
     Raises UserError if a part is missing, unfinished or cut off, or if its first image cannot be decoded.
-    `num_train` is the number of training images that the published set has.
     """
-    usual, abnormal = choose_classes([layout.class_name], normal, anomalous, False, 'this data set')
-    stores = _stores(folder, layout, cache_dir, where)
-    images = LazyImages(stores, layout.decoding, channels, size)
+    layout = Layout(**layout)
+    decoding, size = Decoding(layout.encoded, layout.box, layout.crop), config.image_size or row.size
+    stores = _stores(config, row, layout)
+    images = LazyImages(stores, decoding, config.channels or row.channels, size)
     images[[0, len(stores[0])]]                                      # raises UserError if these are damaged
-    width, height = layout.decoding.open(stores[0].read(0)).size
+    width, height = decoding.open(stores[0].read(0)).size
     notes = []
-    if len(stores[0]) != num_train:
+    if len(stores[0]) != row.num_train:
         notes.append(f'{stores[0].path} has {len(stores[0]):,} images, the published training part '
-                     f'{num_train:,}')
-    if not layout.decoding.encoded and width != size:
+                     f'{row.num_train:,}')
+    if not layout.encoded and width != size:
         notes.append(f'the images in {stores[0].path} have {width} x {height} pixels: they are resized to '
                      f'{size} x {size}')
-    return Source(Records(stores, layout.class_name), images, None, usual, abnormal, notes=notes)
+    return Source(Records(stores, layout.class_name), images, None, (layout.class_name,), (), notes=notes)
 
 
-def _stores(folder: str, layout: Layout, cache_dir: str, where: str) -> list[Store]:
+def _stores(config: ReaderConfig, row: DataSet, layout: Layout) -> list[Store]:
     """The two parts, 'train' and 'test'."""
-    if not folder:
-        raise UserError(f"--data is missing. {where}")
-    root = _find(Path(folder), (layout.train, layout.test), where)
-    if root is None and layout.celeba and (celeba := find_celeba(folder)):
+    if not config.data:
+        raise UserError(f"--data is missing. {row.where}")
+    root = _find(Path(config.data), (layout.train, layout.test), row.where)
+    if root is None and layout.celeba and (celeba := find_celeba(config.data)):
         return [celeba_store('train', celeba, 'train'), celeba_store('test', celeba, 'valid')]
     if root is None:
-        raise UserError(f"--data: {folder} has no {layout.train} and {layout.test}. {where}")
+        raise UserError(f"--data: {config.data} has no {layout.train} and {layout.test}. {row.where}")
     stores = []
     for part, name in (('train', layout.train), ('test', layout.test)):
         path = root / name
         if not path.exists():
             state = 'is unfinished: give the command that makes it once more, it goes on where it stopped' \
                 if unfinished(path).exists() else 'is missing'
-            raise UserError(f"{path} {state}. {where}")
+            raise UserError(f"{path} {state}. {row.where}")
         if not is_lmdb(path):
-            raise UserError(f"{path} is not an LMDB: expected a folder with data.mdb. {where}")
-        stores.append(LmdbStore(part, path, _keys(path, cache_dir) if layout.listed else None))
+            raise UserError(f"{path} is not an LMDB: expected a folder with data.mdb. {row.where}")
+        stores.append(LmdbStore(part, path, _keys(path, config.cache_dir) if layout.listed else None))
     return stores
 
 
@@ -98,8 +102,7 @@ def _find(folder: Path, names: Sequence[str], where: str) -> Path | None:
 
 def _keys(path: Path, cache_dir: str) -> Array:
     """The keys of an LMDB in their order, (N,) bytes, listed once and kept in the cache."""
-    status = (path / 'data.mdb' if path.is_dir() else path).stat()
-    stamp = {'keys': str(path.resolve()), 'bytes': status.st_size, 'time': status.st_mtime_ns}
+    key = {'keys': str(path.resolve()), 'stamp': stamp(path / 'data.mdb' if path.is_dir() else path)}
 
     def make(target: Path) -> dict:
         lmdb = Lmdb(path)
@@ -107,4 +110,4 @@ def _keys(path: Path, cache_dir: str) -> Array:
         np.save(target / 'keys.npy', np.fromiter(lmdb.keys(), f'S{longest}', len(lmdb)))
         return {}
 
-    return cached_files(cache_dir, stamp, make, lambda folder, _: Array(folder / 'keys.npy'))
+    return cached_files(cache_dir, key, make, lambda folder, _: Array(folder / 'keys.npy'))

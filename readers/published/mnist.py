@@ -5,15 +5,14 @@ torchvision itself reads only the unpacked files and has to be installed; the pa
 folder do here.
 """
 
-import gzip
 import math
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from readers.published.arrays import Parts, read_arrays
+from readers.config import DataSet, ReaderConfig
+from readers.published.arrays import Parts, find_files, read_arrays, read_bytes
 from readers.source import Source
 from utils import UserError
 
@@ -27,30 +26,24 @@ CLASSES = {'MNIST': tuple('0123456789'),
 STACK_SEEDS = {'train': 0, 'test': 1}       # the published ones are drawn anew every run
 
 
-def read_mnist(folder: str | Path, *, where: str, parts: Sequence[str], name: str = 'MNIST',
-               **options: object) -> Source:
-    """The images of the chosen classes of MNIST or one of its like, a name of CLASSES.
-
-    Only the files of `parts` are looked for; `options` are those of read_arrays.
-    """
-    paths = _find(folder, name, parts, where)
-    return read_arrays(name, lambda: _digits(paths, CLASSES[name]),
-                       [p for pair in paths.values() for p in pair], classes=CLASSES[name], **options)
+def read_mnist(config: ReaderConfig, row: DataSet, name: str = 'MNIST') -> Source:
+    """The images of the chosen classes of MNIST or one of its like, a name of CLASSES."""
+    files = _find(config, row, name)
+    return read_arrays(config, row, name, lambda: _digits(row, files, CLASSES[name]), files, CLASSES[name])
 
 
-def read_stacked_mnist(folder: str | Path, *, where: str, parts: Sequence[str], **options: object) -> Source:
+def read_stacked_mnist(config: ReaderConfig, row: DataSet) -> Source:
     """Three random digits of a part as red, green and blue, twice as many as digits; '407' is a class.
 
     Which three is fixed: they come from a seed, and so the data set is the same in every run.
     """
-    paths = _find(folder, 'MNIST', parts, where)
+    files = _find(config, row, 'MNIST')
 
     def load() -> Parts:
-        digits = _digits(paths, CLASSES['MNIST'])
+        digits = _digits(row, files, CLASSES['MNIST'])
         return {part: stack(*digits[part], seed=STACK_SEEDS[part]) for part in digits}
 
-    return read_arrays('StackedMNIST', load, [p for pair in paths.values() for p in pair],
-                       classes=[f'{i:03d}' for i in range(1000)], **options)
+    return read_arrays(config, row, 'StackedMNIST', load, files, [f'{i:03d}' for i in range(1000)])
 
 
 def stack(images: np.ndarray, names: list[str], seed: int) -> tuple[np.ndarray, list[str]]:
@@ -60,22 +53,15 @@ def stack(images: np.ndarray, names: list[str], seed: int) -> tuple[np.ndarray, 
     return images[triples].transpose(0, 2, 3, 1), [''.join(names[i] for i in t) for t in triples]
 
 
-def _find(folder: str | Path, name: str, parts: Sequence[str], where: str) -> dict[str, list[Path]]:
-    """The files of images and of labels of each of `parts`."""
-    if not folder:
-        raise UserError(f"--data is missing. {where}")
-    wanted = [file for part in parts for file in FILES[part]]
-    places = (Path(folder, name, 'raw'), Path(folder, 'raw'), Path(folder))
-    raw = next((p for p in places if all(_path(p, file) for file in wanted)), None)
-    if raw is None:
-        raise UserError(f"--data: {str(folder)!r} has no {name}/raw with {', '.join(wanted)} "
-                        f"(or the same with .gz). {where}")
-    return {part: [_path(raw, file) for file in FILES[part]] for part in parts}
+def _find(config: ReaderConfig, row: DataSet, name: str) -> list[Path]:
+    """The files of images and labels of each part, in turn."""
+    names = [file for part in row.parts for file in FILES[part]]
+    return find_files(config, row, names, (f'{name}/raw', 'raw', ''))
 
 
-def _digits(paths: dict[str, list[Path]], classes: Sequence[str]) -> Parts:
+def _digits(row: DataSet, files: Sequence[Path], classes: Sequence[str]) -> Parts:
     parts = {}
-    for part, (image_path, label_path) in paths.items():
+    for part, image_path, label_path in zip(row.parts, files[::2], files[1::2], strict=True):
         x, labels = read_idx(image_path), read_idx(label_path)                  # (N, 28, 28), (N,)
         if x.ndim != 3 or labels.shape != x.shape[:1]:
             raise UserError(f"{image_path} holds {x.shape} and {label_path.name} {labels.shape}: "
@@ -91,10 +77,7 @@ def read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes, packed with gzip or not. Raises UserError naming the file if it is not
     whole.
     """
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
+    data = read_bytes(path)
     if len(data) < 4 or data[:3] != bytes([0, 0, IDX_UNSIGNED_BYTE]):
         raise UserError(f"{path} is not an IDX file of bytes: fetch it again.")
     start = 4 + 4 * data[3]
@@ -103,7 +86,3 @@ def read_idx(path: Path) -> np.ndarray:
         raise UserError(f"{path} has {len(data) - start} bytes of data, expected {math.prod(shape)}: fetch "
                         f"it again.")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
-
-
-def _path(raw: Path, name: str) -> Path | None:
-    return next((p for p in (raw / name, raw / f'{name}.gz') if p.is_file()), None)

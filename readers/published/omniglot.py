@@ -5,12 +5,12 @@
 published reader cuts them off: they differ by 1 of 255 at most.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from readers.published.arrays import Parts, read_arrays
+from readers.config import DataSet, ReaderConfig
+from readers.published.arrays import Parts, find_files, read_arrays
 from readers.source import Source
 from utils import UserError
 
@@ -20,19 +20,11 @@ ALPHABETS = 50
 SIDE = 28
 
 
-def read_omniglot(folder: str | Path, *, where: str, parts: Sequence[str], **options: object) -> Source:
-    """The characters of the chosen alphabets, '0' to '49'; `options` are those of read_arrays.
-
-    `parts` is not used: one file holds them all.
-    """
-    if not folder:
-        raise UserError(f"--data is missing. {where}")
-    places = (Path(folder), Path(folder, FILE), Path(folder, 'omniglot', FILE))
-    path = next((p for p in places if p.is_file()), None)
-    if path is None:
-        raise UserError(f"--data: {str(folder)!r} has no {FILE}. {where}")
-    return read_arrays('OMNIGLOT', lambda: read_chardata(path), [path],
-                       classes=[str(i) for i in range(ALPHABETS)], **options)
+def read_omniglot(config: ReaderConfig, row: DataSet) -> Source:
+    """The characters of the chosen alphabets, '0' to '49'. One file holds both parts."""
+    path, = find_files(config, row, [FILE], ('', 'omniglot'))
+    return read_arrays(config, row, 'OMNIGLOT', lambda: read_chardata(path), [path],
+                       [str(i) for i in range(ALPHABETS)])
 
 
 def read_chardata(path: Path) -> Parts:

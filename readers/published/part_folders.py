@@ -1,49 +1,36 @@
 """Sets with a folder for each part, and in it one for each class: notMNIST, torchvision's Omniglot.
 
-A few files of published archives are empty or cut: they are in Source.bad like those of any folder.
+A few files of published archives are empty or cut off: they are in Source.bad like those of any folder.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from readers.images.folder import ImageFile, image_files, scan, stamp
-from readers.source import Source, cached, choose_classes
+from readers.config import DataSet, ReaderConfig
+from readers.images.decode import ImageLoader
+from readers.images.folder import image_files, read_images
+from readers.items import Item
+from readers.source import Source
 from utils import UserError
 
 
-def read_part_folders(folder: str | Path, *, name: str, folders: Mapping[str, str], where: str,
-                      parts: Sequence[str], normal: Sequence[str], anomalous: Sequence[str], size: int,
-                      channels: int, padding: int, cache_dir: str) -> Source:
-    """The images of the chosen classes as (N, C, S, S) uint8, `padding` black pixels around.
+def read_part_folders(config: ReaderConfig, row: DataSet, folders: Mapping[str, str]) -> Source:
+    """The images of the chosen classes as (N, C, S, S) uint8; `folders` names the folder of each part.
 
-    `folders` names the folder of each part. Only those of `parts` are read; anomalous images come from the
-    test part alone. Near-duplicates are not looked for: a letter in two typefaces is often nearly the same.
+    Near-duplicates are not searched for: a letter in two typefaces is often nearly the same.
     """
-    if not folder:
-        raise UserError(f"--data is missing. {where}")
-    root, files = Path(folder), []
-    found = {p.name for part in parts if (root / folders[part]).is_dir()
-             for p in (root / folders[part]).iterdir() if p.is_dir()}
-    if not found:
-        raise UserError(f"--data: {str(root)!r} has no folders of classes in "
-                        f"{' or '.join(folders[part] for part in parts)}. {where}")
-    usual, abnormal = choose_classes(sorted(found), normal, anomalous, False, name)
-    for part in parts:
-        chosen = (*usual, *(abnormal if part == 'test' else ()))
-        places = [(c, root / folders[part] / c) for c in chosen]
-        inside = [ImageFile(p.relative_to(root).as_posix(), str(p), c, part=part)
-                  for c, place in places if place.is_dir() for p in image_files(place)]
-        if not inside:
-            raise UserError(f"--data: {str(root)!r} has no image of {', '.join(chosen[:10])} in "
-                            f"{folders[part]}. {where}")
-        files += inside
-    files.sort(key=lambda f: f.id)
-
-    def make(target: Path) -> dict:
-        return {**scan(files, target, size=size - 2 * padding, border=padding, channels=channels, depth=8,
-                       fit='pad', twins=False),
-                'normal_classes': usual, 'anomalous_classes': abnormal}
-
-    return cached(cache_dir, {'part folders': str(root.resolve()), 'size': size, 'channels': channels,
-                              'padding': padding, 'normal': usual, 'anomalous': abnormal,
-                              'files': [[f.id, *stamp(f.path)] for f in files]}, make)
+    if not config.data:
+        raise UserError(f"--data is missing. {row.where}")
+    root, items = Path(config.data), []
+    for part in row.parts:
+        place = root / folders[part]
+        classes = [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []
+        found = [Item(p.relative_to(root).as_posix(), folder.name, part=part, path=str(p))
+                 for folder in classes for p in image_files(folder)]
+        if not found:
+            raise UserError(f"--data: {config.data!r} has no images in folders of classes in "
+                            f"{folders[part]}. {row.where}")
+        items += found
+    items.sort(key=lambda item: item.id)
+    return read_images(items, ImageLoader.of(config, row), config, row, str(root.resolve()),
+                       near_duplicates=False)

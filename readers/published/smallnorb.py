@@ -6,15 +6,13 @@ beyond D are 1), and the values. `dat` (N, 2, 96, 96) holds each toy as the left
 part than its twin.
 """
 
-import gzip
 import math
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from readers.published.arrays import Parts, read_arrays
+from readers.config import DataSet, ReaderConfig
+from readers.published.arrays import Parts, find_files, read_arrays, read_bytes
 from readers.source import Source
 from utils import UserError
 
@@ -26,24 +24,16 @@ CLASSES = ('animal', 'human', 'airplane', 'truck', 'car')
 LEFT = 0
 
 
-def read_smallnorb(folder: str | Path, *, where: str, parts: Sequence[str], **options: object) -> Source:
-    """The left images of the chosen categories, 'animal' to 'car'; `options` are those of read_arrays.
-
-    Only the files of `parts` are looked for.
-    """
-    if not folder:
-        raise UserError(f"--data is missing. {where}")
-    names = [f'{NAMES[part]}-{kind}.mat' for part in parts for kind in KINDS]
-    places = (Path(folder), Path(folder, 'smallnorb'), Path(folder, 'SmallNORB'), Path(folder, 'raw'))
-    base = next((p for p in places if all(_path(p, name) for name in names)), None)
-    if base is None:
-        raise UserError(f"--data: {str(folder)!r} has no {', '.join(names)} (or the same with .gz). {where}")
+def read_smallnorb(config: ReaderConfig, row: DataSet) -> Source:
+    """The left images of the chosen categories, 'animal' to 'car'."""
+    names = [f'{NAMES[part]}-{kind}.mat' for part in row.parts for kind in KINDS]
+    files = find_files(config, row, names, ('', 'smallnorb', 'SmallNORB', 'raw'))
 
     def load() -> Parts:
-        return {part: read_part(*(_path(base, f'{NAMES[part]}-{kind}.mat') for kind in KINDS))
-                for part in parts}
+        return {part: read_part(*paths)
+                for part, *paths in zip(row.parts, files[::2], files[1::2], strict=True)}
 
-    return read_arrays('smallNORB', load, [_path(base, name) for name in names], classes=CLASSES, **options)
+    return read_arrays(config, row, 'smallNORB', load, files, CLASSES)
 
 
 def read_part(images: Path, categories: Path) -> tuple[np.ndarray, list[str]]:
@@ -60,10 +50,7 @@ def read_part(images: Path, categories: Path) -> tuple[np.ndarray, list[str]]:
 
 def read_matrix(path: Path) -> np.ndarray:
     """A matrix of bytes or of 32-bit integers. Raises UserError naming the file if it is not whole."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
+    data = read_bytes(path)
     head = np.frombuffer(data[:8], '<u4') if len(data) >= 8 else [0, 0]
     kind, dimensions = TYPES.get(int(head[0])), int(head[1])
     start = 8 + 4 * max(3, dimensions)
@@ -74,7 +61,3 @@ def read_matrix(path: Path) -> np.ndarray:
     if len(data) - start != expected:
         raise UserError(f"{path} has {len(data) - start} bytes of data, expected {expected}: fetch it again.")
     return np.frombuffer(data, kind, offset=start).reshape(shape)
-
-
-def _path(folder: Path, name: str) -> Path | None:
-    return next((p for p in (folder / name, folder / f'{name}.gz') if p.is_file()), None)

@@ -4,12 +4,12 @@
 easier digits of `extra_32x32.mat` are not read.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from readers.published.arrays import Parts, read_arrays
+from readers.config import DataSet, ReaderConfig
+from readers.published.arrays import Parts, find_files, read_arrays
 from readers.source import Source
 from utils import UserError
 
@@ -18,23 +18,14 @@ CLASSES = tuple('0123456789')
 SHAPE = (32, 32, 3)
 
 
-def read_svhn(folder: str | Path, *, where: str, parts: Sequence[str], **options: object) -> Source:
-    """The digits of the chosen classes, '0' to '9'; `options` are those of read_arrays.
-
-    Only the files of `parts` are looked for.
-    """
-    if not folder:
-        raise UserError(f"--data is missing. {where}")
-    names = [FILES[part] for part in parts]
-    places = (Path(folder), Path(folder, 'svhn'), Path(folder, 'SVHN'))
-    base = next((p for p in places if all((p / name).is_file() for name in names)), None)
-    if base is None:
-        raise UserError(f"--data: {str(folder)!r} has no {' and '.join(names)}. {where}")
+def read_svhn(config: ReaderConfig, row: DataSet) -> Source:
+    """The digits of the chosen classes, '0' to '9'."""
+    files = find_files(config, row, [FILES[part] for part in row.parts], ('', 'svhn', 'SVHN'))
 
     def load() -> Parts:
-        return {part: read_mat(base / FILES[part]) for part in parts}
+        return {part: read_mat(path) for part, path in zip(row.parts, files, strict=True)}
 
-    return read_arrays('SVHN', load, [base / name for name in names], classes=CLASSES, **options)
+    return read_arrays(config, row, 'SVHN', load, files, CLASSES)
 
 
 def read_mat(path: Path) -> tuple[np.ndarray, list[str]]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.ndimage import affine_transform, gaussian_filter
 
-from readers.images.folder import Unreadable
+from readers.source import Unreadable
 from utils import UserError, write_atomically
 
 SUFFIXES = ('.nii', '.nii.gz')

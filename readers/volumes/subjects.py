@@ -9,12 +9,12 @@
 Labels of lesions and masks of the body are found as the modalities are.
 """
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from readers.paths import files_below
 from readers.source import same_name
 from readers.split import PARTS, count, some
 from readers.volumes.nifti import SUFFIXES
@@ -41,21 +41,8 @@ class Subject:
 
 
 def volume_files(root: Path, without: str | Path = '') -> list[str]:
-    """All NIfTI files below `root`, as sorted paths relative to it with '/', without hidden ones and those of
-    the folder `without`.
-    """
-    found, own = [], os.path.realpath(without) if without else ''
-
-    def stop(error: OSError) -> None:
-        raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}): check its "
-                        f"permissions.")
-
-    for place, folders, names in os.walk(root, onerror=stop):
-        folders[:] = [f for f in folders if not f.startswith('.')
-                      and os.path.realpath(os.path.join(place, f)) != own]
-        found += [Path(place, n).relative_to(root).as_posix() for n in names
-                  if n.lower().endswith(SUFFIXES) and not n.startswith('.')]
-    return sorted(found)
+    """All NIfTI files below `root` but for the folder `without`, as sorted paths relative to it with '/'."""
+    return files_below(root, SUFFIXES, without=without)
 
 
 def owner(path: str, names: Iterable[str]) -> tuple[str, str]:

@@ -1,0 +1,119 @@
+"""The cache on disk: filled once, then shared by all runs and processes.
+
+An entry is one folder `<cache_dir>/<key>/` with .npy files and `index.json`. It appears whole by one rename,
+so a killed run leaves nothing half done; checksums tell a damaged one, which is made anew.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from utils import UserError, write_json
+
+CACHE_VERSION = 2      # raise it when what the readers make of the same files changes
+CACHE_NAME = 'medical-anomaly'
+
+T = TypeVar('T')
+
+
+def stamp(path: str | Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change; zeros where there is no file."""
+    try:
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    except OSError:
+        return 0, 0
+
+
+def cache_folder(wanted: str) -> Path:
+    """`wanted`, or a folder for this project in $XDG_CACHE_HOME, ~/.cache or the temporary folder:
+    writable.
+    """
+    home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / CACHE_NAME
+    spare = Path(tempfile.gettempdir()) / f'{CACHE_NAME}-{os.getuid() if hasattr(os, "getuid") else "cache"}'
+    for folder in [Path(wanted)] if wanted else [home, spare]:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+    raise UserError(f"the cache folder {wanted or home} cannot be written: name another with --cache_dir.")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """One process at a time, where the file system can lock (else it yields False); the lock ends with its
+    process.
+    """
+    with contextlib.ExitStack() as stack:
+        alone = False
+        with contextlib.suppress(ImportError, OSError):    # without a lock work is done twice, never wrongly
+            import fcntl
+            fcntl.flock(stack.enter_context(path.open('w')), fcntl.LOCK_EX)
+            alone = True
+        yield alone
+
+
+def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
+                 load: Callable[[Path, dict], T]) -> T:
+    """`load(folder, fields)` of a cache folder: its .npy files were written by `make(folder)`, which returned
+    the JSON `fields`, now or in an earlier run.
+    """
+    digest = hashlib.sha256(json.dumps([CACHE_VERSION, key]).encode()).hexdigest()[:32]
+    home = cache_folder(cache_dir)
+    final = home / digest
+    with locked(home / f'{digest}.lock') as alone:
+        found = _load(final, load)
+        if found is None:
+            for left_over in [final, *(home.glob(f'{digest}.*.tmp') if alone else ())]:
+                shutil.rmtree(left_over, ignore_errors=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f'{digest}.', suffix='.tmp', dir=home))
+            try:
+                fields = make(temporary)
+                fields['checksums'] = {p.name: _checksum(p) for p in sorted(temporary.glob('*.npy'))}
+                write_json(temporary / 'index.json', fields)
+                os.rename(temporary, final)
+            except OSError as error:
+                if _load(final, load) is None:     # else another process, without locks here, was first
+                    raise UserError(f"cannot write the cache folder {home} ({error.strerror or error}): "
+                                    f"make room there or name another with --cache_dir.") from None
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            found = _load(final, load)
+    if found is None:
+        raise UserError(f"what was written to the cache folder {home} reads back wrongly: "
+                        f"check that disk, or name another folder with --cache_dir.")
+    return found
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raises OSError if so much does not fit: a memory map on a full disk ends the process without a word."""
+    if num_bytes > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, f'{num_bytes / 2 ** 20:,.0f} MiB do not fit')
+
+
+def _load(folder: Path, load: Callable[[Path, dict], T]) -> T | None:
+    """What is kept in `folder`; None if there is nothing or it is damaged."""
+    try:
+        fields = json.loads((folder / 'index.json').read_text())
+        if any(_checksum(folder / name) != value for name, value in fields.pop('checksums').items()):
+            return None
+        return load(folder, fields)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open('rb') as f:
+        while block := f.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
