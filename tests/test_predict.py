@@ -138,6 +138,24 @@ def test_a_file_becomes_the_x_that_it_is_in_the_run(data_folder, cache, flags):
     assert torch.equal(batch.x, wanted.x) and batch.id == wanted.id and batch.x.std() > 0
 
 
+@pytest.mark.parametrize('bits', [1, 5, 8, 12, 16])
+def test_an_image_from_python_has_the_very_pixels_of_training_at_every_depth(bits, tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (20, 13)).astype(np.uint16)
+    for folder, name in (('normal', 'a.png'), ('normal', 'b.png'), ('ill', 'c.png')):
+        path = tmp_path / 'data' / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values + np.uint16(ord(name[0]))).save(path)
+    config = DataConfig(dataset='folder', data=str(tmp_path / 'data'), image_size=12, num_x_bits=bits,
+                        cache_dir=str(tmp_path / 'cache'), val_fraction=0.0, test_fraction=0.5)
+    data = load_data(config)
+    prepared = preparation(config, data.shape, data.pixels)
+    for part in (data.train, data.test):
+        for i, entry in enumerate(part.entries):
+            assert torch.equal(prepared.images([entry.path]).x[0], part[i][0])
+    levels = data.train[0][0] * (2 ** bits - 1)
+    assert torch.equal(levels.round(), levels) if bits < 12 else torch.allclose(levels.round(), levels)
+
+
 def test_the_border_of_the_run_is_black_and_around_the_image(tmp_path):
     Image.fromarray(np.full((4, 4), 255, np.uint8)).save(tmp_path / 'a.png')
     prepared = Preparation(ImageLoader(4, 1, 8, border=2), Transform(Pixels('bernoulli', 1, padding=2)))
