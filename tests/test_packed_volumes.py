@@ -8,7 +8,8 @@ from nibabel import Nifti1Image
 from nibabel import save as write_nifti
 from test_packed import assert_same
 
-from datasets import DataConfig, load_data, volume_flags
+from datasets import DataConfig, load_data
+from readers.config import volume_flags
 from scripts.create_lmdb import FolderConfig, pack, plan, verify
 from utils import UserError
 
@@ -80,7 +81,7 @@ def test_sixteen_bits_stay(scans, tmp_path, capsys):
 
 @pytest.mark.parametrize('flags, words', [
     ({'spacing': 3.0}, r'--spacing 3.0: .* was made with 2.0'), ({'image_size': 8}, '--image_size 8'),
-    ({'dataset': 'folder'}, 'is an LMDB of volumes, images are wanted: take --dataset brain'),
+    ({'dataset': 'folder'}, 'is an LMDB of volumes, --dataset says images: take --dataset brain'),
     ({'normal_classes': ('healthy',)}, 'healthy')])
 def test_what_it_does_not_hold_is_said(packed, tmp_path, flags, words):
     with pytest.raises(UserError, match=words) as error:
