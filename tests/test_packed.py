@@ -436,8 +436,8 @@ def test_a_mistake_is_one_clear_line(folder, tmp_path, flags, words):
 def test_classes_that_the_row_does_not_know_are_told(packed, tmp_path):
     data = make_standin('cifar10', tmp_path / 'data', count=12)
     out = make(data, tmp_path / 'c.lmdb', dataset='cifar10')
-    with pytest.raises(UserError, match=r'LMDB of --dataset cifar10\) has no class of normal images named normal '
-                                        r'or good: found airplane, .* with --normal_classes'):
+    with pytest.raises(UserError, match=r'LMDB of --dataset cifar10\) has no class of normal images named '
+                                        r'normal or good: found airplane, .* with --normal_classes'):
         load(out, tmp_path)
     assert load(out, tmp_path, normal_classes=('cat', 'dog')).anomalous_classes[0] == 'airplane'
 

@@ -100,7 +100,7 @@ def world(tmp_path_factory):
                        val_fraction=0.5, test_fraction=0.2, cache_dir=str(root / 'cache'))
     toy, run_args = Toy(load_data(flags)), asdict(flags) | {'batch_size': 3}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, 'open_model', lambda path, ema: (toy, run_args))
+        patch.setattr('evaluation.run.open_model', lambda path, ema: (toy, run_args))
         args = evaluate.parse_args([
             '--checkpoint', str(root), '--eval_mode', 'anomaly', *ONE_THREAD, '--msma_levels', '3',
             '--scores', 'reconstruction', 'msma_knn', '--audit_images', '0', '--num_bootstrap', '2',

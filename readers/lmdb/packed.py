@@ -239,7 +239,8 @@ def stored_flags(config: ReaderConfig) -> dict[str, Any]:
 def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, Any], depth: int) -> Listing:
     """All images of an LMDB, or without a `loader` all volumes. Raises UserError if two have one id."""
     meta, path = packed.meta, packed.path
-    listing = Listing(f"{path} (an LMDB of --dataset {meta['dataset']})", [], loader.shape if loader else (), meta['classes'], close=packed.close,
+    listing = Listing(f"{path} (an LMDB of --dataset {meta['dataset']})", [],
+                      loader.shape if loader else (), meta['classes'], close=packed.close,
                       near_duplicates=meta.get('near_duplicates', True))
     volumes = meta.get('volumes')
     if bool(volumes) == bool(loader):
