@@ -163,9 +163,9 @@ class Validation:
         """Logs what the weights that count attain, and keeps the best of them if this is asked for."""
         if not len(self.part):
             return
-        step, model, config = optimization.step, optimization.evaluated, self.schedule.config
+        step, model, schedule = optimization.step, optimization.evaluated, self.schedule
         if self.metric == 'nelbo':
-            result = evaluate_likelihood(model, self.batches(), num_iw_samples=config.val_iw_samples,
+            result = evaluate_likelihood(model, self.batches(), num_iw_samples=schedule.config.val_iw_samples,
                                          seed=self.seed, num_dims=self.num_dims)
             values = {tag: result[name] for tag, name in TAGS.items()}
             summary = f"{result['nelbo_nats']:.2f} +- {result['nelbo_nats_standard_error']:.2f} nats"
@@ -177,9 +177,8 @@ class Validation:
                 values[f'val/{name}'] = float(each.mean())
                 self.folder.histogram(step, f'val/{name}', each)
         self.folder.metrics(step, values)
-        epoch = step // self.schedule.steps
-        self.folder.say(f'epoch {epoch}, step {step}: validation {self.metric} {summary}')
+        self.folder.say(f'epoch {step // schedule.steps}, step {step}: validation {self.metric} {summary}')
         value = values[f'val/{self.metric}']
-        if config.keep_best and value < self.best:
+        if schedule.config.keep_best and value < self.best:
             self.best = value
             self.folder.save('best.pt', model, optimization.weights() | {'validation': value})
