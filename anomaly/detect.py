@@ -216,7 +216,7 @@ def write(out: Path, result: dict[str, Any], found: Evaluated, settings: Setting
 
 def score_titles(names: Iterable[str]) -> list[str]:
     """The columns of scores.csv that `score_columns` fills, three a score."""
-    return [title for name in names for title in (name, f'{name}_percentile', f'{name}_called')]
+    return [title for name in names for title in (name, f'{name}_percentile', f'{name}_flagged')]
 
 
 def score_columns(table: Table, normal: Normal, names: Iterable[str]) -> list[list[str]]:

@@ -30,11 +30,11 @@ class ScoreRow:
     name: str                                    # in a comparison run/score
     kind: str                                    # 'model' or 'baseline'
     about: str
-    threshold: float                             # above it an image is called anomalous; may be infinite
+    threshold: float                             # above it an image is flagged as anomalous; may be infinite
     pixel_threshold: float | None = None         # the same for pixels of its map; None: no map is judged
     primary: bool = False                        # chosen before looking at any anomaly
     run: str = ''                                # in a comparison, the run of the model
-    called: Mapping[str, Share] = field(default_factory=dict)                        # 'normal' and groups
+    flagged: Mapping[str, Share] = field(default_factory=dict)                        # 'normal' and groups
     metrics: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)      # group -> metric
     pixels: Localization | None = None
     segmentation: Segmentation | None = None
@@ -50,7 +50,7 @@ class ScoreRow:
         metrics = {group: {name: estimate.as_json() for name, estimate in found.items()}
                    for group, found in self.metrics.items()}
         return finite({'kind': self.kind, 'about': self.about, 'threshold': self.threshold,
-                       'metrics': metrics, 'called': dict(self.called),
+                       'metrics': metrics, 'flagged': dict(self.flagged),
                        **{key: value for key, value in optional.items() if value is not None}})
 
 
@@ -114,7 +114,7 @@ class Judgement:
 
     def images(self, group: str) -> int:
         """The number of test images of a group, or of 'normal'."""
-        return next(iter(self.rows.values())).called[group].total
+        return next(iter(self.rows.values())).flagged[group].total
 
     def differences(self, group: str) -> list[Difference]:
         """Between all primary scores, and from each of them to the best baseline: that with the AUROC
@@ -168,10 +168,10 @@ def judge(test: Any, rows: Sequence[ScoreRow], judging: Judging, maps: MapConfig
     judged = {}
     for row in rows:
         scores, bad = make_finite(test.values[row.name])
-        called = bad | (scores > row.threshold)
+        flagged = bad | (scores > row.threshold)
         judged[row.name] = replace(
             row, **judge_maps(test, row, judging, maps, seed),
-            called={group: Share(int(called[members].sum()), int(members.sum()))
+            flagged={group: Share(int(flagged[members].sum()), int(members.sum()))
                     for group, members in {'normal': normal, **groups}.items()},
             metrics={group: evaluate_score(scores[normal], scores[groups[group]], resamples)
                      for group, resamples in drawn.items()})

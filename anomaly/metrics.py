@@ -198,7 +198,7 @@ def smallest_sample(target_fpr: float) -> int:
 
 
 def threshold(validation: np.ndarray, target_fpr: float) -> float:
-    """The score above which an image is called anomalous, from normal validation scores alone.
+    """The score above which an image is flagged, from normal validation scores alone.
 
     The ceil((n + 1) (1 - target_fpr))-th smallest of n scores: a new normal image exceeds it with a
     probability of at most `target_fpr`, if it is exchangeable with them (split conformal prediction, Vovk et

@@ -210,7 +210,7 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, written: dict
     run.write_metrics('predict', {
         'data': run.args.data, 'num_files': len(files.ids), 'num_scored': len(table),
         'num_unreadable': len(files.errors), 'passed_over': found.passed_over, 'primary_score': primary,
-        'threshold': threshold, 'num_called': anomalous, **dataclasses.asdict(normal.scoring),
+        'threshold': threshold, 'num_flagged': anomalous, **dataclasses.asdict(normal.scoring),
         **dataclasses.asdict(normal.maps), **dataclasses.asdict(normal.judging)})
     for repair in dict.fromkeys(repair for file in files.read.values() for repair in file.repairs):
         ids = sorted(i for i, file in files.read.items() if repair in file.repairs)

@@ -265,7 +265,7 @@ plt.show()
 # ## 6. A threshold, and how sure we are
 #
 # To call an image abnormal takes a threshold. It comes from normal validation images alone, so that at most
-# 5 % of new normal images are called, if they are like these. How many abnormal ones are then found is the
+# 5 % of new normal images are flagged, if they are like these. How many abnormal ones are then found is the
 # sensitivity. Few images make every figure uncertain: the intervals say how much.
 
 # %%
@@ -274,10 +274,10 @@ from anomaly.metrics import Resamples, evaluate_score, threshold, wilson_interva
 chosen = ratios[0]                                                   # named here, before looking: LLR>1
 validation, values = (score_part(chosen, hvae, part) for part in (data.val, data.test))
 limit = threshold(validation, target_fpr=0.05)
-called = values > limit
+flagged = values > limit
 for group, of in (('normal', ~ill), ('abnormal', ill)):
-    low, high = wilson_interval(int(called[of].sum()), int(of.sum()))
-    print(f'{group}: {called[of].sum()} of {of.sum()} called, '
+    low, high = wilson_interval(int(flagged[of].sum()), int(of.sum()))
+    print(f'{group}: {flagged[of].sum()} of {of.sum()} flagged, '
           f'95 % interval {100 * low:.0f} to {100 * high:.0f} %')
 
 resamples = Resamples.draw(int((~ill).sum()), int(ill.sum()), 1000, seed=1)

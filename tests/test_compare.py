@@ -186,8 +186,8 @@ def test_all_runs_are_judged_on_these_images(tmp_path):
     other = make_data(train=[*range(20), 40, 41], test=range(42, 76))
     lines = []
     result = do([run('a', Constant()), run('b', Constant(), other)], tmp_path, log=lines.append)
-    assert [result['scores'][f'{name}/reconstruction']['called']['normal'][1] for name in 'ab'] == [18, 18]
-    assert result['scores']['png_size']['called']['normal'][1] == 18
+    assert [result['scores'][f'{name}/reconstruction']['flagged']['normal'][1] for name in 'ab'] == [18, 18]
+    assert result['scores']['png_size']['flagged']['normal'][1] == 18
     assert '2 of 36 test images are left out: 2 in the training or validation part of b' in lines
     assert 'left out' in (tmp_path / 'comparison.md').read_text()
 

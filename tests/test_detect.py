@@ -144,7 +144,7 @@ def test_every_image_has_one_row_with_its_percentile_and_call(finished):
         assert kept['scores'][name]['normal_validation'] == sorted(validation)
         for row in rows:
             score = float(row[name])
-            assert row[f'{name}_called'] == str(int(score > kept['scores'][name]['threshold']))
+            assert row[f'{name}_flagged'] == str(int(score > kept['scores'][name]['threshold']))
             below = 100 * ((validation < score).mean() + (validation <= score).mean()) / 2
             assert float(row[f'{name}_percentile']) == pytest.approx(below, abs=0.01)
 
@@ -280,7 +280,7 @@ def test_too_few_validation_images_for_a_density_are_one_line(tmp_path):
 def test_a_good_score_finds_the_anomalies_and_the_verdict_says_so(finished):
     table = finished.result['scores']
     assert table['nelbo']['metrics']['all']['auroc']['value'] == 1
-    assert table['nelbo']['called']['all'] == [16, 16] and table['nelbo']['called']['normal'][1] == 20
+    assert table['nelbo']['flagged']['all'] == [16, 16] and table['nelbo']['flagged']['normal'][1] == 20
     pixels = table['recon_nll']['pixels']
     assert pixels['auroc']['low'] <= pixels['auroc']['value'] <= pixels['auroc']['high']
     assert pixels['auroc']['value'] > 0.8 and pixels['lesions_found']['value'] > 0.5
@@ -340,13 +340,13 @@ class Broken(LinearGaussian):
         return {**terms, 'recon': torch.where(bad, torch.nan, terms['recon'])}
 
 
-def test_a_score_that_is_nan_is_named_called_and_kept_out_of_json(tmp_path):
+def test_a_score_that_is_nan_is_named_flagged_and_kept_out_of_json(tmp_path):
     data, lines = make_data(), []
     data.test.x[3, 0, 3, 3] = 0.875
     run(tmp_path, data, Broken(tau2=0.01, sigma2=0.01), FEW, log=lines.append)
     row = rows_of(tmp_path / 'scores.csv')[30 + 3]
     assert math.isnan(float(row['nelbo']))
-    assert row['nelbo_called'] == '1' and row['nelbo_percentile'] == '100.00'
+    assert row['nelbo_flagged'] == '1' and row['nelbo_percentile'] == '100.00'
     assert any('nelbo: 1 test image' in line and data.test.entries[3].id in line for line in lines)
     assert 'NaN' not in (tmp_path / 'metrics.json').read_text()
 

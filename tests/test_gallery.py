@@ -50,7 +50,7 @@ def test_few_images_odd_scores_and_one_class():
 
 
 def test_outcomes_and_numbers():
-    assert [outcome(y, called) for y in (1, 0) for called in (True, False)] == ['tp', 'fn', 'fp', 'tn']
+    assert [outcome(y, flagged) for y in (1, 0) for flagged in (True, False)] == ['tp', 'fn', 'fp', 'tn']
     assert [short_number(v) for v in (0.0123456, 18954.69, 1234567.8, np.nan)] == [
         '0.012346', '18955', '1234568', 'not finite']
     assert shorten('Normal/images/Normal-1.png') == 'Normal-1' and len(shorten('x' * 60)) <= 23
@@ -119,7 +119,7 @@ def test_models_without_reconstructions_and_maps_have_cards_with_what_they_have(
     figure = case_figure(NELBO, scored(4), scored(4, False, False, False), 2)
     assert len(figure.axes) == 4                                     # two most, two least, one picture each
     captions = [panel.get_title(loc='left') for panel in figure.axes]
-    assert 'called' in captions[0] and 'called' not in captions[-1]
+    assert 'flagged' in captions[0] and 'flagged' not in captions[-1]
 
 
 # --------------------------------------------------------------------------------------------------- volumes

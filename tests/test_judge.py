@@ -38,9 +38,9 @@ def test_calls_and_aurocs_by_hand():
     found = judged(TEST, nelbo=3, png_size=9, order=['B', 'A'])
     assert found.groups == ['B', 'A', 'all'] == found.shown_groups and found.classes == ['B', 'A']
     nelbo = found.rows['nelbo']
-    assert nelbo.called == {'normal': Share(1, 4), 'B': Share(2, 2), 'A': Share(0, 1), 'all': Share(2, 3)}
+    assert nelbo.flagged == {'normal': Share(1, 4), 'B': Share(2, 2), 'A': Share(0, 1), 'all': Share(2, 3)}
     assert [nelbo.auroc(group).value for group in found.groups] == pytest.approx([7 / 8, 0, 7 / 12])
-    assert found.rows['png_size'].called['all'] == (0, 3)
+    assert found.rows['png_size'].flagged['all'] == (0, 3)
     assert judged(TEST, nelbo=3).groups == ['A', 'B', 'all'], "unknown classes in the order of their names"
 
 
@@ -67,14 +67,14 @@ def test_no_metrics_without_anomalous_images():
     test.labels[:] = 0
     found = judged(test, nelbo=5)
     assert not found.has_metrics and found.differences('all') == [] and found.shown_groups == ['all']
-    assert found.rows['nelbo'].called == {'normal': (2, 7), 'all': (0, 0)}
+    assert found.rows['nelbo'].flagged == {'normal': (2, 7), 'all': (0, 0)}
     assert 'lacks normal or anomalous images' in found.warnings[0]
 
 
 def test_infinite_thresholds_and_values_are_null_in_json():
     test = table(nelbo=[1, np.nan, 3, 4, 5, 6, np.inf])
     found = judged(test, nelbo=np.inf)
-    assert found.rows['nelbo'].called['all'] == (1, 3), "what is not finite is called at any threshold"
+    assert found.rows['nelbo'].flagged['all'] == (1, 3), "what is not finite is flagged at any threshold"
     assert found.as_json()['scores']['nelbo']['threshold'] is None
     assert found.warnings == ["nelbo: 2 test images have a score that is not finite, which counts as the "
                               "most anomalous: 1.png and others."]
@@ -119,7 +119,7 @@ def test_a_score_that_is_not_finite_for_every_image_ends_in_a_report(tmp_path, v
     row = result['scores']['nelbo']
     if 'test' in parts:
         assert row['metrics']['all']['auroc'] == {'value': 0.5, 'low': 0.5, 'high': 0.5}
-        assert row['called']['normal'] == [20, 20] and row['called']['all'] == [16, 16]
+        assert row['flagged']['normal'] == [20, 20] and row['flagged']['all'] == [16, 16]
     if 'val' in parts:
         assert row['threshold'] is None
     assert 'NaN' not in (tmp_path / 'metrics.json').read_text()
@@ -131,7 +131,7 @@ def test_a_table_is_the_same_as_text_markdown_and_csv(tmp_path):
     found = judged(TEST, nelbo=3, png_size=9)
     shown = ReportTable('scores', [
         Column('', lambda row: row.name), Column('AUROC', lambda row: row.auroc('B'), interval=True),
-        Column('FPR', lambda row: row.called['normal']), Column('run', lambda row: row.run or None)],
+        Column('FPR', lambda row: row.flagged['normal']), Column('run', lambda row: row.run or None)],
         list(found.rows.values()), lambda row: row.kind)
     low, high = found.rows['nelbo'].auroc('B').low, found.rows['nelbo'].auroc('B').high
     text = as_text(shown)

@@ -74,14 +74,14 @@ def test_a_file_has_the_score_percentile_and_call_that_it_had_in_the_run(predict
     _, status, rows = predicted
     assert status == 0 and len(rows) == 60
     assert list(rows['normal/000.png']) == ['id', *(c for name in SCORES for c in (
-        name, f'{name}_percentile', f'{name}_called')), 'overlay', 'error']
+        name, f'{name}_percentile', f'{name}_flagged')), 'overlay', 'error']
     known = {row['id']: row for row in rows_of(trained / 'anomaly' / 'scores.csv') if row['part'] == 'test'}
     assert len(known) == 20
     for name, row in known.items():
         assert rows[name]['error'] == ''
         for score in SCORES:
             assert float(rows[name][score]) == pytest.approx(float(row[score]), rel=1e-6, abs=1e-6)
-            assert rows[name][f'{score}_called'] == row[f'{score}_called']
+            assert rows[name][f'{score}_flagged'] == row[f'{score}_flagged']
 
 
 def test_scores_do_not_depend_on_neighbours_or_batches(predicted, trained, data_folder, tmp_path):
@@ -118,7 +118,7 @@ def test_two_processes_share_the_batches(predicted, trained, data_folder, tmp_pa
 def test_chosen_scores_are_all_that_is_computed(trained, data_folder, tmp_path):
     _, rows = predict(trained, data_folder / 'spot' / '003.png', tmp_path, '--scores', 'llr_1')
     assert list(rows) == ['003.png'] and list(rows['003.png'])[1:4] == ['llr_1', 'llr_1_percentile',
-                                                                       'llr_1_called']
+                                                                       'llr_1_flagged']
     assert json.loads((tmp_path / 'metrics.json').read_text())['predict']['primary_score'] == 'llr_1'
 
 
@@ -238,7 +238,7 @@ def test_an_unreadable_file_is_a_row_with_its_reason_and_the_rest_go_on(trained,
     assert sorted(rows) == list(rows) == sorted([*whole, *reasons]), "in order; no masks, nothing hidden"
     for name in whole:
         assert rows[name]['error'] == '' and float(rows[name]['nelbo']) > 0, name
-        assert 0 <= float(rows[name]['nelbo_percentile']) <= 100 and rows[name]['nelbo_called'] in '01'
+        assert 0 <= float(rows[name]['nelbo_percentile']) <= 100 and rows[name]['nelbo_flagged'] in '01'
         assert (tmp_path / rows[name]['overlay']).is_file()
     for name, words in reasons.items():
         row = rows[name]
@@ -365,7 +365,7 @@ def test_thresholds_that_are_missing_or_of_something_else(copy, data_folder, mon
 
 
 def test_infinite_thresholds_are_null_and_pixels_above_theirs_are_outlined(copy, data_folder, tmp_path):
-    """A validation score that was not finite makes a threshold infinite: nothing is called."""
+    """A validation score that was not finite makes a threshold infinite: nothing is flagged."""
     path, image = copy / 'thresholds.json', data_folder / 'spot' / '000.png'
     kept = json.loads(path.read_text())
     x = torch.from_numpy(ImageLoader(16, 1, 8).load(image).pixels / np.float32(255))[None]
@@ -382,6 +382,6 @@ def test_infinite_thresholds_are_null_and_pixels_above_theirs_are_outlined(copy,
         picture = np.asarray(Image.open(tmp_path / 'out' / rows['000.png']['overlay']))
         white.append((picture[:, -256:] == 255).all(-1).mean())
     assert white[0] == 0 and white[1] > 0.05
-    assert {row['nelbo_called'] for row in rows.values()} == {'0'}
+    assert {row['nelbo_flagged'] for row in rows.values()} == {'0'}
     below = sum(value < float(rows['000.png']['nelbo']) for value in known)
     assert below > 0 and float(rows['000.png']['nelbo_percentile']) == 100 * below / 8

@@ -125,11 +125,11 @@ def test_a_volume_has_the_scores_that_it_had_in_the_run(world, tmp_path):
     assert status == 0 and len(rows) == 14 and len(known) == 4, "labels are no subjects"
     scores = ('reconstruction', 'msma_knn')
     assert list(rows['normal/n0']) == ['id', *(column for score in scores for column in (
-        score, f'{score}_percentile', f'{score}_called')), 'map', 'segmentation', 'overlay', 'error']
+        score, f'{score}_percentile', f'{score}_flagged')), 'map', 'segmentation', 'overlay', 'error']
     for name, row in known.items():
         for score in scores:
             assert float(rows[name][score]) == pytest.approx(float(row[score]), rel=1e-5)
-            assert rows[name][f'{score}_called'] == row[f'{score}_called']
+            assert rows[name][f'{score}_flagged'] == row[f'{score}_flagged']
     assert [name for name, row in rows.items() if row['map']] == ['tumour/ill0', 'tumour/ill1']
     kept = json.loads((tmp_path / 'metrics.json').read_text())['predict']
     assert (kept['num_files'], kept['num_unreadable'], kept['passed_over']) == (14, 0, 0)
@@ -186,9 +186,9 @@ def test_a_map_lies_on_the_grid_of_its_file(grid, world, tmp_path):
     assert np.corrcoef(x.ravel(), written.get_fdata().ravel())[0, 1] > 0.85
     lesion = nib.load(tmp_path / 'out' / 'segmentations' / 'jane.nii.gz')
     assert lesion.shape == grid.shape and lesion.affine == pytest.approx(grid.affine, abs=1e-5)
-    called = np.asarray(lesion.dataobj)
-    assert called.dtype == np.uint8 and set(np.unique(called)) == {0, 1}
-    centre = lesion.affine[:3] @ [*np.argwhere(called).mean(0), 1]
+    flagged = np.asarray(lesion.dataobj)
+    assert flagged.dtype == np.uint8 and set(np.unique(flagged)) == {0, 1}
+    centre = lesion.affine[:3] @ [*np.argwhere(flagged).mean(0), 1]
     assert np.linalg.norm(centre - SPOT) < 2.5, "the ball around the spot, and nothing else"
     picture = Image.open(tmp_path / 'out' / rows['jane']['overlay'])
     assert picture.info == {} and picture.width > picture.height / 2

@@ -125,7 +125,7 @@ def test_every_case_has_its_pictures_and_its_outcome_without_the_script(made):
         row = rows[int(card['data-place'])]
         assert card['data-class'] == row['class']
         assert card['data-outcome'] == {'11': 'tp', '10': 'fn', '01': 'fp', '00': 'tn'}[
-            row['label'] + row['nelbo_called']]
+            row['label'] + row['nelbo_flagged']]
     pictures = [attributes['alt'] for tag, attributes in made.page.tags if tag == 'img']
     for kind in ('input', 'reconstruction', 'map'):
         assert sum(alt.startswith(f'{kind} of ') for alt in pictures) == 20

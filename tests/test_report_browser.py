@@ -85,12 +85,12 @@ def cards(page):
 def expected(rows, score, threshold):
     """The same table, computed from scores.csv."""
     values, names = (np.array([row[key] for row in rows]) for key in (score, 'class'))
-    called = values.astype(float) > threshold
+    flagged = values.astype(float) > threshold
     groups = {'normal': names == 'Normal', 'COVID': names == 'COVID', 'Other': names == 'Other',
               'all': names != 'Normal'}
-    false, cells = int(called[names == 'Normal'].sum()), {}
+    false, cells = int(flagged[names == 'Normal'].sum()), {}
     for group, members in groups.items():
-        count, total = int(called[members].sum()), int(members.sum())
+        count, total = int(flagged[members].sum()), int(members.sum())
         low, high = wilson_interval(count, total)
         both = count + false
         share = f'{100 * count / both:.1f} %' if both else '-'
@@ -126,8 +126,8 @@ def test_the_slider_moves_counts_and_calls_by_the_keyboard_and_comes_back(page, 
         assert cells == expected(report.rows, 'nelbo', threshold)
         truth = outcomes(report.rows, 'nelbo', threshold)
         assert all(card.outcome == truth[card.place] for card in cards(page))
-        called = int(cells['normal'][0]) + int(cells['all'][0])
-        assert slider.get_attribute('aria-valuetext').endswith(f', {called} of 36 called')
+        flagged = int(cells['normal'][0]) + int(cells['all'][0])
+        assert slider.get_attribute('aria-valuetext').endswith(f', {flagged} of 36 flagged')
         seen.append((cells['normal'][0], cells['all'][0]))
     assert seen[0] == ('20', '16') and seen[-1] == ('0', '0') and len(set(seen)) > 3
     assert 'tried by hand' in find(page, 'sentence').text

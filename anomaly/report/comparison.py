@@ -126,11 +126,11 @@ def csv_rows(result: dict[str, Any], judgement: Judgement) -> Iterator[dict[str,
         run, found = result['runs'].get(row.run, {}), row.pixels.metrics if row.pixels else {}
         pixels = {f'pixel_{metric.name}': found.get(metric.name, MISSING) for metric in localization.METRICS}
         for group in judgement.shown_groups:
-            normal, anomalous = row.called['normal'], row.called[group]
+            normal, anomalous = row.flagged['normal'], row.flagged[group]
             yield {'row': row.name, 'run': row.run, 'kind': row.kind, 'primary': int(row.primary),
                    'group': group, 'normal_images': normal.total, 'anomalous_images': anomalous.total,
                    **row.metrics[group], **(pixels if masks else {}), 'threshold': row.threshold,
-                   'called_normal': normal.count, 'called_anomalous': anomalous.count,
+                   'flagged_normal': normal.count, 'flagged_anomalous': anomalous.count,
                    'seconds_per_image': run.get('seconds_per_image'), 'parameters': run.get('parameters')}
 
 

@@ -48,8 +48,8 @@ def choose_cases(scores: np.ndarray, labels: np.ndarray, num_cases: int, num_gal
     return [int(place) for place in order if place in chosen]
 
 
-def outcome(label: int, called: bool) -> str:
-    return {(1, True): 'tp', (0, True): 'fp', (0, False): 'tn', (1, False): 'fn'}[int(label), bool(called)]
+def outcome(label: int, flagged: bool) -> str:
+    return {(1, True): 'tp', (0, True): 'fp', (0, False): 'tn', (1, False): 'fn'}[int(label), bool(flagged)]
 
 
 def short_number(value: float) -> str:
@@ -198,9 +198,9 @@ def case_figure(row: ScoreRow, validation: Any, test: Any, each: int) -> Any:
             panel.imshow(overlay(case.image, case.reconstruction, case.map, look, threshold, spacing(entry),
                                  case.mask), interpolation='none')
             panel.set_axis_off()
-            called = '' if score <= row.threshold else ', called'
+            flagged = '' if score <= row.threshold else ', flagged'
             panel.set_title(f"{entry.class_name} · {shorten(entry.id)}\n{row.name} {score:.5g}, percentile "
-                            f"{percentiles[case.place]:.0f}{called}", fontsize=7, color=INK, loc='left')
+                            f"{percentiles[case.place]:.0f}{flagged}", fontsize=7, color=INK, loc='left')
         column[0].set_title(f'{title}\n{column[0].get_title(loc="left")}', fontsize=7, color=INK, loc='left')
     if maps:
         bar = figure.colorbar(ScalarMappable(Normalize(look['vmin'], look['vmax']), look['cmap']), ax=panels,

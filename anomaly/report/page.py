@@ -30,7 +30,7 @@ SCORE_NOTE = ("* primary score, chosen beforehand. Sensitivity and FPR: at the t
 PIXEL_NOTE = ("Dice and the columns after it: at the threshold from the pixels of normal validation images, "
               "for {:g} %. False regions: per image.")
 SEGMENTATION_NOTE = ("Means over the volumes with a lesion; PPV and distances without those in which nothing "
-                     "is called. Distances in mm, > from lesions to the call alone.")
+                     "is flagged. Distances in mm, > from lesions to the predicted voxels alone.")
 
 
 # --------------------------------------------------------------------------------------------------- tables
@@ -40,8 +40,8 @@ def group_table(judgement: Judgement, group: str) -> ReportTable:
     auroc, *others = metric_columns(METRICS, lambda row: row.metrics.get(group, {}))
     columns = [replace(auroc, title=f'{auroc.title} [95 % interval]', interval=True),
                replace(auroc, title='0 · 0.5 · 1', look='bar'), *others,
-               Column('sensitivity', lambda row: row.called[group]),
-               Column('FPR', lambda row: row.called['normal'])]
+               Column('sensitivity', lambda row: row.flagged[group]),
+               Column('FPR', lambda row: row.flagged['normal'])]
     highest = max((row for row in judgement.rows.values() if row.kind == 'model' and row.metrics),
                   key=lambda row: row.auroc(group).value, default=None)
     return score_table(f"normal ({judgement.images('normal')}) against {group_title(group)} "
@@ -57,9 +57,9 @@ def auroc_columns(judgement: Judgement) -> list[Column]:
 
 
 def auroc_table(judgement: Judgement) -> ReportTable:
-    """AUROC of all scores against all groups, and the share of normal images called."""
+    """AUROC of all scores against all groups, and the share of normal images flagged."""
     return score_table(f"AUROC of normal ({judgement.images('normal')}) against each class (its test images)",
-                       [*auroc_columns(judgement), Column('FPR', lambda row: row.called['normal'])],
+                       [*auroc_columns(judgement), Column('FPR', lambda row: row.flagged['normal'])],
                        judgement.rows.values())
 
 
@@ -85,7 +85,7 @@ def segmentation_table(judgement: Judgement) -> ReportTable | None:
                        f"{100 * first.left_out_share:.2g} % of the lesions' voxels lie outside of the eroded "
                        f"body or in components that are too small, and are left out",
                        [*metric_columns(segmentation.METRICS, lambda row: row.segmentation.metrics),
-                        Column('nothing called', nothing)], rows)
+                        Column('nothing flagged', nothing)], rows)
 
 
 def text_tables(judgement: Judgement) -> list[str]:

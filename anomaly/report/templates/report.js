@@ -24,8 +24,8 @@ const number = value => !Number.isFinite(value) ? 'not finite'
 const tenths = value => (value % 1 === 0.25 ? value - 0.05 : value).toFixed(1);
 const whole = value => String(value % 1 === 0.5 ? 2 * Math.round(value / 2) : Math.round(value));
 const share = (count, total) => total ? `${tenths(100 * count / total)} %` : '-';
-const called = place => values[place] === Infinity || values[place] > threshold;      // not finite: always
-const outcome = place => data.label[place] ? (called(place) ? 'tp' : 'fn') : (called(place) ? 'fp' : 'tn');
+const flagged = place => values[place] === Infinity || values[place] > threshold;      // not finite: always
+const outcome = place => data.label[place] ? (flagged(place) ? 'tp' : 'fn') : (flagged(place) ? 'fp' : 'tn');
 
 function percentile(value) {
   const below = validation.filter(v => v < value).length, upTo = validation.filter(v => v <= value).length;
@@ -85,19 +85,19 @@ function drawHistogram() {
 }
 
 function showCalls() {
-  const counts = Object.fromEntries(rows.map(({group, places}) => [group, places.filter(called).length]));
+  const counts = Object.fromEntries(rows.map(({group, places}) => [group, places.filter(flagged).length]));
   for (const {cells, group, places} of rows) {
     const count = counts[group], both = count + counts.normal, [from, to] = wilson(count, places.length);
     const texts = [count, places.length - count, share(count, places.length), `${from} to ${to} %`,
                    group === 'normal' ? '' : `${share(count, both)} (${count} of ${both})`];
     texts.forEach((text, i) => { cells[i].textContent = text; });
   }
-  const all = values.filter((_, place) => called(place)).length;
+  const all = values.filter((_, place) => flagged(place)).length;
   const shown = Number.isFinite(threshold) ? number(threshold) : 'infinite';
   const moved = threshold === (data.scores[name].threshold ?? Infinity) ? 'from validation' : 'tried by hand';
   element('sentence').textContent =
-    `${name}, threshold ${shown} (${moved}): ${all} of ${values.length} test images called anomalous`;
-  slider.setAttribute('aria-valuetext', `${shown}, ${all} of ${values.length} called`);
+    `${name}, threshold ${shown} (${moved}): ${all} of ${values.length} test images flagged as anomalous`;
+  slider.setAttribute('aria-valuetext', `${shown}, ${all} of ${values.length} flagged`);
 }
 
 // -------------------------------------------------------------------------------------------------- cases
