@@ -40,7 +40,7 @@ from readers.split import (
     warnings,
     with_patients,
 )
-from utils import UserError, flag, flags
+from utils import UserError, flag, flags, read_flags
 
 if TYPE_CHECKING:
     from distributions import Pixels
@@ -155,11 +155,10 @@ DATASETS = {
               'of github.com/NVlabs/ffhq-dataset.', **PHOTOGRAPHS),
     'lsun_bedroom_128': DataSet(
         LSUN(class_name='bedroom', train='bedroom_train_lmdb', test='bedroom_val_lmdb'),
-        size=128, num_train=3_033_042,
-        where=LSUN_WHERE.format('bedroom'), **PHOTOGRAPHS),
+        size=128, num_train=3_033_042, where=LSUN_WHERE.format('bedroom'), **PHOTOGRAPHS),
     'lsun_church_64': DataSet(
-        LSUN_CHURCH, size=64, num_train=126_227, where=LSUN_WHERE.format('church_outdoor'),
-        **PHOTOGRAPHS),
+        LSUN_CHURCH, size=64, num_train=126_227,
+        where=LSUN_WHERE.format('church_outdoor'), **PHOTOGRAPHS),
     'lsun_church_128': DataSet(
         LSUN_CHURCH, size=128, num_train=126_227, where=LSUN_WHERE.format('church_outdoor'),
         **PHOTOGRAPHS),
@@ -169,8 +168,8 @@ DATASETS = {
               'the COVID-19 Radiography Database '
               '(kaggle.com/datasets/tawsifurrahman/covid19-radiography-database).'),
     'mednist': DataSet(
-        FOLDER, size=64, normal=('Hand',), folder=_data_folder, split=split_by_name, val_fraction=0.1,
-        test_fraction=0.1,
+        FOLDER, size=64, normal=('Hand',), folder=_data_folder,
+        split=split_by_name, val_fraction=0.1, test_fraction=0.1,
         where='Expected MedNIST.tar.gz (github.com/Project-MONAI/MONAI-extra-test-data, release 0.8.1), or '
               'its folder: Hand/*.jpeg and beside it AbdomenCT, BreastMRI, CXR, ChestCT and HeadCT.'),
     'folder': DataSet(
@@ -230,11 +229,6 @@ def _pixels(config: DataConfig, row: DataSet) -> Pixels:
     from distributions import Pixels
     likelihood = _likelihood(config, row)
     return Pixels(likelihood, 1 if likelihood == 'bernoulli' else config.num_x_bits, row.border(config))
-
-
-def flags_from_json(flags: dict[str, Any]) -> dict[str, Any]:
-    """The same with tuples, as flags have them, for the lists that JSON makes of these."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
 
 
 def preparation(config: DataConfig, shape: Sequence[int], pixels: Pixels,
@@ -331,7 +325,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     if not len(entries['train']):
         raise UserError(f"{count(sum(map(len, entries.values())), 'image')} leave none to train on: add "
                         f"normal images, or lower --val_fraction and --test_fraction.")
-    config = replace(config, **flags_from_json(source.flags))
+    config = read_flags(DataConfig, vars(config) | source.flags)
     pixels = _pixels(config, row)
     flip = {'auto': row.flip, 'on': True, 'off': False}[config.flip]
     transform = Transform(pixels, config.depth, static=config.binarize == 'static', flip=flip,
@@ -400,14 +394,3 @@ def stand_in(config: DataConfig, number: int) -> Data:
     parts = {part: Part(entries if part == 'train' else [], source, transform) for part in PARTS}
     return Data(**parts, shape=shape, pixels=pixels, normal_classes=('noise',), anomalous_classes=(),
                 split={}, report=[], config=config)
-
-
-def __getattr__(name: str) -> Any:       # until all callers import these from readers
-    places = {'Batch': 'parts', 'Part': 'parts', 'eval_batches': 'batches', 'train_batches': 'batches',
-              'steps_per_epoch': 'batches'}
-    if name in places:
-        return getattr(import_module(f'readers.{places[name]}'), name)
-    if name == 'Pixels':
-        from distributions import Pixels
-        return Pixels
-    raise AttributeError(name)

@@ -32,23 +32,20 @@ class UserError(ValueError):
 
 # ------------------------------------------------------------------------------------------------------ flags
 
-def flag(default: Any, help: str, *, least: float | None = None, most: float | None = None,
-         above: float | None = None, below: float | None = None, basic: bool = False, needs: str = '',
-         **argparse_options: Any) -> Any:
+def flag(default: Any, help: str, *, basic: bool = False, needs: str = '', **options: Any) -> Any:
     """A dataclass field that is a command-line flag; `help` states its unit and any special value.
 
-    A value must be at least `least`, at most `most`, above `above` and below `below`; of a tuple each value.
     `basic` flags stand in --help, the others in --help_all. A flag that does nothing without another one
     `needs` it: 'ema_decay' (it is on), 'sampler=pc' (it has this value), 'flip or augment' (either).
-    `argparse_options` go to `add_argument` as they are (choices, nargs, type, metavar); `aliases` are further
-    names of the flag.
+    `options` are limits, that a value must be at least `least`, at most `most`, above `above` and below
+    `below` (of a tuple each value), arguments of `add_argument` (choices, nargs, type, metavar), and
+    `aliases`, further names of the flag.
     """
     if isinstance(default, list | dict | set):
         raise TypeError(f"flag default {default!r} is mutable: use a tuple")
-    limits = {'least': least, 'most': most, 'above': above, 'below': below}
-    limits = {name: value for name, value in limits.items() if value is not None}
+    limits = {name: options.pop(name) for name in LIMITS if name in options}
     return dataclasses.field(default=default, metadata={
-        'help': help, 'limits': limits, 'basic': basic, 'needs': needs, **argparse_options})
+        'help': help, 'limits': limits, 'basic': basic, 'needs': needs, **options})
 
 
 LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {

@@ -32,7 +32,6 @@ from anomaly.report.gallery import MOST_VOLUMES, choose_cases, spacing
 from anomaly.scores import Score, Scoring, Selection, choose_primary, choose_scores
 from anomaly.scoring import Table, part_batches, pictures, score_images, select_maps
 from distributed import launch
-from readers.batches import eval_batches
 from readers.config import volume_flags
 from readers.parts import SomeOf
 from utils import UserError, fingerprint, finite, read_flags, read_json, write_csv, write_json
@@ -133,12 +132,9 @@ def check_parts(data: Any) -> None:
 
 def training_images(part: Any, settings: Settings) -> torch.Tensor:
     """The first images of a part, at most `max_train_images`: (N, C, *S)."""
-    most, images = settings.judging.max_train_images, []
-    for _, batch in eval_batches(part, settings.batch_size):
-        images.append(batch.x)
-        if sum(map(len, images)) >= most:
-            break
-    return torch.cat(images)[:most]
+    rows = range(min(len(part), settings.judging.max_train_images))
+    return torch.cat([part.items(rows[i:i + settings.batch_size]).x
+                      for i in range(0, len(rows), settings.batch_size)])
 
 
 def draw_cases(model: Any, data: Any, found: Evaluated, settings: Settings) -> list[Any]:

@@ -24,7 +24,7 @@ from anomaly.maps.segmentation import segment
 from anomaly.normal import Normal
 from anomaly.scores import Score, Selection, choose_primary
 from anomaly.scoring import Batches, Case, Table, pictures, score_images
-from datasets import flags_from_json, preparation
+from datasets import DataConfig, preparation
 from distributed import launch
 from readers.source import Unreadable
 from readers.split import count, some
@@ -117,7 +117,7 @@ def new_files(run: Any, normal: Normal) -> tuple[Any, NewFiles]:
     if not run.args.data:
         raise UserError("--eval_mode predict needs --data: a folder of images or volumes, or one file.")
     # Volumes are prepared by the flags of the data that the model was trained on; an LMDB has its own.
-    flags = dataclasses.replace(run.data_config, **flags_from_json(normal.preparation.get('flags', {})))
+    flags = read_flags(DataConfig, vars(run.data_config) | normal.preparation.get('flags', {}))
     prepared = preparation(flags, run.model.shape, run.model.pixels, normal.preparation.get('spacing', ()))
     # Every rank searches, so that all meet the same mistake; files may come and go, so the first one's count.
     found = launch.gather([prepared.find(run.args.data, without=run.out)])[0]

@@ -152,7 +152,7 @@ def part_batches(part: Any, batch_size: int, title: str, workers: int = 0) -> Ba
     entries = {entry.id: entry for entry in part.entries}
     if len(entries) != len(part.entries):
         raise ValueError(f"the {title} part has {len(part.entries)} images but {len(entries)} ids.")
-    batches = eval_batches(part, batch_size, rank=launch.rank(), world=launch.world(), workers=workers)
+    batches = eval_batches(part, batch_size, workers=workers)
     total = len(range(launch.rank(), -(-len(part.entries) // batch_size), launch.world()))
     hidden = None if launch.is_main() else True           # None: hidden where there is no terminal
     for _, batch in tqdm(batches, desc=title, unit='batch', total=total, leave=False, disable=hidden):

@@ -206,7 +206,7 @@ class Measured:
 
 
 def measure(part: Any, indices: Sequence[int]) -> Measured:
-    """The trivial features of some images of a part (datasets.Part), in their order."""
+    """The trivial features of some images of a part (readers.parts.Part), in their order."""
     entries = [part.entries[i] for i in indices]
     headers = [read_file_header(entry.path) if entry.path else NO_HEADER for entry in entries]
     numbers = {name: np.empty(len(entries)) for name in FEATURES}

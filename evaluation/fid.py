@@ -245,8 +245,7 @@ class _Spread(Dataset):
 def measure_part(data: Data, features: Features, batch_size: int, number: int = MAX_REFERENCE) -> Statistics:
     """Statistics of at most `number` training images of `data`, read with GREY_LEVELS."""
     part = _Spread(data.train, number)
-    batches = eval_batches(part, batch_size, rank=launch.rank(), world=launch.world(),
-                           workers=data.config.num_workers)
+    batches = eval_batches(part, batch_size, workers=data.config.num_workers)
     return measure(_progress((batch.x for _, batch in batches), len(part), batch_size, 'reference'), features,
                    'train part')
 
@@ -257,8 +256,7 @@ def measure_samples(model: Any, features: Features, number: int, batch_size: int
 
     The model is not trained on a border that was added to the images: it gets the zeros that the data have.
     """
-    drawn = samples(model, number, batch_size, temperature, seed=seed, rank=launch.rank(),
-                    world=launch.world(), mean=mean)
+    drawn = samples(model, number, batch_size, temperature, seed=seed, mean=mean)
     p = model.pixels.padding
     images = (F.pad(x[..., p:-p, p:-p], (p,) * 4) if p else x for _, x in drawn)
     return measure(_progress(images, number, batch_size, 'samples'), features, 'samples')

@@ -98,8 +98,7 @@ class Evaluation:
         if not len(part):
             raise UserError(f"the {self.part} part has no images. Set --test_fraction in training, or take "
                             f"--eval_on_train.")
-        batches = eval_batches(part, self.batch_size, rank=launch.rank(), world=launch.world(),
-                               workers=data.config.num_workers)
+        batches = eval_batches(part, self.batch_size, workers=data.config.num_workers)
         number = min(len(part), most or len(part))
         batches = takewhile(lambda item: item[0] * self.batch_size < number, batches)
         total = -(-number // (self.batch_size * launch.world()))

@@ -20,14 +20,14 @@ DEFAULT_TEMPERATURE = 0.7                         # of families that do not stat
 
 
 @torch.no_grad()
-def samples(model: Any, number: int, batch_size: int, temperature: float, *, seed: int, rank: int = 0,
-            world: int = 1, mean: bool = False) -> Iterator[tuple[int, Tensor]]:
+def samples(model: Any, number: int, batch_size: int, temperature: float, *, seed: int,
+            mean: bool = False) -> Iterator[tuple[int, Tensor]]:
     """(batch number, images (B, C, *S) in [0, 1]): `number` images in all, batch i drawn by rank i % world.
 
     An image depends on seed, batch number and the size of its batch alone; with `mean` it is the mean of
     p(x|z) instead of a draw from it.
     """
-    for index in range(rank, -(-number // batch_size), world):
+    for index in range(launch.rank(), -(-number // batch_size), launch.world()):
         seed_noise(seed, 'sample', index)
         yield index, model.sample(min(batch_size, number - index * batch_size), temperature, mean=mean)
 
@@ -106,8 +106,7 @@ def sample(run: Evaluation) -> None:
         for path in run.out.glob('samples_*.npz'):                  # of an earlier, larger call
             if path.stem.removeprefix('samples_').isdigit() and path.name not in names:
                 path.unlink()
-    for index, images in samples(run.model, number, batch_size, at, seed=config.seed, rank=launch.rank(),
-                                 world=launch.world()):
+    for index, images in samples(run.model, number, batch_size, at, seed=config.seed):
         write_npz(run.out / f'samples_{index}.npz', samples=images.cpu().numpy())
         if index == 0:
             save_png(run.out / 'samples.png', image_grid(images[:NUM_SHOWN]))

@@ -1,10 +1,11 @@
 """Batches of a part: shuffled for training, in order for evaluation, prepared here or in worker processes."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from distributed import launch
 from readers.parts import Batch, Part
 from readers.split import count
 from utils import UserError, mix_seed
@@ -25,14 +26,15 @@ def steps_per_epoch(part: Part, batch_size: int, world: int = 1) -> int:
     return len(part) // (batch_size * world)
 
 
-def train_batches(part: Part, batch_size: int, *, seed: int, rank: int = 0, world: int = 1,
-                  accumulate: int = 1, first_step: int = 0, workers: int = 0) -> Iterator[Batch]:
-    """Shuffled batches for ever, `accumulate` of them a step, from step `first_step` on.
+def train_batches(part: Part, batch_size: int, *, seed: int, accumulate: int = 1, first_step: int = 0,
+                  workers: int = 0) -> Iterator[Batch]:
+    """Shuffled batches of this process for ever, `accumulate` of them a step, from step `first_step` on.
 
     A batch depends on (seed, step, rank, world) alone, so a run resumes at any step. The batches of all
     ranks, one after the other, are the batch of one process with batch_size * world; and `accumulate` of
     them on one rank are those of as many ranks.
     """
+    rank, world = launch.rank(), launch.world()
     joint = batch_size * world * accumulate
     steps = steps_per_epoch(part, batch_size, world * accumulate)
     mine = slice(rank * accumulate, (rank + 1) * accumulate)
@@ -51,13 +53,11 @@ def train_batches(part: Part, batch_size: int, *, seed: int, rank: int = 0, worl
     return _load(part, keys, workers)
 
 
-def eval_batches(part: Part, batch_size: int, *, rank: int = 0, world: int = 1,
-                 workers: int = 0, only: Collection[int] | None = None) -> Iterator[tuple[int, Batch]]:
-    """(number, batch): the images in order, batch i for rank i % world, each image once; the last short.
-
-    `only` names the batches that are wanted; None = all.
+def eval_batches(part: Part, batch_size: int, *, workers: int = 0) -> Iterator[tuple[int, Batch]]:
+    """(number, batch) of this process: the images in order, batch i for rank i % world, each image once; the
+    last batch may be short.
     """
-    numbers = [i for i in range(rank, -(-len(part) // batch_size), world) if only is None or i in only]
+    numbers = range(launch.rank(), -(-len(part) // batch_size), launch.world())
 
     def keys() -> Iterator[list[tuple[int, int]]]:
         for i in numbers:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from pytest import approx
+from ranks import as_rank
 
 import readers.items
 from datasets import DataConfig, load_data
@@ -473,7 +474,10 @@ def take(n, batches):
 def test_the_ranks_together_see_the_batch_of_one_process(mnist, world):
     part = load_data(mnist).train
     one = take(12, train_batches(part, 2 * world, seed=5))
-    ranks = [take(12, train_batches(part, 2, seed=5, rank=r, world=world)) for r in range(world)]
+    ranks = []
+    for rank in range(world):
+        with as_rank(rank, world):
+            ranks.append(take(12, train_batches(part, 2, seed=5)))
     for step, batch in enumerate(one):
         assert [name for r in range(world) for name in ranks[r][step].id] == batch.id
         assert torch.equal(torch.cat([ranks[r][step].x for r in range(world)]), batch.x)
@@ -501,8 +505,8 @@ def test_an_epoch_is_a_permutation(config):
 @pytest.mark.parametrize('batch_size, world, words',
                          [(14, 1, 'fits is 13'), (5, 4, 'fits is 3'), (1, 14, 'number of processes is 13')])
 def test_a_batch_larger_than_the_part_says_what_fits(config, batch_size, world, words):
-    with pytest.raises(UserError, match=words):
-        train_batches(load_data(config).train, batch_size, seed=0, world=world)
+    with pytest.raises(UserError, match=words), as_rank(0, world):
+        train_batches(load_data(config).train, batch_size, seed=0)
 
 
 @pytest.mark.parametrize('world', [1, 2, 3])
@@ -511,9 +515,10 @@ def test_evaluation_sees_every_image_once(config, world, workers):
     part = load_data(config).test                                        # 9 images
     seen = {}
     for rank in range(world):
-        for number, batch in eval_batches(part, 2, rank=rank, world=world, workers=workers):
-            assert number % world == rank
-            seen[number] = batch.id
+        with as_rank(rank, world):
+            for number, batch in eval_batches(part, 2, workers=workers):
+                assert number % world == rank
+                seen[number] = batch.id
     assert [name for i in sorted(seen) for name in seen[i]] == [e.id for e in part.entries]
 
 

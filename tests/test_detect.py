@@ -39,7 +39,7 @@ FEW = settings(**FEW_FLAGS)
 
 
 class Part:
-    """Images in memory with the interface of datasets.Part."""
+    """Images in memory with the interface of readers.parts.Part."""
 
     def __init__(self, x, classes, masks=None):
         self.x, self.masks = x, masks

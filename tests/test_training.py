@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
+from ranks import as_rank
 from torch import nn
 
 import train
@@ -39,8 +40,8 @@ def gradient(monkeypatch, train_flags, root, *flags, rank=0, world=1):
     trainer.optimization.step, trainer.schedule = 1, replace(trainer.schedule, steps=4)
     trainer.optimization.update = dict
     accumulate = trainer.config.accumulate
-    batches = train_batches(trainer.data.train, 4, seed=1, rank=rank, world=world, accumulate=accumulate,
-                            first_step=1)
+    with as_rank(rank, world):
+        batches = train_batches(trainer.data.train, 4, seed=1, accumulate=accumulate, first_step=1)
     monkeypatch.setattr(launch, 'rank', lambda: rank)
     train.train_step(trainer, [batch.x for batch in islice(batches, accumulate)])
     monkeypatch.undo()

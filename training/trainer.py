@@ -117,8 +117,8 @@ class Trainer:
 
     def steps(self, first: int, seed: int) -> Iterator[list[Tensor]]:
         """The batches of this process in each step from `first` on, each (B, C, *S)."""
-        batches = train_batches(self.data.train, self.schedule.batch_size, seed=seed, rank=launch.rank(),
-                                world=launch.world(), accumulate=self.config.accumulate, first_step=first,
+        batches = train_batches(self.data.train, self.schedule.batch_size, seed=seed,
+                                accumulate=self.config.accumulate, first_step=first,
                                 workers=self.args.num_workers)
         while True:
             yield [batch.x.to(launch.device(), non_blocking=True)
@@ -155,8 +155,7 @@ class Validation:
         self.part = data.val if len(data.val) else data.test
         self.num_dims = count_dims(data.shape, data.pixels.padding)
         self.schedule, self.metric, self.folder, self.seed = schedule, metric, folder, seed
-        self.batches = partial(eval_batches, self.part, schedule.batch_size, rank=launch.rank(),
-                               world=launch.world())
+        self.batches = partial(eval_batches, self.part, schedule.batch_size)
         self.best = math.inf                    # the lowest value so far, that of best.pt
 
     def __call__(self, optimization: Optimization) -> None:
