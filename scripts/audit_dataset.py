@@ -10,7 +10,6 @@ and audit.json. See docs/data.md, section Audit.
 import argparse
 import sys
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from readers.split import count
 from utils import (
     UserError,
     flag,
+    flags,
     read_flags,
     read_json,
     run_program,
@@ -38,21 +38,17 @@ DATA_FLAGS = [name for name in DataConfig.__dataclass_fields__ if name not in NO
 TITLES = {'serious': 'Serious', 'moderate': 'Moderate', 'fine': 'Fine'}
 
 
-@dataclass(frozen=True)
+@flags
 class AuditConfig:
     """Audit"""
-    save: str = flag('', "folder for audit.md and audit.json; '' = print only")
+    save: str = flag('', "folder for audit.md and audit.json; '' = print only", basic=True)
     split: str = flag('', "run folder or its split.json: audit the parts of that run, with its data flags; "
-                          "those given here win; '' = a new split")
-    max_images: int = flag(500, 'most images measured of each part, of its normal ones and of each anomalous '
-                                'class')
-    num_bootstrap: int = flag(1000, 'resamples behind the 95 % intervals')
-    seed: int = flag(0, 'which images are drawn of more than --max_images; also of the resamples')
-
-    def __post_init__(self):
-        for name, least in {'max_images': LEAST_IMAGES, 'num_bootstrap': 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
+                          "those given here win; '' = a new split", basic=True)
+    max_images: int = flag(500, 'largest number of images measured of each part, of its normal class and of '
+                                'each anomalous class', least=LEAST_IMAGES, basic=True)
+    num_bootstrap: int = flag(1000, 'resamples behind the 95 % intervals', least=1, basic=True)
+    seed: int = flag(0, 'seed of the images drawn if there are more than --max_images, and of the resamples',
+                     basic=True)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

@@ -50,20 +50,20 @@ PIXEL_FLAGS = ('channels', 'num_x_bits', 'fit')  # do nothing to files that are 
 @flags
 class FolderConfig(DataConfig):
     """Data"""
-    dataset: str = flag('folder', 'data set', choices=tuple(DATASETS))
+    dataset: str = flag('folder', 'data set', choices=tuple(DATASETS), basic=True)
     image_size: int = flag(0, 'store arrays of this height and width; 0 = files as they are, or arrays at '
-                              "the data set's own size", least=0)
+                              "the data set's own size", least=0, basic=True)
     normal_classes: tuple = flag((), 'a class that tells the folder of classes from the one above it; none '
-                                     "given = the data set's own. All classes are stored")
+                                     "given = the data set's own. All classes are stored", basic=True)
 
 
 @flags
 class LmdbConfig:
     """LMDB"""
-    out: str = flag('', 'file to make')
-    workers: int = flag(0, 'threads that read and decode; 0 = one per core', least=0)
+    out: str = flag('', 'file to make', basic=True)
+    workers: int = flag(0, 'threads that read and decode; 0 = one per core', least=0, basic=True)
     verify: str | None = flag(None, 'check this LMDB, or after --data the one just made', type=str, nargs='?',
-                              const='')
+                              const='', basic=True)
 
 
 @dataclass(frozen=True)

@@ -46,15 +46,16 @@ FEW, NEAR = 'with too little of the body', 'beside a lesion'
 @flags
 class PatchConfig(DataConfig):
     """Patches"""
-    out: str = flag('', 'folder to make')
-    size: int = flag(32, 'voxels of a patch along each axis', least=1)
+    out: str = flag('', 'folder to make', basic=True)
+    size: int = flag(32, 'voxels of a patch along each axis', least=1, basic=True)
     stride: int = flag(0, 'voxels between neighboring patches along each axis; 0 = --size, side by side',
-                       least=0)
-    least_body: float = flag(0.5, 'smallest fraction of --volume_mask in a patch', least=0, most=1)
+                       least=0, basic=True)
+    least_body: float = flag(0.5, 'smallest fraction of --volume_mask in a patch', least=0, most=1,
+                         basic=True)
     val_fraction: float = flag(0.15, 'fraction of the people for validation: their normal patches', least=0,
-                               below=1)
+                               below=1, basic=True)
     test_fraction: float = flag(0.2, 'fraction of the people for testing: all their patches', least=0,
-                                below=1)
+                                below=1, basic=True)
 
 
 def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[list[Subject], dict[str, str]]:

@@ -10,7 +10,7 @@ also where models see them binarized, each once, none flipped; of more than --ma
 import argparse
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
@@ -28,20 +28,17 @@ from evaluation.fid import (
     statistics_file,
     write_statistics,
 )
-from utils import UserError, flag, read_flags, run_program
+from utils import UserError, flag, flags, read_flags, run_program
 
 
-@dataclass(frozen=True)
+@flags
 class StatisticsConfig:
     """Statistics"""
-    fid_dir: str = flag('', 'folder to write <dataset>.npz to')
-    max_samples: int = flag(MAX_REFERENCE, 'most images to use')
-    batch_size: int = flag(64, 'images a batch')
+    fid_dir: str = flag('', 'folder to write <dataset>.npz to', basic=True)
+    max_samples: int = flag(MAX_REFERENCE, 'largest number of images to use', least=2, basic=True)
+    batch_size: int = flag(64, 'images in a batch', least=1, basic=True)
 
     def __post_init__(self):
-        for name, least in {'max_samples': 2, 'batch_size': 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}.")
         if not self.fid_dir:
             raise UserError("--fid_dir is needed: the folder to write the statistics to.")
 
