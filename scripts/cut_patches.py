@@ -51,7 +51,7 @@ class PatchConfig(DataConfig):
     stride: int = flag(0, 'voxels between neighboring patches along each axis; 0 = --size, side by side',
                        least=0, basic=True)
     least_body: float = flag(0.5, 'smallest fraction of --volume_mask in a patch', least=0, most=1,
-                         basic=True)
+                             basic=True)
     val_fraction: float = flag(0.15, 'fraction of the people for validation: their normal patches', least=0,
                                below=1, basic=True)
     test_fraction: float = flag(0.2, 'fraction of the people for testing: all their patches', least=0,

@@ -259,5 +259,5 @@ def test_help_shows_the_modes_and_that_the_runs_data_are_the_default(capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args(['--eval_mode', 'evaluate', '--help_all'])
     text = ' '.join(capsys.readouterr().out.split())
-    shown = re.search(r'--eval_mode MODE what to do: ([\w, ]+) \(', text)[1].split(', ')
+    shown = re.search(r'--eval_mode MODE what to do, one of the modes: ([\w, ]+) \(', text)[1].split(', ')
     assert set(shown) == set(evaluate.MODES) and "(default: the run's)" in text
