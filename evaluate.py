@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +27,7 @@ from anomaly.config import (
     MapConfig,
     OutOfDistribution,
     PredictConfig,
+    SegmentationConfig,
     Showing,
 )
 from anomaly.scores import Scoring, Selection
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from evaluation.run import Evaluation
 
 ONLY_FOR_TRAINING = ('flip', 'augment')                  # data flags that change nothing here
+OF_VOLUMES = tuple(field.name for field in fields(SegmentationConfig))
 
 
 # ------------------------------------------------------------------------------------------------------ modes
@@ -119,10 +121,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     mode = MODES.get(name, MODES['sample'])                       # of a wrong name, the parser tells
     run_flags = read_run_flags(peeked['checkpoint'] or ''.join(peeked['compare'][:1]))
     run = {'model': run_flags.get('model', ''), 'dataset': peeked['dataset'] or run_flags.get('dataset', '')}
+    idle = ONLY_FOR_TRAINING if has_volumes(run['dataset']) else ONLY_FOR_TRAINING + OF_VOLUMES
     about = __doc__ if peeked['eval_mode'] else f'{__doc__}\n{MODES_HELP}'
     args = parse_flags(argv, about, (EvalConfig, *mode.flags, LaunchConfig),
                        stored=stored_flags(mode, **run), defaults={'eval_mode': name},
-                       without=ONLY_FOR_TRAINING, elsewhere=partial(elsewhere, name, **run))
+                       without=idle, elsewhere=partial(elsewhere, name, **run))
     if bool(args.checkpoint) == (name == 'compare'):
         raise UserError("give --checkpoint, the checkpoint.pt of a run, or --compare, several runs.")
     if Path(peeked['config']).name == 'args.json' and '--save' not in argv:
@@ -151,11 +154,17 @@ def stored_flags(mode: Mode, model: str, dataset: str) -> list[type]:
     return [*data, *{family.Sampling: None for family in families if hasattr(family, 'Sampling')}]
 
 
+def has_volumes(dataset: str) -> bool:
+    """Whether a data set has volumes, or may have them, as it is not known."""
+    return dataset not in DATASETS or DATASETS[dataset].dims == 3
+
+
 def elsewhere(mode: str, model: str, dataset: str) -> dict[str, str]:
     """For flags of other modes, models and data sets, where they belong."""
     of_modes = {name: (*row.flags, *stored_flags(row, '', '')) for name, row in MODES.items()}
     of_models = {name: stored_flags(MODES[mode], name, dataset) for name in MODELS}
-    of_data = {name: stored_flags(MODES[mode], model, name) for name in DATASETS}
+    of_data = {name: [*stored_flags(MODES[mode], model, name),
+                      *([SegmentationConfig] if has_volumes(name) else [])] for name in DATASETS}
     return {**owners('dataset', dataset, of_data), **owners('model', model, of_models),
             **owners('eval_mode', mode, of_modes), **dict.fromkeys(ONLY_FOR_TRAINING, 'train.py')}
 

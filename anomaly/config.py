@@ -4,20 +4,23 @@ from utils import flag, flags
 
 
 @flags
-class MapConfig:
-    """Anomaly maps and segmentations"""
-    map_smoothing: float = flag(0.0, 'maps: standard deviation of a Gaussian filter in pixels; '
-                                     '0 = no smoothing', least=0, most=1e6)
-    body_mask: float = flag(0.0, 'maps: gray level in [0, 1] above which a pixel belongs to the body; holes '
-                                 'are filled, and maps are 0 and not judged outside it; 0 = no body mask',
+class SegmentationConfig:
+    """Segmentations of volumes"""
+    seg_erosion: float = flag(2.0, 'erosion in voxels of the body, inside which lesions may start; with '
+                                   '--body_mask 0 the body is all above the darkest value', least=0, most=1e6)
+    seg_min_voxels: int = flag(3, 'smallest component in voxels (18 neighbors); smaller ones are removed',
+                               least=1)
+    seg_dilation: float = flag(1.0, 'radius in voxels of the final dilation; 0 = none', least=0, most=1e6)
+
+
+@flags
+class MapConfig(SegmentationConfig):
+    """Anomaly maps"""
+    map_smoothing: float = flag(0.0, 'standard deviation of a Gaussian filter in pixels; 0 = no smoothing',
+                                least=0, most=1e6)
+    body_mask: float = flag(0.0, 'gray level in [0, 1] above which a pixel belongs to the body; holes are '
+                                 'filled, and maps are 0 and not judged outside it; 0 = no body mask',
                             least=0, below=1)
-    seg_erosion: float = flag(2.0, 'segmentations of volumes: erosion in voxels of the body, inside which '
-                                   'lesions may start; with --body_mask 0 the body is all above the darkest '
-                                   'value', least=0, most=1e6)
-    seg_min_voxels: int = flag(3, 'segmentations of volumes: smallest component in voxels (18 neighbors); '
-                                  'smaller ones are removed', least=1)
-    seg_dilation: float = flag(1.0, 'segmentations of volumes: radius in voxels of the final dilation; '
-                                    '0 = none', least=0, most=1e6)
 
 
 @flags

@@ -43,13 +43,14 @@ class Parser(argparse.ArgumentParser):
         """
         bases = [base for base in config.__mro__ if dataclasses.is_dataclass(base)]
         owner = {field.name: base for base in bases for field in dataclasses.fields(base)}    # the first one
-        titles = {base: (base.__doc__ or base.__name__).strip().split('\n')[0] for base in bases}
+        titles = {base: (base.__doc__ or base.__name__).strip().split('\n')[0]
+                        + (" (default: the run's)" if stored else '') for base in bases}
         for title in titles.values():
             self.group(title)
         for field in dataclasses.fields(config):
             if 'help' in field.metadata and field.name not in without:
                 self.fields[field.name] = field
-                default = "the run's" if stored else defaults.get(field.name, field.default)
+                default = None if stored else defaults.get(field.name, field.default)
                 shown = self.show_all or (field.metadata['basic'] and not stored)
                 self._add_field(self.group(titles[owner[field.name]]), field, default, shown)
 

@@ -114,8 +114,9 @@ def test_the_run_decides_which_flags_there_are(tmp_path):
     run = ['--checkpoint', str(tmp_path), '--eval_mode']
     with pytest.raises(UserError, match='--snr is a flag of --model score, not of nvae'):
         evaluate.parse_args([*run, 'sample', '--snr', '1'])
-    with pytest.raises(UserError, match='--window is a flag of --dataset brain, brain_phantom, not of covid'):
-        evaluate.parse_args([*run, 'evaluate', '--window', '0', '1'])
+    for mode, flag in (('evaluate', '--spacing'), ('anomaly', '--seg_erosion')):
+        with pytest.raises(UserError, match=f'{flag} is a flag of --dataset brain, brain_phantom, not'):
+            evaluate.parse_args([*run, mode, flag, '1'])
     args = vars(evaluate.parse_args([*run, 'evaluate', '--num_x_bits', '5']))
     assert args['num_x_bits'] == 5 and 'image_size' not in args, "the run's own stays in force"
 
