@@ -1,6 +1,6 @@
 """Distributions that the model families share: the latent normal and the pixel likelihoods.
 
-B images, C channels, S the spatial axes (H, W), M mixture components, K = 2^bits grey levels.
+B images, C channels, S the spatial axes (H, W), M mixture components, K = 2^bits gray levels.
 Images are in [0, 1]; a likelihood maps them to [-1, 1] itself. All log-probabilities are in nats.
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-MIN_LOG_SCALE = -7.0     # of a logistic, on [-1, 1]: its width is then 1/8 of an 8-bit grey level
+MIN_LOG_SCALE = -7.0     # of a logistic, on [-1, 1]: its width is then 1/8 of an 8-bit gray level
 SOFT_CLAMP = 5.0         # means and log standard deviations stay within (-5, 5)
 MIN_STD = 1e-2           # keeps the log-density of a latent bounded
 
@@ -23,8 +23,8 @@ MIN_STD = 1e-2           # keeps the log-density of a latent bounded
 class Pixels:
     """What the pixels of a data set are, as far as a likelihood must know.
 
-    likelihood  'bernoulli' for binary pixels, 'discretized' for grey levels and colours
-    bits        grey levels are the 2^bits values k / (2^bits - 1)
+    likelihood  'bernoulli' for binary pixels, 'discretized' for gray levels and colors
+    bits        gray levels are the 2^bits values k / (2^bits - 1)
     padding     width of the border that was added to the image and is left out of the likelihood
     """
     likelihood: str = 'discretized'
@@ -90,7 +90,7 @@ class Normal:
         return cls(soft_clamp(mean), torch.exp(soft_clamp(log_std)) + MIN_STD)
 
     def sample(self, temperature: float = 1.0) -> Tensor:
-        """A reparameterised draw whose noise is scaled by `temperature`; 0 is the mean."""
+        """A reparameterized draw whose noise is scaled by `temperature`; 0 is the mean."""
         if temperature == 0:
             return self.mean
         return self.mean + temperature * self.std * torch.randn_like(self.mean)
@@ -110,7 +110,7 @@ class Normal:
 #   num_params                      channels that the decoder must put out
 #   log_prob(logits, x)             (B, 1, *S) summed over channels
 #   mean(logits)                    (B, C, *S) in [0, 1]
-#   sample(logits, temperature)     (B, C, *S) in [0, 1]
+#   sample(logits)                  (B, C, *S) in [0, 1]
 
 class Bernoulli:
     """Independent binary pixels."""
@@ -124,16 +124,14 @@ class Bernoulli:
     def mean(self, logits: Tensor) -> Tensor:
         return torch.sigmoid(logits)
 
-    def sample(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
-        # Temperature divides the log-odds: 0 is the more probable of the two values.
-        odds = logits / temperature if temperature > 0 else torch.where(logits > 0, torch.inf, -torch.inf)
-        return (torch.rand_like(odds) < torch.sigmoid(odds)).to(odds.dtype)
+    def sample(self, logits: Tensor) -> Tensor:
+        return (torch.rand_like(logits) < torch.sigmoid(logits)).to(logits.dtype)
 
 
 class DiscretizedNormal:
-    """A normal on [-1, 1], its mass gathered into K grey levels that sum to one; channels are independent.
+    """A normal on [-1, 1], its mass gathered into K gray levels that sum to one; channels are independent.
 
-    `official=True` is the published decoder instead: a density on [-1, 1], which knows no grey levels.
+    `official=True` is the published decoder instead: a density on [-1, 1], which knows no gray levels.
     """
 
     def __init__(self, channels: int, bits: int = 8, official: bool = False):
@@ -163,18 +161,17 @@ class DiscretizedNormal:
     def mean(self, logits: Tensor) -> Tensor:
         return (self._normal(logits).mean.clamp(-1, 1) + 1) / 2
 
-    def sample(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
-        x = self._normal(logits).sample(1.0 if self.official else temperature).clamp(-1, 1)
+    def sample(self, logits: Tensor) -> Tensor:
+        x = self._normal(logits).sample().clamp(-1, 1)
         return to_levels((x + 1) / 2, None if self.official else self.bits)
 
 
 class DiscretizedLogisticMixture:
     """Mixture of M logistics on [-1, 1], its mass gathered into K levels (PixelCNN++, Salimans et al. 2017).
 
-    One or three channels; in colour, green depends on red, and blue on both, linearly, in each component.
-    `official=True` restores three habits of the published NVAE: with 8 bits grey levels 254 and 255 both take
-    the right tail (they then sum to up to 1.4), an approximation where a level holds less than 1e-5, and
-    samples that get noisier when cold.
+    One or three channels; in color, green depends on red, and blue on both, linearly, in each component.
+    `official=True` restores two habits of the published NVAE: with 8 bits gray levels 254 and 255 both take
+    the right tail (they then sum to up to 1.4), and an approximation where a level holds less than 1e-5.
     """
 
     def __init__(self, channels: int, bits: int = 8, num_mixture: int = 10, official: bool = False):
@@ -185,30 +182,30 @@ class DiscretizedLogisticMixture:
         self.num_params = num_mixture * (1 + 2 * channels + channels * (channels - 1) // 2)
 
     def _split(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """log weights (B, M, *S); means, log scales (B, C, M, *S); colour coefficients (B, 3, M, *S)."""
+        """log weights (B, M, *S); means, log scales (B, C, M, *S); color coefficients (B, 3, M, *S)."""
         M, space = self.num_mixture, logits.shape[2:]
         log_weights = F.log_softmax(logits[:, :M], dim=1)
         rest = logits[:, M:].reshape(len(logits), self.channels, -1, *space)     # (B, C, 2M or 3M, *S)
         means, log_scales = rest[:, :, :M], rest[:, :, M:2 * M].clamp(min=MIN_LOG_SCALE)
         return log_weights, means, log_scales, torch.tanh(rest[:, :, 2 * M:]) if self.channels == 3 else None
 
-    def _condition(self, means: Tensor, colour: Tensor | None, x: Tensor) -> Tensor:
+    def _condition(self, means: Tensor, color: Tensor | None, x: Tensor) -> Tensor:
         """Means (B, C, M, *S) given the other channels of x (B, C, M or 1, *S) that come before."""
-        if colour is None:
+        if color is None:
             return means
         red, green = x[:, 0], x[:, 1]
-        return torch.stack([means[:, 0], means[:, 1] + colour[:, 0] * red,
-                            means[:, 2] + colour[:, 1] * red + colour[:, 2] * green], dim=1)
+        return torch.stack([means[:, 0], means[:, 1] + color[:, 0] * red,
+                            means[:, 2] + color[:, 1] * red + color[:, 2] * green], dim=1)
 
     def log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
-        log_weights, means, log_scales, colour = self._split(logits)
+        log_weights, means, log_scales, color = self._split(logits)
         x = (2 * x - 1).unsqueeze(2)                                             # (B, C, 1, *S)
-        half = 1 / (2 ** self.bits - 1)                                       # half the width of a grey level
-        centred, inv_scale = x - self._condition(means, colour, x), torch.exp(-log_scales)
-        upper, lower = inv_scale * (centred + half), inv_scale * (centred - half)
+        half = 1 / (2 ** self.bits - 1)                                       # half the width of a gray level
+        centered, inv_scale = x - self._condition(means, color, x), torch.exp(-log_scales)
+        upper, lower = inv_scale * (centered + half), inv_scale * (centered - half)
         log_below, log_above = F.logsigmoid(upper), F.logsigmoid(-lower)     # all mass below, above the level
         if self.official:
-            inside = self._official_inside(centred, upper, lower, log_scales)
+            inside = self._official_inside(centered, upper, lower, log_scales)
             is_first, is_last = x < -0.999, x > 0.99
         else:
             # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a-b)): exact at any depth, in any tail
@@ -217,39 +214,37 @@ class DiscretizedLogisticMixture:
         log_p = torch.where(is_first, log_below, torch.where(is_last, log_above, inside))
         return torch.logsumexp(log_p.sum(1) + log_weights, dim=1, keepdim=True)  # (B, 1, *S)
 
-    def _official_inside(self, centred: Tensor, upper: Tensor, lower: Tensor, log_scales: Tensor) -> Tensor:
+    def _official_inside(self, centered: Tensor, upper: Tensor, lower: Tensor, log_scales: Tensor) -> Tensor:
         mass = torch.sigmoid(upper) - torch.sigmoid(lower)
-        middle = centred * torch.exp(-log_scales)
+        middle = centered * torch.exp(-log_scales)
         log_density = middle - log_scales - 2 * F.softplus(middle) - math.log((2 ** self.bits - 1) / 2)
         return torch.where(mass > 1e-5, torch.log(mass.clamp(min=1e-10)), log_density)
 
     def mean(self, logits: Tensor) -> Tensor:
-        log_weights, means, _, colour = self._split(logits)
+        log_weights, means, _, color = self._split(logits)
         component = means
         for _ in range(self.channels - 1):     # red is known at once, then green, then blue
-            component = self._condition(means, colour, component)
+            component = self._condition(means, color, component)
         mean = (log_weights.exp().unsqueeze(1) * component.clamp(-1, 1)).sum(2)  # (B, C, *S)
         return (mean + 1) / 2
 
-    def sample(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
-        log_weights, means, log_scales, colour = self._split(logits)
-        sharpness = 1 / temperature if temperature > 0 else 1e6
+    def sample(self, logits: Tensor) -> Tensor:
+        log_weights, means, log_scales, color = self._split(logits)
         gumbel = -torch.log(-torch.log(torch.rand_like(log_weights).clamp(1e-5, 1 - 1e-5)))
-        component = (log_weights * sharpness + gumbel).argmax(1, keepdim=True).unsqueeze(1)    # (B, 1, 1, *S)
+        component = (log_weights + gumbel).argmax(1, keepdim=True).unsqueeze(1)    # (B, 1, 1, *S)
         pick = lambda t: t.gather(2, component.expand(-1, t.shape[1], -1, *t.shape[3:]))       # (B, C, 1, *S)
         means, log_scales = pick(means), pick(log_scales)
-        colour = pick(colour) if colour is not None else None
+        color = pick(color) if color is not None else None
         u = torch.rand_like(means).clamp(1e-5, 1 - 1e-5)
-        scale = torch.exp(log_scales) * (sharpness if self.official else temperature)
-        noise = scale * (torch.log(u) - torch.log1p(-u))
+        noise = torch.exp(log_scales) * (torch.log(u) - torch.log1p(-u))
         x = (means + noise).clamp(-1, 1)
         for _ in range(self.channels - 1):
-            x = (self._condition(means, colour, x) + noise).clamp(-1, 1)
+            x = (self._condition(means, color, x) + noise).clamp(-1, 1)
         return to_levels((x.squeeze(2) + 1) / 2, None if self.official else self.bits)
 
 
 def to_levels(x: Tensor, bits: int | None) -> Tensor:
-    """Rounds x in [0, 1] to the nearest of the 2^bits grey levels; None leaves it."""
+    """Rounds x in [0, 1] to the nearest of the 2^bits gray levels; None leaves it."""
     return x if bits is None else torch.round(x * (2 ** bits - 1)) / (2 ** bits - 1)
 
 

@@ -238,7 +238,7 @@ def checkpoint_activations(model: nn.Module, on: bool = True) -> None:
 
 
 def activation_bytes(model: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
-    """Memory that a training step takes for its backward pass, in bytes an image of this shape (C, *S).
+    """Memory that a training step takes for its backward pass, in bytes per image of this shape (C, *S).
 
     As the model is, and if its cells recompute: then they keep their inputs, and the largest cell is there
     in full while its turn has come. In the precision of the weights. Computed on tensors without content, so

@@ -21,7 +21,7 @@ from small_hvae import (
 
 from distributions import Normal, Pixels
 from families.hvae.config import HVAEConfig
-from families.hvae.layers import GaussianLatent, ResBlock, centred, softplus_ln2
+from families.hvae.layers import GaussianLatent, ResBlock, centered, softplus_ln2
 from families.hvae.model import BIVA, HVAE, LVAE, free_nats, kl_weight
 from families.hvae.stages import draw
 from utils import UserError
@@ -245,7 +245,7 @@ def test_a_border_is_no_business_of_the_network():
 
 
 def test_padding_is_cut_off_before_the_likelihood():
-    assert centred((4, 6), (8, 8)) == [1, 1, 2, 2]
+    assert centered((4, 6), (8, 8)) == [1, 1, 2, 2]
     model = build(padded_shape=(12, 16))
     x = images(model)
     with torch.no_grad():

@@ -92,7 +92,7 @@ class AE(nn.Module):
     """The contract's model without a likelihood: it reconstructs.
 
     The border that a data set puts around its images is seen by the network and counts nowhere. Binary images
-    are regressed on like grey ones.
+    are regressed on like gray ones.
     """
 
     Config: type[AEConfig] = AEConfig
@@ -155,7 +155,7 @@ class AE(nn.Module):
         return {'error': self._errors(x, y).flatten(1).mean(1), 'logits': y}
 
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss to minimise (scalar): the mean over the images; there is no schedule."""
+        """Loss to minimize (scalar): the mean over the images; there is no schedule."""
         return terms['error'].mean(), {}
 
     # ------------------------------------------------------------------------------------------- capabilities
@@ -190,9 +190,9 @@ class VAE(AE):
 
         p(x|z) = prod exp(-error of a number / s) / normalizer,      s = kl_weight D / Z
 
-    a normal of variance s / 2 about y, or with --loss l1 a Laplace of scale s. So training minimises the
+    a normal of variance s / 2 about y, or with --loss l1 a Laplace of scale s. So training minimizes the
     negative ELBO of the terms. Of 1 - SSIM there is no such density: it is left to the AE. Being a density,
-    recon cannot be compared with the probabilities of grey levels of other families, nor between values of
+    recon cannot be compared with the probabilities of gray levels of other families, nor between values of
     kl_weight. At the published weight the standard deviation is 5.7, far wider than an image: images are
     therefore means y, and that noise is never drawn.
     """
@@ -221,7 +221,7 @@ class VAE(AE):
         """Terms of the bound for images x (B, C, *S) in [0, 1], in nats.
 
         recon (B,) = -log p(x|z); kl (B, 1), analytic; log_q, log_p (B,) of the drawn latents; kl_channels
-        (B, 1, Z), the share of each latent; logits (B, C, *S), which are y; error (B,), the mean error.
+        (B, 1, Z), the KL of each latent; logits (B, C, *S), which are y; error (B,), the mean error.
         `skip=1` draws the latents from the prior; `temperature` scales the noise, 0 is none.
         """
         if skip not in (0, 1):
@@ -239,7 +239,7 @@ class VAE(AE):
                 'logits': y, 'error': error}
 
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The published loss to minimise (scalar), and with it the bound in nats; there is no schedule."""
+        """The published loss to minimize (scalar), and with it the bound in nats; there is no schedule."""
         error, kl = terms['error'].mean(), terms['kl'].sum(1).mean()
         loss = error + self.config.kl_weight * kl / self.config.latent_dim
         recon = terms['recon'].mean()

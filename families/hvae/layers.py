@@ -48,7 +48,7 @@ def same_padding(x: Tensor, kernel: int, stride: int = 1) -> Tensor:
     return F.pad(x, [part for total in totals for part in (total // 2, total - total // 2)])
 
 
-def centred(shape: Sequence[int], larger: Sequence[int]) -> list[int]:
+def centered(shape: Sequence[int], larger: Sequence[int]) -> list[int]:
     """For F.pad, what puts (H, W) into the middle of a larger (H, W); negated, it cuts it out again."""
     return [(b - a) // 2 for a, b in zip(reversed(shape), reversed(larger)) for _ in range(2)]
 

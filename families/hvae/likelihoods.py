@@ -51,7 +51,7 @@ class PixelNormal:
 class PixelBeta:
     """A density on (0, 1), infinite at both ends.
 
-    With `bits`, values are first moved to the middle of their grey level, (2^bits - 1) x + 1/2 of 2^bits,
+    With `bits`, values are first moved to the middle of their gray level, (2^bits - 1) x + 1/2 of 2^bits,
     where the density is finite. Without, as published, black and white pixels have none.
     """
 
@@ -103,21 +103,21 @@ class DiscretizedLogistic:
 
 
 class PublishedMixture(DiscretizedLogisticMixture):
-    """The mixture of ten logistics for colour, as PixelCNN++ computes it.
+    """The mixture of ten logistics for color, as PixelCNN++ computes it.
 
-    Bins are centred on x, on the grid or not; where one holds less than 1e-5, its density is its mass.
+    Bins are centered on x, on the grid or not; where one holds less than 1e-5, its density is its mass.
     """
 
     def __init__(self, channels: int):
         super().__init__(channels, 8, NUM_MIXTURE, official=True)
 
     def log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
-        log_weights, means, log_scales, colour = self._split(logits)
+        log_weights, means, log_scales, color = self._split(logits)
         x = (2 * x - 1).unsqueeze(2)                                                     # (B, C, 1, H, W)
-        centred, half = x - self._condition(means, colour, x), 1 / 255
-        upper, lower = (torch.exp(-log_scales) * (centred + edge) for edge in (half, -half))
+        centered, half = x - self._condition(means, color, x), 1 / 255
+        upper, lower = (torch.exp(-log_scales) * (centered + edge) for edge in (half, -half))
         log_p = torch.where(x < -0.999, F.logsigmoid(upper), torch.where(
-            x > 0.999, F.logsigmoid(-lower), self._official_inside(centred, upper, lower, log_scales)))
+            x > 0.999, F.logsigmoid(-lower), self._official_inside(centered, upper, lower, log_scales)))
         return torch.logsumexp(log_p.sum(1) + log_weights, dim=1, keepdim=True)
 
 
@@ -139,7 +139,7 @@ _normal = lambda c, pixels, compat: PixelNormal(c)
 _beta = lambda c, pixels, compat: PixelBeta(c, None if compat else pixels.bits)
 _logistic = lambda c, pixels, compat: DiscretizedLogistic(c)
 _mixture = lambda c, pixels, compat: PublishedMixture(c)
-# Grey levels that sum to one; for channel counts that the mixture lacks, a normal.
+# Gray levels that sum to one; for channel counts that the mixture lacks, a normal.
 _exact = lambda c, pixels, compat: pixel_likelihood(pixels, c, NUM_MIXTURE if c in (1, 3) else 1)
 
 EXACT = Kind('discretized', 'conv1', False, _exact)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distributions import EIGHT_BITS, Pixels, Terms, log_mean_exp, per_image
 from families.hvae.config import HVAEConfig
-from families.hvae.layers import GaussianLatent, centred, initialize_layers
+from families.hvae.layers import GaussianLatent, centered, initialize_layers
 from families.hvae.likelihoods import PixelHead, choose_likelihood
 from families.hvae.shapes import Shape, stage_specs
 from families.hvae.stages import BidirectionalStage, Drawn, LadderStage, Stage
@@ -99,7 +99,7 @@ class HVAE(nn.Module):
 
     def _up(self, x: Tensor, skip: int, temperature: float) -> list[Any]:
         """What each stage keeps of images x (B, C, *inner), stage 1 first; None of skipped stages."""
-        x = F.pad(x, centred(self.inner[1:], self.padded[1:]))
+        x = F.pad(x, centered(self.inner[1:], self.padded[1:]))
         carried = (x, x, None) if self.stage_class.is_bidirectional else (x, None)
         kept = []
         for i, stage in enumerate(self.stages):
@@ -120,7 +120,7 @@ class HVAE(nn.Module):
             parts = given[done].chunk(number, dim=1) if done < len(given) else [None] * number
             drawn.append(stage.down(d, batch, kept and kept[i], parts, temperature))
             d = stage.decode(torch.cat([latent.z for latent in drawn[-1]], dim=1), skips)
-        d = F.pad(d, [-n for n in centred(self.inner[1:], self.padded[1:])])
+        d = F.pad(d, [-n for n in centered(self.inner[1:], self.padded[1:])])
         return self.head(d), drawn
 
     def _inner(self, x: Tensor, skip: int = 0) -> Tensor:
@@ -165,7 +165,7 @@ class HVAE(nn.Module):
     # ---------------------------------------------------------------------------------------------- objective
 
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss to minimise in nats (scalar), and what to log; `progress` in [0, 1] drives all schedules.
+        """Loss to minimize in nats (scalar), and what to log; `progress` in [0, 1] drives all schedules.
 
         Each latent variable is charged at least its share of the free nats. With importance weighting the
         loss of an image is minus the logarithm of the mean over its draws of exp(-loss) (Burda et al. 2016).
@@ -206,7 +206,7 @@ class HVAE(nn.Module):
         """
         inner = self._inner(x, skip)
         logits, drawn = self._down(len(x), self._up(inner, skip, 0.0), 0.0)
-        margin, maps = centred(self.inner[1:], self.padded[1:]), []
+        margin, maps = centered(self.inner[1:], self.padded[1:]), []
         for stage in drawn:
             kl = sum((z.log_q - z.log_p).sum(1, keepdim=True) for z in stage)                # (B, 1, h, w)
             area = self.padded[1] // kl.shape[2] * (self.padded[2] // kl.shape[3])

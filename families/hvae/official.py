@@ -126,7 +126,7 @@ def to_official(model: HVAE) -> dict[str, Tensor]:
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    """Flags of this framework that the folder tells; without them they are to be given."""
+    """Flags of this framework that follow from the folder; the others have to be given."""
     path = folder / DATA_FILE
     config = _load(path) if path.exists() else {}
     if not isinstance(config, dict):

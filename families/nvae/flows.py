@@ -19,18 +19,18 @@ HIDDEN_FACTOR = 6
 def autoregressive_mask(c_out: int, c_in: int, kernel: int, groups: int, strict: bool,
                         mirror: bool) -> Tensor:
     """(c_out, c_in / groups, k, k) of 0 and 1: rows above and the left part of the row are seen;
-    at the centre, channel blocks before one's own (and one's own too unless `strict`). `mirror` turns the
+    at the center, channel blocks before one's own (and one's own too unless `strict`). `mirror` turns the
     spatial order round.
     """
-    centre = kernel // 2
+    center = kernel // 2
     mask = torch.zeros(c_out, c_in // groups, kernel, kernel)
-    mask[:, :, :centre] = 1
-    mask[:, :, centre, :centre] = 1
+    mask[:, :, :center] = 1
+    mask[:, :, center, :center] = 1
     c_small = min(c_in, c_out)
     block_out, block_in = torch.arange(c_out) * c_small // c_out, torch.arange(c_in) * c_small // c_in
     sees = block_in[None, :] < block_out[:, None] if strict else block_in[None, :] <= block_out[:, None]
     # A depthwise convolution (groups = c_in) has only its own channel, which is not strictly before itself.
-    mask[:, :, centre, centre] = sees.float() if groups == 1 else float(not strict)
+    mask[:, :, center, center] = sees.float() if groups == 1 else float(not strict)
     return mask.flip(2, 3) if mirror else mask
 
 

@@ -25,7 +25,7 @@ from neural_operations import (
 )
 from utils import UserError
 
-ACTIVE_KL = 0.1        # nats an image; a latent channel with less is counted as unused
+ACTIVE_KL = 0.1        # nats per image; a latent channel with less is counted as unused
 
 
 def groups_per_scale(config: NVAEConfig) -> list[int]:
@@ -216,7 +216,7 @@ class NVAE(nn.Module):
         """Terms of the bound for images x (B, C, H, W) in [0, 1], in nats.
 
         recon (B,) = -log p(x|z); kl (B, L) from the top group down; log_q, log_p (B,) of the drawn latents;
-        logits; kl_channels (B, L, Z), the share of each latent channel in kl.
+        logits; kl_channels (B, L, Z), the KL of each latent channel.
         `skip` groups nearest the image are drawn from the prior; `temperature` scales the noise, 0 is none.
         """
         if not 0 <= skip <= self.num_groups:
@@ -232,7 +232,7 @@ class NVAE(nn.Module):
     # ---------------------------------------------------------------------------------------------- objective
 
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss to minimise in nats (scalar), and what to log; `progress` in [0, 1] drives all schedules."""
+        """Loss to minimize in nats (scalar), and what to log; `progress` in [0, 1] drives all schedules."""
         config = self.config
         weight = kl_weight(progress, config)
         kl, gamma = balanced_kl(terms['kl'], self.alpha, weight)

@@ -127,7 +127,7 @@ class ScoreModel(nn.Module):
         return {'loss': self._loss(2 * x - 1, times_of(u), z)[0]}
 
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss to minimise (scalar): the mean over images. There are no schedules."""
+        """Loss to minimize (scalar): the mean over images. There are no schedules."""
         return terms['loss'].mean(), {}
 
     def diagnose(self, x: Tensor) -> dict[str, Tensor]:
@@ -194,12 +194,12 @@ class ScoreModel(nn.Module):
 
     @torch.no_grad()
     def inpainting_map(self, x: Tensor) -> Tensor:
-        """What the other half of a checkerboard does not foretell of images in [0, 1]: (B, 1, *S), slow."""
+        """Error of inpainting each half of a checkerboard from the other, of images in [0, 1]: (B, 1, *S)."""
         return inpainting_error(self.diffusion, self.scoring_pc, 2 * x - 1, foreground(x).to(x))
 
     @torch.no_grad()
     def restoration_map(self, x: Tensor) -> Tensor:
-        """What noising and denoising changes in images in [0, 1]: (B, 1, *S), slow."""
+        """Change of images in [0, 1] by adding noise and removing it again: (B, 1, *S)."""
         return restoration_error(self.diffusion, self.scoring_pc, 2 * x - 1)
 
 
@@ -210,7 +210,7 @@ def times_of(u: Tensor) -> Tensor:
 
 def denoising_loss(score: Tensor, std: Tensor, g: Tensor, z: Tensor, reduce_mean: bool,
                    likelihood_weighting: bool) -> Tensor:
-    """Loss of denoising score matching (Vincent 2011), one an image: (B,).
+    """Loss of denoising score matching (Vincent 2011), one per image: (B,).
 
     `score` and the noise `z` that was added are (B, C, *S), its standard deviation and the diffusion `g`
     (B,). Mean over channels and voxels or half their sum, of (std s + z)^2 or of g^2 (s + z / std)^2.

@@ -1,4 +1,4 @@
-"""MSMA: norms of the score at many levels of noise, which say how unusual an image is (Mahmood et al. 2021).
+"""MSMA: norms of the score at many noise levels, a measure of how unusual an image is (Mahmood et al. 2021).
 
 B images x (B, C, *S) on [-1, 1], n levels. No noise is added: the score at a level is taken at the mean of
 the noisy image, which is x itself for VE and a faded x for VP and subVP.

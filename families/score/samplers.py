@@ -68,7 +68,7 @@ def ancestral_sampling(d: Diffusion, x: Tensor, t: Tensor, flow: bool = False) -
         raise UserError("ancestral_sampling is for vesde and vpsde, and knows no probability flow: take "
                         "another predictor, or no probability flow.")
     if isinstance(d.sde, VE):
-        upper, lower = (expand(level, x) for level in d.sde.neighbours(t))
+        upper, lower = (expand(level, x) for level in d.sde.neighbors(t))
         gap = upper ** 2 - lower ** 2
         x_mean, std = x + gap * d.score(x, t), torch.sqrt(lower ** 2 * gap / upper ** 2)
     else:
@@ -168,7 +168,7 @@ def sample_ode(d: Diffusion, like: Tensor, noise_removal: bool = True) -> Tensor
 def ode_log_likelihood(d: Diffusion, x: Tensor) -> Tensor:
     """log density of images x (B, C, *S) by the probability flow, nats: (B,).
 
-    Song et al. 2021, section 4.3, with the divergence as v' J v for one random v of -1 and 1 an image
+    Song et al. 2021, section 4.3, with the divergence as v' J v for one random v of -1 and 1 per image
     (Hutchinson), which is exact where the Jacobian J of the score is diagonal. Needs the score's gradient.
     """
     v = torch.where(d.noise(x) < 0, -1.0, 1.0).to(x)
@@ -216,11 +216,11 @@ def blocks(size: tuple[int, ...], block: int = 3, as_published: bool = False) ->
 
 def inpainting_error(d: Diffusion, pc: PC, x: Tensor, inside: Tensor, rounds: int = REPAIRS,
                      block: int = 3) -> Tensor:
-    """How far images are from what their other half foretells: sum over channels of |mean - x|, (B, 1, *S).
+    """Error of inpainting each half of a checkerboard from the other: (B, 1, *S).
 
-    In turn the two halves of a checkerboard are unknown, and so is everything that is not `inside` (0 or 1,
-    broadcastable). The mean of a voxel is over the rounds in which it was unknown; published was the mean
-    over all, which halves the error.
+    The sum over channels of |mean - x|. In turn the two halves are unknown, and so is everything that is not
+    `inside` (0 or 1, broadcastable). The mean of a voxel is over the rounds in which it was unknown;
+    published was the mean over all, which halves the error.
     """
     board = blocks(tuple(x.shape[2:]), block).to(x)
     total, count = torch.zeros_like(x), torch.zeros_like(x)

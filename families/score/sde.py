@@ -16,7 +16,7 @@ FIRST_T = 1e-5               # training draws t from (1e-5, 1]: at 0 there is no
 
 
 def expand(factor: Tensor, x: Tensor) -> Tensor:
-    """A factor an image (B,) in a shape that multiplies images x (B, C, *S)."""
+    """One factor per image (B,) in a shape that multiplies images x (B, C, *S)."""
     return factor.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -78,14 +78,14 @@ class VE(SDE):
         return torch.exp(torch.linspace(math.log(self.sigma_min), math.log(self.sigma_max), self.num_scales,
                                         dtype=like.dtype, device=like.device))
 
-    def neighbours(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def neighbors(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Standard deviations of the discrete step of t and of the one below it, 0 below the first: (B,)."""
         levels, i = self.levels(t), self.step(t)
         return levels[i], torch.where(i > 0, levels[(i - 1).clamp(min=0)], 0)
 
     def discretize(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """f and G of a discrete step: x_{i+1} = x_i + f x_i + G z."""
-        upper, lower = self.neighbours(t)
+        upper, lower = self.neighbors(t)
         return torch.zeros_like(t), torch.sqrt(upper ** 2 - lower ** 2)
 
     def langevin_scale(self, t: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class VE(SDE):
         return torch.ones_like(t)
 
     def label(self, t: Tensor) -> Tensor:
-        """What the network is told of t."""
+        """The noise level that the network is given."""
         return self.std(t)
 
     def score(self, output: Tensor, t: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class VP(SDE):
         return 1 - self.betas(t)
 
     def label(self, t: Tensor) -> Tensor:
-        """What the network is told of t."""
+        """The noise level that the network is given."""
         return 999 * t
 
     def score(self, output: Tensor, t: Tensor) -> Tensor:

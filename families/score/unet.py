@@ -1,7 +1,7 @@
 """NCSN++ (Song et al. 2021) as SADE has it in 3D, and a matryoshka of two resolutions; in 2D and in 3D.
 
-B images, C channels, S the two or three spatial axes; levels i = 0..L-1 with nf 2^i channels, sigma (B,) what
-the network is told of the noise, E the width of its embedding.
+B images, C channels, S the two or three spatial axes; levels i = 0..L-1 with nf 2^i channels, sigma (B,) the
+noise level that the network is given, E the width of its embedding.
 """
 
 import math
@@ -72,7 +72,7 @@ class Fourier(nn.Module):
 
 
 class Positional(nn.Module):
-    """sin and cos of what the network is told, at E geometric frequencies from 1 to 1/10000: (B, 2 E)."""
+    """sin and cos of the noise level, at E geometric frequencies from 1 to 1/10000: (B, 2 E)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -240,7 +240,7 @@ class Matryoshka(nn.Module):
     """A level at full size around an inner NCSN++ trained at a lower one: (B, C, *S), sigma (B,).
 
     The image reaches the inner network at half of the full size, interpolated to the size that this was
-    trained at; its noise there is told larger by the square root of the ratio of voxels.
+    trained at; its noise level is larger there by the square root of the ratio of voxels.
     """
 
     def __init__(self, channels: int, shape: Sequence[int], config: Any, inner: NCSNpp,

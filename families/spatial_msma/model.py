@@ -1,6 +1,6 @@
 """Spatial-MSMA: the density of a voxel's score norms, given where the voxel is and what the image is.
 
-Mahmood et al. 2024 (arXiv 2407.00148). A frozen score-based model gives n maps of an image, one a level of
+Mahmood et al. 2024 (arXiv 2407.00148). A frozen score-based model gives n maps of an image, one per level of
 noise; a conditional flow learns the density of their norms around a voxel on normal images. B images, C
 channels, S two or three spatial axes with V voxels, P voxels of a step.
 """
@@ -148,7 +148,7 @@ class SpatialMSMA(nn.Module):
             return {'loss': ((nll * counted).sum(1) / counted.sum(1)).to(x.dtype)}
 
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss to minimise (scalar): the mean over images. There are no schedules."""
+        """Loss to minimize (scalar): the mean over images. There are no schedules."""
         return terms['loss'].mean(), {}
 
     # ------------------------------------------------------------------------------------------- capabilities

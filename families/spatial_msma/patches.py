@@ -20,7 +20,7 @@ POOLING_KERNEL, POOLING_STRIDE = 3, 2
 
 
 def pool(maps: Tensor, kernel: int) -> Tensor:
-    """Norms over neighbourhoods of `kernel` voxels on each axis, zeros outside, of each map (B, n, *S)."""
+    """Norms over neighborhoods of `kernel` voxels on each axis, zeros outside, of each map (B, n, *S)."""
     dims = maps.ndim - 2
     means = AVERAGE[dims](maps.square(), kernel, stride=1, padding=kernel // 2)
     return (means * kernel ** dims).sqrt()
