@@ -82,7 +82,7 @@ def prepare(run: Evaluation, config: Sampling) -> float:
     """Gives the model the sampling flags of its family, and batch norms for the temperature if the command
     asks for it. Returns the temperature.
     """
-    family, at = getattr(run.model, 'Sampling', None), temperature(run, config.temp)
+    family, at = getattr(run.model.Config, 'Sampling', None), temperature(run, config.temp)
     if family and (given := {name: value for name, value in vars(run.args).items()
                              if name in family.__dataclass_fields__}):
         run.model.change_sampling(**given)

@@ -360,7 +360,7 @@ def test_finetuning_by_reptile(score_flags, tmp_path):
         fast, slow = plain['weights'][name], reptile['weights'][name]
         torch.testing.assert_close(slow, 2 / 11 * parameter.detach() + 9 / 11 * fast, rtol=1e-4, atol=1e-6)
         assert torch.equal(slow, reptile['ema'][name])
-    with pytest.raises(UserError, match='--reptile_steps 2 is for averaged weights'):
+    with pytest.raises(UserError, match='--reptile_steps does nothing without --ema_decay'):
         run(flags, tmp_path, 'none', '--reptile_steps', '2', '--ema_decay', '0')
     with pytest.raises(UserError, match='do not fit the flags'):
         run(flags, tmp_path, 'other', '--nf', '16')
