@@ -82,7 +82,6 @@ MODELS = Families({   # name: folder in families/, class in its model.py, flag c
     'ae': ('autoencoder', 'AE', 'AEConfig'),
     'vae': ('autoencoder', 'VAE', 'VAEConfig'),
     'score': ('score', 'ScoreModel', 'ScoreModelConfig'),
-    'mean_image': ('mean_image', 'MeanImage', 'MeanImageConfig'),
     'spatial_msma': ('spatial_msma', 'SpatialMSMA', 'SpatialMSMAConfig'),
 })
 # Memory format by device and axes of an image, where it is faster: up to twice on a CPU. Volumes on an H100
