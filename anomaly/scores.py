@@ -78,7 +78,6 @@ class Scoring:
                                  "respect to the image, gradient times image, guided backpropagation, or "
                                  "GradCAM (the last two need captum); none = no map", choices=MSMA_MAPS,
                          scores='msma')
-    top_fraction: float = flag(0.05, 'top_error: fraction of the pixels with the largest error', above=0, most=1)
     seed: int = field(default=1, kw_only=True)
 
     def __post_init__(self):
@@ -260,19 +259,11 @@ def llr_score(k: int) -> Score:
                  lambda outputs: outputs.bound() - outputs.bound(k), lambda outputs: llr_map(outputs, k))
 
 
-def top_error(outputs: Outputs) -> Tensor:
-    """Mean of the largest reconstruction errors of each image: (B,)."""
-    errors = absolute_error(outputs).flatten(1)
-    return errors.topk(max(1, round(outputs.scoring.top_fraction * errors.shape[1])), 1).values.mean(1)
-
-
 # name -> scores for a model with L latent groups
 SCORES: dict[str, Callable[[int], list[Score]]] = {
     'reconstruction': lambda L: [Score(
         'reconstruction', 'reconstructions', "mean |x - reconstruction|",
         lambda outputs: absolute_error(outputs).double().flatten(1).mean(1).cpu(), absolute_error)],
-    'top_error': lambda L: [Score(
-        'top_error', 'reconstructions', "mean of the largest |x - reconstruction|", top_error, absolute_error)],
     'recon_nll': lambda L: [Score(
         'recon_nll', 'likelihood terms', "-log p(x|z), nats",
         lambda outputs: outputs.mean(lambda terms: terms['recon']),
