@@ -172,9 +172,6 @@ DATASETS = {
         split=split_by_name, val_fraction=0.1, test_fraction=0.1,
         where='Expected MedNIST.tar.gz (github.com/Project-MONAI/MONAI-extra-test-data, release 0.8.1), or '
               'its folder: Hand/*.jpeg and beside it AbdomenCT, BreastMRI, CXR, ChestCT and HeadCT.'),
-    'spots': DataSet(
-        FOLDER, size=16, normal=('normal',), folder=_data_folder,
-        where='Expected the folders normal and spot.'),
     'folder': DataSet(
         FOLDER, size=64, normal=('normal', 'good'), masks=True, folder=_data_folder,
         where='Expected a folder "normal" (or "good") and beside it one folder for each kind of anomaly.'),
