@@ -105,8 +105,6 @@ METRICS = (
            partial(fpr_at_tpr, tpr=0.80), higher_is_better=False),
     Metric('fpr95', 'FPR95', "share of normal images above the score that 95 % of the anomalous ones reach",
            partial(fpr_at_tpr, tpr=0.95), higher_is_better=False),
-    Metric('fpr99', 'FPR99', "share of normal images above the score that 99 % of the anomalous ones reach",
-           partial(fpr_at_tpr, tpr=0.99), higher_is_better=False),
 )
 
 
