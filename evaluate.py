@@ -68,13 +68,6 @@ def imported(place: str) -> Callable[[Evaluation], int | None]:
     return run
 
 
-def count_weights(run: Evaluation) -> None:
-    """Number of weights of the model."""
-    number = sum(weight.numel() for weight in run.model.parameters())
-    run.write_metrics('weights', {'number': number})
-    run.say(f'{number} weights')
-
-
 SCORED = (Selection, Scoring, MapConfig, Judging, OutOfDistribution, config.Batches, config.Noise)
 MODES = {
     'anomaly': Mode(imported('evaluation.anomaly:anomaly'), 'anomaly scores, thresholds, metrics and report',
@@ -83,7 +76,6 @@ MODES = {
                     (PredictConfig, Selection, config.Batches), data=False),
     'compare': Mode(imported('evaluation.anomaly:compare'), 'several runs on the same test images',
                     (CompareConfig, *SCORED)),
-    'weights': Mode(count_weights, 'number of weights', (), data=False),
     'evaluate': Mode(imported('evaluation.likelihood:evaluate'), 'NELBO and importance-weighted bound',
                      (config.Likelihood,), needs=('num_groups',)),
     'evaluate_fid': Mode(imported('evaluation.fid:evaluate_fid'), 'FID between samples and training images',
