@@ -51,29 +51,27 @@ if TYPE_CHECKING:
 
 # ------------------------------------------------------------------------------------------------------ table
 
+def imported(place: str) -> Callable[..., Any]:
+    """The function `place`, 'module:function' below readers/."""
+    module, name = place.split(':')
+    return getattr(import_module(f'readers.{module}'), name)
+
+
 def reader(place: str, **options: Any) -> Callable[[ReaderConfig, DataSet], Source]:
-    """The function `place`, 'module:function' below readers/, with these options; imported when called."""
-    def read(config: ReaderConfig, row: DataSet) -> Source:
-        module, name = place.split(':')
-        return getattr(import_module(f'readers.{module}'), name)(config, row, **options)
-    return read
+    """A reader with its options, imported when a data set is read."""
+    return lambda config, row: imported(place)(config, row, **options)
 
 
-def _data_folder(config: ReaderConfig) -> str:
-    if not (config.data and Path(config.data).is_file()):
-        return config.data
-    from readers.images.archive import unpacked
-    return str(unpacked(config.data, config.cache_dir))
+def data_folder(config: ReaderConfig) -> str:
+    """The folder --data, or that of an unpacked tar file."""
+    is_file = config.data and Path(config.data).is_file()
+    return str(imported('images.archive:unpacked')(config.data, config.cache_dir)) if is_file else config.data
 
 
-def _phantom_folder(config: ReaderConfig) -> str:
-    from readers.phantoms.chest import write_phantoms
-    return str(write_phantoms(config.data or 'data/phantom', config.num_phantoms or 1200))
-
-
-def _brain_phantom_folder(config: ReaderConfig) -> str:
-    from readers.phantoms.brain import write_brain_phantoms
-    return str(write_brain_phantoms(config.data or 'data/brain_phantom', config.num_phantoms or 120))
+def phantom_folder(name: str, draw: str) -> Callable[[ReaderConfig], str]:
+    """The folder of the phantoms `name`, which the function `draw` makes at the first run."""
+    return lambda config: str(imported(draw)(config.data or f'data/{name}',
+                                             config.num_phantoms or DATASETS[name].phantoms))
 
 
 FOLDER = reader('images.folder:read_folder')
@@ -163,29 +161,31 @@ DATASETS = {
         LSUN_CHURCH, size=128, num_train=126_227, where=LSUN_WHERE.format('church_outdoor'),
         **PHOTOGRAPHS),
     'covid': DataSet(
-        FOLDER, size=64, normal=('Normal',), folder=_data_folder,
+        FOLDER, size=64, normal=('Normal',), folder=data_folder,
         where='Expected Normal/images/*.png and beside it COVID, Lung_Opacity or "Viral Pneumonia", as in '
               'the COVID-19 Radiography Database '
               '(kaggle.com/datasets/tawsifurrahman/covid19-radiography-database).'),
     'mednist': DataSet(
-        FOLDER, size=64, normal=('Hand',), folder=_data_folder,
-        split=split_by_name, val_fraction=0.1, test_fraction=0.1,
+        FOLDER, size=64, normal=('Hand',), folder=data_folder, split=split_by_name, val_fraction=0.1,
+        test_fraction=0.1,
         where='Expected MedNIST.tar.gz (github.com/Project-MONAI/MONAI-extra-test-data, release 0.8.1), or '
               'its folder: Hand/*.jpeg and beside it AbdomenCT, BreastMRI, CXR, ChestCT and HeadCT.'),
     'folder': DataSet(
-        FOLDER, size=64, normal=('normal', 'good'), masks=True, folder=_data_folder,
+        FOLDER, size=64, normal=('normal', 'good'), masks=True, folder=data_folder,
         where='Expected a folder "normal" (or "good") and beside it one folder for each kind of anomaly.'),
     'phantom': DataSet(
-        FOLDER, size=64, normal=('Normal',), masks=True, folder=_phantom_folder, phantoms=1200,
+        FOLDER, size=64, normal=('Normal',), masks=True, phantoms=1200,
+        folder=phantom_folder('phantom', 'phantoms.chest:write_phantoms'),
         where='Synthetic: it is made at the first run.'),
     'brain': DataSet(
         VOLUMES, size=0, dims=3, normal=('normal', 'healthy', 'control'), labels='label',
-        folder=_data_folder, split=split_given,
+        folder=data_folder, split=split_given,
         where='Expected NIfTI files, one a subject, or with --modalities t1 flair the folders t1 and flair, '
               'or files that end in _t1 and _flair; perhaps in class folders, one of them "normal".'),
     'brain_phantom': DataSet(
         VOLUMES, size=64, dims=3, channels=2, modalities=('t1', 'flair'), labels='lesions',
-        normal=('normal',), folder=_brain_phantom_folder, phantoms=120, split=split_given,
+        normal=('normal',), phantoms=120, split=split_given,
+        folder=phantom_folder('brain_phantom', 'phantoms.brain:write_brain_phantoms'),
         where='Synthetic: it is made at the first run.'),
 }
 

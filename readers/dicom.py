@@ -18,7 +18,7 @@ from readers.source import MOST_PIXELS, Unreadable
 MAGIC_START, MAGIC = 128, b'DICM'
 FULL = 65535                                  # results lie on its grid: an LMDB keeps them as 16-bit integers
 PIXELS = ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData')
-COLOURS = ('Red', 'Green', 'Blue')
+COLORS = ('Red', 'Green', 'Blue')
 PER_FRAME = ('SharedFunctionalGroupsSequence', 'PerFrameFunctionalGroupsSequence')      # of enhanced objects
 FRAME_LOOK = ('PixelValueTransformationSequence', 'FrameVOILUTSequence')
 ELEMENTS = [
@@ -27,8 +27,8 @@ ELEMENTS = [
     'PixelPaddingValue', 'PixelPaddingRangeLimit', 'ExtendedOffsetTable', 'ExtendedOffsetTableLengths',
     'ModalityLUTSequence', 'RescaleSlope', 'RescaleIntercept',
     'VOILUTSequence', 'WindowCenter', 'WindowWidth', 'VOILUTFunction',
-    *(f'{colour}PaletteColorLookupTable{part}' for colour in COLOURS for part in ('Descriptor', 'Data')),
-    *(f'Segmented{colour}PaletteColorLookupTableData' for colour in COLOURS)]
+    *(f'{color}PaletteColorLookupTable{part}' for color in COLORS for part in ('Descriptor', 'Data')),
+    *(f'Segmented{color}PaletteColorLookupTableData' for color in COLORS)]
 
 
 def is_dicom(data: bytes) -> bool:
@@ -37,9 +37,9 @@ def is_dicom(data: bytes) -> bool:
 
 
 def decode_dicom(data: bytes) -> np.ndarray:
-    """The frame in the bytes of a DICOM file: (H, W, C) float32 in [0, 1], C = 1 grey or 3 RGB, of 16 bits.
+    """The frame in the bytes of a DICOM file: (H, W, C) float32 in [0, 1], C = 1 gray or 3 RGB, of 16 bits.
 
-    Grey values go through the file's rescale and its first window or lookup table; without one they are
+    Gray values go through the file's rescale and its first window or lookup table; without one they are
     stretched from the smallest to the largest. Padding around a round image is black. Raises Unreadable.
     """
     import pydicom
@@ -72,7 +72,7 @@ def check(dataset: Any) -> None:
     if pixels > MOST_PIXELS:
         raise Unreadable(f'has more than {MOST_PIXELS:,} pixels: make it smaller')
     if dataset.get('PhotometricInterpretation') not in KINDS:
-        raise Unreadable(f'is a DICOM file of a kind of colour that is not read: {", ".join(KINDS)} are')
+        raise Unreadable(f'is a DICOM file of a kind of color that is not read: {", ".join(KINDS)} are')
     try:
         decoder = get_decoder(dataset.file_meta.TransferSyntaxUID)
     except NotImplementedError:
@@ -93,7 +93,7 @@ def take_look_of_frame(dataset: Any) -> None:
 
 # ----------------------------------------------------------------------------------------- kinds of pixels
 
-def grey(dataset: Any) -> np.ndarray:
+def gray(dataset: Any) -> np.ndarray:
     """MONOCHROME1 (smallest = white) and MONOCHROME2 (smallest = black): (H, W) in [0, 1]."""
     from pydicom.pixels import apply_modality_lut
     stored = dataset.pixel_array                                                                 # (H, W)
@@ -120,10 +120,10 @@ def shown(dataset: Any, x: np.ndarray, inside: np.ndarray) -> np.ndarray:
     if tables := dataset.get('VOILUTSequence'):
         x = apply_voi(np.rint(x).astype(np.int64), dataset)
         return x / (2.0 ** tables[0].LUTDescriptor[2] - 1)
-    centre, width = (first_number(dataset.get(name)) for name in ('WindowCenter', 'WindowWidth'))
+    center, width = (first_number(dataset.get(name)) for name in ('WindowCenter', 'WindowWidth'))
     kind = (dataset.get('VOILUTFunction') or 'LINEAR').strip().upper()
-    if centre is not None and width is not None and width >= LEAST_WIDTH[kind]:
-        return WINDOWS[kind](x, centre, width)
+    if center is not None and width is not None and width >= LEAST_WIDTH[kind]:
+        return WINDOWS[kind](x, center, width)
     low, high = (x[inside].min(), x[inside].max()) if inside.any() else (0.0, 1.0)
     return (x - low) / max(high - low, 1e-12)
 
@@ -136,27 +136,27 @@ def first_number(value: Any) -> float | None:
 
 # C.11.2.1.2 and C.11.2.1.3, for an output from 0 to 1
 WINDOWS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
-    'LINEAR': lambda x, centre, width: (
-        ((x - (centre - 0.5)) / (width - 1) + 0.5).clip(0, 1) if width > 1 else (x > centre - 0.5) * 1.0),
-    'LINEAR_EXACT': lambda x, centre, width: ((x - centre) / width + 0.5).clip(0, 1),
-    'SIGMOID': lambda x, centre, width: 1 / (1 + np.exp(-4 * (x - centre) / width)),
+    'LINEAR': lambda x, center, width: (
+        ((x - (center - 0.5)) / (width - 1) + 0.5).clip(0, 1) if width > 1 else (x > center - 0.5) * 1.0),
+    'LINEAR_EXACT': lambda x, center, width: ((x - center) / width + 0.5).clip(0, 1),
+    'SIGMOID': lambda x, center, width: 1 / (1 + np.exp(-4 * (x - center) / width)),
 }
 LEAST_WIDTH = {'LINEAR': 1.0, 'LINEAR_EXACT': 1e-12, 'SIGMOID': 1e-12}     # a narrower window is none
 
 
 def palette(dataset: Any) -> np.ndarray:
-    """Numbers of colours in a table: (H, W, 3) in [0, 1]."""
+    """Numbers of colors in a table: (H, W, 3) in [0, 1]."""
     from pydicom.pixels import apply_color_lut
     x = apply_color_lut(dataset.pixel_array, dataset)
     return x[..., :3] / np.float64(np.iinfo(x.dtype).max)
 
 
-def colour(dataset: Any) -> np.ndarray:
+def color(dataset: Any) -> np.ndarray:
     """RGB, and luma with chroma, which pydicom makes RGB: (H, W, 3) in [0, 1]."""
     return dataset.pixel_array / (2.0 ** dataset.BitsStored - 1)
 
 
 # photometric interpretation (C.7.6.3.1.2) -> how its pixels are read
 KINDS: dict[str, Callable[[Any], np.ndarray]] = {
-    'MONOCHROME1': grey, 'MONOCHROME2': grey, 'PALETTE COLOR': palette, 'RGB': colour, 'YBR_FULL': colour,
-    'YBR_FULL_422': colour, 'YBR_ICT': colour, 'YBR_RCT': colour}
+    'MONOCHROME1': gray, 'MONOCHROME2': gray, 'PALETTE COLOR': palette, 'RGB': color, 'YBR_FULL': color,
+    'YBR_FULL_422': color, 'YBR_ICT': color, 'YBR_RCT': color}

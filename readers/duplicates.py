@@ -1,4 +1,4 @@
-"""Near-duplicates: the same picture twice, resized, recompressed or with other grey levels.
+"""Near-duplicates: the same picture twice, resized, recompressed or with other gray levels.
 
 N images or volumes of size *S = (H, W) or (D, H, W).
 """
@@ -40,16 +40,16 @@ def _thumbnails(pixels: np.ndarray) -> np.ndarray:
     """Means over a raster of SIZE cells along each axis: (b, C, *S) -> (b, SIZE^2 or SIZE^3); smaller images
     keep their pixels.
     """
-    grey = pixels.mean(axis=1, dtype=np.float32)                         # (b, *S)
-    axes = range(1, grey.ndim)
+    gray = pixels.mean(axis=1, dtype=np.float32)                         # (b, *S)
+    axes = range(1, gray.ndim)
     for axis in axes:
-        length = grey.shape[axis]
+        length = gray.shape[axis]
         if length > SIZE:
             edges = np.arange(SIZE) * length // SIZE
             others = [other for other in axes if other != axis]
             widths = np.diff(edges, append=length).astype(np.float32)
-            grey = np.add.reduceat(grey, edges, axis=axis) / np.expand_dims(widths, [0, *others])
-    return grey.reshape(len(grey), -1)
+            gray = np.add.reduceat(gray, edges, axis=axis) / np.expand_dims(widths, [0, *others])
+    return gray.reshape(len(gray), -1)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

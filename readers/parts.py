@@ -141,20 +141,14 @@ class JoinedPart(Part):
         self.has_masks = any(part.has_masks for part in self.parts)
 
     def items(self, indices: Sequence[int], draw: int = 0) -> Batch:
-        indices = np.asarray(indices, np.int64)
-        x, masks, owners = None, None, np.searchsorted(self.ends, indices, 'right')
-        for owner in np.unique(owners):
-            part, places = self.parts[owner], np.flatnonzero(owners == owner)
-            batch = part.items(indices[places] - (self.ends[owner] - len(part)), draw)
-            if x is None:
-                x = batch.x.new_empty(len(indices), *batch.x.shape[1:])
-            x[places] = batch.x
-            if batch.mask is not None:
-                if masks is None:
-                    masks = batch.mask.new_zeros(len(indices), *batch.mask.shape[1:])
-                masks[places] = batch.mask
-        if masks is None and self.has_masks:
-            masks = torch.zeros(len(indices), 1, *x.shape[2:], dtype=torch.bool)
+        singles = []
+        for index, owner in zip(indices, np.searchsorted(self.ends, indices, 'right'), strict=True):
+            part = self.parts[owner]
+            singles.append(part.items([index - (self.ends[owner] - len(part))], draw))
+        x, masks = torch.cat([batch.x for batch in singles]), None
+        if self.has_masks:
+            nothing = torch.zeros(1, 1, *x.shape[2:], dtype=torch.bool)
+            masks = torch.cat([nothing if batch.mask is None else batch.mask for batch in singles])
         return Batch(x, self.labels[indices], masks, [self.entries[i].id for i in indices])
 
 

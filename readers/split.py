@@ -267,7 +267,7 @@ def warnings(entries: Sequence[Entry], parts: Mapping[str, str],
             lines.append(f"duplicates across parts: {count(len(pairs), 'pair')} of images are {words}: "
                          f"{named}")
     if contradicted := contradictions(entries):
-        lines.append(f"{count(len(contradicted), 'file')} of the same content are called normal and "
+        lines.append(f"{count(len(contradicted), 'file')} of the same content are labeled normal and "
                      f"anomalous: {some(contradicted)}")
     if spread := spread_patients(entries, parts):
         lines.append(f"{count(len(spread), 'patient')} in more than one part of the stored split: "
@@ -280,7 +280,7 @@ def warnings(entries: Sequence[Entry], parts: Mapping[str, str],
 
 
 def contradictions(entries: Sequence[Entry]) -> list[str]:
-    """The ids of files whose content is called normal in one file and anomalous in another."""
+    """The ids of files of equal content, of which one is normal and another anomalous."""
     labels = defaultdict(set)
     for e in entries:
         labels[e.sha256 or e.id].add(e.label)

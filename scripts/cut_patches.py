@@ -6,8 +6,8 @@ all have lesions.
     python train.py --dataset brain --data patches --modalities flair --labels lesions \\
         --window 0 255 --volume_shape 16 16 16 ...
 
-Leaves <out>/normal/<modality>/PERSON_X_Y_Z.nii.gz, patches that no labelled lesion reaches into;
-<out>/lesion/<modality>/..., patches with labelled voxels, and <out>/lesion/<labels>/... beside them; and
+Leaves <out>/normal/<modality>/PERSON_X_Y_Z.nii.gz, patches that no labeled lesion reaches into;
+<out>/lesion/<modality>/..., patches with labeled voxels, and <out>/lesion/<labels>/... beside them; and
 train_keys.txt, val_keys.txt and test_keys.txt, which put all patches of a person into one part. People who
 are trained on leave their lesions out. See docs/data.md, section Patches.
 """
@@ -95,7 +95,7 @@ def cut(subject: Subject, grid: Grid, loader: VolumeLoader, config: PatchConfig,
     Unreadable.
     """
     size = config.size
-    grid = grid.centred(np.maximum(grid.shape, size))
+    grid = grid.centered(np.maximum(grid.shape, size))
     volume = loader.on_grid(subject, grid)
     # Where interpolation brought a lesion into the image, be it less than half a voxel of it.
     label = loader.lesions(subject, loader.first(subject))

@@ -3,7 +3,7 @@ r"""Mean and covariance of the features of a data set's training images: evaluat
     python scripts/precompute_fid_statistics.py --dataset covid --data FOLDER --fid_dir statistics \
         --inception_weights weights-inception-2015-12-05-6726825d.pth
 
-Writes <fid_dir>/<dataset>.npz. The images are the normal ones of the training part, as grey levels of 8 bits
+Writes <fid_dir>/<dataset>.npz. The images are the normal ones of the training part, as gray levels of 8 bits
 also where models see them binarized, each once, none flipped; of more than --max_samples, evenly spaced ones.
 """
 

@@ -245,7 +245,7 @@ def test_published_and_turned_images_are_classes(trained, tmp_path):
 @pytest.mark.parametrize('flags, told', [
     (('--ood', 'a=/no/where'), '/no/where'), (('--ood', 'a'), 'NAME=PATH'),
     (('--max_ood', -1, '--ood', 'a=test:flip'), '--max_ood -1'),
-    (('--eval_mode', 'sample', '--ood', 'a=test:flip'), 'only the mode anomaly')])
+    (('--eval_mode', 'sample', '--ood', 'a=test:flip'), '--ood is a flag of --eval_mode anomaly')])
 def test_wrong_flags_are_one_line(trained, flags, told, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr('sys.argv', ['evaluate.py', '--checkpoint', str(trained / 'eval-a'), '--save',
                                      str(tmp_path), '--eval_mode', 'anomaly', *map(str, flags), *ONE_THREAD])

@@ -110,7 +110,7 @@ def test_labels_take_the_nearest_voxel():
 
 def test_outside_of_a_file_is_the_filling():
     source = Grid((2, 2, 2), np.eye(4))
-    wide = resample(np.full((2, 2, 2), 7, np.float32), source, source.centred((4, 4, 4)), fill=-3)
+    wide = resample(np.full((2, 2, 2), 7, np.float32), source, source.centered((4, 4, 4)), fill=-3)
     assert (wide == 7).sum() == 8 and (wide[1:3, 1:3, 1:3] == 7).all() and (wide == -3).sum() == 56
 
 

@@ -31,7 +31,7 @@ TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
 def decode(data: bytes) -> np.ndarray:
-    """The image in the bytes of a PNG, JPEG, TIFF, BMP or DICOM file: (H, W, C) float32 in [0, 1], C = 1 grey
+    """The image in the bytes of a PNG, JPEG, TIFF, BMP or DICOM file: (H, W, C) float32 in [0, 1], C = 1 gray
     or 3 RGB. Of DICOM see `decode_dicom`.
 
     Full scale is white: 255, 65535, or what the bits of the TIFF allow. Integers beyond 16 bits and floats
@@ -91,7 +91,7 @@ def _values(image: Image.Image, tags: dict[int, object]) -> np.ndarray:
 
 
 def to_channels(x: np.ndarray, channels: int) -> np.ndarray:
-    """(H, W, 1 or 3) as (H, W, channels): luma of a colour image, or grey three times over."""
+    """(H, W, 1 or 3) as (H, W, channels): luma of a color image, or gray three times over."""
     if x.shape[-1] == channels:
         return x
     return (x @ LUMA)[..., None] if channels == 1 else np.repeat(x, channels, axis=-1)
@@ -102,7 +102,7 @@ def to_size(x: np.ndarray, size: int, fit: str) -> np.ndarray:
     not square.
 
     pad      all of it, black borders to both sides
-    crop     its centre
+    crop     its center
     stretch  all of it, out of proportion
     """
     height, width = x.shape[:2]

@@ -17,7 +17,7 @@ LEAST_RADIUS = 1.5              # voxels
 STRETCH = (0.7, 1.4)            # of the radius along each axis
 RAGGED = 0.25                   # standard deviation of the depth of the surface, as a share of the radius
 SHIFTS = (0.25, 0.5)            # of the intensity, of a range of 1
-CENTRES, STRENGTHS = 5.0, (5.0, 15.0)         # of the deformation, mm
+CENTERS, STRENGTHS = 5.0, (5.0, 15.0)         # of the deformation, mm
 PERCENTILES = (0.01, 99.9)      # of a channel, which a deformation leaves where they were, as a reader would
 PUSHED = 1.5                    # times as far from the middle as before: so much counts as lesion
 ENHANCED = 1.5                  # factor of the intensity of lesions
@@ -38,8 +38,8 @@ def add_lesions(x: np.ndarray, mask: np.ndarray, spacing: np.ndarray,
     index, inside = np.indices(shape), np.argwhere(tissue)
     x, mask = x.copy(), mask.copy()
     for _ in range(random.integers(LESIONS[0], LESIONS[1] + 1)):
-        centre, radius = random.choice(inside), max(LEAST_RADIUS, size * random.uniform(*RADII))
-        away = (index - centre.reshape(-1, *[1] * dims)) / random.uniform(*STRETCH, (dims, *[1] * dims))
+        center, radius = random.choice(inside), max(LEAST_RADIUS, size * random.uniform(*RADII))
+        away = (index - center.reshape(-1, *[1] * dims)) / random.uniform(*STRETCH, (dims, *[1] * dims))
         ragged = ndimage.gaussian_filter(random.standard_normal(shape), radius / 2, mode='wrap')
         depth = radius * (1 + RAGGED * ragged / ragged.std()) - np.sqrt((away ** 2).sum(0))
         share = np.clip(depth + 0.5, 0, 1) * tissue         # (*S)
@@ -60,7 +60,7 @@ def deform(x: np.ndarray, mask: np.ndarray, spacing: np.ndarray,
            random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Pushed away from the middle, as by a tumour: the deformation of Spatial-MSMA (Mahmood et al. 2024).
 
-    Two centres c1 and c2 near the image's, of a volume at one height, and m between them; p shows what was at
+    Two centers c1 and c2 near the image's, of a volume at one height, and m between them; p shows what was at
     m + (1 - k) (p - m), k = strength / (|p - c1| + |p - c2|), and black what was outside. Far away everything
     moves by half the strength, so that it moves marks nothing: the mask is where tissue is at least PUSHED
     times as far from m as it was, an ellipsoid with the foci c1 and c2. Intensities are scaled like those of
@@ -68,12 +68,12 @@ def deform(x: np.ndarray, mask: np.ndarray, spacing: np.ndarray,
     """
     place = (np.indices(x.shape[1:]).T * spacing).T                                        # (dims, *S), mm
     middle = (np.array(x.shape[1:]) - 1) / 2 * spacing
-    centres = middle + random.uniform(-CENTRES, CENTRES, (2, len(middle)))
+    centers = middle + random.uniform(-CENTERS, CENTERS, (2, len(middle)))
     if len(middle) == 3:
-        centres[1, 2] = centres[0, 2]
+        centers[1, 2] = centers[0, 2]
     share = random.uniform(*STRENGTHS) / np.maximum(
-        sum(np.linalg.norm(place.T - c, axis=-1).T for c in centres), 1e-9)         # (*S)
-    away = (place.T - centres.mean(0)).T
+        sum(np.linalg.norm(place.T - c, axis=-1).T for c in centers), 1e-9)         # (*S)
+    away = (place.T - centers.mean(0)).T
     source = ((place - share * away).T / spacing).T                                         # voxels
     # Cubic: between voxels linear interpolation would smooth the noise away, which tells such images too.
     moved = np.stack([ndimage.map_coordinates(channel, source, order=3) for channel in x])

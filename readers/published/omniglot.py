@@ -1,7 +1,7 @@
 """OMNIGLOT as the importance-weighted autoencoder has it: chardata.mat of github.com/yburda/iwae.
 
 `data` and `testdata` (784, N) hold a character a column, 28 x 28 in [0, 1], written column by column;
-`target` and `testtarget` (50, N) are 1 at its alphabet. Grey levels are rounded to 8 bits, where the
+`target` and `testtarget` (50, N) are 1 at its alphabet. Gray levels are rounded to 8 bits, where the
 published reader cuts them off: they differ by 1 of 255 at most.
 """
 

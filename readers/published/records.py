@@ -176,7 +176,7 @@ class Decoding:
         return image.crop(self.box) if self.box else image
 
     def fit(self, image: Image.Image, size: int, place: tuple[float, float] | None) -> Image.Image:
-        """S x S pixels; `place`, two numbers in [0, 1), says what a crop cuts out; None = the centre."""
+        """S x S pixels; `place`, two numbers in [0, 1), says what a crop cuts out; None = the center."""
         width, height = image.size
         if not self.crop:
             return _resized(image, size, size)

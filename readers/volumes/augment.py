@@ -43,7 +43,7 @@ def scale(x: Tensor, random: torch.Generator) -> Tensor:
 
 
 def shift_histogram(x: Tensor, random: torch.Generator) -> Tensor:
-    """Intensities mapped by a rising broken line whose inner points are moved between their neighbours."""
+    """Intensities mapped by a rising broken line whose inner points are moved between their neighbors."""
     number = int(torch.randint(POINTS[0], POINTS[1] + 1, (), generator=random))
     old = torch.linspace(0, 1, number)
     new = old.clone()
@@ -54,7 +54,7 @@ def shift_histogram(x: Tensor, random: torch.Generator) -> Tensor:
 
 
 def move(x: Tensor, random: torch.Generator) -> Tensor:
-    """Rotated about the centre and translated, linear between voxels, zeros from outside."""
+    """Rotated about the center and translated, linear between voxels, zeros from outside."""
     turn = torch.eye(3)
     for a, b in ((0, 1), (0, 2), (1, 2)):
         angle = uniform(random, -ROTATION, ROTATION)

@@ -45,7 +45,7 @@ class Grid:
 
     @property
     def spacing(self) -> np.ndarray:
-        """Distance between neighbours along each axis, mm: (3,)."""
+        """Distance between neighbors along each axis, mm: (3,)."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
     def box(self, start: Sequence[int], shape: Sequence[int]) -> 'Grid':
@@ -55,8 +55,8 @@ class Grid:
         shift[:3, 3] = start
         return Grid(tuple(int(n) for n in shape), self.affine @ shift)
 
-    def centred(self, shape: Sequence[int]) -> 'Grid':
-        """`shape` voxels around the same centre: cut where that is less, padded where it is more."""
+    def centered(self, shape: Sequence[int]) -> 'Grid':
+        """`shape` voxels around the same center: cut where that is less, padded where it is more."""
         return self.box((np.array(self.shape) - shape) // 2, shape)
 
     def spaced(self, mm: float | np.ndarray) -> 'Grid':

@@ -104,7 +104,7 @@ class VolumeLoader:
         if isinstance(subject, Unreadable):
             raise subject
         outline = outline or self.outline(subject)
-        loaded = self.on_grid(subject, outline.centred(self.shape))
+        loaded = self.on_grid(subject, outline.centered(self.shape))
         cut = any(have > kept for have, kept in zip(outline.shape, self.shape, strict=True))
         return loaded._replace(repairs=(*loaded.repairs, CUT)) if cut else loaded
 
@@ -186,7 +186,7 @@ class VolumeLoader:
         return np.rint(np.clip((x - low) / (high - low), 0, 1) * np.iinfo(dtype).max).astype(dtype)
 
     def lesions(self, subject: Subject, first: Nifti) -> tuple[np.ndarray, Grid] | None:
-        """What is labelled as lesion (X, Y, Z) uint8 0 or 1 with its grid, None without a label; `first` is
+        """What is labeled as lesion (X, Y, Z) uint8 0 or 1 with its grid, None without a label; `first` is
         the first file of the subject. Raises Unreadable.
         """
         if not subject.label:
