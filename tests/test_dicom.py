@@ -207,7 +207,7 @@ UNREADABLE = {
     'damaged or cut off ': lambda: without('SamplesPerPixel'),
     'height or width is 0': lambda: as_bytes(made(RAMP, Rows=0)),
     'more than 100,000,000 pixels': lambda: as_bytes(made(RAMP, Rows=20000, Columns=20000)),
-    'kind of colour that is not read': lambda: as_bytes(made(RAMP, NAME)),
+    'kind of color that is not read': lambda: as_bytes(made(RAMP, NAME)),
     'compressed as JPEG-LS Lossless': uncompressible,
     'unknown transfer syntax': lambda: as_bytes(made(RAMP)).replace(
         b'1.2.840.10008.1.2.1\0', b'1.2.3.4.5.6.7.8.9.1\0'),
