@@ -7,15 +7,14 @@ one level is in memory at a time.
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomaly.density import GMM, KDE, KNN, PCAGMM, Density, Mahalanobis
-from anomaly.flow_density import Flow
+from anomaly.density import Density
 from anomaly.outputs import Outputs
 from anomaly.scores import check_captum
 
@@ -23,67 +22,12 @@ ACTIVATIONS = (nn.SiLU, nn.ELU, nn.LeakyReLU)
 LINEAR_INTERPOLATION = {2: 'bilinear', 3: 'trilinear'}
 
 
-# -------------------------------------------------------------------------------- densities, differentiable
-
-def tensors(density: Density) -> dict[str, Any]:
-    """The state of a density, numbers as float64 tensors."""
-    return {name: torch.as_tensor(value, dtype=torch.float64) if value.dtype.kind in 'fi' else str(value)
-            for name, value in density.state().items()}
-
-
-def mahalanobis(density: Density, features: Tensor) -> Tensor:
-    d = tensors(density)
-    z = (features - d['mean']) / d['std']
-    return (z @ d['precision'] * z).sum(1).sqrt()
-
-
-def distances(d: dict[str, Any], features: Tensor) -> Tensor:
-    """To the R images of the fit: (N, R)."""
-    return torch.cdist((features - d['mean']) / d['std'], d['reference'])
-
-
-def knn(density: Density, features: Tensor) -> Tensor:
-    d = tensors(density)
-    return distances(d, features).kthvalue(min(int(d['k']), len(d['reference']))).values
-
-
-def kde(density: Density, features: Tensor) -> Tensor:
-    """Up to a constant."""
-    d = tensors(density)
-    u = distances(d, features) / d['bandwidth']
-    return -torch.logsumexp(-u if d['kernel'] == 'exponential' else -u ** 2 / 2, dim=1)
-
-
-def mixture(d: dict[str, Any], z: Tensor) -> Tensor:
-    """-log density (N,) of a mixture of normals, up to a constant; see GMM.rate."""
-    white = torch.einsum('nkd,kde->nke', z[:, None] - d['centers'], d['roots'])                    # (N, K, D)
-    log_det = d['roots'].diagonal(dim1=1, dim2=2).log().sum(1)                                         # (K,)
-    return -torch.logsumexp(d['weights'].log() + log_det - 0.5 * white.square().sum(2), dim=1)
-
-
-def gmm(density: Density, features: Tensor) -> Tensor:
-    d = tensors(density)
-    return mixture(d, (features - d['mean']) / d['std'])
-
-
-def pca_gmm(density: Density, features: Tensor) -> Tensor:
-    d = tensors(density)
-    return mixture(d, (features - d['mean']) @ d['axes'])
-
-
-# The score of features (N, D), float64: (N,), up to a constant.
-ENERGIES: dict[type, Callable[[Any, Tensor], Tensor]] = {
-    Mahalanobis: mahalanobis, KNN: knn, KDE: kde, GMM: gmm, PCAGMM: pca_gmm, Flow: Flow.energy}
-
-
 def pull(density: Density, features: Tensor) -> Tensor:
-    """Gradient of a fitted density's score by its features: (N, D). That of features not finite is NaN."""
+    """Gradient of a fitted density's score by its features (N, D): the same shape, NaN if not finite."""
     with torch.enable_grad():
         leaf = features.detach().double().requires_grad_()
-        return torch.autograd.grad(ENERGIES[type(density)](density, leaf).sum(), leaf)[0]
+        return torch.autograd.grad(density.energy(leaf).sum(), leaf)[0]
 
-
-# ------------------------------------------------------------------------------------------------ heat-maps
 
 class Level(nn.Module):
     """The contribution of one level, w f_i(x): images (B, C, *S) to (B,). A module, as captum requires."""
@@ -97,18 +41,15 @@ class Level(nn.Module):
         return self.weight.to(x) * self.model.score_norm(x, self.level, **self.msma)
 
 
-def levels(model: Any, weights: Tensor, msma: dict[str, Any]) -> Iterator[Level]:
+def levels(model: Any, weights: Tensor, msma: dict[str, Any]) -> list[Level]:
     """The contributions of all levels, from `weights` (B, n)."""
-    return (Level(model, i, weight, msma) for i, weight in enumerate(weights.T))
+    return [Level(model, i, weight, msma) for i, weight in enumerate(weights.T)]
 
 
 def gradient(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
     """dE/dx: (B, C, *S)."""
-    total = torch.zeros_like(x)
-    for level in levels(model, weights, msma):
-        leaf = x.detach().requires_grad_()
-        total += torch.autograd.grad(level(leaf).sum(), leaf)[0]
-    return total
+    leaf = x.detach().requires_grad_()
+    return sum(torch.autograd.grad(level(leaf).sum(), leaf)[0] for level in levels(model, weights, msma))
 
 
 def saliency(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
@@ -124,9 +65,8 @@ def gradient_times_input(model: Any, x: Tensor, weights: Tensor, msma: dict[str,
 def guided_backprop(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
     """|dE/dx| without negative gradients at every ReLU (Springenberg et al. 2015), mean over channels."""
     from captum.attr import GuidedBackprop
-    total = torch.zeros_like(x)
-    for level in levels(with_relus(model), weights, msma):
-        total += GuidedBackprop(level).attribute(x.detach().clone())
+    total = sum(GuidedBackprop(level).attribute(x.detach().clone())
+                for level in levels(with_relus(model), weights, msma))
     return total.abs().mean(1, keepdim=True)
 
 

@@ -2,7 +2,8 @@
 
 N images, D features each, K components of a mixture. A density learns with `fit(features)`, features (N, D),
 and `score(features)` gives (N,), larger = more anomalous: `KNN(k=5).fit(normal).score(new)`. What was learned
-is plain arrays: `state()`, and `from_state` on the same class gives the same scores, bit by bit.
+is plain arrays: `state()`, and `from_state` on the same class gives the same scores, bit by bit. `energy` is
+the score in torch, for gradients.
 """
 
 import itertools
@@ -11,6 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from utils import UserError
 
@@ -18,6 +22,10 @@ RIDGE = 1e-9                 # added to the variances of standardized features, 
 GMM_RIDGE = 1e-3             # the same for a component of a mixture, which may have few images
 CHOOSING_FOLDS = 5           # of the cross-validation that chooses a mixture, or a kernel and its bandwidth
 MOST_TO_CHOOSE = 2000        # images with which it chooses a kernel: its time grows with their square
+HELD_OUT = 0.1               # of the images of a flow: they determine when its training ends
+BATCH = 128
+CHECK_EVERY = 25             # steps between evaluations of the held-out images
+PATIENCE = 5                 # evaluations without a gain after which it ends
 COVARIANCES = ('full', 'diag')
 # Arguments of GMM as published: in 3D (SADE), and in 2D (Mahmood et al. 2021).
 SADE_RULE = {'components': (3, 4, 5), 'covariances': ('full',), 'quantile': 0.1, 'reg_covar': 1e-6,
@@ -31,18 +39,20 @@ class Density:
     learned: tuple[str, ...] = ()       # attributes that `fit` sets, numbers and arrays
     least = 2                           # smallest number of images to learn from
     folds = 50                          # largest number of fits of `cross_fit`
+    scale = True                        # whether `standardize` does so
 
     def learn(self, features: np.ndarray) -> None:
         """Learns from finite features (N, D) of normal images."""
         raise NotImplementedError
 
-    def rate(self, features: np.ndarray) -> np.ndarray:
-        """Scores (N,) of finite features (N, D)."""
+    def energy(self, features: Tensor) -> Tensor:
+        """Scores (N,) of features (N, D), float64, differentiable; not finite where the features are not."""
         raise NotImplementedError
 
-    @property
-    def fitted(self) -> bool:
-        return all(hasattr(self, name) for name in self.learned)
+    @torch.no_grad()
+    def rate(self, features: np.ndarray) -> np.ndarray:
+        """Scores (N,) of finite features (N, D)."""
+        return self.energy(torch.tensor(features)).numpy()
 
     def fit(self, features: np.ndarray) -> Self:
         """Learns from features (N, D) of normal images. Raises UserError for too few."""
@@ -83,19 +93,22 @@ class Density:
         for name in self.learned:
             setattr(self, name, np.array(values[name], order='C'))
 
+    def tensor(self, name: str) -> Tensor:
+        """What was learned by this name, float64."""
+        return torch.tensor(getattr(self, name), dtype=torch.float64)
+
     def standardize(self, features: np.ndarray) -> np.ndarray:
-        """Sets mean and standard deviation (D,); returns the features with mean 0 and variance 1."""
-        self.mean, self.std = features.mean(0), features.std(0)
-        self.std[self.std <= 1e-9 * np.maximum(1, np.abs(self.mean))] = 1   # constant: e.g. a collapsed group
-        return self.standardized(features)
-
-    def standardized(self, features: np.ndarray) -> np.ndarray:
-        return (features - self.mean) / self.std
-
-    def unscaled(self, features: np.ndarray) -> np.ndarray:
-        """Sets mean 0 and standard deviation 1, with which `standardized` changes nothing."""
+        """Sets mean and standard deviation (D,), or without `scale` 0 and 1; returns what they make of the
+        features (N, D).
+        """
         self.mean, self.std = np.zeros(features.shape[1]), np.ones(features.shape[1])
-        return features
+        if self.scale:
+            self.mean, self.std = features.mean(0), features.std(0)
+            self.std[self.std <= 1e-9 * np.maximum(1, np.abs(self.mean))] = 1   # constant: a collapsed group
+        return self.standardized(torch.from_numpy(features)).numpy()
+
+    def standardized(self, features: Tensor) -> Tensor:
+        return (features - self.tensor('mean')) / self.tensor('std')
 
 
 class Typicality(Density):
@@ -108,8 +121,8 @@ class Typicality(Density):
     def learn(self, features: np.ndarray) -> None:
         self.mean = features.sum(1).mean()
 
-    def rate(self, features: np.ndarray) -> np.ndarray:
-        return np.abs(features.sum(1) - self.mean)
+    def energy(self, features: Tensor) -> Tensor:
+        return (features.sum(1) - self.tensor('mean')).abs()
 
 
 class Mahalanobis(Density):
@@ -125,9 +138,9 @@ class Mahalanobis(Density):
         covariance, _ = ledoit_wolf(self.standardize(features))
         self.precision = np.linalg.inv(covariance + RIDGE * np.eye(len(self.mean)))                   # (D, D)
 
-    def rate(self, features: np.ndarray) -> np.ndarray:
+    def energy(self, features: Tensor) -> Tensor:
         z = self.standardized(features)                                                               # (N, D)
-        return np.sqrt(np.maximum(np.einsum('ni,ij,nj->n', z, self.precision, z), 0))
+        return (z @ self.tensor('precision') * z).sum(1).clamp(min=0).sqrt()
 
 
 class KNN(Density):
@@ -141,12 +154,14 @@ class KNN(Density):
         self.k, self.scale = k, scale
 
     def learn(self, features: np.ndarray) -> None:
-        self.reference = self.standardize(features) if self.scale else self.unscaled(features)      # (N, D)
+        self.reference = self.standardize(features)                                                 # (N, D)
 
-    def rate(self, features: np.ndarray) -> np.ndarray:
+    def energy(self, features: Tensor) -> Tensor:
         from sklearn.neighbors import NearestNeighbors
+        z = self.standardized(features)
         neighbors = NearestNeighbors(n_neighbors=min(int(self.k), len(self.reference))).fit(self.reference)
-        return neighbors.kneighbors(self.standardized(features))[0][:, -1]
+        nearest = neighbors.kneighbors(z.detach().nan_to_num(0, 0, 0), return_distance=False)[:, -1]
+        return (z - self.tensor('reference')[nearest]).norm(dim=1)
 
 
 class KDE(Density):
@@ -164,7 +179,7 @@ class KDE(Density):
         self.kernels, self.bandwidths, self.scale, self.seed = tuple(kernels), tuple(bandwidths), scale, seed
 
     def learn(self, features: np.ndarray) -> None:
-        self.reference = self.standardize(features) if self.scale else self.unscaled(features)      # (N, D)
+        self.reference = self.standardize(features)                                                 # (N, D)
         subset = np.random.default_rng(self.seed).permutation(len(features))[:MOST_TO_CHOOSE]
         self.kernel, self.bandwidth = cross_validated(
             self.reference[subset], list(itertools.product(self.kernels, self.bandwidths)), self.estimate,
@@ -175,9 +190,15 @@ class KDE(Density):
         from sklearn.neighbors import KernelDensity
         return KernelDensity(kernel=str(kernel), bandwidth=float(bandwidth)).fit(z)
 
+    def energy(self, features: Tensor) -> Tensor:
+        """Up to a constant."""
+        u = torch.cdist(self.standardized(features), self.tensor('reference')) / self.tensor('bandwidth')
+        return -torch.logsumexp(-u if self.kernel == 'exponential' else -u ** 2 / 2, dim=1)
+
     def rate(self, features: np.ndarray) -> np.ndarray:
+        """By scikit-learn, which needs less memory than all distances at once."""
         estimate = self.estimate(self.reference, self.kernel, self.bandwidth)
-        return -estimate.score_samples(self.standardized(features))
+        return -estimate.score_samples(self.standardized(torch.from_numpy(features)))
 
 
 class GMM(Density):
@@ -232,14 +253,13 @@ class GMM(Density):
             return GaussianMixture(components, covariance_type=covariance, random_state=self.seed,
                                    **self.options).fit(z)
 
-    def rate(self, features: np.ndarray) -> np.ndarray:
-        from scipy.special import logsumexp
-        z = self.standardized(features)
+    def energy(self, features: Tensor) -> Tensor:
+        z, roots = self.standardized(features), self.tensor('roots')
         # R R' is the precision, R triangular: log N = log |R| - |R'(z - center)|^2 / 2 - D / 2 log(2 pi)
-        white = np.einsum('nkd,kde->nke', z[:, None] - self.centers, self.roots)                   # (N, K, D)
-        log_det = np.log(np.diagonal(self.roots, axis1=1, axis2=2)).sum(1)                              # (K,)
-        log_normal = log_det - 0.5 * (white ** 2).sum(2) - 0.5 * z.shape[1] * math.log(2 * math.pi)   # (N, K)
-        return -logsumexp(np.log(self.weights) + log_normal, axis=1)
+        white = torch.einsum('nkd,kde->nke', z[:, None] - self.tensor('centers'), roots)           # (N, K, D)
+        log_det = roots.diagonal(dim1=1, dim2=2).log().sum(1)                                           # (K,)
+        log_normal = log_det - 0.5 * white.square().sum(2) - 0.5 * z.shape[1] * math.log(2 * math.pi)
+        return -torch.logsumexp(self.tensor('weights').log() + log_normal, dim=1)                       # (N,)
 
 
 class PCAGMM(GMM):
@@ -263,10 +283,65 @@ class PCAGMM(GMM):
         scale = np.where(varies, spread, 1)
         varies[0] = True                                              # keep one component, even if constant
         self.axes = axes[:len(varies)][varies].T / scale[varies]
-        return self.standardized(features)
+        return self.standardized(torch.from_numpy(features)).numpy()
 
-    def standardized(self, features: np.ndarray) -> np.ndarray:
-        return (features - self.mean) @ self.axes
+    def standardized(self, features: Tensor) -> Tensor:
+        return (features - self.tensor('mean')) @ self.tensor('axes')
+
+
+class Flow(Density):
+    """-log density of the standardized features under a masked autoregressive flow, nats.
+
+    Feature i of D is normal, with a mean and standard deviation that a masked network computes from features
+    1 to i - 1 (Papamakarios et al. 2017); several such transforms may follow one another. Trained on nine
+    tenths of the images, with early stopping by the log density of the others; determined by `seed`.
+    """
+    learned, least, folds = ('mean', 'std', 'hidden', 'transforms', 'weights'), 4, 5
+
+    def __init__(self, hidden: tuple[int, ...] = (128, 128), transforms: int = 1, steps: int = 1000,
+                 learning_rate: float = 3e-3, seed: int = 0):
+        """`transforms` networks with layers of these `hidden` widths; at most `steps` batches of 128."""
+        self.hidden, self.transforms, self.steps = hidden, transforms, steps
+        self.learning_rate, self.seed = learning_rate, seed
+
+    def network(self, features: int) -> Any:
+        """zuko's flow of D `features`, its base a standard normal."""
+        import zuko
+        return zuko.flows.MAF(features, transforms=int(self.transforms), activation=torch.nn.ELU,
+                              hidden_features=[int(width) for width in self.hidden])
+
+    def learn(self, features: np.ndarray) -> None:
+        z = torch.from_numpy(self.standardize(features)).float()                                      # (N, D)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(self.seed)
+            flow = self.network(z.shape[1])
+            self.train(flow, z[torch.randperm(len(z))])
+
+    def train(self, flow: Any, z: Tensor) -> None:
+        """Sets the weights with which the log density of the first tenth of z (N, D) was largest."""
+        number = max(1, int(HELD_OUT * len(z)))
+        held_out, z = z[:number], z[number:]
+        optimizer = torch.optim.Adam(flow.parameters(), self.learning_rate)
+        best, last_gain = -torch.inf, 0
+        for step in range(self.steps + 1):
+            if step % CHECK_EVERY == 0:
+                with torch.no_grad():
+                    reached = flow().log_prob(held_out).mean().item()
+                if reached > best:
+                    best, last_gain = reached, step
+                    self.weights = parameters_to_vector(flow.parameters()).detach().numpy()
+                if step - last_gain >= PATIENCE * CHECK_EVERY:
+                    return
+            batch = z[torch.randint(len(z), (min(BATCH, len(z)),))]
+            optimizer.zero_grad()
+            (-flow().log_prob(batch).mean()).backward()
+            optimizer.step()
+
+    def energy(self, features: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):                         # the initial weights are replaced
+            flow = self.network(len(self.mean)).double().requires_grad_(False)
+        vector_to_parameters(self.tensor('weights'), flow.parameters())
+        return -flow().log_prob(self.standardized(features))
 
 
 def cross_validated(z: np.ndarray, tried: list[tuple], make: Callable[..., Any], folds: int, seed: int,
@@ -280,17 +355,16 @@ def cross_validated(z: np.ndarray, tried: list[tuple], make: Callable[..., Any],
         total(make(z[fold != i], *arguments).score_samples(z[fold == i])) for i in range(folds)))
 
 
-def cross_fit(density: Density, features: np.ndarray, groups: list | None = None,
-              folds: int | None = None) -> np.ndarray:
+def cross_fit(density: Density, features: np.ndarray, groups: list | None = None) -> np.ndarray:
     """Scores (N,) of the features (N, D) of normal images, each from a fit without it; then fits all.
 
     Images of one of the `groups` (N,), such as a patient, are left out together: one group at a time up to
-    `folds` groups (None: those of the density). The fits then have nearly as many images as the final one,
-    which scores test images; what difference remains makes thresholds higher.
+    `folds` groups. The fits then have nearly as many images as the final one, which scores test images; what
+    difference remains makes thresholds higher.
     """
     groups = list(range(len(features))) if groups is None else groups
     order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    number = min(folds or density.folds, len(order))
+    number = min(density.folds, len(order))
     fold = np.array([order[group] * number // len(order) for group in groups])
     values = np.empty(len(features))
     for i in range(number):

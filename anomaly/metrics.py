@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class Metric:
     name: str                                  # its key in metrics.json
     title: str                                 # the head of its column
     about: str                                 # one line for the report
-    function: Callable[[Any], np.ndarray]
+    function: Callable[..., np.ndarray]
     digits: int = 3                            # after the decimal point
     higher_is_better: bool = True
     resampled: bool = True                     # False: no interval

@@ -7,7 +7,6 @@ rises more, however likely the image is. The decoder stays as it is.
 B images, C channels, H x W pixels, D draws behind the bounds before and after.
 """
 
-from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -15,52 +14,40 @@ import torch
 from torch import Tensor
 
 from anomaly.outputs import Outputs, elbo
+from anomaly.scores import Scoring
 from utils import seed_noise
 
 
 def likelihood_regret(outputs: Outputs) -> Tensor:
-    """ELBO after minus ELBO before, nats: (B,). The model has `encoder_parameters() -> [Parameter, ...]`.
+    """ELBO after minus ELBO before, nats: (B,). The model has `encoder_parameters() -> [Parameter, ...]`."""
+    return outputs.once(('regret',), lambda: torch.cat([
+        regret(outputs.model, image, outputs.scoring, name)
+        for image, name in zip(outputs.x.split(1), outputs.ids, strict=True)]))
 
-    Every image starts from the trained encoder and takes `regret_steps` steps of Adam, each with noise of
-    its own: with the same noise in every step the posterior would be fitted to that noise. Both bounds take
-    the same D draws, so that their difference varies less. An optimal encoder has a regret near 0, which may
-    be slightly negative because of the noise of the steps.
+
+def regret(model: Any, image: Tensor, scoring: Scoring, name: str) -> Tensor:
+    """That of one image (1, C, H, W): (1,) float64 on the CPU.
+
+    The trained encoder takes `regret_steps` steps of Adam, each with noise of its own: with the same noise in
+    every step the posterior would be fitted to that noise. Both bounds take the same D draws, so that their
+    difference varies less. An optimal encoder has a regret near 0, which may be slightly negative because of
+    the noise of the steps.
     """
-    def make() -> Tensor:
-        scoring = outputs.scoring
-        model = deepcopy(outputs.model).eval().requires_grad_(False)     # eval: batch norms stay as they are
-        encoder = list(model.encoder_parameters())
-        trained = [parameter.clone() for parameter in encoder]
-        for parameter in encoder:
-            parameter.requires_grad_(True)
-        regrets = []
-        for image, name in zip(outputs.x.split(1), outputs.ids, strict=True):    # (1, C, H, W)
-            for parameter, value in zip(encoder, trained):
-                parameter.copy_(value)
-            noise = (scoring.seed, 'regret', name)
-            before = bound(model, image, scoring.num_draws, noise)
-            fit_encoder(model, encoder, image, scoring.regret_steps, scoring.regret_learning_rate, noise)
-            regrets.append(bound(model, image, scoring.num_draws, noise) - before)
-        return torch.cat(regrets)
-    return outputs.once(('regret',), make)
+    model = deepcopy(model).eval().requires_grad_(False)         # eval: batch norms stay as they are
+    encoder = [parameter.requires_grad_(True) for parameter in model.encoder_parameters()]
+    optimizer = torch.optim.Adam(encoder, lr=scoring.regret_learning_rate)
 
+    def bound(*draw: int | str) -> Tensor:
+        seed_noise(scoring.seed, 'regret', name, *draw)
+        return elbo(model(image))
 
-def bound(model: Any, image: Tensor, draws: int, noise: tuple) -> Tensor:
-    """The ELBO of an image (1, C, H, W), mean over the draws, nats: (1,) float64 on the CPU."""
-    values = []
-    for draw in range(draws):
-        seed_noise(*noise, draw)
-        values.append(elbo(model(image)).double().cpu())
-    return torch.stack(values).mean(0)
+    def mean_bound() -> Tensor:
+        return torch.stack([bound(draw).double().cpu() for draw in range(scoring.num_draws)]).mean(0)
 
-
-@torch.enable_grad()
-def fit_encoder(model: Any, encoder: Iterable[Tensor], image: Tensor, steps: int, learning_rate: float,
-                noise: tuple) -> None:
-    """Raises the ELBO of an image (1, C, H, W) by steps of Adam on the encoder's parameters, in place."""
-    optimizer = torch.optim.Adam(encoder, lr=learning_rate)
-    for step in range(steps):
-        seed_noise(*noise, 'step', step)
+    before = mean_bound()
+    for step in range(scoring.regret_steps):
         optimizer.zero_grad()
-        (-elbo(model(image))).sum().backward()
+        with torch.enable_grad():
+            (-bound('step', step)).sum().backward()
         optimizer.step()
+    return mean_bound() - before

@@ -162,7 +162,7 @@ def absolute_error(outputs: Outputs) -> Tensor:
 
 def complexity(outputs: Outputs) -> Tensor:
     """NELBO minus losslessly compressed size (Serra et al. 2020), bits: (B,)."""
-    from anomaly.complexity import compressed_bits
+    from anomaly.baselines import compressed_bits
     return outputs.nelbo() / math.log(2) - compressed_bits(outputs.x, outputs.bits)
 
 
@@ -220,8 +220,7 @@ def msma_score(name: str, about: str, density: Density) -> Score:
 
 
 def msma_scores() -> list[Score]:
-    from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE
-    from anomaly.flow_density import Flow
+    from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE, Flow
     norms = 'the norms of the score at many levels of noise'
     return [
         msma_score('msma_gmm', f"-log density of {norms} under a Gaussian mixture fitted to normal "

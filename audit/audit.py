@@ -13,7 +13,7 @@ import numpy as np
 
 from anomaly.metrics import METRICS, Resamples, evaluate_score
 from audit.findings import LEARNED, TESTED, all_findings
-from audit.trivial import FEATURES, TRAITS, Measured, measure
+from audit.trivial import FEATURES, TRAITS, Measured, column, measure, words
 from readers.source import CLASSES_SHOWN
 from readers.split import PARTS, count
 from utils import finite, mix_seed
@@ -77,18 +77,18 @@ def draw_samples(data: Any, max_images: int, seed: int) -> dict[tuple[str, str],
     return samples
 
 
-def describe(group: Measured) -> dict[str, Any]:
+def describe(group: Sequence[Measured]) -> dict[str, Any]:
     """Medians and quartiles of the features, where they are known, and the most frequent words of traits."""
-    known = {name: values[np.isfinite(values)] for name, values in group.numbers.items()}
+    known = {name: values[np.isfinite(values)] for name in FEATURES for values in [column(group, name)]}
+    frequent = lambda trait: Counter(filter(None, words(group, trait))).most_common(MOST_WORDS)
     return {'images': len(group),
             'features': {name: dict(zip(('low', 'median', 'high'), np.percentile(v, [25, 50, 75]).tolist()))
                          for name, v in known.items() if len(v)},
-            'traits': {name: {word: n / len(words) for word, n in
-                              Counter(filter(None, words)).most_common(MOST_WORDS)}
-                       for name, words in group.traits.items()}}
+            'traits': {trait: {word: n / len(group) for word, n in frequent(trait)} for trait in TRAITS}}
 
 
-def compare(first: Measured, second: Measured, num_bootstrap: int, seed: int) -> dict[str, Any]:
+def compare(first: Sequence[Measured], second: Sequence[Measured], num_bootstrap: int,
+            seed: int) -> dict[str, Any]:
     """AUROC with its 95 % interval of each feature that is known for all images of both groups.
 
     'features': {name: {'cause', 'auroc', 'low', 'high'}}, a trait as 'format=JPEG' with its 'word' and
@@ -96,19 +96,20 @@ def compare(first: Measured, second: Measured, num_bootstrap: int, seed: int) ->
     constant, or a group comes from one patient.
     """
     resamples = Resamples.draw(len(first), len(second), num_bootstrap, seed)
-    columns = {name: ({'cause': f.cause}, (first.numbers[name], second.numbers[name]))
-               for name, f in FEATURES.items()}
+    columns = {name: ({'cause': feature.cause}, [column(group, name) for group in (first, second)])
+               for name, feature in FEATURES.items()}
     for trait, word in common_words(first, second):
-        has = [np.array([w == word for w in group.traits[trait]], np.float64) for group in (first, second)]
+        has = [np.equal(words(group, trait), word).astype(np.float64) for group in (first, second)]
         about = {'cause': TRAITS[trait][0], 'word': word, 'shares': [float(h.mean()) for h in has]}
         columns[f'{trait}={word}'] = about, has
     varied = {name: (about, pair) for name, (about, pair) in columns.items()
               if np.isfinite(joined := np.concatenate(pair)).all() and np.ptp(joined) > 0}
     rows = {name: about | auroc(*pair, resamples) for name, (about, pair) in varied.items()}
-    combined, folds = None, min(FOLDS, len(set(first.groups)), len(set(second.groups)))
+    combined, folds = None, min(FOLDS, *(len({image.group for image in group}) for group in (first, second)))
     if varied and folds > 1:
         x = np.stack([np.concatenate(pair) for _, pair in varied.values()], 1)               # (N, features)
-        scores = classify(x, np.arange(len(x)) >= len(first), first.groups + second.groups, folds, seed)
+        patients = [image.group for image in (*first, *second)]
+        scores = classify(x, np.arange(len(x)) >= len(first), patients, folds, seed)
         combined = auroc(scores[:len(first)], scores[len(first):], resamples)
     return {'images': [len(first), len(second)], 'features': rows, 'combined': combined}
 
@@ -118,18 +119,17 @@ def auroc(first: np.ndarray, second: np.ndarray, resamples: Resamples) -> dict[s
     return {'auroc': found.value, 'low': found.low, 'high': found.high}
 
 
-def common_words(first: Measured, second: Measured) -> list[tuple[str, str]]:
+def common_words(first: Sequence[Measured], second: Sequence[Measured]) -> list[tuple[str, str]]:
     """The (trait, words) to compare: frequent in a group; of only two words of a trait one is enough."""
     chosen = []
     for trait in TRAITS:
-        numbers = [Counter(group.traits[trait]) for group in (first, second)]
-        words = {*numbers[0], *numbers[1]}
-        if '' in words:                                                # images without a file
+        both = [words(group, trait) for group in (first, second)]
+        if '' in both[0] + both[1]:                                    # images without a file
             continue
-        shares = {word: (numbers[0][word] / len(first), numbers[1][word] / len(second)) for word in words}
-        common = [word for word in words if max(shares[word]) >= COMMON]
+        shares = {word: [group.count(word) / len(group) for group in both] for word in {*both[0], *both[1]}}
+        common = [word for word in shares if max(shares[word]) >= COMMON]
         ranked = sorted(common, key=lambda word: (shares[word][0] - shares[word][1], word))
-        chosen += [(trait, word) for word in ranked[:1 if len(words) == 2 else MOST_WORDS]]
+        chosen += [(trait, word) for word in ranked[:1 if len(shares) == 2 else MOST_WORDS]]
     return chosen
 
 

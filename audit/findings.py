@@ -57,16 +57,21 @@ def severity(row: Row, kind: str) -> str:
     return 'serious' if least >= serious else 'moderate' if least > moderate else 'fine'
 
 
+def telling(rows: Mapping[str, Row], kind: str) -> list[str]:
+    """The features that tell two groups apart, the worst first."""
+    found = {name: severity(row, kind) for name, row in rows.items()}
+    return sorted((name for name in rows if found[name] != 'fine'),
+                  key=lambda name: (SEVERITIES.index(found[name]), -strength(rows[name])))
+
+
 def class_findings(comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> list[Finding]:
     """One finding for each cause that tells a class from the normal images, one for all that do not."""
     first, second, rows = comparison['first'], comparison['second'], comparison['features']
     found, alike = [], []
     for cause, facts in CONFOUNDERS.items():
-        names = sorted((name for name in rows if rows[name]['cause'] == cause), key=lambda name: (
-            SEVERITIES.index(severity(rows[name], 'class')), -strength(rows[name])))
-        different = [name for name in names if severity(rows[name], 'class') != 'fine']
-        if not different:
-            alike += [facts.title] if names else []
+        measured = {name: row for name, row in rows.items() if row['cause'] == cause}
+        if not (different := telling(measured, 'class')):
+            alike += [facts.title] * bool(measured)
             continue
         best, *others = different
         row, also = rows[best], [f'{name} {strength(rows[name]):.2f}' for name in others[:NAMED]]
@@ -91,8 +96,7 @@ def class_findings(comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> 
 def part_findings(comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> list[Finding]:
     """One finding: whether the normal images of the test part are like those that a model learns from."""
     rows, combined = comparison['features'], comparison['combined']
-    different = sorted((name for name in rows if severity(rows[name], 'parts') != 'fine'),
-                       key=lambda name: -strength(rows[name]))
+    different = telling(rows, 'parts')
     judged = [rows[name] for name in different] + [combined] * bool(combined)
     level = min((severity(row, 'parts') for row in judged), key=SEVERITIES.index, default='fine')
     together = f" All features together: {with_interval(combined)}." if combined else ''

@@ -8,7 +8,7 @@ bars at its edges, so that a border changes the features of the border and no ot
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.ndimage import convolve, laplace
@@ -22,8 +22,7 @@ OUTER = 0.05               # of every side: the border
 IMMERKAER = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float64)    # blind to edges and slopes
 
 
-@dataclass(frozen=True)
-class Confounder:
+class Confounder(NamedTuple):
     """A property of images that features measure. A model that uses it has learned `learned`."""
     title: str
     learned: str
@@ -58,8 +57,7 @@ CONFOUNDERS = {
 }
 
 
-@dataclass(frozen=True)
-class Feature:
+class Feature(NamedTuple):
     """A number for each image. `more` and `less` say what differs: "COVID images are brighter"."""
     cause: str                                   # of CONFOUNDERS
     about: str                                   # "the mean brightness"
@@ -188,31 +186,31 @@ FEATURES = {
 
 # -------------------------------------------------------------------------------------------------- of a part
 
-@dataclass(frozen=True)
-class Measured:
-    """N images: numbers {feature: (N,)}, NaN where unknown, words {trait: N strings} of those with a file."""
-    numbers: dict[str, np.ndarray]
-    traits: dict[str, list[str]]
-    groups: list[str]                                        # patient of each image, or its id
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __add__(self, other: 'Measured') -> 'Measured':
-        return Measured({name: np.concatenate([values, other.numbers[name]])
-                         for name, values in self.numbers.items()},
-                        {name: words + other.traits[name] for name, words in self.traits.items()},
-                        self.groups + other.groups)
+class Measured(NamedTuple):
+    """What is known of one image."""
+    numbers: dict[str, float]                                # feature -> value, NaN where unknown
+    traits: dict[str, str]                                   # trait -> word, '' without a file
+    group: str                                               # its patient, or its id
 
 
-def measure(part: Any, indices: Sequence[int]) -> Measured:
+def measure(part: Any, indices: Sequence[int]) -> list[Measured]:
     """The trivial features of some images of a part (readers.parts.Part), in their order."""
-    entries = [part.entries[i] for i in indices]
-    headers = [read_file_header(entry.path) if entry.path else NO_HEADER for entry in entries]
-    numbers = {name: np.empty(len(entries)) for name in FEATURES}
-    for row, (i, entry, header) in enumerate(zip(indices, entries, headers)):
+    measured = []
+    for i in indices:
+        entry = part.entries[i]
+        header = read_file_header(entry.path) if entry.path else NO_HEADER
         picture = Picture.of(part.items([i]).x[0].numpy(), entry.file_bytes or math.nan, header)
-        for name, feature in FEATURES.items():
-            numbers[name][row] = feature.measure(picture)
-    traits = {name: [words(h) if h.format else '' for h in headers] for name, (_, words) in TRAITS.items()}
-    return Measured(numbers, traits, [getattr(entry, 'patient', '') or entry.id for entry in entries])
+        measured.append(Measured(
+            {name: feature.measure(picture) for name, feature in FEATURES.items()},
+            {name: word(header) if header.format else '' for name, (_, word) in TRAITS.items()},
+            getattr(entry, 'patient', '') or entry.id))
+    return measured
+
+
+def column(images: Sequence[Measured], name: str) -> np.ndarray:
+    """A feature of some images: (N,)."""
+    return np.array([image.numbers[name] for image in images], np.float64)
+
+
+def words(images: Sequence[Measured], trait: str) -> list[str]:
+    return [image.traits[trait] for image in images]

@@ -8,8 +8,7 @@ from torch import nn
 
 from anomaly import scores
 from anomaly.attribution import METHODS, grad_cam, gradient, guided_backprop, pull
-from anomaly.density import GMM, KDE, KNN, PCAGMM, Mahalanobis
-from anomaly.flow_density import Flow
+from anomaly.density import GMM, KDE, KNN, PCAGMM, Flow, Mahalanobis
 from anomaly.outputs import Outputs
 from anomaly.scores import MSMA_MAPS, NEED_CAPTUM, SCORES, Scoring, msma_map
 from utils import UserError

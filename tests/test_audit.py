@@ -20,6 +20,7 @@ from audit.trivial import (
     Measured,
     Picture,
     border,
+    column,
     measure,
     noise,
     sharpness,
@@ -375,8 +376,7 @@ def test_what_chance_brings_is_told_from_what_it_does_not():
 
 def test_words_that_are_compared():
     def files(*formats):
-        return Measured({}, {trait: list(formats) for trait in TRAITS},
-                        [str(i) for i in range(len(formats))])
+        return [Measured({}, dict.fromkeys(TRAITS, word), str(i)) for i, word in enumerate(formats)]
     chosen = lambda a, b: [word for trait, word in common_words(a, b) if trait == 'format']
     assert chosen(files('PNG', 'PNG'), files('PNG', 'JPEG')) == ['JPEG']           # one of two says all
     assert chosen(files('PNG', 'BMP'), files('TIFF', 'JPEG')) == ['JPEG', 'TIFF', 'BMP', 'PNG']
@@ -393,7 +393,7 @@ def test_patients_in_two_parts():
 
 def test_a_set_without_files_has_the_features_of_its_pictures(config):
     found = measure(load_data(config('mnist')).train, [0, 1, 2])
-    assert np.isfinite(found.numbers['mean']).all() and np.isnan(found.numbers['width']).all()
+    assert np.isfinite(column(found, 'mean')).all() and np.isnan(column(found, 'width')).all()
     assert common_words(found, found) == []
 
 
@@ -461,5 +461,5 @@ def test_binary_and_many_bit_images_are_measured(tmp_path):
     for flags in ({'num_x_bits': 12}, {'likelihood': 'bernoulli'}, {'channels': 3}):
         data = load(folder, **flags)
         found = measure(data.test, range(6))
-        assert all(np.isfinite(found.numbers[name]).all() for name in OF_PICTURES)
-        assert (np.abs(found.numbers['mean'] - 43) < 15).all()                   # drawn from 70 to 150 of 255
+        assert all(np.isfinite(column(found, name)).all() for name in OF_PICTURES)
+        assert (np.abs(column(found, 'mean') - 43) < 15).all()                   # drawn from 70 to 150 of 255

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from anomaly.baselines import BASELINES
-from anomaly.complexity import compressed_bits
+from anomaly.baselines import BASELINES, compressed_bits
 from anomaly.config import Judging
 from anomaly.outputs import Outputs, elbo, log_weight
 from anomaly.scores import SCORES, Scoring, check_capability, choose_scores

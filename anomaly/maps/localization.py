@@ -1,9 +1,9 @@
 """How well anomaly maps localize lesions: pixel AUROC, AUPRC, AUPRO and Dice, and which lesions are found.
 
-N images, *S = (H, W) pixels or (D, H, W) voxels, M lesion pixels, R resamples of the images. A curve has U
-levels, the largest first. Larger values of a map are more anomalous, and pixels above the threshold are
-predicted to be lesion. The pixels of all images are pooled, so a large lesion weighs more than a small one,
-except in AUPRO and in the share of lesions that are found.
+N images, *S = (H, W) pixels or (D, H, W) voxels, R resamples of the images. A curve has U levels, the largest
+first. Larger values of a map are more anomalous, and pixels above the threshold are predicted to be lesion.
+The pixels of all images are pooled, so a large lesion weighs more than a small one, except in AUPRO and in
+the share of lesions that are found.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,6 @@ BINS = 1024             # of the maps' values, behind the intervals; the values 
 
 # ------------------------------------------------------------------------------------------------ the metrics
 
-class Curve(NamedTuple):
-    """Pixels at and above U falling levels, or bins of values, in R resamples: (R, U), `total` (R, 1)."""
-    lesion: np.ndarray       # lesion pixels at each level
-    weight: np.ndarray       # their weights
-    above: np.ndarray        # normal pixels above it
-    reached: np.ndarray      # normal pixels above or at it
-    total: np.ndarray        # all normal pixels
-
-
 class Counts(NamedTuple):
     """What lesions and predictions of one image have in common; sums over the images of a resample, (R,)."""
     lesion_voxels: Any       # pixels, of an image
@@ -44,46 +35,55 @@ class Counts(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What the metrics follow from, in R resamples of the images."""
+    """What the metrics follow from, in R resamples of the images: pixels at U levels, or bins of values."""
     images: int
-    curve: Curve             # over all thresholds
     counts: Counts           # at the threshold from validation images
+    lesion: np.ndarray       # (R, U) lesion pixels at each level
+    weight: np.ndarray       # (R, U) their weights, 1 / pixels of the lesion: each lesion weighs 1
+    normal: np.ndarray       # (R, U) normal pixels at each level
+
+    @property
+    def total(self) -> np.ndarray:
+        """All normal pixels: (R,)."""
+        return self.normal.sum(1)
 
 
-def area(curve: Curve, rise: np.ndarray, limit: float) -> np.ndarray:
+def area(sample: Sample, rise: np.ndarray, limit: float) -> np.ndarray:
     """Area (R,) below a curve over false-positive rates from 0 to `limit`, divided by `limit`.
 
     The curve rises at each level by `rise` (R, U), in a straight line, to 1 in all.
     """
-    start, end = curve.above / curve.total, curve.reached / curve.total
+    end = sample.normal.cumsum(1) / sample.total[:, None]
+    start = np.pad(end, ((0, 0), (1, 0)))[:, :-1]
     first, last = np.minimum(start, limit), np.minimum(end, limit)
     slope_area = (last - first) ** 2 / (2 * np.maximum(end - start, 1e-300))
-    return (rise * (slope_area + limit - last)).sum(1) / (limit * rise.sum(1))
+    return (rise * ((slope_area + limit - last) / limit)).sum(1) / rise.sum(1)
 
 
-def average_precision(curve: Curve) -> np.ndarray:
-    found = curve.lesion.cumsum(1)
-    return (curve.lesion * found / np.maximum(found + curve.reached, 1)).sum(1) / found[:, -1]
+def average_precision(sample: Sample) -> np.ndarray:
+    found = sample.lesion.cumsum(1)
+    predicted = np.maximum(found + sample.normal.cumsum(1), 1)
+    return (sample.lesion * found / predicted).sum(1) / found[:, -1]
 
 
-def best_dice(curve: Curve) -> np.ndarray:
-    found = curve.lesion.cumsum(1)
-    return (2 * found / (found + curve.reached + found[:, -1:])).max(1)
+def best_dice(sample: Sample) -> np.ndarray:
+    found = sample.lesion.cumsum(1)
+    return (2 * found / (found + sample.normal.cumsum(1) + found[:, -1:])).max(1)
 
 
 METRICS = (
     Metric('auroc', 'AUROC', "of pixels, lesion against normal; chance is 0.5",
-           lambda s: area(s.curve, s.curve.lesion, 1.0)),
+           lambda s: area(s, s.lesion, 1.0)),
     Metric('auprc', 'AUPRC', "average precision of pixels; chance is the share of lesion pixels",
-           lambda s: average_precision(s.curve)),
+           average_precision),
     Metric('aupro', 'AUPRO', "mean share of a lesion that is found, over FPRs up to 0.3; chance is 0.15",
-           lambda s: area(s.curve, s.curve.weight, FPR_LIMIT)),
+           lambda s: area(s, s.weight, FPR_LIMIT)),
     Metric('best_dice', 'best Dice', "largest Dice at any threshold: optimistic, as these masks choose it",
-           lambda s: best_dice(s.curve)),
+           best_dice),
     Metric('dice', 'Dice', "Dice at the threshold",
            lambda s: 2 * s.counts.both_voxels / (s.counts.predicted_voxels + s.counts.lesion_voxels)),
     Metric('fpr', 'FPR', "share of normal pixels above the threshold",
-           lambda s: (s.counts.predicted_voxels - s.counts.both_voxels) / s.curve.total[:, 0],
+           lambda s: (s.counts.predicted_voxels - s.counts.both_voxels) / s.total,
            digits=4, higher_is_better=False),
     Metric('lesions_found', 'lesions found', "share of lesions with a pixel above the threshold",
            lambda s: s.counts.found_lesions / s.counts.lesions),
@@ -135,76 +135,42 @@ def localize(masks: np.ndarray, maps: np.ndarray, threshold: float, *, counted: 
                         f"one shape, (images, height, width) or (images, depth, height, width).")
     maps = maps if np.isfinite(maps).all() else make_finite(maps)[0]
     masks = masks & counted
-    images = [Pixels.of(*image) for image in zip(masks, maps, counted)]
-    counts = np.array([count(*image) for image in zip((maps > threshold) & counted, masks)], float)   # (N, 7)
-    everything = Pixels.ordered(*(np.concatenate(parts) for parts in zip(*images)))
-    if not len(everything.lesion) or not len(everything.normal):
+    images = [split(*image) for image in zip(masks, maps, counted)]
+    lesion, _, normal = pooled = [np.concatenate(parts) for parts in zip(*images)]
+    if not len(lesion) or not len(normal):
         raise UserError("pixel metrics need lesion pixels and normal pixels; the masks have only one kind.")
+    exact = np.union1d(lesion, np.nextafter(lesion, np.inf))            # separate each from all other values
+    bins = np.unique([np.sort(values)[np.linspace(0, len(values) - 1, BINS // 2).astype(int)]
+                      for values in (lesion, normal)])
+    counts = np.array([count(*image) for image in zip((maps > threshold) & counted, masks)], float)   # (N, 7)
     has_lesion = masks.reshape(len(masks), -1).any(1)
     drawn = draw(has_lesion, num_bootstrap, seed)                                               # (1 + R, N)
-    exact = Sample(len(masks), curve([everything], exact_edges(everything), np.ones((1, 1))),
-                   Counts(*counts.sum(0)[:, None]))
-    binned = Sample(len(masks), curve(images, bin_edges(everything), drawn), Counts(*(drawn @ counts).T))
-    return Localization(estimates(exact, binned), float(threshold), len(masks), int(has_lesion.sum()),
-                        int(exact.counts.lesions.item()), len(everything.lesion) / int(counted.sum()))
-
-
-def estimates(exact: Sample, drawn: Sample) -> dict[str, Estimate]:
-    """Each metric with its interval; the first of the 1 + R samples that are drawn has every image once."""
-    found = {}
+    sample = Sample(len(masks), Counts(*counts.sum(0)[:, None]),
+                    *levels(pooled, exact)[:, None])
+    binned = np.stack([levels(image, bins) for image in images], 1).astype(drawn.dtype)         # (3, N, U)
+    resamples = Sample(len(masks), Counts(*(drawn @ counts).T), *np.float64(drawn @ binned))
+    metrics = {}
     with np.errstate(invalid='ignore'):                                  # 0 / 0: nothing is predicted
         for metric in METRICS:
-            value, resamples = metric.function(exact).item(), metric.function(drawn)
-            found[metric.name] = Estimate.of(value, resamples[1:] + (value - resamples[0]))
-    return found
+            value, (first, *others) = metric.function(sample).item(), metric.function(resamples)
+            metrics[metric.name] = Estimate.of(value, np.array(others) + (value - first))
+    return Localization(metrics, float(threshold), len(masks), int(has_lesion.sum()),
+                        int(sample.counts.lesions.item()), len(lesion) / int(counted.sum()))
 
 
-# ------------------------------------------------------------------------------------------ curves and counts
-
-class Pixels(NamedTuple):
-    """The pixels of one image or of several that count, by rising value: m on lesions, n beside them."""
-    lesion: np.ndarray       # (m,) values of the map
-    weight: np.ndarray       # (m,) 1 / pixels of the lesion that it belongs to: each lesion weighs 1
-    normal: np.ndarray       # (n,) values of the map
-
-    @classmethod
-    def of(cls, mask: np.ndarray, values: np.ndarray, counted: np.ndarray) -> 'Pixels':
-        """Those of one image: the mask of its lesions, the map, and which pixels count, (*S) each."""
-        labels, _ = ndimage.label(mask, neighbors(mask.ndim))
-        lesion = labels[mask]
-        weight = 1 / np.maximum(np.bincount(lesion), 1)[lesion]
-        return cls.ordered(values[mask], weight, values[counted & ~mask])
-
-    @classmethod
-    def ordered(cls, lesion: np.ndarray, weight: np.ndarray, normal: np.ndarray) -> 'Pixels':
-        order = np.argsort(lesion, kind='stable')
-        return cls(lesion[order], weight[order], np.sort(normal))
+def split(mask: np.ndarray, values: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of one image, its lesion mask, its map and the pixels that count, (*S) each: the m values on lesions,
+    their weights, and the n values beside them.
+    """
+    lesion = ndimage.label(mask, neighbors(mask.ndim))[0][mask]
+    return values[mask], 1 / np.bincount(lesion)[lesion], values[counted & ~mask]
 
 
-def exact_edges(pixels: Pixels) -> np.ndarray:
-    """Rising values that separate each distinct value of a lesion pixel from all other values."""
-    values = np.unique(pixels.lesion)
-    return np.union1d(values, np.nextafter(values, np.inf))
-
-
-def bin_edges(pixels: Pixels) -> np.ndarray:
-    """At most BINS - 1 distinct rising values: quantiles of the lesion pixels and of the normal ones."""
-    return np.unique(np.concatenate([values[np.linspace(0, len(values) - 1, BINS // 2).astype(int)]
-                                     for values in (pixels.lesion, pixels.normal)]))
-
-
-def curve(images: Sequence[Pixels], edges: np.ndarray, drawn: np.ndarray) -> Curve:
-    """The curves of resamples in which image i counts `drawn[:, i]` times, U = len(edges) + 1 levels."""
-    tables = np.zeros((3, len(images), len(edges) + 1), drawn.dtype)
-    for i, image in enumerate(images):
-        for table, values, weight in zip(tables, (image.lesion, image.lesion, image.normal),
-                                         (None, image.weight, None)):
-            # how many values, or how much weight, lie below each edge, and in all
-            below = np.r_[0, np.searchsorted(values, edges), len(values)]
-            below = below if weight is None else np.r_[0, np.cumsum(weight)][below]
-            table[i] = np.diff(below)[::-1]
-    lesion, weight, normal = np.float64(drawn @ tables)                                        # (R, U) each
-    return Curve(lesion, weight, normal.cumsum(1) - normal, normal.cumsum(1), normal.sum(1, keepdims=True))
+def levels(image: Sequence[np.ndarray], edges: np.ndarray) -> np.ndarray:
+    """(3, U) lesion pixels, their weights, and normal pixels, between rising edges: U = len(edges) + 1."""
+    lesion, weight, normal = image
+    return np.stack([np.bincount(np.searchsorted(edges, values, 'right'), weights, len(edges) + 1)[::-1]
+                     for values, weights in ((lesion, None), (lesion, weight), (normal, None))])
 
 
 def count(predicted: np.ndarray, mask: np.ndarray) -> Counts:

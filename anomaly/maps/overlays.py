@@ -1,8 +1,6 @@
 """A picture of one image: input | reconstruction | input under its anomaly map. Pixels alone, no metadata.
 
-Pixels of the map above the threshold of pixels are outlined.
-
-C channels, S pixels, (H, W) or (D, H, W).
+C channels, *S pixels, (H, W) or (D, H, W).
 """
 
 import math
@@ -20,14 +18,15 @@ STRENGTH = 0.8              # how much of a pixel the color of the largest map v
 GAP = 4                     # white pixels between the panels
 LINE = 2                    # width of an outline, in pixels of the picture
 LESION = '#39e0d0'          # outline of lesion masks
-CALLED = {'inferno': '#ffffff', 'coolwarm': '#000000'}   # outline of pixels above the threshold, by color map
+ABOVE = {'inferno': '#ffffff', 'coolwarm': '#000000'}    # outline of pixels above the threshold, by color map
 
 
 def overlay(image: np.ndarray, reconstruction: np.ndarray | None, anomaly_map: np.ndarray | None,
             look: dict[str, Any], threshold: float = math.inf, spacing: Sequence[float] = (1, 1, 1),
             mask: np.ndarray | None = None) -> Image.Image:
-    """`image` and `reconstruction` (C, *S) in [0, 1], `anomaly_map` and the `mask` of lesions (*S), which is
-    outlined; all but the image may be None. Voxels are `spacing` apart, in any unit.
+    """`image` and `reconstruction` (C, *S) in [0, 1], `anomaly_map` and the `mask` of lesions (*S); all but
+    the image may be None. Lesions are outlined, and on the map what is above the `threshold`. Voxels are
+    `spacing` apart, in any unit.
 
     `look` is the color scale of `map_scale`. For a volume the first channel is shown, in a row each for
     input, reconstruction and map: axial, coronal and sagittal slices (slices.py) through the largest value of
@@ -45,22 +44,21 @@ def overlay(image: np.ndarray, reconstruction: np.ndarray | None, anomaly_map: n
     if anomaly_map is not None:
         maps = parts(anomaly_map)
         colors = enlarged([blend(as_color(x), values, look) for x, values in zip(shown[0], maps)])
-        above = enlarged([values > threshold for values in maps])
-        rows.append([outlined(x, here, CALLED[look['cmap']]) for x, here in zip(colors, above)])
+        outline(colors, enlarged([values > threshold for values in maps]), ABOVE[look['cmap']])
+        rows.append(colors)
     if mask is not None:
-        lesions = enlarged(parts(mask))
-        for row in [rows[0], *(rows[-1:] if anomaly_map is not None else [])]:
-            row[:] = [outlined(x, lesion, LESION) for x, lesion in zip(row, lesions)]
+        for row in (rows[0], *rows[len(shown):]):                                  # not the reconstruction
+            outline(row, enlarged(parts(mask)), LESION)
     if volume:
         rows = [[lettered(x, view.letters) for x, view in zip(row, VIEWS)] for row in rows]
     return as_picture(joined([joined(row, 1) for row in rows], 0 if volume else 1))
 
 
-def outlined(picture: np.ndarray, region: np.ndarray, color: str) -> np.ndarray:
-    """The picture (H, W, 3) with the outline of (H, W) bool drawn into it."""
-    line = region & ~ndimage.binary_erosion(region, iterations=LINE, border_value=1)
-    picture[line] = np.array(ImageColor.getrgb(color)) / 255
-    return picture
+def outline(pictures: Sequence[np.ndarray], regions: Sequence[np.ndarray], color: str) -> None:
+    """Draws the outlines of regions (H, W) bool into pictures (H, W, 3)."""
+    for picture, region in zip(pictures, regions):
+        line = region & ~ndimage.binary_erosion(region, iterations=LINE, border_value=1)
+        picture[line] = np.array(ImageColor.getrgb(color)) / 255
 
 
 def lettered(picture: np.ndarray, letters: str) -> np.ndarray:
@@ -86,7 +84,7 @@ def joined(pictures: list[np.ndarray], axis: int) -> np.ndarray:
 
 
 def as_picture(colors: np.ndarray) -> Image.Image:
-    """Colours (H, W, 3) in [0, 1] as a picture of 8 bits."""
+    """Colors (H, W, 3) in [0, 1] as a picture of 8 bits."""
     return Image.fromarray((colors.clip(0, 1) * 255).round().astype(np.uint8))
 
 
@@ -103,19 +101,16 @@ def as_color(image: np.ndarray) -> np.ndarray:
 def blend(background: np.ndarray, anomaly_map: np.ndarray, look: dict[str, Any]) -> np.ndarray:
     """The map (..., H, W) in colors over (..., H, W, 3): the farther from 0, the less shows through."""
     import matplotlib
-    values = np.nan_to_num(anomaly_map.astype(np.float64), nan=look['vmax'], posinf=look['vmax'],
-                           neginf=look['vmin']).clip(look['vmin'], look['vmax'])
-    colors = matplotlib.colormaps[look['cmap']](
-        (values - look['vmin']) / (look['vmax'] - look['vmin']))[..., :3]
-    cover = STRENGTH * np.abs(values / look['vmax'])[..., None]
+    low, high = look['vmin'], look['vmax']
+    values = np.nan_to_num(anomaly_map.astype(np.float64), nan=high).clip(low, high)
+    colors = matplotlib.colormaps[look['cmap']]((values - low) / (high - low))[..., :3]
+    cover = STRENGTH * np.abs(values / high)[..., None]
     return (1 - cover) * background + cover * colors
 
 
 def map_scale(maps: Sequence[np.ndarray]) -> dict[str, Any]:
     """One color scale for all maps: from 0, or around 0 if some are negative; the top 0.5 % is clipped."""
-    values = np.concatenate([m.ravel() for m in maps]) if len(maps) else np.zeros(1)
-    values = values[np.isfinite(values)]
-    high = float(np.percentile(np.abs(values), 99.5)) if len(values) else 1.0
-    high = high or 1.0
-    return {'cmap': 'coolwarm', 'vmin': -high, 'vmax': high} if len(values) and values.min() < 0 else {
-        'cmap': 'inferno', 'vmin': 0, 'vmax': high}
+    values = np.concatenate([np.zeros(0), *(m[np.isfinite(m)] for m in maps)])
+    high = (float(np.percentile(np.abs(values), 99.5)) if len(values) else 0) or 1.0
+    signed = bool((values < 0).any())
+    return {'cmap': 'coolwarm' if signed else 'inferno', 'vmin': -high if signed else 0, 'vmax': high}

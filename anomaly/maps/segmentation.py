@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -25,45 +25,32 @@ from utils import write_csv
 
 # ------------------------------------------------------------------------------------------------ the metrics
 
-class Overlap(NamedTuple):
-    """A segmentation and the lesions of one image."""
-    counts: Counts
-    distances: tuple[np.ndarray, np.ndarray]        # `surface_distances` from the lesions and to them
-
-
-def mean_distance(*distances: np.ndarray) -> float:
-    joined = np.concatenate(distances)
-    return float(joined.mean()) if len(joined) else math.nan
-
-
 def hausdorff(percent: float, *distances: np.ndarray) -> float:
-    return max(float(np.percentile(d, percent)) if len(d) else math.nan for d in distances)
+    return max(np.percentile(d, percent) for d in distances)
 
 
-def millimeters(name: str, title: str, about: str, function: Callable[[Overlap], float]) -> Metric:
+def millimeters(name: str, title: str, about: str, function: Callable[..., float]) -> Metric:
     return Metric(name, title, f'{about}, mm', function, digits=2, higher_is_better=False)
 
 
-# Each function takes the Overlap of an image with a lesion; NaN where a metric does not exist.
+# Each function takes the Counts c of an image with a lesion and the `surface_distances` d from the lesions
+# and to them; NaN where a metric does not exist.
 METRICS = (
-    Metric('dice', 'Dice', "Dice",
-           lambda o: 2 * o.counts.both_voxels / (o.counts.lesion_voxels + o.counts.predicted_voxels)),
-    Metric('tpr', 'TPR', "share of lesions with a segmented voxel",
-           lambda o: o.counts.found_lesions / o.counts.lesions),
-    Metric('fnr', 'FNR', "share of lesions without one",
-           lambda o: 1 - o.counts.found_lesions / o.counts.lesions, higher_is_better=False),
+    Metric('dice', 'Dice', "Dice", lambda c, d: 2 * c.both_voxels / (c.lesion_voxels + c.predicted_voxels)),
+    Metric('tpr', 'TPR', "share of lesions with a segmented voxel", lambda c, d: c.found_lesions / c.lesions),
+    Metric('fnr', 'FNR', "share of lesions without one", lambda c, d: 1 - c.found_lesions / c.lesions,
+           higher_is_better=False),
     Metric('ppv', 'PPV', "found lesions / (found lesions and regions without a lesion)",
-           lambda o: o.counts.found_lesions / (o.counts.found_lesions + o.counts.false_regions)
-           if o.counts.regions else math.nan),
+           lambda c, d: c.found_lesions / (c.found_lesions + c.false_regions) if c.regions else math.nan),
     Metric('iol', 'IOL', "share of the lesions' voxels that is segmented",
-           lambda o: o.counts.both_voxels / o.counts.lesion_voxels),
-    millimeters('hd95', 'HD95', "Hausdorff distance, 95th percentile", lambda o: hausdorff(95, *o.distances)),
-    millimeters('hd99', 'HD99', "Hausdorff distance, 99th percentile", lambda o: hausdorff(99, *o.distances)),
-    millimeters('msd', 'MSD', "mean surface distance", lambda o: mean_distance(*o.distances)),
+           lambda c, d: c.both_voxels / c.lesion_voxels),
+    millimeters('hd95', 'HD95', "Hausdorff distance, 95th percentile", lambda c, d: hausdorff(95, *d)),
+    millimeters('hd99', 'HD99', "Hausdorff distance, 99th percentile", lambda c, d: hausdorff(99, *d)),
+    millimeters('msd', 'MSD', "mean surface distance", lambda c, d: np.concatenate(d).mean()),
     # As published, from the lesions to the segmentation alone: false regions do not change these.
-    millimeters('hd95_directed', 'HD95 >', "HD95 from the lesions", lambda o: hausdorff(95, o.distances[0])),
-    millimeters('hd99_directed', 'HD99 >', "HD99 from the lesions", lambda o: hausdorff(99, o.distances[0])),
-    millimeters('msd_directed', 'MSD >', "MSD from the lesions", lambda o: mean_distance(o.distances[0])),
+    millimeters('hd95_directed', 'HD95 >', "HD95 from the lesions", lambda c, d: hausdorff(95, d[0])),
+    millimeters('hd99_directed', 'HD99 >', "HD99 from the lesions", lambda c, d: hausdorff(99, d[0])),
+    millimeters('msd_directed', 'MSD >', "MSD from the lesions", lambda c, d: d[0].mean()),
 )
 
 
@@ -98,10 +85,10 @@ def surface_distances(first: np.ndarray, second: np.ndarray,
                       spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """From each voxel of the surface of `first` (*S) bool to the nearest one of the surface of `second`, and
     the other way. `spacing` of voxels gives the unit. A surface is the voxels with a neighbor outside, across
-    a face; distances are empty where one of the two has none.
+    a face. NaN where one of the two has none.
     """
     if not (first.any() and second.any()):
-        return np.zeros(0), np.zeros(0)
+        return np.array([math.nan]), np.array([math.nan])
     box = ndimage.find_objects((first | second).astype(np.uint8))[0]       # nothing beyond it matters
     masks = [np.pad(mask[box], 1) for mask in (first, second)]
     first, second = (mask & ~ndimage.binary_erosion(mask) for mask in masks)
@@ -113,9 +100,10 @@ def compare(segmented: np.ndarray, lesion: np.ndarray, spacing: Sequence[float])
 
     Without a lesion no metric exists: NaN. `spacing` gives the unit of distances.
     """
-    overlap = Overlap(count(segmented, lesion), surface_distances(lesion, segmented, spacing))
-    return overlap.counts._asdict() | {
-        metric.name: metric.function(overlap) if overlap.counts.lesions else math.nan for metric in METRICS}
+    counts, distances = count(segmented, lesion), surface_distances(lesion, segmented, spacing)
+    return counts._asdict() | {
+        metric.name: float(metric.function(counts, distances)) if counts.lesions else math.nan
+        for metric in METRICS}
 
 
 # --------------------------------------------------------------------------------------------------- a part

@@ -28,9 +28,8 @@ VIEWS = (View('axial', 2, 1, 0, 'RLAP'), View('coronal', 1, 2, 0, 'RLSI'), View(
 
 def stack(volume: np.ndarray, view: View) -> np.ndarray:
     """All slices of a volume (..., *S) as they are shown, in the order of the voxels: (..., n, h, w)."""
-    first = volume.ndim - 3
-    axes = (*range(first), *(first + axis for axis in (view.across, view.rows, view.columns)))
-    return volume.transpose(axes)[..., ::-1, ::-1]
+    axes = [axis - 3 for axis in (view.across, view.rows, view.columns)]
+    return np.moveaxis(volume, axes, (-3, -2, -1))[..., ::-1, ::-1]
 
 
 def cuts(volume: np.ndarray, place: Sequence[int]) -> list[np.ndarray]:
@@ -58,8 +57,6 @@ def sheet(slices: np.ndarray) -> np.ndarray:
     """Slices (n, h, w, ...) side by side in one picture, row by row; the rest is 0."""
     number, height, width, *rest = slices.shape
     columns = sheet_columns(number)
-    rows = math.ceil(number / columns)
-    full = np.zeros((rows * columns, height, width, *rest), slices.dtype)
-    full[:number] = slices
-    joined = full.reshape(rows, columns, height, width, *rest).swapaxes(1, 2)
-    return joined.reshape(rows * height, columns * width, *rest)
+    full = np.pad(slices, [(0, -number % columns), *[(0, 0)] * (slices.ndim - 1)])
+    rows = full.reshape(-1, columns, height, width, *rest).swapaxes(1, 2)       # (rows, h, columns, w, ...)
+    return rows.reshape(-1, columns * width, *rest)
