@@ -61,7 +61,7 @@ def test_a_map_turned_round_finds_nothing():
     found = values(masks, 1.0 - masks)
     assert found['auroc'] == found['aupro'] == found['dice'] == found['lesions_found'] == 0
     assert found['fpr'] == 1 and found['region_ppv'] == 0
-    assert found['best_dice'] == pytest.approx(2 * 9 / (128 + 9))                   # everything is called
+    assert found['best_dice'] == pytest.approx(2 * 9 / (128 + 9))                   # everything is predicted
 
 
 def test_noise_and_a_constant_map_are_chance():
@@ -93,24 +93,24 @@ def test_aupro_of_two_lesions_worked_by_hand():
 
 
 def test_dice_of_two_rectangles():
-    masks, called = boxes((1, 10, 10), (0, slice(2, 6), slice(2, 6))), np.zeros((1, 10, 10))
-    called[0, 4:8, 2:8] = 1                                                  # 24 pixels, 8 of them on the 16
-    assert values(masks, called)['dice'] == pytest.approx(2 * 8 / (16 + 24))
-    assert values(masks, called, threshold=1)['dice'] == 0                   # called is above, not at
+    masks, predicted = boxes((1, 10, 10), (0, slice(2, 6), slice(2, 6))), np.zeros((1, 10, 10))
+    predicted[0, 4:8, 2:8] = 1                                                # 24 pixels, 8 of them on the 16
+    assert values(masks, predicted)['dice'] == pytest.approx(2 * 8 / (16 + 24))
+    assert values(masks, predicted, threshold=1)['dice'] == 0                   # predicted is above, not at
 
 
 def test_regions_are_counted():
     lesions = [(0, slice(0, 2), slice(0, 2)), (0, 2, 2), (0, slice(6, 8), slice(6, 8)), (1, 4, 4)]
     masks = boxes((4, 9, 9), *lesions)       # the first two touch at a corner: one lesion; so three in all
-    called = boxes(masks.shape, (0, 0, 0), (0, 1, 1), (0, 4, 0), (1, 4, slice(3, 6)), (2, 0, 0), (2, 0, 4))
-    found = localize(masks, called.astype(float), 0.5, num_bootstrap=5)
+    predicted = boxes(masks.shape, (0, 0, 0), (0, 1, 1), (0, 4, 0), (1, 4, slice(3, 6)), (2, 0, 0), (2, 0, 4))
+    found = localize(masks, predicted.astype(float), 0.5, num_bootstrap=5)
     assert (found.lesions, found.images, found.images_with_lesions) == (3, 4, 2)
     assert found.metrics['lesions_found'].value == pytest.approx(2 / 3)
     assert found.metrics['false_regions'].value == 3 / 4
     assert found.metrics['region_ppv'].value == pytest.approx(2 / 5)
 
 
-def test_nothing_called_has_no_ppv():
+def test_nothing_predicted_has_no_ppv():
     masks, maps = noisy()
     found = localize(masks, maps, math.inf, num_bootstrap=5).as_json()
     assert found['region_ppv'] == {'value': None, 'low': None, 'high': None} and found['threshold'] is None
@@ -220,7 +220,7 @@ def test_the_pixel_threshold_is_the_least_that_keeps_the_promise():
     assert pixel_threshold(maps, 0.01, counted=maps < 100) == 98
     assert pixel_threshold(np.minimum(maps, 990), 0.005) == 990              # none above where many are equal
     broken = maps.astype(float)
-    broken[maps > 993] = np.nan                                              # 6, one more than may be called
+    broken[maps > 993] = np.nan                                            # 6, one more than may be predicted
     assert pixel_threshold(broken, 0.005) == math.inf
     with pytest.raises(UserError, match='lower --body_mask'):
         pixel_threshold(maps, 0.5, counted=maps < 0)

@@ -56,14 +56,14 @@ def test_a_shape_is_itself(mask):
 
 
 def test_cubes_that_are_shifted_by_three_voxels_of_two_millimetres():
-    lesion, called = box((4, 4, 4)), box((7, 4, 4))
-    found = compare(called, lesion, (2.0, 1.0, 1.0))
+    lesion, predicted = box((4, 4, 4)), box((7, 4, 4))
+    found = compare(predicted, lesion, (2.0, 1.0, 1.0))
     assert found['hd99'] == found['hd99_directed'] == found['hd95'] == 6
     assert found['dice'] == found['iol'] == 16 / 64
     # Surface are two layers of 16 voxels and the rims, 12, of two between; the last is the call's first.
     assert found['msd_directed'] == pytest.approx((16 * 6 + 12 * 4 + 12 * 2 + 16 * 0) / 56)
     assert found['msd'] == pytest.approx(found['msd_directed'])                       # by symmetry
-    assert compare(called, lesion, MM)['hd99'] == 3
+    assert compare(predicted, lesion, MM)['hd99'] == 3
 
 
 def test_a_ball_in_a_larger_one_of_the_same_centre():
@@ -74,8 +74,8 @@ def test_a_ball_in_a_larger_one_of_the_same_centre():
 
 
 def test_a_missed_and_a_false_piece():
-    lesion, called = box((1, 1, 1), (12, 12, 12)), box((1, 1, 1), (12, 1, 1))
-    found = compare(called, lesion, MM)
+    lesion, predicted = box((1, 1, 1), (12, 12, 12)), box((1, 1, 1), (12, 1, 1))
+    found = compare(predicted, lesion, MM)
     counts = ('lesions', 'found_lesions', 'regions', 'false_regions')
     assert [found[name] for name in counts] == [2, 1, 2, 1]
     assert found['tpr'] == found['fnr'] == found['ppv'] == found['iol'] == found['dice'] == 0.5
@@ -88,7 +88,7 @@ def test_a_missed_and_a_false_piece():
     assert compare(box((1, 1, 1)), box((5, 5, 5)), MM)['ppv'] == 0
 
 
-def test_nothing_called_and_no_lesion():
+def test_nothing_predicted_and_no_lesion():
     nothing = np.zeros((20, 20, 20), bool)
     found = compare(nothing, box((4, 4, 4)), MM)
     assert (found['dice'], found['tpr'], found['fnr'], found['iol']) == (0, 0, 1, 0)
@@ -100,7 +100,7 @@ def test_nothing_called_and_no_lesion():
 
 def test_distances_against_scipy():
     random = np.random.default_rng(0)
-    called, lesion = (random.random((9, 8, 7)) < 0.1 for _ in range(2))
+    predicted, lesion = (random.random((9, 8, 7)) < 0.1 for _ in range(2))
     spacing = np.array([1.0, 2.5, 0.5])
 
     def surface(mask):
@@ -109,10 +109,10 @@ def test_distances_against_scipy():
         inner = np.logical_and.reduce([np.roll(around, step, axis) for axis in range(3) for step in (-1, 1)])
         return np.argwhere(mask & ~inner[1:-1, 1:-1, 1:-1]) * spacing
 
-    there, back = surface_distances(lesion, called, spacing)
-    assert there.max() == pytest.approx(directed_hausdorff(surface(lesion), surface(called))[0])
-    assert back.max() == pytest.approx(directed_hausdorff(surface(called), surface(lesion))[0])
-    assert len(there) == len(surface(lesion)) and len(back) == len(surface(called))
+    there, back = surface_distances(lesion, predicted, spacing)
+    assert there.max() == pytest.approx(directed_hausdorff(surface(lesion), surface(predicted))[0])
+    assert back.max() == pytest.approx(directed_hausdorff(surface(predicted), surface(lesion))[0])
+    assert len(there) == len(surface(lesion)) and len(back) == len(surface(predicted))
 
 
 # ----------------------------------------------------------------------------------------- from maps to calls
