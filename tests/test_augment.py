@@ -6,7 +6,7 @@ import pytest
 import torch
 from pytest import approx
 
-import readers.volumes.augment
+from readers.volumes import augment
 from readers.volumes.augment import (
     CHANGES,
     add_noise,
@@ -31,7 +31,7 @@ def noise(seed=0, shape=(2, 8, 10, 12)):
 @pytest.fixture
 def drawn(monkeypatch):
     """drawn(f): numbers between low and high are f(low, high), not random."""
-    return lambda f: monkeypatch.setattr(readers.augment, 'uniform', lambda _, low, high: f(low, high))
+    return lambda f: monkeypatch.setattr(augment, 'uniform', lambda _, low, high: f(low, high))
 
 
 def highest(low, high):
@@ -45,7 +45,7 @@ def middle(low, high):
 def test_each_change_happens_once_in_ten_and_follows_from_the_seed(monkeypatch):
     happened = []
     changes = tuple(lambda x, _, i=i: happened.append(i) or x for i in range(len(CHANGES)))
-    monkeypatch.setattr(readers.augment, 'CHANGES', changes)
+    monkeypatch.setattr(augment, 'CHANGES', changes)
     for seed in range(1000):
         augmented(noise(shape=(1, 2, 2, 2)), seed)
     for i in range(len(CHANGES)):
@@ -60,8 +60,8 @@ def test_a_change_keeps_the_shape_and_is_small(change, monkeypatch):
     changed = change(smooth, random(1))
     assert changed.shape == smooth.shape and not torch.equal(changed, smooth)
     assert (changed - smooth)[:, 6:-6, 6:-6, 6:-6].abs().mean() < 0.25
-    monkeypatch.setattr(readers.augment, 'CHANGES', (change,))
-    monkeypatch.setattr(readers.augment, 'CHANCE', 1.0)
+    monkeypatch.setattr(augment, 'CHANGES', (change,))
+    monkeypatch.setattr(augment, 'CHANCE', 1.0)
     final = augmented(smooth, 1)
     assert final.min() >= 0 and final.max() <= 1
 
