@@ -281,8 +281,9 @@ for group, of in (('normal', ~ill), ('abnormal', ill)):
           f'95 % interval {100 * low:.0f} to {100 * high:.0f} %')
 
 resamples = Resamples.draw(int((~ill).sum()), int(ill.sum()), 1000, seed=1)
-auroc = evaluate_score(values[~ill], values[ill], resamples)['auroc']
-print(f"AUROC of {chosen.name}: {auroc.value:.2f}, 95 % interval {auroc.low:.2f} to {auroc.high:.2f}")
+interval = evaluate_score(values[~ill], values[ill], resamples)['auroc']
+print(f'AUROC of {chosen.name}: {interval.value:.2f}, '
+      f'95 % interval {interval.low:.2f} to {interval.high:.2f}')
 
 # %% [markdown]
 # **What to take home.** A residual shows edges before it shows disease. Simple images are probable images.

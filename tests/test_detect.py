@@ -212,7 +212,7 @@ def test_smoothing_and_the_body_change_maps_alone(finished, tmp_path):
     assert before['metrics'] == after['metrics'] and before['threshold'] == after['threshold']
     assert before['pixel_threshold'] != after['pixel_threshold']
     assert before['pixels']['lesion_share'] < after['pixels']['lesion_share']      # all lesion pixels count
-    assert 'grey level 0.3' in (tmp_path / 'report.html').read_text()
+    assert 'gray level 0.3' in (tmp_path / 'report.html').read_text()
 
 
 def test_images_whose_lesions_are_unknown_are_left_out(tmp_path):

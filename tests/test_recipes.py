@@ -151,7 +151,7 @@ def score_run(recorder, tmp_path_factory, cache):
         folders, (recipe, *configuration) = [], name.split()
         for program, *argv in commands(recipe, recorder, *configuration, ROOT=str(root), **env):
             if Path(program).name == 'evaluate.py':
-                run_name = Path(argv[1]).name
+                run_name = argv[1].rpartition('eval-')[2]
                 score = next(score for model, score in SCORE.items() if model in run_name)
                 take(evaluate, [*argv, *FEW_SCORES, '--scores', score], cache)
                 continue

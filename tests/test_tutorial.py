@@ -74,10 +74,10 @@ def test_there_is_a_ratio_for_every_group_but_the_top_and_a_cost_for_each(lesson
 
 def test_the_threshold_is_that_of_validation_images_and_the_interval_holds_the_value(lesson):
     assert (lesson['validation'] > lesson['limit']).mean() <= 0.05
-    assert lesson['called'].tolist() == (lesson['values'] > lesson['limit']).tolist()
+    assert lesson['flagged'].tolist() == (lesson['values'] > lesson['limit']).tolist()
     interval = lesson['interval']
-    assert interval['low'] <= interval['value'] <= interval['high']
-    assert interval['value'] == pytest.approx(lesson['auroc']['llr_1'])
+    assert interval.low <= interval.value <= interval.high
+    assert interval.value == pytest.approx(lesson['auroc']['llr_1'])
 
 
 def test_the_notebook_is_the_script():
