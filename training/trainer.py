@@ -104,6 +104,7 @@ class Trainer:
         for line in (f'command: python {shlex.join(sys.argv)}', *data.report):
             say(line)
         say(f'{self.args.model}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters, '
+            f'{getattr(self.model, "num_groups", "no")} latent groups, '
             f'images {" x ".join(map(str, data.shape))}, {data.pixels.likelihood} pixels')
         say(f'{launch.world()} process(es) on {launch.device().type}, {schedule.joint_batch} images a step, '
             f'{schedule.steps} steps an epoch, {schedule.total} steps in all')
