@@ -5,7 +5,7 @@
     python train.py ... --dry_run              one step: parameters, memory, speed, time; needs no --data
 
 In <root>/eval-<save>/ it leaves checkpoint.pt, args.json, split.json, log.txt, metrics.jsonl and events for
-TensorBoard. PyTorch is imported when the arguments are read: --help and a wrong flag are answered without it.
+TensorBoard.
 """
 
 from __future__ import annotations

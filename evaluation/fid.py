@@ -224,7 +224,7 @@ def measure(batches: Iterable[Tensor], features: Features, source: str) -> Stati
 
 
 def _too_few(number: int, dimensions: int, source: str) -> list[str]:
-    """A note if the covariance of so many images cannot have full rank."""
+    """A note if there are too few images for a covariance of full rank."""
     return [f"{number} images for {dimensions} features ({source}): too few for a stable FID, which gets "
             f"larger the fewer there are."] if number <= dimensions else []
 

@@ -77,7 +77,7 @@ def parse(text: str) -> Wanted:
 def read_folder(wanted: Wanted, most: int, seed: int, loader: ImageLoader, config: ReaderConfig) -> Source:
     """All image files below a folder, of whatever class folders, as (N, C, S, S).
 
-    With `most`, only so many, drawn by `seed`; 0 = all. Raises UserError if there is none.
+    At most `most` images, drawn by `seed`; 0 = all. Raises UserError if there is none.
     """
     name, folder = wanted.name, Path(wanted.path)
     if not folder.is_dir():

@@ -18,7 +18,7 @@ from readers.source import DTYPES, Entry, Source
 from readers.volumes.augment import augmented
 from utils import mix_seed
 
-# Of a batch with so many axes, the one from left to right: the last of an image, the first of a volume (RAS).
+# Number of axes of a batch -> the axis from left to right: the last of an image, the first of a volume (RAS).
 LEFT_RIGHT = {4: 3, 5: 2}
 
 

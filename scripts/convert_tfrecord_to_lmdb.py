@@ -91,7 +91,7 @@ def images(files: list[Path], side: int) -> Iterator[bytes]:
 
 @functools.cache
 def _tables() -> np.ndarray:
-    """(BLOCK, 256) uint32: what a byte, so many places before the end of a block, adds to its CRC.
+    """(BLOCK, 256) uint32: what a byte adds to the CRC, by its distance from the end of a block.
 
     A CRC is linear over bits: that of a block is the sum (XOR) of what each byte would give among zeros.
     """

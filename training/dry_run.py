@@ -17,7 +17,7 @@ from neural_operations import activation_bytes
 from training.trainer import MEMORY_MARGIN, Trainer
 
 COPIES = 4                   # of every weight: itself, its gradient, two moments of Adamax
-MOST_STEPS, LONG_ENOUGH = 3, 20             # fewer steps if one takes longer than so many seconds
+MOST_STEPS, LONG_ENOUGH = 3, 20             # steps at most; seconds after which no more are taken
 OUT_OF_MEMORY = ('out of memory', 'tried to allocate')      # on a GPU, on the CPU
 GB = 2 ** 30
 

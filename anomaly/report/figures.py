@@ -30,7 +30,7 @@ NORMAL, FAINT = '#7f8b99', '#9aa5b1'
 
 
 def new_figure(width: float, height: float, layout: str | None = 'constrained') -> Any:
-    """An empty figure of so many inches, without the global state of pyplot."""
+    """An empty figure, width and height in inches, without the global state of pyplot."""
     from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout=layout)
 

@@ -1,7 +1,7 @@
 """Reads an LMDB for another process, so that a damaged file ends this process and not that one.
 
 LMDB keeps no checksums of its pages: liblmdb follows a damaged page number out of the file and is killed.
-`python lmdb_child.py PATH` answers each key, one a line on stdin, with a status, a length and so many bytes
+`python lmdb_child.py PATH` answers each key, one a line on stdin, with a status, a length and as many bytes
 on stdout. An empty line asks for the number of entries. It imports lmdb alone: it has to start in no time.
 """
 
