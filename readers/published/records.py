@@ -20,7 +20,7 @@ from readers.source import Array, Entry
 from utils import UserError
 
 FORMATS = ('JPEG', 'PNG', 'WEBP')              # decided by content; LSUN is in WebP
-MODES = {1: 'L', 3: 'RGB'}                     # number of channels -> Pillow's mode; 'L' is luma, ITU-R BT.601
+MODES = {1: 'L', 3: 'RGB'}                   # number of channels -> Pillow's mode; 'L' is luma, ITU-R BT.601
 
 
 # ----------------------------------------------------------------------------------------------------- stores
