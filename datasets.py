@@ -52,20 +52,21 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------------ table
 
 def imported(place: str) -> Callable[..., Any]:
-    """The function `place`, 'module:function' below readers/."""
+    """The function `place`, 'module:function'."""
     module, name = place.split(':')
-    return getattr(import_module(f'readers.{module}'), name)
+    return getattr(import_module(module), name)
 
 
 def reader(place: str, **options: Any) -> Callable[[ReaderConfig, DataSet], Source]:
-    """A reader with its options, imported when a data set is read."""
-    return lambda config, row: imported(place)(config, row, **options)
+    """A reader 'module:function' of readers/ with its options, imported when a data set is read."""
+    return lambda config, row: imported(f'readers.{place}')(config, row, **options)
 
 
 def data_folder(config: ReaderConfig) -> str:
     """The folder --data, or that of an unpacked tar file."""
     is_file = config.data and Path(config.data).is_file()
-    return str(imported('images.archive:unpacked')(config.data, config.cache_dir)) if is_file else config.data
+    unpacked = imported('readers.images.archive:unpacked')
+    return str(unpacked(config.data, config.cache_dir)) if is_file else config.data
 
 
 def phantom_folder(name: str, draw: str) -> Callable[[ReaderConfig], str]:

@@ -16,8 +16,8 @@ from readers.images.decode import ImageLoader
 from readers.images.folder import image_files, read_images
 from readers.images.png import png_bytes
 from readers.items import Item
+from readers.lesions import IMAGE_MM, SIMULATIONS
 from readers.parts import LEFT_RIGHT
-from readers.phantoms.lesions import IMAGE_MM, SIMULATIONS
 from readers.source import Entry, Images, Source
 from readers.volumes.nifti import entry_grids
 from utils import UserError, mix_seed

@@ -19,9 +19,9 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
+from phantoms import brain as brain_phantom
+from phantoms.chest import VERSION
 from readers.lmdb.file import LmdbWriter
-from readers.phantoms import brain as brain_phantom
-from readers.phantoms.chest import VERSION
 
 TEST_COUNT = 9
 CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')

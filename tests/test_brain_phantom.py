@@ -6,7 +6,7 @@ from pytest import approx
 from scipy.ndimage import binary_dilation, label
 
 from datasets import DataConfig, load_data
-from readers.phantoms.brain import (
+from phantoms.brain import (
     HYPERINTENSITIES,
     NORMAL,
     TUMOUR,

@@ -8,7 +8,7 @@ import pytest
 from pytest import approx
 
 from datasets import DataConfig, load_data
-from readers.phantoms.brain import write_brain_phantoms
+from phantoms.brain import write_brain_phantoms
 from scripts.cut_patches import PatchConfig, corners, make
 from utils import UserError
 

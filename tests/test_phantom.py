@@ -11,7 +11,7 @@ from pytest import approx
 from sklearn.metrics import roc_auc_score
 
 from datasets import DataConfig, load_data
-from readers.phantoms.chest import MASK_THRESHOLD, NORMAL, OPACITY, render, write_phantoms
+from phantoms.chest import MASK_THRESHOLD, NORMAL, OPACITY, render, write_phantoms
 from utils import UserError
 
 COUNT = 80          # of each class: the standard error of an AUROC of 0.5 is 0.046

@@ -10,7 +10,7 @@ import torch
 
 from anomaly.out_of_distribution import with_ood
 from datasets import load_data
-from readers.phantoms.lesions import RADII, add_lesions, deform
+from readers.lesions import RADII, add_lesions, deform
 from utils import UserError
 
 

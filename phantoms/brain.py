@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
-from readers.phantoms.chest import write_set
+from phantoms.files import write_set
 from readers.volumes.nifti import write_nifti
 from utils import UserError
 
@@ -27,7 +27,7 @@ CEREBRUM = (0, -3, 4), (66, 82, 68)          # middle and radii, mm
 TISSUES = {'fluid': (0.14, 0.08), 'grey': (0.50, 0.62), 'white': (0.80, 0.44), 'nuclei': (0.62, 0.56),
            'bone': (0.08, 0.08), 'scalp': (0.92, 0.66), 'muscle': (0.38, 0.36), 'lesion': (0.55, 0.92),
            'core': (0.36, 0.78), 'oedema': (0.58, 0.88)}
-NOTE = """SYNTHETIC VOLUMES. No scans: a program (readers/phantoms/brain.py) drew them from random numbers.
+NOTE = """SYNTHETIC VOLUMES. No scans: a program (phantoms/brain.py) drew them from random numbers.
 
 normal              {normal} phantoms of a healthy head, folders t1 and flair
 hyperintensities    {lesions} with small bright spots in FLAIR, dark in T1, around the ventricles

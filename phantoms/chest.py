@@ -6,18 +6,15 @@ left), v from -1 top to 1 bottom. The drawing adds up attenuation A (soft tissue
 bright where large); a display curve, blur and quantum noise make an image of it. N x N pixels.
 """
 
-import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates, uniform_filter
 
-from readers.cache import locked
-from utils import UserError, write_atomically, write_json
+from phantoms.files import write_png, write_set
+from utils import UserError
 
 SIZE = 128                 # pixels; formulas are in units of the image, blur and noise in pixels at this size
 VERSION = 1                # raise it when the drawing changes: phantoms of another version are then made anew
@@ -326,41 +323,9 @@ def write_phantoms(folder: str | Path, normal: int, abnormal: int | None = None,
     def write(path: Path, class_name: str, index: int) -> None:
         image, mask = render(seed, class_name, index)
         if class_name == OPACITY:                # the mask first: where there is an image, all of it is there
-            _write_png(path.parent.parent / 'masks' / path.name, mask)
-        _write_png(path, image)
+            write_png(path.parent.parent / 'masks' / path.name, mask)
+        write_png(path, image)
 
     files = {f'{name}/images/{name}-{i:05d}.png': partial(write, class_name=name, index=i)
              for name, number in ((NORMAL, normal), (OPACITY, abnormal)) for i in range(number)}
     return write_set(root, parameters, note, files)
-
-
-def write_set(root: Path, parameters: dict, note: str, files: Mapping[str, Callable[[Path], None]]) -> Path:
-    """Makes a folder of drawn files: each path below `root` by a function that is given it. A killed run goes
-    on where it was; a finished one is left alone. Raises UserError where the folder cannot be written.
-    """
-    from tqdm import tqdm
-    finished = root / 'finished.json'             # written last: while it is missing the folder is incomplete
-    if finished.exists():
-        return root
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with locked(root / '.lock'):
-            if finished.exists():
-                return root
-            write_atomically(root / 'README.txt', lambda p: p.write_text(note))
-            for name, write in tqdm(files.items(), 'drawing synthetic phantoms', disable=None, leave=False):
-                if not (root / name).exists():
-                    write(root / name)
-            write_json(finished, parameters)
-    except OSError as error:
-        raise UserError(f"the phantoms cannot be written to {root} ({error.strerror or error}): "
-                        f"name another folder with --data.") from None
-    return root
-
-
-def _write_png(path: Path, image: np.ndarray) -> None:
-    """Writes values in [0, 1] as an 8-bit grey PNG: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    Image.fromarray(np.rint(np.asarray(image, np.float32) * 255).astype(np.uint8)).save(temporary, 'PNG')
-    os.replace(temporary, path)
