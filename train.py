@@ -58,7 +58,6 @@ def work(args: argparse.Namespace) -> int:
     folder, schedule, optimization = trainer.folder, trainer.schedule, trainer.optimization
     trainer.announce()
     stop = StopSignal()
-    launch.begin()                          # from here on, torchrun may start the run again where it was
     steps = trainer.steps(optimization.step, trainer.run.seed)
     progress = Progress(trainer.metric, optimization.step, schedule.end)
     stopping = False                        # agreed on by all processes; a signal may have reached only some

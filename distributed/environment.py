@@ -19,7 +19,6 @@ LAUNCHERS = (   # the innermost first: name; rank, world size; local rank, local
     ('mpirun', 'PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID', 'MPI_LOCALNRANKS'),
     ('srun', 'SLURM_PROCID', 'SLURM_STEP_NUM_TASKS', 'SLURM_LOCALID', 'SLURM_STEP_TASKS_PER_NODE'),
     ('the environment', 'RANK', 'WORLD_SIZE'),                      # set by hand or by Kubernetes
-    ('the command line', '--global_rank', '--world_size'),          # each process by hand
     ('the command line', '--node_rank', '--num_proc_node'),         # as published: one command a node
 )
 
@@ -32,9 +31,8 @@ class LaunchConfig:
     num_process_per_node: int = flag(1, 'processes to start on this node, one per GPU', least=1, basic=True)
     num_proc_node: int = flag(1, 'number of nodes', least=1)
     node_rank: int = flag(0, 'index of this node', least=0)
-    world_size: int = flag(1, 'number of processes, if each is started by hand', least=1)
-    global_rank: int = flag(0, 'with --world_size: index of this process among all', least=0)
-    local_rank: int = flag(0, 'the same among those of this node; enough on a single node', least=0)
+    global_rank: int = flag(0, 'index of this process among all, which its launcher knows', least=0)
+    local_rank: int = flag(0, 'the same among those of this node', least=0)
     master_address: str = flag('127.0.0.1', 'address of node 0, as the other nodes reach it')
     master_port: int = flag(0, f'port there; 0 = a free one on a single node, {PUBLISHED_PORT} on several',
                             least=0, most=65535)
@@ -61,24 +59,20 @@ def resolve(config: LaunchConfig, env: Mapping[str, str] = os.environ) -> Enviro
     launcher, rank_name, world_name, *local_names = next(
         (row for row in LAUNCHERS if all(name in numbers for name in row[1:4])
          and integer(numbers, row[2]) > 1), LAUNCHERS[-1])
-    by_hand = rank_name == '--global_rank'
-    rank, world, nodes = integer(numbers, rank_name), integer(numbers, world_name), config.num_proc_node
-    address, port = config.master_address, config.master_port or PUBLISHED_PORT
-    if rank_name in env:
-        address, port = _master(config, launcher, env)
-        nodes = 1 if address in LOOPBACK else world
-    if by_hand and nodes == 1:
-        rank = rank or config.local_rank
+    rank, world = integer(numbers, rank_name), integer(numbers, world_name)
     if rank >= world:
         raise UserError(f"{rank_name} {rank} with {world_name} {world}: it must be 0 to {world - 1}.")
-    local_world = max(1, world // nodes)
-    local_rank = rank % local_world
+    address, port, local_rank, local_world = config.master_address, config.master_port or PUBLISHED_PORT, 0, 1
+    if rank_name in env:
+        address, port = _master(config, launcher, env)
+        if address in LOOPBACK:
+            local_rank, local_world = rank, world
     if local_names:
         local_rank, counts = integer(env, local_names[0]), _counts(env.get(local_names[1], str(world)))
         local_world = counts[min(integer(env, 'SLURM_NODEID'), len(counts) - 1)]
     if local_world == world and 'MASTER_ADDR' not in env:
         address = config.master_address
-    spawn = config.num_process_per_node if local_world == 1 and not by_hand else 1
+    spawn = config.num_process_per_node if local_world == 1 else 1
     here = Environment(rank, world, local_rank, local_world, address, port)
     _refuse_other_flags(config, launcher, spawn, here)
     if local_world < world and address in LOOPBACK:
@@ -93,7 +87,7 @@ def resolve(config: LaunchConfig, env: Mapping[str, str] = os.environ) -> Enviro
 
 def _refuse_other_flags(config: LaunchConfig, launcher: str, spawn: int, here: Environment) -> None:
     """Raises UserError for a flag that was given and differs from what the launcher says."""
-    right = {'world_size': here.world, 'global_rank': here.rank, 'local_rank': here.local_rank,
+    right = {'global_rank': here.rank, 'local_rank': here.local_rank,
              'num_proc_node': here.world // here.local_world, 'node_rank': here.rank // here.local_world,
              'num_process_per_node': max(spawn, here.local_world)}
     for field in fields(config):
@@ -101,7 +95,7 @@ def _refuse_other_flags(config: LaunchConfig, launcher: str, spawn: int, here: E
         if given not in (field.default, right.get(field.name, given)):
             raise UserError(f"--{field.name} is {given}, but {launcher} counts {here.world} processes, "
                             f"{here.local_world} on this node, and this one is number {here.rank}. Leave the "
-                            f"flag out. (--world_size is for processes that are all started by hand.)")
+                            f"flag out.")
 
 
 def _master(config: LaunchConfig, launcher: str, env: Mapping[str, str]) -> tuple[str, int]:

@@ -38,24 +38,20 @@ def process_group(here: Environment, device: torch.device, timeout: float,
     All leave together. If a process is lost, `give_up` is called, perhaps in another thread, with a line that
     says so. It does not return.
     """
-    store, heartbeat, on_gpu = join_store(here), None, device.type == 'cuda'
+    store, on_gpu, limit = join_store(here), device.type == 'cuda', timedelta(seconds=timeout)
     if interface := gloo_interface(here):
         os.environ.setdefault('GLOO_SOCKET_IFNAME', interface)
     try:
-        limit = timedelta(seconds=timeout)
         dist.init_process_group('nccl' if on_gpu else 'gloo', store=store, rank=here.rank,
                                 world_size=here.world, device_id=device if on_gpu else None,
                                 timeout=limit + timedelta(seconds=NCCL_GRACE * on_gpu))
         patient = dist.new_group(backend='gloo', timeout=NO_LIMIT)
-        heartbeat = Heartbeat(dist.new_group(backend='gloo', timeout=limit), min(PULSE, timeout / 4), give_up)
-        yield patient
-        heartbeat.stop()
+        with heartbeat(dist.new_group(backend='gloo', timeout=limit), min(PULSE, timeout / 4), give_up):
+            yield patient
         dist.destroy_process_group()
     except BaseException as error:
         if lost := lost_connection(error):
             give_up(lost)
-        if heartbeat:
-            heartbeat.stop(failed=True)
         raise
 
 
@@ -69,32 +65,33 @@ def lost_connection(error: BaseException) -> str:
            f'network is down. The last checkpoint is kept: training goes on from it with --cont_training.'
 
 
-class Heartbeat(threading.Thread):
-    """Every `pulse` seconds all processes meet here; calls `give_up` if that fails."""
+@contextmanager
+def heartbeat(group: dist.ProcessGroup, pulse: float, give_up: Callable[[str], None]) -> Iterator[None]:
+    """Every `pulse` seconds all processes meet here, until all leave; calls `give_up` if that fails."""
+    leaving, failed = threading.Event(), threading.Event()
 
-    def __init__(self, group: dist.ProcessGroup, pulse: float, give_up: Callable[[str], None]):
-        super().__init__(daemon=True)
-        self.group, self.pulse, self.give_up = group, pulse, give_up
-        self.stopping, self.failed = threading.Event(), False
-        self.start()
-
-    def run(self) -> None:
-        all_stop = torch.zeros(())
-        while not all_stop:
-            self.stopping.wait(self.pulse)
-            if self.failed:
+    def beat() -> None:
+        all_leave = torch.zeros(())
+        while not all_leave:
+            leaving.wait(pulse)
+            if failed.is_set():
                 return
-            all_stop.fill_(self.stopping.is_set())
+            all_leave.fill_(leaving.is_set())
             try:
-                dist.all_reduce(all_stop, dist.ReduceOp.MIN, self.group)
+                dist.all_reduce(all_leave, dist.ReduceOp.MIN, group)
             except RuntimeError as error:
-                self.give_up(lost_connection(error))
+                give_up(lost_connection(error))
 
-    def stop(self, failed: bool = False) -> None:
-        """Waits for all processes; but not after a failure, when the others may never come."""
-        self.failed = failed
-        self.stopping.set()
-        self.join(self.pulse if failed else None)
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        failed.set()
+        raise
+    finally:
+        leaving.set()
+        thread.join(pulse if failed.is_set() else None)      # after a failure the others may never come
 
 
 # ------------------------------------------------------------------------------------------------ rendezvous

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from multiprocessing.util import _run_finalizers
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.environment import Environment, LaunchConfig, integer, resolve
@@ -43,8 +42,7 @@ def launch(work: Callable[[Any], int | None], argument: Any, config: LaunchConfi
     choose_device(config.device, here)                  # a wrong device is reported once, before all starts
     if here.spawn:
         return _spawn(work, argument, config, here)
-    with _member(here, config, lambda line: print(line, file=sys.stderr)):
-        return work(argument) or 0
+    return _run(work, argument, config, here, lambda line: print(line, file=sys.stderr))
 
 
 def _spawn(work: Callable, argument: Any, config: LaunchConfig, first: Environment) -> int:
@@ -89,8 +87,7 @@ def _child(index: int, work: Callable, argument: Any, config: LaunchConfig, firs
            losses: Any) -> None:
     here = replace(first, rank=first.rank + index, local_rank=index, spawn=0)
     try:
-        with _member(here, config, losses.put):
-            status = work(argument) or 0
+        status = _run(work, argument, config, here, losses.put)
     except BaseException as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
         atexit.register(os._exit, status)       # it must not wait for the others, as the end of a group may
@@ -99,9 +96,9 @@ def _child(index: int, work: Callable, argument: Any, config: LaunchConfig, firs
     sys.exit(status)
 
 
-@contextmanager
-def _member(here: Environment, config: LaunchConfig, tell: Callable[[str], None]) -> Iterator[None]:
-    """Makes this process a member of the run. If another is lost, it says so by `tell` and ends."""
+def _run(work: Callable, argument: Any, config: LaunchConfig, here: Environment,
+         tell: Callable[[str], None]) -> int:
+    """The work of one process of the run. If another process is lost, it says so by `tell` and ends."""
     global _here, _device, _group
     import torch
 
@@ -124,7 +121,7 @@ def _member(here: Environment, config: LaunchConfig, tell: Callable[[str], None]
     try:
         with (process_group(here, _device, config.timeout * 60, give_up) if here.world > 1
               else nullcontext()) as _group:
-            yield
+            return work(argument) or 0
     except torch.OutOfMemoryError as error:
         reason = str(error).split('. ')[0]
         raise UserError(f"the GPU has not enough memory ({reason}). Give a smaller --batch_size; in "
@@ -190,17 +187,9 @@ def device() -> torch.device:
     return _device or torch.device('cpu')
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: of its GPU, or its share of the machine's available memory."""
-    if device().type == 'cuda':
-        import torch
-        return torch.cuda.mem_get_info(_device)[0]
-    try:
-        lines = Path('/proc/meminfo').read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
-    except (OSError, StopIteration):            # not Linux: half of the physical memory
-        available = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
-    return available // _here.local_world
+def local_world() -> int:
+    """How many processes share this node."""
+    return _here.local_world
 
 
 # ------------------------------------------------------------------------------------------- all processes
@@ -258,21 +247,3 @@ def main_first() -> Iterator[None]:
         if is_main():
             barrier()
     barrier()
-
-
-def begin() -> None:
-    """Notes that the run is under way, for the processes that torchrun starts again after a failure."""
-    if mark := _begun_mark():
-        mark.touch()
-
-
-def begun_before() -> bool:
-    """Whether torchrun started this run before, and it was under way then. All processes must ask."""
-    mark = _begun_mark()
-    return any_rank(mark is not None and mark.exists())
-
-
-def _begun_mark() -> Path | None:
-    """A file beside the logs of all attempts of torchrun; None without torchrun."""
-    path = os.environ.get('TORCHELASTIC_ERROR_FILE')                    # FOLDER/attempt_0/0/error.json
-    return Path(path).parents[2] / 'begun' if path else None

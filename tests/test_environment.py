@@ -73,13 +73,8 @@ def mpirun(rank, world, local_rank, local_world):
     (given(num_process_per_node=2), {'RANK': '2', 'WORLD_SIZE': '4', 'MASTER_ADDR': 'pod0'},
      Environment(4, 8, 0, 2, 'pod0', 6020, 2)),
     (given(), {'RANK': '1', 'WORLD_SIZE': '2'}, Environment(1, 2, 1, 2, '127.0.0.1', 6020)),
-    # by hand
-    (given(world_size=4, global_rank=3), {}, Environment(3, 4, 3, 4, '127.0.0.1', 6020)),
-    (given(world_size=4, local_rank=3), {}, Environment(3, 4, 3, 4, '127.0.0.1', 6020)),
-    (given(world_size=4, global_rank=3, num_proc_node=2, master_address='A'), {},
-     Environment(3, 4, 1, 2, 'A', 6020)),
     # flags that agree with the launcher change nothing
-    (given(world_size=8, global_rank=5, local_rank=1), TORCHRUN, Environment(5, 8, 1, 4, 'n0', 29500)),
+    (given(global_rank=5, local_rank=1), TORCHRUN, Environment(5, 8, 1, 4, 'n0', 29500)),
 ])
 def test_where_a_process_stands(flags, env, expected):
     assert resolve(flags(), env) == expected
@@ -88,7 +83,6 @@ def test_where_a_process_stands(flags, env, expected):
 @pytest.mark.parametrize('flags, env, told', [
     (given(num_process_per_node=0), {}, '--num_process_per_node 0'),
     (given(num_proc_node=-1), {}, '--num_proc_node -1'),
-    (given(world_size=0), {}, '--world_size 0'),
     (given(num_threads=-1), {}, '--num_threads -1'),
     (given(timeout=0), {}, '--timeout 0'),
     (given(master_port=70000), {}, '--master_port 70000'),
@@ -96,17 +90,9 @@ def test_where_a_process_stands(flags, env, expected):
     (given(node_rank=3, num_proc_node=3, master_address='A'), {}, '0 to 2'),
     (given(num_proc_node=2), {}, '--master_address'),
     (given(num_proc_node=2, num_process_per_node=8), {}, '--master_address'),
-    (given(global_rank=1), {}, '--world_size'),
-    (given(local_rank=1), {}, '--world_size'),
-    (given(world_size=4, global_rank=4), {}, '0 to 3'),
-    (given(world_size=4, global_rank=1, local_rank=2), {}, '--local_rank is 2'),
-    (given(world_size=4, num_proc_node=2, local_rank=1, master_address='A'), {}, '--local_rank is 1'),
-    (given(world_size=4, num_proc_node=2, global_rank=1), {}, '--master_address'),
-    (given(world_size=4, num_process_per_node=2), {}, 'started by hand'),
-    (given(world_size=2, num_process_per_node=2, num_proc_node=2, master_address='A'), {}, 'by hand'),
-    (given(world_size=4, num_proc_node=3, master_address='A'), {}, '--num_proc_node is 3'),
-    (given(world_size=4), TORCHRUN, '--world_size is 4, but torchrun counts 8 processes'),
-    (given(world_size=8, global_rank=4), TORCHRUN, '--global_rank is 4.* this one is number 5'),
+    (given(global_rank=1), {}, '--global_rank is 1, but the command line counts 1 processes'),
+    (given(local_rank=1), {}, '--local_rank is 1'),
+    (given(global_rank=4), TORCHRUN, '--global_rank is 4.* this one is number 5'),
     (given(num_process_per_node=3), TORCHRUN, 'torchrun counts 8 processes, 4 on this node'),
     (given(num_proc_node=3), TORCHRUN, '--num_proc_node is 3'),
     (given(num_process_per_node=8, num_proc_node=2, master_address='A'), mpirun(0, 3, 0, 1),

@@ -93,9 +93,9 @@ def work(name):
 
 def by_hand(name, folder):
     """The two processes."""
-    port = free_port()
-    return [start([sys.executable, __file__, name, rank, port], folder / str(rank), PYTHONPATH=str(ROOT))
-            for rank in range(2)]
+    port = str(free_port())
+    return [start([sys.executable, __file__, name], folder / str(rank), PYTHONPATH=str(ROOT), RANK=str(rank),
+                  WORLD_SIZE='2', MASTER_PORT=port) for rank in range(2)]
 
 
 def test_all_wait_for_the_last_however_late(tmp_path):
@@ -161,25 +161,6 @@ ib1 0002010A 00000000 0001 0 0 0 00FFFFFF 0 0 0
         assert gloo_interface(Environment(0, 2, 0, 1, address, 6020)) == interface
 
 
-def test_the_mark_of_a_run_under_way_is_that_of_one_torchrun(tmp_path, monkeypatch):
-    """It stands beside the logs of all attempts, so a restart finds it, and another torchrun does not."""
-    monkeypatch.delenv('TORCHELASTIC_ERROR_FILE', raising=False)
-    launch.begin()
-    assert not launch.begun_before()
-    folder = tmp_path / 'none_abc'
-    folder.mkdir()
-    monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(folder / 'attempt_0' / '1' / 'error.json'))
-    assert not launch.begun_before()
-    launch.begin()
-    monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(folder / 'attempt_1' / '0' / 'error.json'))
-    assert launch.begun_before()
-    other = tmp_path / 'none_xyz' / 'attempt_0' / '0' / 'error.json'
-    monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(other))
-    assert not launch.begun_before()
-
-
 if __name__ == '__main__':
-    name, rank, port = sys.argv[1:]
-    config = LaunchConfig(world_size=2, global_rank=int(rank), master_port=int(port), device='cpu',
-                          num_threads=1, timeout=1 / 60)
-    run_program(lambda: launch.launch(work, name, config))
+    config = LaunchConfig(device='cpu', num_threads=1, timeout=1 / 60)
+    run_program(lambda: launch.launch(work, sys.argv[1], config))

@@ -64,13 +64,6 @@ def work(task):
         assert launch.mean_over_ranks(torch.tensor(float(launch.rank()))).item() == 0.5
         with launch.main_first():
             (folder / f'{launch.rank()}').write_text(f'{sorted(p.name for p in folder.iterdir())}')
-        os.environ['TORCHELASTIC_ERROR_FILE'] = str(folder / f'host{launch.rank()}' / '0' / '0' / 'error')
-        assert not launch.begun_before()
-        launch.barrier()
-        if launch.is_main():
-            (folder / 'host0').mkdir()
-            launch.begin()
-        assert launch.begun_before()                                  # on the other host too, which is new
     if name == 'mistakes' or (name == 'mistake' and launch.is_main()):
         raise UserError('the data folder is missing')
     if name == 'bug' and not launch.is_main():
@@ -137,8 +130,8 @@ def alone(rank, port, folder):
         time.sleep(2 * rank)
         (folder / f'worked{rank}').touch()
 
-    launch.launch(slowly, None, Flags(world_size=2, global_rank=rank, master_port=port, device='cpu',
-                                      num_threads=1))
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_PORT=str(port))
+    launch.launch(slowly, None, Flags(device='cpu', num_threads=1))
     (folder / f'left{rank}').write_text(str((folder / 'worked1').exists()))
 
 

@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields, replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from readers.batches import train_batches
 from training.config import DECAYS, Schedule, TrainConfig
 from training.dry_run import Memory, advice
 from training.optimization import OPTIMIZERS, average_decay, average_of, check_graph
+from training.run_folder import begun_mark
 from training.trainer import Trainer
 from utils import UserError, read_checkpoint, read_flags
 
@@ -273,3 +275,14 @@ def test_passes_that_cannot_be_a_graph(changes, told, monkeypatch):
     model.capturable = case['capturable']
     with pytest.raises(UserError, match=f'--cuda_graph {told}'):
         check_graph(model, case['accumulate'], case['recomputes'])
+
+
+def test_the_mark_of_a_run_under_way_is_that_of_one_torchrun(monkeypatch):
+    """It stands beside the logs of all attempts, so a restart finds it, and another torchrun does not."""
+    marks = []
+    for attempt in ('none_abc/attempt_0/1', 'none_abc/attempt_1/0', 'none_xyz/attempt_0/0'):
+        monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', f'/logs/{attempt}/error.json')
+        marks.append(begun_mark())
+    assert marks[0] == marks[1] == Path('/logs/none_abc/begun') != marks[2]
+    monkeypatch.delenv('TORCHELASTIC_ERROR_FILE')
+    assert begun_mark() is None

@@ -14,7 +14,7 @@ import torch
 from datasets import DATASETS
 from distributed import launch
 from neural_operations import activation_bytes
-from training.trainer import MEMORY_MARGIN, Trainer
+from training.trainer import MEMORY_MARGIN, Trainer, free_memory
 
 COPIES = 4                   # of every weight: itself, its gradient, two moments of Adamax
 MOST_STEPS, LONG_ENOUGH = 3, 20             # steps at most; seconds after which no more are taken
@@ -54,7 +54,7 @@ def report(train_step: Callable[..., object], processes: int, args: Namespace) -
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     copies = COPIES + (trainer.optimization.average is not None)
     memory = Memory(weights * copies, *activation_bytes(model, data.shape))
-    free = launch.free_memory() + weights                               # these are there already
+    free = free_memory() + weights                               # these are there already
     need = memory.need(config.batch_size, recomputed)
     # The CPU's memory must not be tried out: the system would end the process, or others.
     seconds = seconds_of_step(trainer, train_step) if device.type == 'cuda' or need < free else None

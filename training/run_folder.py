@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from argparse import Namespace
 from dataclasses import asdict, fields
@@ -60,16 +61,25 @@ def start_wandb(folder: Path, project: str, flags: dict[str, Any]) -> Any:
     return run
 
 
+def begun_mark() -> Path | None:
+    """A file that exists from when the run is under way, for the processes that torchrun starts again after
+    a failure: beside the logs of all its attempts. None without torchrun.
+    """
+    path = os.environ.get('TORCHELASTIC_ERROR_FILE')                    # FOLDER/attempt_0/0/error.json
+    return Path(path).parents[2] / 'begun' if path else None
+
+
 def read_resumable(run: RunConfig, args: Namespace) -> dict[str, Any] | None:
     """The checkpoint that this command continues; None if there is none yet.
 
     Raises UserError if the run is not to be continued, or was started with flags of another model or data.
     """
     path, family = run.folder / 'checkpoint.pt', family_config(args.model)
-    resumes = run.cont_training or launch.begun_before()
+    mark = begun_mark()
+    restarted = launch.any_rank(bool(mark and mark.exists()))         # a host that was rebooted lost its mark
     if not path.exists():
         return None
-    if not resumes:
+    if not (run.cont_training or restarted):
         raise UserError(f"{run.folder} already holds a trained model. Continue with --cont_training, choose "
                         f"another --save, or delete the folder.")
     saved = read_checkpoint(path)

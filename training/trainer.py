@@ -1,12 +1,14 @@
 """The parts of a training run, built from its flags."""
 
 import math
+import os
 import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +24,24 @@ from neural_operations import activation_bytes, checkpoint_activations
 from readers.batches import eval_batches, steps_per_epoch, train_batches
 from training.config import RunConfig, Schedule, TrainConfig
 from training.optimization import Optimization, capture_passes, check_graph
-from training.run_folder import RunFolder, read_resumable
+from training.run_folder import RunFolder, begun_mark, read_resumable
 from utils import UserError, mix_seed, read_checkpoint, read_flags, read_json, seed_noise, write_json
 
 MEMORY_MARGIN = 1.3          # gradients and work space, beside what is kept for the backward pass
 TAGS = {'val/nelbo': 'nelbo_nats', 'val/neg_log_p': 'neg_log_p_nats',
         'val/bpd_elbo': 'nelbo_bits_per_dim', 'val/bpd_log_p': 'neg_log_p_bits_per_dim'}
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of its GPU, or its share of the machine's available memory."""
+    if launch.device().type == 'cuda':
+        return torch.cuda.mem_get_info(launch.device())[0]
+    try:
+        lines = Path('/proc/meminfo').read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
+    except (OSError, StopIteration):            # not Linux: half of the physical memory
+        available = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
+    return available // launch.local_world()
 
 
 class Trainer:
@@ -92,7 +106,7 @@ class Trainer:
         if self.config.checkpoint_activations != 'auto':
             return self.config.checkpoint_activations == 'on'
         need = activation_bytes(self.model, self.data.shape)[0] * self.schedule.batch_size * MEMORY_MARGIN
-        recomputes = launch.any_rank(need > launch.free_memory())
+        recomputes = launch.any_rank(need > free_memory())
         if recomputes:
             self.folder.say(f'a batch would need {need / 2 ** 30:.1f} GB, more than is free: activations are '
                             f'recomputed, which is slower (a smaller --batch_size avoids it)')
@@ -115,6 +129,8 @@ class Trainer:
             say(f'continuing at step {self.optimization.step} of {schedule.total}')
         if launch.is_main():
             write_json(self.folder.folder / 'args.json', vars(self.args))
+        if mark := begun_mark():
+            mark.touch()
 
     def steps(self, first: int, seed: int) -> Iterator[list[Tensor]]:
         """The batches of this process in each step from `first` on, each (B, C, *S)."""
