@@ -77,6 +77,8 @@ def phantom_folder(name: str, draw: str) -> Callable[[ReaderConfig], str]:
 
 FOLDER = reader('images.folder:read_folder')
 VOLUMES = reader('volumes.volumes:read_volumes')
+ARRAYS = partial(reader, 'published.arrays:read_arrays')
+PART_FOLDERS = partial(reader, 'images.folder:read_part_folders')
 # Published 8-bit sets whose test part is given; validation during training watches it, as published.
 PUBLISHED = {'bits': 8, 'val_fraction': 0.1, 'test_fraction': 0, 'val_always': False}
 # Binary pictures of 28 x 28 in a frame of 2, which --image_size 28 takes off.
@@ -91,47 +93,47 @@ LSUN_CHURCH = LSUN(class_name='church', train='church_outdoor_train_lmdb', test=
 
 DATASETS = {
     'mnist': DataSet(
-        reader('published.mnist:read_mnist'), num_train=60_000,
+        ARRAYS(name='MNIST'), num_train=60_000,
         where='Get it with torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.',
         **BINARY),
     'fashion_mnist': DataSet(
-        reader('published.mnist:read_mnist', name='FashionMNIST'), num_train=60_000,
+        ARRAYS(name='FashionMNIST'), num_train=60_000,
         where='Get it with torchvision.datasets.FashionMNIST(FOLDER, download=True), then --data FOLDER.',
         **BINARY),
     'kmnist': DataSet(
-        reader('published.mnist:read_mnist', name='KMNIST'), num_train=60_000,
+        ARRAYS(name='KMNIST'), num_train=60_000,
         where='Get it with torchvision.datasets.KMNIST(FOLDER, download=True), then --data FOLDER.',
         **BINARY),
     'notmnist': DataSet(
-        reader('published.part_folders:read_part_folders', folders={
+        PART_FOLDERS(folders={
             'train': 'notMNIST_large', 'test': 'notMNIST_small'}), num_train=529_114,
         where='Expected the folders notMNIST_large and notMNIST_small, A to J in each, as their archives '
               'unpack (yaroslavvb.blogspot.com, notMNIST dataset).', **BINARY),
     'stacked_mnist': DataSet(
-        reader('published.mnist:read_stacked_mnist'), size=32, channels=3, padding=2,
+        ARRAYS(name='StackedMNIST'), size=32, channels=3, padding=2,
         num_train=120_000,
         where='It is made from MNIST: torchvision.datasets.MNIST(FOLDER, download=True), then --data FOLDER.',
         **PUBLISHED),
     'omniglot': DataSet(
-        reader('published.omniglot:read_omniglot'), num_train=24_345,
+        ARRAYS(name='OMNIGLOT'), num_train=24_345,
         where='Expected chardata.mat of github.com/yburda/iwae (datasets/OMNIGLOT).', **BINARY),
     'omniglot_py': DataSet(
-        reader('published.part_folders:read_part_folders', folders={
+        PART_FOLDERS(folders={
             'train': 'omniglot-py/images_background', 'test': 'omniglot-py/images_evaluation'}),
         size=28, num_train=19_280,
         where='Get it with torchvision.datasets.Omniglot(FOLDER, background, download=True) for background '
               'True and False, then --data FOLDER.', **PUBLISHED),
     'cifar10': DataSet(
-        reader('published.cifar10:read_cifar10'), size=32, channels=3, flip=True,
+        ARRAYS(name='CIFAR-10'), size=32, channels=3, flip=True,
         num_train=50_000,
         where='Get it with torchvision.datasets.CIFAR10(FOLDER, download=True), then --data FOLDER.',
         **PUBLISHED),
     'svhn': DataSet(
-        reader('published.svhn:read_svhn'), size=32, channels=3, num_train=73_257,
+        ARRAYS(name='SVHN'), size=32, channels=3, num_train=73_257,
         where='Get it with torchvision.datasets.SVHN(FOLDER, split, download=True) for the splits train and '
               'test, then --data FOLDER.', **PUBLISHED),
     'smallnorb': DataSet(
-        reader('published.smallnorb:read_smallnorb'), size=96, num_train=24_300,
+        ARRAYS(name='smallNORB'), size=96, num_train=24_300,
         where='Expected the files of cs.nyu.edu/~ylclab/data/norb-v1.0-small.', **PUBLISHED),
     'celeba_64': DataSet(
         reader(RECORDS, encoded=True, box=(15, 40, 163, 188), class_name='face', celeba=True),

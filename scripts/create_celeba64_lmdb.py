@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run fr
 
 from readers.lmdb.maker import make_lmdb
 from readers.parallel import in_order
-from readers.published.celeba import LAYOUT, celeba_store, find_celeba
+from readers.published.layouts import LAYOUT, celeba_store, find_celeba
 from readers.published.records import Decoding, LazyImages
 from utils import UserError, run_program
 

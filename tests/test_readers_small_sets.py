@@ -15,8 +15,7 @@ from datasets import DataConfig, load_data
 from distributions import Pixels
 from readers.batches import train_batches
 from readers.parts import dequantized, gray_levels
-from readers.published.smallnorb import read_matrix
-from readers.published.svhn import read_mat
+from readers.published.arrays import check_labels, read_matrix, read_svhn
 from utils import UserError
 
 SMALL = {'fashion_mnist': (28, 28, 1), 'kmnist': (28, 28, 1), 'notmnist': (28, 28, 1), 'svhn': (32, 32, 3),
@@ -104,25 +103,28 @@ def test_files_that_are_damaged_are_named(config, tmp_path):
 def test_matrices_worked_by_hand(tmp_path):
     path = tmp_path / 'a.mat.gz'
     path.write_bytes(gzip.compress(struct.pack('<2i3i2i', 0x1E3D4C54, 1, 2, 1, 1, 7, -3)))
-    assert read_matrix(path).tolist() == [7, -3]
+    assert read_matrix(path, 1).tolist() == [7, -3]
     path = tmp_path / 'a.mat'
     path.write_bytes(struct.pack('<2i3i', 0x1E3D4C55, 2, 2, 3, 1) + bytes(range(6)))
-    assert read_matrix(path).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert read_matrix(path, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
     whole = path.read_bytes()
     for broken in (b'', whole[:-1], whole + b'x', b'no matrix at all', whole[:4], whole[:12]):
         path.write_bytes(broken)
         with pytest.raises(UserError, match='again'):
-            read_matrix(path)
+            read_matrix(path, 2)
 
 
 def test_ten_is_the_digit_zero(tmp_path):
     x = np.arange(2 * 3072, dtype=np.uint64).astype(np.uint8).reshape(32, 32, 3, 2)
     scipy.io.savemat(tmp_path / 'a.mat', {'X': x, 'y': np.uint8([[10], [9]])})
-    images, names = read_mat(tmp_path / 'a.mat')
-    assert names == ['0', '9'] and np.array_equal(images[1], x[..., 1])
+    images, labels = read_svhn('train', tmp_path / 'a.mat')
+    assert labels.tolist() == [0, 9] and np.array_equal(images[1], x[..., 1])
     scipy.io.savemat(tmp_path / 'a.mat', {'X': x, 'y': np.uint8([[11], [9]])})
-    with pytest.raises(UserError, match='labels from 9 to 11'):
-        read_mat(tmp_path / 'a.mat')
+    with pytest.raises(UserError, match='has 2 labels from 9 to 11, expected 0 to 9'):
+        check_labels(tmp_path / 'a.mat', *read_svhn('train', tmp_path / 'a.mat'), 10)
+    for wrong in (images[..., 0, 0], images.astype(float), images[:1]):
+        with pytest.raises(UserError, match='again'):
+            check_labels(tmp_path / 'a.mat', wrong, labels, 10)
 
 
 # ------------------------------------------------------------------------------------------------------ flags

@@ -6,7 +6,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +38,29 @@ def read_images(items: Sequence[Item], loader: ImageLoader, config: ReaderConfig
            'files': [[item.id, item.class_name, item.part, item.stamp] for item in items]}
     return import_items(config, row, key, lambda: Listing(name, items, loader.shape,
                                                           near_duplicates=near_duplicates))
+
+
+def read_part_folders(config: ReaderConfig, row: DataSet, folders: Mapping[str, str]) -> Source:
+    """The images of the chosen classes, where there is a folder for each part, which `folders` names, and in
+    it one for each class: notMNIST, torchvision's Omniglot.
+
+    Near-duplicates are not searched for: a letter in two typefaces is often nearly the same.
+    """
+    if not config.data:
+        raise UserError(f"--data is missing. {row.where}")
+    root, items = Path(config.data), []
+    for part in row.parts:
+        place = root / folders[part]
+        classes = [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []
+        found = [Item(p.relative_to(root).as_posix(), folder.name, part=part, path=str(p))
+                 for folder in classes for p in image_files(folder)]
+        if not found:
+            raise UserError(f"--data: {config.data!r} has no images in folders of classes in "
+                            f"{folders[part]}. {row.where}")
+        items += found
+    items.sort(key=lambda item: item.id)
+    return read_images(items, ImageLoader.of(config, row), config, row, str(root.resolve()),
+                       near_duplicates=False)
 
 
 def find_items(folder: str, config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], list[str]]:
