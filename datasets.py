@@ -381,8 +381,10 @@ def _part_records(config: DataConfig, row: DataSet, source: Source, split: dict[
 
 def stand_in(config: DataConfig, number: int) -> Data:
     """`number` training images of the shape and pixels that `config` asks for, of noise: nothing is read."""
-    from readers.parts import NoiseImages, Part, Transform
-    from readers.source import Entry, Source
+    import numpy as np
+
+    from readers.parts import Part, Transform
+    from readers.source import DTYPES, Entry, Source
     row = DATASETS[config.dataset]
     check(config, row)
     shape = (config.channels or len(config.modalities) or row.channels,
@@ -391,7 +393,9 @@ def stand_in(config: DataConfig, number: int) -> Data:
         raise UserError(f"--dry_run: how large the volumes of {config.dataset} are follows from them: add "
                         f"--data, or --volume_shape.")
     entries = [Entry(f'noise/{i}', '', 'noise', '', 0, i) for i in range(number)]
-    source = Source(entries, NoiseImages(shape, config.depth), None, ('noise',), ())
+    noise = np.random.default_rng(0).integers(2 ** config.depth, size=(number, *shape),
+                                              dtype=DTYPES[config.depth])
+    source = Source(entries, noise, None, ('noise',), ())
     pixels = _pixels(config, row)
     transform = Transform(pixels, config.depth)
     parts = {part: Part(entries if part == 'train' else [], source, transform) for part in PARTS}

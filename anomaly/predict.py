@@ -7,13 +7,10 @@ run's seed, not from its name, other files, or how many processes share the work
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
 from tqdm import tqdm
 
 from anomaly.config import PredictConfig
@@ -26,7 +23,7 @@ from anomaly.scores import Score, Selection, choose_primary
 from anomaly.scoring import Batches, Case, Table, pictures, score_images
 from datasets import DataConfig, preparation
 from distributed import launch
-from readers.source import Unreadable
+from readers.parallel import in_order
 from readers.split import count, some
 from utils import UserError, read_flags, write_atomically, write_csv
 
@@ -46,7 +43,8 @@ class NewFile(NamedTuple):
 
 
 class NewFiles:
-    """Files of a folder as batches: no more than one batch of images is in memory. Every rank has its share.
+    """Files of a folder as batches: one batch and the next few images are in memory. Every rank has
+    its share.
     """
 
     def __init__(self, prepared: Any, found: Any, batch_size: int):
@@ -60,25 +58,17 @@ class NewFiles:
         """The readable files of this rank, of those named."""
         chunks = [ids[i:i + self.batch_size] for i in range(0, len(ids), self.batch_size)]
         mine = chunks[launch.rank()::launch.world()]
-        Image.init()                             # all decoders, before threads ask for them at once
-        with ThreadPoolExecutor(MAX_THREADS) as pool, warnings.catch_warnings():
-            warnings.simplefilter('ignore')      # Pillow warns of odd metadata and of large images
-            for chunk in tqdm(mine, title, unit='batch', leave=False, disable=launch.rank() > 0 or None):
-                images = zip(chunk, pool.map(self.load, chunk))
-                loaded = {i: image for i, image in images if image is not None}
-                if loaded:
-                    batch = self.prepared.batch(list(loaded.values()), list(loaded))
-                    yield [self.read[i] for i in loaded], batch
-
-    def load(self, name: str) -> Any:
-        """The image of a file, or None, with the reason among the errors."""
-        try:
-            image = self.prepared.load(self.paths[name])
-        except Unreadable as error:
-            self.errors[name] = str(error)
-            return None
-        self.read[name] = NewFile(name, image.grids, image.repairs)
-        return image
+        places = (self.paths[name] for chunk in mine for name in chunk)
+        images = in_order(self.prepared.loader.load, places, MAX_THREADS)
+        for chunk in tqdm(mine, title, unit='batch', leave=False, disable=launch.rank() > 0 or None):
+            loaded = {}
+            for name, image in zip(chunk, images):
+                if isinstance(image, str):
+                    self.errors[name] = image
+                else:
+                    loaded[name], self.read[name] = image, NewFile(name, image.grids, image.repairs)
+            if loaded:
+                yield [self.read[i] for i in loaded], self.prepared.batch(list(loaded.values()), list(loaded))
 
     def gather(self) -> None:
         """Makes known to every rank what each has read."""
@@ -120,7 +110,7 @@ def new_files(run: Any, normal: Normal) -> tuple[Any, NewFiles]:
     flags = read_flags(DataConfig, vars(run.data_config) | normal.preparation.get('flags', {}))
     prepared = preparation(flags, run.model.shape, run.model.pixels, normal.preparation.get('spacing', ()))
     # Every rank searches, so that all meet the same mistake; files may come and go, so the first one's count.
-    found = launch.gather([prepared.find(run.args.data, without=run.out)])[0]
+    found = launch.gather([prepared.loader.find(run.args.data, without=run.out)])[0]
     return found, NewFiles(prepared, found, run.batch_size)
 
 

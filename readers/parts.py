@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from distributions import Pixels
 from readers.published.records import LazyImages, Records, columns
-from readers.source import DTYPES, Entry, Source
+from readers.source import Entry, Source
 from readers.volumes.augment import augmented
 from utils import mix_seed
 
@@ -192,14 +192,3 @@ def _place(draw: int, name: str) -> tuple[float, float]:
     """Two uniform numbers in [0, 1): where to cut a picture out of an image."""
     number = mix_seed('crop', draw, name)
     return number % 2 ** 31 / 2 ** 31, (number >> 31) % 2 ** 31 / 2 ** 31
-
-
-class NoiseImages:
-    """Random gray levels in place of images, for runs without data: `images[rows]` is (B, C, *S)."""
-
-    def __init__(self, shape: tuple[int, ...], depth: int):
-        self.shape, self.type = (1, *shape), np.dtype(DTYPES[depth])
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        shape = (len(rows), *self.shape[1:])
-        return np.random.default_rng(0).integers(np.iinfo(self.type).max, size=shape, dtype=self.type)

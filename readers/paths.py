@@ -1,32 +1,62 @@
-"""Which files lie below a folder."""
+"""Which files lie below a folder, and their bytes."""
 
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from readers.source import MOST_PIXELS, Unreadable
 from utils import UserError
+
+MOST_BYTES = 8 * MOST_PIXELS                        # of an image file: the largest image as doubles
+
+
+def walk(root: str | Path, skip: str, without: str | Path,
+         unlisted: Callable[[OSError], None]) -> tuple[list[str], int]:
+    """All files below `root` at any depth, and how many files and folders are passed over: hidden ones,
+    folders of the name `skip`, links to folders, and the folder `without`.
+
+    `unlisted` is told of each folder that cannot be read.
+    """
+    found, passed_over, own = [], 0, os.path.realpath(without) if without else ''
+    for place, folders, names in os.walk(root, onerror=unlisted):
+        entered = [f for f in folders if not f.startswith('.') and not (skip and f.lower() == skip)
+                   and not os.path.islink(os.path.join(place, f))
+                   and os.path.realpath(os.path.join(place, f)) != own]
+        files = [n for n in names if not n.startswith('.')]
+        passed_over += len(folders) - len(entered) + len(names) - len(files)
+        folders[:] = entered
+        found += [os.path.join(place, n) for n in files]
+    return found, passed_over
 
 
 def files_below(root: str | Path, suffixes: Sequence[str], skip: str = '',
                 without: str | Path = '') -> list[str]:
-    """The files below `root` with these suffixes, in lower case, as sorted paths relative to it with '/'.
-
-    Hidden files and folders, folders of the name `skip` and the folder `without` are left out. Raises
-    UserError for a folder that cannot be read.
+    """The files that `walk` finds with these suffixes, in lower case, as sorted paths relative to `root` with
+    '/'. Raises UserError for a folder that cannot be read.
     """
-    found, own = [], os.path.realpath(without) if without else ''
-
     def stop(error: OSError) -> None:
         raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}): check its "
                         f"permissions.")
 
-    for place, folders, names in os.walk(root, onerror=stop):
-        folders[:] = [f for f in folders if not f.startswith('.') and not (skip and f.lower() == skip)
-                      and os.path.realpath(os.path.join(place, f)) != own]
-        found += [Path(place, n).relative_to(root).as_posix() for n in names
-                  if n.lower().endswith(tuple(suffixes)) and not n.startswith('.')]
-    return sorted(found)
+    files, _ = walk(root, skip, without, stop)
+    return sorted(Path(f).relative_to(root).as_posix() for f in files if f.lower().endswith(tuple(suffixes)))
+
+
+def file_content(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a file. Raises Unreadable if there are none to be had, or more than `most`."""
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise Unreadable('is a folder')
+        if not stat.S_ISREG(status.st_mode):
+            raise Unreadable('is a device or a pipe')                   # which may never end
+        if status.st_size > most:
+            raise Unreadable(f'has {status.st_size:,} bytes, over {most:,}: make it smaller')
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise Unreadable(f'cannot be opened ({error.strerror or type(error).__name__})') from None
 
 
 class Found(NamedTuple):
@@ -40,28 +70,17 @@ class Found(NamedTuple):
 
 
 def find_files(path: str | Path, without: str | Path = '') -> Found:
-    """All files below a folder whatever they are, at any depth, or the one file; ids are relative names.
-
-    Passed over are hidden files and folders, folders named `masks`, links to folders, and the folder
-    `without`. Raises UserError if there is nothing.
+    """All files below a folder whatever they are, but for folders named `masks` and those that `walk` passes
+    over, or the one file; ids are relative names. Raises UserError if there is nothing.
     """
     root = str(path)
     if not os.path.lexists(root):
         raise UserError(f"--data: {root} does not exist. Give a folder of images, or an image file.")
     if not os.path.isdir(root):
         return Found([printable(os.path.basename(root))], [root], 0)
-    found, passed_over, own = [], 0, os.path.realpath(without) if without else ''
-    # A folder that may not be listed takes the place of its files: reading it says why.
-    unlisted = lambda error: found.append(error.filename)
-    for place, folders, names in os.walk(root, onerror=unlisted):
-        entered = [f for f in folders if not f.startswith('.') and f.lower() != 'masks'
-                   and not os.path.islink(os.path.join(place, f))
-                   and os.path.realpath(os.path.join(place, f)) != own]
-        files = [n for n in names if not n.startswith('.')]
-        passed_over += len(folders) - len(entered) + len(names) - len(files)
-        folders[:] = entered
-        found += [os.path.join(place, n) for n in files]
-    if not found:
+    unlisted: list[str] = []         # a folder that may not be listed takes the place of its files
+    found, passed_over = walk(root, 'masks', without, lambda error: unlisted.append(error.filename))
+    if not (found := found + unlisted):
         raise UserError(f"--data: there is no file below {root}. Give a folder of images, or an image file.")
     named = sorted((Path(os.path.relpath(f, root)).as_posix(), f) for f in found)
     return Found([printable(name) for name, _ in named], [f for _, f in named], passed_over)

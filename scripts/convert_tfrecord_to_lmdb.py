@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run fr
 
 import numpy as np
 
-from readers.lmdb.maker import make_lmdb
+from readers.lmdb.file import make_lmdb
 from utils import UserError, run_program
 
 POLYNOMIAL = 0x82F63B78          # CRC-32C (Castagnoli), its bits reversed

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
 
-from readers.lmdb.maker import make_lmdb
+from readers.lmdb.file import make_lmdb
 from readers.parallel import in_order
 from readers.published.layouts import LAYOUT, celeba_store, find_celeba
 from readers.published.records import Decoding, LazyImages

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run fr
 import torch
 from PIL import Image
 
-from readers.lmdb.maker import make_lmdb
+from readers.lmdb.file import make_lmdb
 from readers.parallel import in_order
 from utils import UserError, mix_seed, run_program, write_atomically
 

@@ -134,7 +134,7 @@ def test_a_file_becomes_the_x_that_it_is_in_the_run(data_folder, cache, flags):
     found = find_files(data_folder)
     paths = dict(zip(found.ids, found.paths))
     wanted = data.test.items(range(len(data.test)))
-    batch = prepared.batch([prepared.load(paths[name]) for name in wanted.id], wanted.id)
+    batch = prepared.batch([prepared.loader.load(paths[name]) for name in wanted.id], wanted.id)
     assert torch.equal(batch.x, wanted.x) and batch.id == wanted.id and batch.x.std() > 0
 
 
@@ -159,10 +159,10 @@ def test_an_image_from_python_has_the_very_pixels_of_training_at_every_depth(bit
 def test_the_border_of_the_run_is_black_and_around_the_image(tmp_path):
     Image.fromarray(np.full((4, 4), 255, np.uint8)).save(tmp_path / 'a.png')
     prepared = Preparation(ImageLoader(4, 1, 8, border=2), Transform(Pixels('bernoulli', 1, padding=2)))
-    x = prepared.batch([prepared.load(str(tmp_path / 'a.png'))], ['a.png']).x
+    x = prepared.batch([prepared.loader.load(str(tmp_path / 'a.png'))], ['a.png']).x
     assert x[0, 0, 2:6, 2:6].all() and x.sum() == 16
     inverted = Preparation(prepared.loader, replace(prepared.transform, invert=True))
-    assert not inverted.batch([prepared.load(str(tmp_path / 'a.png'))], ['a.png']).x.any()
+    assert not inverted.batch([prepared.loader.load(str(tmp_path / 'a.png'))], ['a.png']).x.any()
 
 
 # --------------------------------------------------------------------------------------------- broken files
@@ -270,7 +270,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, 'Permission denied')
     monkeypatch.setattr('pathlib.Path.read_bytes', refuse)
     with pytest.raises(ValueError, match=r'cannot be opened \(Permission denied\)'):
-        prepared.load(str(path))
+        prepared.loader.load(str(path))
 
 
 def test_the_results_in_the_folder_itself_are_not_taken_for_images(tmp_path):

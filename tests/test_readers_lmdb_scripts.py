@@ -20,8 +20,7 @@ from standins import celeba_files, example, image, message, tfrecord, varint, wr
 from standins import crc32c as crc32c_by_the_book
 
 from datasets import DataConfig, load_data
-from readers.lmdb.file import Lmdb
-from readers.lmdb.maker import make_lmdb, unfinished
+from readers.lmdb.file import Lmdb, make_lmdb, unfinished
 from scripts.convert_tfrecord_to_lmdb import crc32c, features, read_records
 from utils import UserError
 

@@ -6,7 +6,6 @@ H x W the size of the file, S the size that is asked for, C channels.
 import hashlib
 import io
 import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,11 @@ from PIL import Image, ImageOps
 from readers.config import DataSet, ReaderConfig
 from readers.dicom import decode_dicom, is_dicom
 from readers.items import Loaded
-from readers.paths import Found, find_files
+from readers.paths import Found, file_content, find_files
 from readers.source import DTYPES, MOST_PIXELS, Unreadable
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.dcm', '.dicom')
 FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # of Pillow; decided by content, not by suffix
-MOST_BYTES = 8 * MOST_PIXELS                        # of a file: the largest image as doubles
 DARK = 1 / 15                                       # 4095 of 65535 is 1/16
 DARK_NOTE = ('with less than 1/15 of the gray scale in use look black (if these are 12-bit values in 16-bit '
              'files, rescale them)')
@@ -136,21 +134,6 @@ def mask_to_integers(mask: np.ndarray, size: int, fit: str) -> np.ndarray:
     """
     inside = (mask > mask.max() / 2).astype(np.float32)
     return (to_size(inside, size, fit) >= 0.5).astype(np.uint8)
-
-
-def file_content(path: str | Path) -> bytes:
-    """The bytes of a file. Raises Unreadable if there are none to be had, or too many."""
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise Unreadable('is a folder')
-        if not stat.S_ISREG(status.st_mode):
-            raise Unreadable('is a device or a pipe')                   # which may never end
-        if status.st_size > MOST_BYTES:
-            raise Unreadable(f'has {status.st_size:,} bytes, over {MOST_BYTES:,}: make it smaller')
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise Unreadable(f'cannot be opened ({error.strerror or type(error).__name__})') from None
 
 
 def load_mask(read: Callable[[], np.ndarray], name: str, image: np.ndarray) -> np.ndarray:

@@ -3,16 +3,20 @@
 A path is the folder that holds data.mdb, or the file itself.
 """
 
+import itertools
 import os
 import struct
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import lmdb
+from tqdm import tqdm
 
 from utils import UserError
 
 PAGE_SIZE_AT, LAST_PAGE_AT = 40, 136     # bytes into an LMDB, and into each of its first two pages
+BLOCK = 256                             # records in a transaction of make_lmdb: what a kill can lose
 FIRST_MAP = 64 << 20                    # bytes; doubled whenever a transaction does not fit
 _open: dict[str, lmdb.Environment] = {}      # by real path: LMDB forbids opening a file twice in one process
 
@@ -86,9 +90,6 @@ class Lmdb:
         with self._begin() as transaction:
             return transaction.stat()['entries']
 
-    def __contains__(self, key: bytes) -> bool:
-        return self.get(key) is not None
-
     def get(self, key: bytes) -> bytes | None:
         """The value of a key; None if it is not there. Raises UserError if the file is damaged."""
         try:
@@ -97,14 +98,6 @@ class Lmdb:
         except lmdb.Error as error:
             raise UserError(f"{self.path}: record {key!r} cannot be read ({error}): the file is damaged.") \
                 from None
-
-    def items(self, prefix: bytes = b'') -> Iterator[tuple[bytes, bytes]]:
-        """The keys that begin with `prefix`, in their order, each with its value."""
-        with self._begin() as transaction, transaction.cursor() as cursor:
-            found = cursor.set_range(prefix) if prefix else cursor.first()
-            while found and cursor.key().startswith(prefix):
-                yield cursor.item()
-                found = cursor.next()
 
     def keys(self) -> Iterator[bytes]:
         """All keys, in their order; values are not read."""
@@ -153,3 +146,47 @@ class LmdbWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def unfinished(path: str | Path) -> Path:
+    """Where the LMDB `path` grows."""
+    path = Path(path)
+    return path.with_name(path.name + '.unfinished')
+
+
+def make_lmdb(path: str | Path, values: Callable[[int], Iterator[bytes]], total: int | None = None) -> int:
+    """Writes the records that `values(first)` gives, from number `first` on, to their end; returns how many.
+
+    Keys are '0', '1', ... in ASCII, as published. The LMDB grows under another name and is renamed when all
+    is in it: a stopped run goes on where it was, and no reader takes half a data set for a whole one. A
+    finished LMDB is left as it is. `total` is the number of records where it is known. Raises UserError if
+    something else is at `path`, if `values` do not end at `total`, or if an earlier run left something else
+    than these.
+    """
+    path, growing = Path(path), unfinished(path)
+    if path.exists():
+        if not is_lmdb(path):
+            raise UserError(f"{path} is there and is not an LMDB: remove it or choose another place.")
+        print(f'{path} is there already: nothing to do (remove it to make it anew)')
+        return len(Lmdb(path))
+    with LmdbWriter(growing) as writer:
+        done = writer.environment.stat()['entries']
+        if done and next(values(done - 1), None) != writer.get(str(done - 1).encode()):
+            raise UserError(f"{growing} holds other images than these: remove it to begin anew.")
+        try:
+            with tqdm(desc=path.name, total=total, initial=done, unit='image', disable=None) as bar:
+                rest = values(done)
+                while block := list(itertools.islice(rest, BLOCK)):
+                    writer.put((str(done + i).encode(), value) for i, value in enumerate(block))
+                    done += len(block)
+                    bar.update(len(block))
+        except (KeyboardInterrupt, UserError):
+            print(f'unfinished: {growing} holds {done:,} records; the same command goes on there',
+                  file=sys.stderr)
+            raise
+    if done == 0 or total not in (None, done):
+        expected = 'some' if total is None else f'{total:,}'
+        raise UserError(f"{growing} has {done:,} records, expected {expected}: remove it and begin anew.")
+    os.replace(growing, path)
+    print(f'{path}: {done:,} records')
+    return done

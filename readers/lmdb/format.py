@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from readers.dicom import FULL, is_dicom
-from readers.images.decode import FORMATS, decode, file_content
+from readers.images.decode import FORMATS, decode
 from readers.items import Item
+from readers.paths import file_content
 from readers.source import Unreadable
 
 FORMAT, VERSION = 'anomaly-lmdb', 1

@@ -17,8 +17,7 @@ import numpy as np
 
 from readers.cache import cached_files, stamp
 from readers.config import DataSet, ReaderConfig
-from readers.lmdb.file import Lmdb, is_lmdb
-from readers.lmdb.maker import unfinished
+from readers.lmdb.file import Lmdb, is_lmdb, unfinished
 from readers.published.records import Decoding, FileStore, LazyImages, LmdbStore, Records, Store
 from readers.source import Array, Source
 from utils import UserError

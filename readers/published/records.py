@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -24,20 +23,6 @@ MODES = {1: 'L', 3: 'RGB'}                   # number of channels -> Pillow's mo
 
 
 # ----------------------------------------------------------------------------------------------------- stores
-
-class Store(Protocol):
-    """The images of one part, as bytes."""
-    part: str                                  # 'train' or 'test'
-    path: str
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str: ...
-
-    def names(self) -> Iterator[str]: ...
-
-    def read(self, index: int) -> bytes: ...
-
 
 class LmdbStore:
     """An LMDB whose keys are '0' to 'N - 1', or those that are listed in `keys` (N,) bytes."""
@@ -96,6 +81,9 @@ class FileStore:
             return path.read_bytes()
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror or error}). Restore the file.") from None
+
+
+Store = LmdbStore | FileStore
 
 
 # ----------------------------------------------------------------------------------------- entries and pixels

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.ndimage import affine_transform, gaussian_filter
 
+from readers.paths import file_content
 from readers.source import Unreadable
 from utils import UserError, write_atomically
 
 SUFFIXES = ('.nii', '.nii.gz')
 MOST_VOXELS = 1 << 29              # 2 GiB of float32: a larger one is damaged, or no medical volume
+MOST_FILE = 16 * MOST_VOXELS       # bytes
 LONGEST_HEADER = 540               # bytes, of NIfTI-2
 PACKED = b'\x1f\x8b'               # how gzip files begin
 SMALLEST_VOLUME = 1e-9             # mm^3 of a voxel, below which an affine is singular
@@ -147,10 +149,7 @@ def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
     A file that does not say where it lies takes the place of `like`, where that has the same shape.
     """
     nib = nibabel()
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise Unreadable(f'cannot be opened ({error.strerror or error})') from None
+    data = file_content(path, MOST_FILE)
     content = _unpacked(data)
     kind = _kind(content)
     try:
