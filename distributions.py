@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 MIN_LOG_SCALE = -7.0     # of a logistic, on [-1, 1]: its width is then 1/8 of an 8-bit gray level
 SOFT_CLAMP = 5.0         # means and log standard deviations stay within (-5, 5)
+LOG_FLOOR = 1e-3         # added to what a logarithm of a statistic is taken of
 MIN_STD = 1e-2           # keeps the log-density of a latent bounded
 
 
@@ -65,6 +66,20 @@ def per_image(x: Tensor) -> Tensor:
     return x.sum(1) if torch.is_grad_enabled() else x.double().sum(1)
 
 
+def likelihood_statistics(terms: Terms, likelihood: Any, logits: Tensor, x: Tensor) -> Tensor:
+    """What DoSE (Morningstar et al. 2021) asks of a hierarchical VAE: (B, L + 4) float64.
+
+    recon and the L KL of `terms`, nats; of p(x|z) with these `logits` the mean log standard deviation of a
+    pixel; the mean log |x - mean|, divided by that deviation and as it is. Where a likelihood explains an
+    image too well, or its scale is unusual, the bound alone does not tell. x (B, C, *S) in [0, 1].
+    """
+    scale, error = likelihood.std(logits).double(), (x - likelihood.mean(logits)).double().abs()
+    columns = [scale.clamp(min=LOG_FLOOR).log(), (error / scale.clamp(min=LOG_FLOOR) + LOG_FLOOR).log(),
+               (error + LOG_FLOOR).log()]
+    return torch.cat([terms['recon'][:, None].double(), terms['kl'].double(),
+                      torch.stack([column.flatten(1).mean(1) for column in columns], 1)], 1)
+
+
 def bits_per_dim(nats: float, num_dims: int) -> float:
     """Nats per image to bits per dimension."""
     return nats / (num_dims * math.log(2))
@@ -110,6 +125,7 @@ class Normal:
 #   num_params                      channels that the decoder must put out
 #   log_prob(logits, x)             (B, 1, *S) summed over channels
 #   mean(logits)                    (B, C, *S) in [0, 1]
+#   std(logits)                     (B, C, *S) standard deviation of a value in [0, 1]
 #   sample(logits)                  (B, C, *S) in [0, 1]
 
 class Bernoulli:
@@ -123,6 +139,9 @@ class Bernoulli:
 
     def mean(self, logits: Tensor) -> Tensor:
         return torch.sigmoid(logits)
+
+    def std(self, logits: Tensor) -> Tensor:
+        return (torch.sigmoid(logits) * torch.sigmoid(-logits)).sqrt()
 
     def sample(self, logits: Tensor) -> Tensor:
         return (torch.rand_like(logits) < torch.sigmoid(logits)).to(logits.dtype)
@@ -160,6 +179,9 @@ class DiscretizedNormal:
 
     def mean(self, logits: Tensor) -> Tensor:
         return (self._normal(logits).mean.clamp(-1, 1) + 1) / 2
+
+    def std(self, logits: Tensor) -> Tensor:
+        return self._normal(logits).std / 2
 
     def sample(self, logits: Tensor) -> Tensor:
         x = self._normal(logits).sample().clamp(-1, 1)
@@ -221,12 +243,23 @@ class DiscretizedLogisticMixture:
         return torch.where(mass > 1e-5, torch.log(mass.clamp(min=1e-10)), log_density)
 
     def mean(self, logits: Tensor) -> Tensor:
-        log_weights, means, _, color = self._split(logits)
+        log_weights, components, _ = self._components(logits)
+        return ((log_weights.exp().unsqueeze(1) * components).sum(2) + 1) / 2    # (B, C, *S)
+
+    def _components(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log weights (B, M, *S), means in [-1, 1] and log scales (B, C, M, *S) of the logistics."""
+        log_weights, means, log_scales, color = self._split(logits)
         component = means
         for _ in range(self.channels - 1):     # red is known at once, then green, then blue
             component = self._condition(means, color, component)
-        mean = (log_weights.exp().unsqueeze(1) * component.clamp(-1, 1)).sum(2)  # (B, C, *S)
-        return (mean + 1) / 2
+        return log_weights, component.clamp(-1, 1), log_scales
+
+    def std(self, logits: Tensor) -> Tensor:
+        log_weights, components, log_scales = self._components(logits)
+        weights = log_weights.exp().unsqueeze(1)
+        mean = (weights * components).sum(2, keepdim=True)
+        within = math.pi ** 2 / 3 * torch.exp(2 * log_scales)                    # variance of a logistic
+        return (weights * (within + (components - mean) ** 2)).sum(2).sqrt() / 2
 
     def sample(self, logits: Tensor) -> Tensor:
         log_weights, means, log_scales, color = self._split(logits)

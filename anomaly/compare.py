@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from anomaly.baselines import BASELINES
+from anomaly.choice import choose_primary, choose_scores
 from anomaly.detect import Evaluated, Settings, evaluate
 from anomaly.judge import Judgement, join
 from anomaly.report import comparison
-from anomaly.scores import Score, Selection, choose_primary, choose_scores
+from anomaly.scores import Score, Selection
 from anomaly.scoring import Table
 from distributed import launch
 from readers.parts import SomeOf

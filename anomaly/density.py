@@ -14,18 +14,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from utils import UserError
 
+SMALLEST = 1e-12             # of a distance whose logarithm is taken
 RIDGE = 1e-9                 # added to the variances of standardized features, as one may be constant
 GMM_RIDGE = 1e-3             # the same for a component of a mixture, which may have few images
 CHOOSING_FOLDS = 5           # of the cross-validation that chooses a mixture, or a kernel and its bandwidth
 MOST_TO_CHOOSE = 2000        # images with which it chooses a kernel: its time grows with their square
-HELD_OUT = 0.1               # of the images of a flow: they determine when its training ends
-BATCH = 128
-CHECK_EVERY = 25             # steps between evaluations of the held-out images
-PATIENCE = 5                 # evaluations without a gain after which it ends
 COVARIANCES = ('full', 'diag')
 # Arguments of GMM as published: in 3D (SADE), and in 2D (Mahmood et al. 2021).
 SADE_RULE = {'components': (3, 4, 5), 'covariances': ('full',), 'quantile': 0.1, 'reg_covar': 1e-6,
@@ -126,21 +122,53 @@ class Typicality(Density):
 
 
 class Mahalanobis(Density):
-    """Mahalanobis distance from normal images, in standard deviations.
+    """Mahalanobis distance from normal images, in standard deviations, or its logarithm.
 
     The covariance of the standardized features is shrunk (Ledoit and Wolf 2004), so that there may be as many
     features as images.
     """
-    learned, least = ('mean', 'std', 'precision'), 3
+    learned, least = ('mean', 'std', 'root', 'log'), 3
+
+    def __init__(self, log: bool = False):
+        """With `log`, of which sums of scores are less dominated by the farthest images."""
+        self.log = log
 
     def learn(self, features: np.ndarray) -> None:
         from sklearn.covariance import ledoit_wolf
         covariance, _ = ledoit_wolf(self.standardize(features))
-        self.precision = np.linalg.inv(covariance + RIDGE * np.eye(len(self.mean)))                   # (D, D)
+        values, vectors = np.linalg.eigh(covariance + RIDGE * np.eye(len(self.mean)))
+        self.root = vectors / np.sqrt(values) @ vectors.T                                  # of the precision
+
+    def whitened(self, features: Tensor) -> Tensor:
+        """Features (N, D) with about unit covariance on normal images."""
+        return self.standardized(features) @ self.tensor('root')
+
+    def distance(self, features: Tensor) -> Tensor:
+        return self.whitened(features).norm(dim=1)
 
     def energy(self, features: Tensor) -> Tensor:
-        z = self.standardized(features)                                                               # (N, D)
-        return (z @ self.tensor('precision') * z).sum(1).clamp(min=0).sqrt()
+        distance = self.distance(features)
+        return distance.clamp(min=SMALLEST).log() if self.log else distance
+
+
+class WhitenedKNN(Mahalanobis):
+    """Mean distance to the k nearest normal images, or to all if there are fewer, of features that are scaled
+    to unit covariance.
+    """
+    learned = (*Mahalanobis.learned, 'reference', 'k')
+
+    def __init__(self, k: int = 5, log: bool = False):
+        if k < 1:
+            raise UserError(f"k-NN with k = {k}: give at least 1.")
+        self.k, self.log = k, log
+
+    def learn(self, features: np.ndarray) -> None:
+        super().learn(features)
+        self.reference = self.whitened(torch.from_numpy(features)).numpy()                          # (N, D)
+
+    def distance(self, features: Tensor) -> Tensor:
+        z, reference = self.whitened(features), self.tensor('reference')
+        return (z[:, None] - reference[nearest(reference, z, int(self.k))]).norm(dim=2).mean(1)
 
 
 class KNN(Density):
@@ -157,11 +185,15 @@ class KNN(Density):
         self.reference = self.standardize(features)                                                 # (N, D)
 
     def energy(self, features: Tensor) -> Tensor:
-        from sklearn.neighbors import NearestNeighbors
-        z = self.standardized(features)
-        neighbors = NearestNeighbors(n_neighbors=min(int(self.k), len(self.reference))).fit(self.reference)
-        nearest = neighbors.kneighbors(z.detach().nan_to_num(0, 0, 0), return_distance=False)[:, -1]
-        return (z - self.tensor('reference')[nearest]).norm(dim=1)
+        z, reference = self.standardized(features), self.tensor('reference')
+        return (z - reference[nearest(reference, z, int(self.k))[:, -1]]).norm(dim=1)
+
+
+def nearest(reference: Tensor, z: Tensor, k: int) -> np.ndarray:
+    """Indices (N, k) of the rows of `reference` (M, D) nearest to those of z (N, D); of all, if M < k."""
+    from sklearn.neighbors import NearestNeighbors
+    neighbors = NearestNeighbors(n_neighbors=min(k, len(reference))).fit(reference)
+    return neighbors.kneighbors(z.detach().nan_to_num(0, 0, 0), return_distance=False)
 
 
 class KDE(Density):
@@ -287,61 +319,6 @@ class PCAGMM(GMM):
 
     def standardized(self, features: Tensor) -> Tensor:
         return (features - self.tensor('mean')) @ self.tensor('axes')
-
-
-class Flow(Density):
-    """-log density of the standardized features under a masked autoregressive flow, nats.
-
-    Feature i of D is normal, with a mean and standard deviation that a masked network computes from features
-    1 to i - 1 (Papamakarios et al. 2017); several such transforms may follow one another. Trained on nine
-    tenths of the images, with early stopping by the log density of the others; determined by `seed`.
-    """
-    learned, least, folds = ('mean', 'std', 'hidden', 'transforms', 'weights'), 4, 5
-
-    def __init__(self, hidden: tuple[int, ...] = (128, 128), transforms: int = 1, steps: int = 1000,
-                 learning_rate: float = 3e-3, seed: int = 0):
-        """`transforms` networks with layers of these `hidden` widths; at most `steps` batches of 128."""
-        self.hidden, self.transforms, self.steps = hidden, transforms, steps
-        self.learning_rate, self.seed = learning_rate, seed
-
-    def network(self, features: int) -> Any:
-        """zuko's flow of D `features`, its base a standard normal."""
-        import zuko
-        return zuko.flows.MAF(features, transforms=int(self.transforms), activation=torch.nn.ELU,
-                              hidden_features=[int(width) for width in self.hidden])
-
-    def learn(self, features: np.ndarray) -> None:
-        z = torch.from_numpy(self.standardize(features)).float()                                      # (N, D)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(self.seed)
-            flow = self.network(z.shape[1])
-            self.train(flow, z[torch.randperm(len(z))])
-
-    def train(self, flow: Any, z: Tensor) -> None:
-        """Sets the weights with which the log density of the first tenth of z (N, D) was largest."""
-        number = max(1, int(HELD_OUT * len(z)))
-        held_out, z = z[:number], z[number:]
-        optimizer = torch.optim.Adam(flow.parameters(), self.learning_rate)
-        best, last_gain = -torch.inf, 0
-        for step in range(self.steps + 1):
-            if step % CHECK_EVERY == 0:
-                with torch.no_grad():
-                    reached = flow().log_prob(held_out).mean().item()
-                if reached > best:
-                    best, last_gain = reached, step
-                    self.weights = parameters_to_vector(flow.parameters()).detach().numpy()
-                if step - last_gain >= PATIENCE * CHECK_EVERY:
-                    return
-            batch = z[torch.randint(len(z), (min(BATCH, len(z)),))]
-            optimizer.zero_grad()
-            (-flow().log_prob(batch).mean()).backward()
-            optimizer.step()
-
-    def energy(self, features: Tensor) -> Tensor:
-        with torch.random.fork_rng(devices=[]):                         # the initial weights are replaced
-            flow = self.network(len(self.mean)).double().requires_grad_(False)
-        vector_to_parameters(self.tensor('weights'), flow.parameters())
-        return -flow().log_prob(self.standardized(features))
 
 
 def cross_validated(z: np.ndarray, tried: list[tuple], make: Callable[..., Any], folds: int, seed: int,

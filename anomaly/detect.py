@@ -20,6 +20,7 @@ import torch
 
 from anomaly import metrics
 from anomaly.baselines import fit_baselines
+from anomaly.choice import choose_primary, choose_scores
 from anomaly.config import Judging, MapConfig, Showing
 from anomaly.judge import Judgement, judge, unjudged, validation_warnings
 from anomaly.maps import segmentation
@@ -29,7 +30,7 @@ from anomaly.report import page
 from anomaly.report.datacard import compare_normal, describe
 from anomaly.report.figures import read_history
 from anomaly.report.gallery import MOST_VOLUMES, choose_cases, spacing
-from anomaly.scores import Score, Scoring, Selection, choose_primary, choose_scores
+from anomaly.scores import Score, Scoring, Selection
 from anomaly.scoring import Table, part_batches, pictures, score_images, select_maps
 from distributed import launch
 from readers.config import volume_flags
@@ -163,7 +164,7 @@ def detect(model: Any, data: Any, out: str | Path, settings: Settings, run_folde
     audit stand in the report. Raises UserError if a part is empty or a score unknown.
     """
     started, out, run_folder = time.perf_counter(), Path(out), Path(run_folder or out)
-    scores, left_out = choose_scores(settings.selection.scores, model)
+    scores, left_out = choose_scores(settings.selection.names, model)
     primary = choose_primary(settings.selection.primary_score, getattr(model, 'primary_score', ''),
                              [score.name for score in scores])
     found = evaluate(model, data, scores, primary, settings)

@@ -17,10 +17,11 @@ import numpy as np
 
 from anomaly import metrics
 from anomaly.baselines import BASELINES
+from anomaly.choice import choose_scores
 from anomaly.config import Judging, MapConfig
 from anomaly.density import Density, cross_fit
 from anomaly.maps.postprocessing import pixel_threshold
-from anomaly.scores import Score, Scoring, choose_scores
+from anomaly.scores import Score, Scoring
 from anomaly.scoring import Table
 from utils import UserError, fingerprint, finite, read_flags, read_json, write_json
 
@@ -59,9 +60,24 @@ class Normal:
                     table.values[score.name] = cross_fit(density, table.features[score.needs], patients)
                 except UserError as error:
                     raise UserError(f"score {score.name}: {error}") from None
-        thresholds = {name: metrics.threshold(values, judging.target_fpr)
-                      for name, values in table.values.items()}
-        return cls(primary, scoring, maps, judging, dict(table.values), thresholds, {}, densities)
+        normal = cls(primary, scoring, maps, judging, table.values, {}, {}, densities)
+        normal.add_sums(table, scores)
+        normal.validation = dict(table.values)
+        normal.thresholds = {name: metrics.threshold(values, judging.target_fpr)
+                             for name, values in table.values.items()}
+        return normal
+
+    def add_sums(self, table: Table, scores: Sequence[Score]) -> None:
+        """Adds the scores that are sums to a table that has their terms: z-scores over validation images."""
+        for score in scores:
+            if score.terms:
+                table.values[score.name] = sum(self.z_score(table, name) for name in score.terms)
+
+    def z_score(self, table: Table, name: str) -> np.ndarray:
+        """A score in standard deviations from its mean over finite validation scores: (N,)."""
+        known = self.validation[name][np.isfinite(self.validation[name])]
+        std = known.std() if len(known) else 0.0
+        return (table.values[name] - (known.mean() if len(known) else 0.0)) / (std if std > 0 else 1.0)
 
     def fit_pixels(self, table: Table) -> None:
         """Sets the thresholds of maps from those of normal validation images alone; for volumes from where
@@ -73,10 +89,11 @@ class Normal:
                                      for name, values in table.maps.values.items()}
 
     def apply(self, table: Table, scores: Sequence[Score]) -> Table:
-        """The same table with the values of the scores that are densities, from its features."""
+        """The same table with the values of the scores that are densities, from its features, or sums."""
         for score in scores:
             if score.density is not None:
                 table.values[score.name] = self.densities[score.name].score(table.features[score.needs])
+        self.add_sums(table, scores)
         return table
 
     def pixel_threshold(self, name: str) -> float:

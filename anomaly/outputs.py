@@ -2,7 +2,7 @@
 
 B images, C channels, *S = (H, W) or (D, H, W), L latent groups from the top (1) down to the image (L); D
 draws of the latents over which scores average, M importance samples of a bound, k groups nearest the image
-that a forward pass skips, that is, draws from the prior. Terms of a forward pass, all in nats: recon = -log
+that a forward pass skips, that is, takes from the prior. Terms of a forward pass, all in nats: recon = -log
 p(x|z) (B,); kl (B, L); log_q, log_p (B,) of the drawn latents, to which skipped groups add nothing.
 """
 
@@ -36,6 +36,11 @@ def elbo(terms: Terms) -> Tensor:
 def log_weight(terms: Terms) -> Tensor:
     """log p(x, z) - log q(z|x) of the sampled z, nats: (B,). Its mean over z is the ELBO, or L>k."""
     return -terms['recon'] - terms['log_q'] + terms['log_p']
+
+
+def as_float64(terms: Terms) -> Terms:
+    """Those of TERMS, in float64 on the CPU, without logits."""
+    return {name: terms[name].detach().cpu().double() for name in TERMS}
 
 
 # ------------------------------------------------------------------------------------------------------ noise
@@ -88,13 +93,17 @@ class Outputs:
     def forward(self, number: int, skip: int = 0) -> Terms:
         """Terms of forward pass `number` in float64 on the CPU, without logits."""
         separate = skip and self.scoring.llr_noise == 'separate'
+        prior = {'prior_temperature': float(self.scoring.llr_prior == 'draw')} if skip else {}
         with self.noise(*(('skip', skip) if separate else ()), number):
-            terms = self.model(self.x, skip=skip)
-        return {name: terms[name].detach().cpu().double() for name in TERMS}
+            return as_float64(self.model(self.x, skip=skip, **prior))
 
     def terms(self, draw: int = 0, skip: int = 0) -> Terms:
         """Terms of one of the D draws: recon, kl, log_q, log_p."""
         return self.once(('terms', draw, skip), lambda: self.forward(draw, skip))
+
+    def posterior_means(self) -> Terms:
+        """Terms of a pass that takes every latent at the mean of its posterior."""
+        return self.once(('means',), lambda: as_float64(self.model(self.x, temperature=0.0)))
 
     def mean(self, function: Callable[[Terms], Tensor], skip: int = 0) -> Tensor:
         """Mean over the draws of a function of the terms."""
@@ -147,8 +156,21 @@ class Outputs:
         return {name: values.float() for name, values in self._ask('maps', skip=skip).items()}
 
     def likelihood_features(self) -> Tensor:
-        """-log p(x|z) and the KL of every group from the top down, means over the draws, nats: (B, 1 + L)."""
-        return self.mean(lambda terms: torch.cat([terms['recon'][:, None], terms['kl']], 1))
+        """-log p(x|z) and the KL of every group from the top down, nats: (B, 1 + L).
+
+        At the posterior means, where a group does not pay for the noise of those above it, or the mean over
+        the draws, as `density_features` says.
+        """
+        columns = lambda terms: torch.cat([terms['recon'][:, None], terms['kl']], 1)
+        if self.scoring.density_features == 'draws':
+            return self.mean(columns)
+        return columns(self.posterior_means())
+
+    def statistics(self) -> Tensor:
+        """The model's statistics for DoSE, float64 on the CPU: (B, n). Score norms are computed once."""
+        if hasattr(self.model, 'score_norms'):
+            return self.score_norms().log()
+        return self._ask('statistics').double().cpu()
 
     def score_norms(self) -> Tensor:
         """Norms of the model's score at n levels of noise, float64 on the CPU: (B, n)."""

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from anomaly.choice import choose_primary
 from anomaly.config import PredictConfig
 from anomaly.detect import score_columns, score_titles
 from anomaly.maps.nifti import file_names, plain, remove_maps, write_map
 from anomaly.maps.overlays import map_scale, overlay
 from anomaly.maps.segmentation import segment
 from anomaly.normal import Normal
-from anomaly.scores import Score, Selection, choose_primary
+from anomaly.scores import Score, Selection
 from anomaly.scoring import Batches, Case, Table, pictures, score_images
 from datasets import DataConfig, preparation
 from distributed import launch

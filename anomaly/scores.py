@@ -1,16 +1,16 @@
 """Anomaly scores: one row of SCORES each, and the flags that they depend on. Larger = more anomalous.
 
 B images, C channels, *S = (H, W) or (D, H, W), L latent groups from the top (1) down to the image (L), k
-groups skipped, counted from the image up. L>k is the bound with these k groups from the prior, LLR>k = L -
-L>k. A score is a function of the Outputs of a model for one batch (outputs.py); all scores of a batch share
-its forward passes.
+groups skipped, counted from the image up. L>k is the bound with these k groups from the prior, at its mode
+as published or drawn; LLR>k = L - L>k. A score is a function of the Outputs of a model for one batch
+(outputs.py); all scores of a batch share its forward passes.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ NEED_CAPTUM = ('guided', 'gradcam')
 CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstructions': 'reconstruct', 'maps': 'maps',
                 'encoder parameters': 'encoder_parameters', 'score norms': 'score_norms',
                 'ODE likelihood': 'log_likelihood', 'voxel densities': 'voxel_nll',
-                'inpainting': 'inpainting_map', 'restoration': 'restoration_map'}
+                'statistics': 'statistics', 'inpainting': 'inpainting_map',
+                'restoration': 'restoration_map'}
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -43,8 +44,14 @@ class Selection:
                              "the slow scores regret, ode_nll, inpainting and restoration (default: all; "
                              "with --compare the primary scores)", basic=True)
     primary_score: str = flag('', "score shown in the figures, to be chosen before looking at any anomaly; "
-                                  "'' = the score the model was published with, else nelbo, else the first "
+                                  "'a+b' is the sum of the z-scores of a and b over normal validation "
+                                  "images; '' = that of the model family, else nelbo, else the first "
                                   "computed", basic=True)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`scores`, and the primary score where it is a sum, which is computed in any case."""
+        return (*(self.scores or ('all',)), *([self.primary_score] if '+' in self.primary_score else ()))
 
 
 @flags
@@ -63,6 +70,11 @@ class Scoring:
                               scores='llr lk')
     llr_noise: str = flag('separate', 'llr: noise of L and of L>k: separate, as published, or shared',
                           choices=('separate', 'shared'), scores='llr')
+    llr_prior: str = flag('mode', 'llr, lk: skipped groups at the mode of the prior, as published, or drawn '
+                                  'from it', choices=('mode', 'draw'), scores='llr lk')
+    density_features: str = flag('means', 'typicality, kl_profile, kl_knn, kl_gmm: likelihood and KL at the '
+                                          'posterior means, or averaged over the draws',
+                                 choices=('means', 'draws'), scores='typicality kl_profile kl_knn kl_gmm')
     regret_steps: int = flag(20, 'regret: Adam steps on the encoder for each image', least=1, scores='regret')
     regret_learning_rate: float = flag(1e-4, 'regret: learning rate of Adam', above=0, scores='regret')
     msma_levels: int = flag(20, 'msma: number of noise levels', least=1, scores='msma')
@@ -115,7 +127,7 @@ def check_captum(kind: str) -> None:
 
 @dataclass(frozen=True)
 class Score:
-    """A score of the images of a batch: a function of the Outputs, or a density of features on normal images.
+    """A score of an image: a function of the Outputs, a density of features on normal images, or a sum.
 
     A density is fitted to validation images, not training images: the model has seen the latter, so that
     their NELBO and KL are not those of a new normal image. normal.py fits it; its score follows from the
@@ -128,6 +140,7 @@ class Score:
     map: Callable[[Outputs], Tensor | None] | None = None           # -> (B, 1, *S); None if there is no map
     features: Callable[[Outputs], Tensor] | None = None   # -> (B, D), what the density learns from
     density: Density | None = None                        # unfitted
+    terms: tuple[str, ...] = ()                           # scores whose z-scores it adds up
 
 
 def has_capability(score: Score, model: Any) -> bool:
@@ -213,6 +226,18 @@ def likelihood_density(name: str, about: str, kind: str, **options: Any) -> Scor
                  density=getattr(density, kind)(**options))
 
 
+def dose_scores() -> list[Score]:
+    """Densities of a family's statistics (DoSE, Morningstar et al. 2021)."""
+    from anomaly.density import Mahalanobis, WhitenedKNN
+    statistics = lambda outputs: outputs.statistics()
+    return [
+        Score('dose', 'statistics', "density of statistics: log mean distance of the model's statistics, "
+              "whitened, to the 5 nearest normal validation images", features=statistics,
+              density=WhitenedKNN(k=5, log=True)),
+        Score('dose_mahalanobis', 'statistics', "log Mahalanobis distance of the model's statistics from "
+              "normal validation images", features=statistics, density=Mahalanobis(log=True))]
+
+
 def msma_score(name: str, about: str, density: Density) -> Score:
     """A density of the norms of the score at many levels of noise (Mahmood et al. 2021)."""
     return Score(name, 'score norms', about, map=lambda outputs: msma_map(name, outputs),
@@ -220,7 +245,8 @@ def msma_score(name: str, about: str, density: Density) -> Score:
 
 
 def msma_scores() -> list[Score]:
-    from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE, Flow
+    from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE
+    from anomaly.flow_density import Flow
     norms = 'the norms of the score at many levels of noise'
     return [
         msma_score('msma_gmm', f"-log density of {norms} under a Gaussian mixture fitted to normal "
@@ -289,6 +315,7 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
     'kl_gmm': lambda L: [likelihood_density(
         'kl_gmm', "-log density of (recon, KL of every group) under a Gaussian mixture fitted to normal "
         "validation images, nats", 'GMM')],
+    'dose': lambda L: dose_scores(),
     'msma': lambda L: msma_scores(),
     'inpainting': lambda L: [repair_score(
         'inpainting', "mean |inpainted - x| of the foreground, each half of a checkerboard inpainted from "
@@ -315,56 +342,3 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
 }
 # rows that 'all' leaves out: they take many times the forward passes of others
 ON_REQUEST = ('regret', 'ode_nll', 'inpainting', 'restoration')
-
-
-# ----------------------------------------------------------------------------------------------------- choice
-
-def choose_scores(names: Iterable[str], model: Any) -> tuple[list[Score], list[str]]:
-    """The scores that `names` ask for, in the table's order, and a line for each group that 'all' leaves out.
-
-    A name is a row of SCORES or one member of a row (`llr_2`). Raises UserError for an unknown name, and for
-    one that the model cannot give if it was asked for by name.
-    """
-    names, chosen = tuple(names) or ('all',), []
-    lacking: dict[str, list[str]] = {}                       # capability -> scores that need it
-    groups = getattr(model, 'num_groups', 0)
-    table = {row: make(groups) for row, make in SCORES.items()}
-    check_names(names, table, groups)
-    for row, scores in table.items():
-        for score in scores:
-            asked = row in names or score.name in names
-            if not asked and ('all' not in names or row in ON_REQUEST):
-                continue
-            if asked:
-                check_capability(score, model)
-            if has_capability(score, model):
-                chosen.append(score)
-            else:
-                lacking.setdefault(score.needs, []).append(score.name)
-    return chosen, [f"left out, as this model has no {needs}: {', '.join(scores)}"
-                    for needs, scores in lacking.items()]
-
-
-def check_names(names: Iterable[str], table: dict[str, list[Score]], groups: int) -> None:
-    """Raises UserError for a name that is no row of the table and no member of a row, and for an empty row.
-    """
-    members = {row: [score.name for score in scores if score.name != row] for row, scores in table.items()}
-    known = {'all', *members, *(name for row in members.values() for name in row)}
-    for name in names:
-        if name not in known:
-            ranges = [' to '.join(dict.fromkeys((row[0], row[-1]))) for row in members.values() if row]
-            raise UserError(f"--scores {name}: no such score for a model with {groups} latent groups. "
-                            f"Known: {', '.join(['all', *members, *ranges])}.")
-        if name in table and not table[name]:
-            raise UserError(f"--scores {name} needs at least two latent groups, the model has {groups}.")
-
-
-def choose_primary(name: str, published: str, computed: list[str]) -> str:
-    """The score of the figures: the one that the user names; else, if it is computed, the one that the family
-    is `published` with; else nelbo; else the first that is computed.
-    """
-    if not computed:
-        raise UserError("no score fits this model: see the lines above, or name one with --scores.")
-    if name and name not in computed:
-        raise UserError(f"--primary_score {name} is not among the computed scores: {', '.join(computed)}.")
-    return name or next((s for s in (published, 'nelbo') if s in computed), computed[0])

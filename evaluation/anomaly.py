@@ -5,12 +5,13 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from anomaly.choice import choose_scores
 from anomaly.compare import Run, run_names
 from anomaly.compare import compare as compare_runs
 from anomaly.config import Audit, CompareConfig, OutOfDistribution
 from anomaly.detect import Settings, detect
 from anomaly.out_of_distribution import with_ood
-from anomaly.scores import Scoring, Selection, check_used, choose_scores
+from anomaly.scores import Scoring, Selection, check_used
 from audit.audit import audit, sentences
 from datasets import Data
 from distributed import launch
@@ -39,7 +40,7 @@ def settings(run: Evaluation, batch_size: int) -> Settings:
 
 def anomaly(run: Evaluation) -> None:
     """Scores, thresholds, metrics and the report."""
-    scores, _ = choose_scores(run.flags(Selection).scores, run.model)
+    scores, _ = choose_scores(run.flags(Selection).names, run.model)
     check_used(run.flags(Scoring), [score.name for score in scores])
     data, number, findings = data_with_ood(run), run.flags(Audit).audit_images, []
     if number and launch.is_main():

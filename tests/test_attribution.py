@@ -8,13 +8,15 @@ from torch import nn
 
 from anomaly import scores
 from anomaly.attribution import METHODS, grad_cam, gradient, guided_backprop, pull
-from anomaly.density import GMM, KDE, KNN, PCAGMM, Flow, Mahalanobis
+from anomaly.density import GMM, KDE, KNN, PCAGMM, Mahalanobis, WhitenedKNN
+from anomaly.flow_density import Flow
 from anomaly.outputs import Outputs
 from anomaly.scores import MSMA_MAPS, NEED_CAPTUM, SCORES, Scoring, msma_map
 from utils import UserError
 
 DENSITIES = {
-    'mahalanobis': Mahalanobis(), 'knn': KNN(2), 'gaussian kernel': KDE(('gaussian',)),
+    'mahalanobis': Mahalanobis(), 'knn': KNN(2), 'whitened knn': WhitenedKNN(2, log=True),
+    'gaussian kernel': KDE(('gaussian',)),
     'exponential kernel': KDE(('exponential',), scale=True), 'gmm': GMM((2,), ('full',)),
     'pca gmm': PCAGMM(2, components=(2,), covariances=('diag',)), 'flow': Flow((8,), steps=25)}
 

@@ -14,8 +14,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 import evaluate
 import train
+from anomaly.choice import choose_primary, choose_scores
 from anomaly.outputs import Outputs, elbo, log_weight
-from anomaly.scores import SCORES, Scoring, choose_primary, choose_scores
+from anomaly.scores import SCORES, Scoring
 from distributed import launch
 from distributions import Pixels
 from families.autoencoder.config import AEConfig, VAEConfig

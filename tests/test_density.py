@@ -15,11 +15,12 @@ from anomaly.density import (
     MSMA_2D_RULE,
     PCAGMM,
     SADE_RULE,
-    Flow,
     Mahalanobis,
     Typicality,
+    WhitenedKNN,
     cross_fit,
 )
+from anomaly.flow_density import Flow
 from anomaly.normal import load_density
 from anomaly.outputs import Outputs
 from anomaly.scores import SCORES, Scoring
@@ -159,7 +160,7 @@ def test_a_flow_recovers_a_normal():
     assert fitted.weights.dtype == np.float32 and Flow.from_state(fitted.state()).transforms == 1
 
 
-@pytest.mark.parametrize('make', [Mahalanobis, KNN, GMM, KDE, PCAGMM, QuickFlow])
+@pytest.mark.parametrize('make', [Mahalanobis, WhitenedKNN, KNN, GMM, KDE, PCAGMM, QuickFlow])
 def test_far_is_more_anomalous_and_a_constant_feature_harms_nothing(make):
     features = np.column_stack([correlated(60), np.zeros(60)])                   # a collapsed group
     fitted = make().fit(features)
@@ -250,3 +251,27 @@ def test_a_score_learns_from_terms_and_reads_what_an_evaluation_kept(name):
     assert np.array_equal(again.score(features.numpy()), one.density.score(features.numpy()))
     with pytest.raises(UserError, match=f'score {name} was not fitted in that evaluation, but none'):
         load_density(one, {})
+
+
+def test_whitened_distances_against_scikit_learn():
+    from sklearn.covariance import LedoitWolf
+    random = np.random.default_rng(0)
+    normal, new = random.normal(size=(40, 3)) @ random.normal(size=(3, 3)) + 2, random.normal(size=(6, 3)) * 4
+    z = lambda values: (values - normal.mean(0)) / normal.std(0)
+    precision = np.linalg.inv(LedoitWolf(assume_centered=False).fit(z(normal)).covariance_)
+    pairs = z(new)[:, None] - z(normal)
+    distances = np.sqrt(np.einsum('nmd,de,nme->nm', pairs, precision, pairs))
+    expected = np.sort(distances, 1)[:, :5].mean(1)
+    assert np.allclose(WhitenedKNN(k=5).fit(normal).score(new), expected)
+    assert np.allclose(WhitenedKNN(k=5, log=True).fit(normal).score(new), np.log(expected))
+    assert np.allclose(WhitenedKNN(k=100).fit(normal).score(new), distances.mean(1)), 'fewer images than k'
+
+
+def test_the_mahalanobis_distance_of_a_gaussian_is_that_of_the_closed_form():
+    random = np.random.default_rng(1)
+    root, mean = random.normal(size=(4, 4)), np.array([1.0, -5, 3, 100])
+    normal = random.normal(size=(50_000, 4)) @ root + mean
+    new = random.normal(size=(100, 4)) @ root * 2 + mean
+    inverse = np.linalg.inv(root.T @ root)
+    exact = 0.5 * np.log(np.einsum('nd,de,ne->n', new - mean, inverse, new - mean))
+    assert np.allclose(Mahalanobis(log=True).fit(normal).score(new), exact, atol=0.02)

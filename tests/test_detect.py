@@ -334,7 +334,7 @@ def test_the_threshold_does_not_depend_on_test_images(tmp_path):
 class Broken(LinearGaussian):
     """Gives NaN for images that hold a pixel of exactly 0.875."""
 
-    def forward(self, x, skip=0, temperature=1.0):
+    def forward(self, x, skip=0, temperature=1.0, prior_temperature=1.0):
         terms = super().forward(x, skip, temperature)
         bad = (x == 0.875).flatten(1).any(1)
         return {**terms, 'recon': torch.where(bad, torch.nan, terms['recon'])}

@@ -93,7 +93,7 @@ class NotFinite(LinearGaussian):
         super().__init__(tau2=0.01, sigma2=0.01)
         self.value, self.parts = value, parts
 
-    def forward(self, x, skip=0, temperature=1.0):
+    def forward(self, x, skip=0, temperature=1.0, prior_temperature=1.0):
         terms = super().forward(x, skip, temperature)
         marked = x[:, 0, 0, 3] > 0.9                                # the validation images
         bad = torch.zeros_like(marked)

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from anomaly.density import GMM, KDE, KNN, MSMA_2D_RULE, PCAGMM, SADE_RULE, Flow
+from anomaly.density import GMM, KDE, KNN, MSMA_2D_RULE, PCAGMM, SADE_RULE
+from anomaly.flow_density import Flow
 
 PARITY = Path(os.environ.get('PARITY_DIR', Path(__file__).parents[2] / 'shared' / 'parity'))
 FEATURES = PARITY / 'msma_cifar10_features.npz'

@@ -14,9 +14,10 @@ from test_evaluate import ONE_THREAD, fails
 from test_predict import predict, rows_of
 
 import evaluate
+from anomaly.choice import choose_scores
 from anomaly.maps.nifti import file_names, remove_maps, write_map
 from anomaly.predict import SOME_UNREADABLE_STATUS, NewFiles
-from anomaly.scores import Scoring, choose_scores
+from anomaly.scores import Scoring
 from anomaly.scoring import score_images
 from datasets import DataConfig, load_data, preparation
 from distributed import launch

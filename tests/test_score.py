@@ -13,8 +13,9 @@ from small_score import SMALL, build, gaussian, make_sde
 from test_train import run
 
 import evaluate
+from anomaly.choice import choose_scores
 from anomaly.outputs import Outputs
-from anomaly.scores import SCORES, Scoring, choose_scores
+from anomaly.scores import SCORES, Scoring
 from distributions import Pixels
 from evaluation.pictures import image_grid
 from families.score import msma as score_msma

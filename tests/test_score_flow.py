@@ -9,8 +9,8 @@ from pytest import approx
 from small_score import SMALL
 from test_train import run
 
+from anomaly.choice import choose_scores
 from anomaly.outputs import Outputs
-from anomaly.scores import choose_scores
 from distributions import Pixels
 from families.spatial_msma.config import SpatialMSMAConfig
 from families.spatial_msma.flow import BASES, ConditionalFlow

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from anomaly.baselines import BASELINES, compressed_bits
+from anomaly.choice import choose_scores
 from anomaly.config import Judging
 from anomaly.outputs import Outputs, elbo, log_weight
-from anomaly.scores import SCORES, Scoring, check_capability, choose_scores
+from anomaly.scores import SCORES, Scoring, check_capability
 from distributions import Pixels, log_mean_exp
 from utils import UserError
 
@@ -37,15 +38,16 @@ class LinearGaussian(torch.nn.Module):
         return (mean / noise / p1, self.spread ** 2 / p1,
                 lambda z1: (z1 / self.tau2 + d * mean / self.sigma2) / p2, self.spread ** 2 / p2)
 
-    def forward(self, x, skip=0, temperature=1.0):
+    def forward(self, x, skip=0, temperature=1.0, prior_temperature=1.0):
         self.calls.append(skip)
         m1, v1, m2_of, v2 = self.posteriors(x)
         prior1, prior2 = skip > 1, skip > 0
         noise = torch.randn_like(m1)
         self.noises.append(noise)
-        z1 = temperature * noise * (1 if prior1 else v1 ** 0.5) + (0 if prior1 else m1)
+        z1 = temperature * noise * (prior_temperature if prior1 else v1 ** 0.5) + (0 if prior1 else m1)
         m2 = z1 if prior2 else m2_of(z1)
-        z2 = m2 + temperature * torch.randn_like(m1) * (self.tau2 if prior2 else v2) ** 0.5
+        std2 = prior_temperature * self.tau2 ** 0.5 if prior2 else v2 ** 0.5
+        z2 = m2 + temperature * torch.randn_like(m1) * std2
         kl1 = 0 * z1 if prior1 else 0.5 * (v1 + m1 ** 2 - 1 - math.log(v1))
         kl2 = 0 * z1 if prior2 else 0.5 * ((v2 + (m2 - z1) ** 2) / self.tau2 - 1 - math.log(v2 / self.tau2))
         keep1, keep2 = not prior1, not prior2
@@ -173,7 +175,8 @@ def bound_without_group_2(model, x):
 @pytest.mark.parametrize('llr_noise', ['separate', 'shared'])
 def test_nelbo_lk_and_llr_are_the_closed_forms(llr_noise):
     model, x = LinearGaussian(), images()
-    outputs = outputs_of(model, x.repeat(3000, 1, 1, 1), num_draws=4, llr_noise=llr_noise)      # 12,000 draws
+    outputs = outputs_of(model, x.repeat(3000, 1, 1, 1), num_draws=4, llr_noise=llr_noise,    # 12,000 draws
+                         llr_prior='draw')
     mean_of = lambda name: image(name, outputs).view(-1, 3).mean(0)
     l1 = bound_without_group_2(model, x)
     torch.testing.assert_close(mean_of('nelbo'), -model.log_prob(x), rtol=0, atol=0.05)
@@ -186,7 +189,8 @@ def test_importance_samples_lift_both_bounds_to_log_p_of_x():
     """Skipped groups are proposed by the prior: L>k from many samples is log p(x) too, and LLR>k vanishes."""
     model, x = LinearGaussian(spread=2.0), images()
     truth, repeated = model.log_prob(x), x.repeat(50, 1, 1, 1)
-    bounds = {samples: outputs_of(model, repeated, iw_samples_elbo=samples, iw_samples_lk=samples)
+    bounds = {samples: outputs_of(model, repeated, iw_samples_elbo=samples, iw_samples_lk=samples,
+                                  llr_prior='draw')
               for samples in (1, 10, 300)}
     mean_of = lambda values: values.view(-1, 3).mean(0)
     for skip in (0, 1):
@@ -194,7 +198,8 @@ def test_importance_samples_lift_both_bounds_to_log_p_of_x():
         assert (one < ten - 0.05).all() and (one < truth - 0.2).all() and ((many - truth).abs() < 0.1).all()
     assert (mean_of(image('llr_1', bounds[300])).abs() < 0.1).all()
     # the two numbers of samples are apart: 300 for L, 1 for L>1
-    apart = outputs_of(model, x.repeat(500, 1, 1, 1), num_draws=4, iw_samples_elbo=50, iw_samples_lk=1)
+    apart = outputs_of(model, x.repeat(500, 1, 1, 1), num_draws=4, iw_samples_elbo=50, iw_samples_lk=1,
+                       llr_prior='draw')
     expected = truth - bound_without_group_2(model, x)
     torch.testing.assert_close(mean_of(image('llr_1', apart)), expected, rtol=0, atol=0.8)
     assert (expected > 4).all()
@@ -233,8 +238,8 @@ def test_separate_noise_is_separate_and_shared_noise_is_shared():
 # scores asked for -> outputs that skip nothing, and that skip group 2; D = 2, K = 5, S = 3, S' = 4
 PASSES = {
     'nelbo': (2, 0), 'recon_nll': (2, 0), 'kl': (2, 0), 'kl_1': (2, 0), 'complexity': (2, 0), 'iw': (5, 0),
-    'typicality': (2, 0), 'kl_gmm': (2, 0), 'reconstruction': (0, 0), 'lk': (0, 8), 'llr': (6, 8),
-    'lk llr': (6, 8), 'llr nelbo iw': (6, 8), 'all': (6, 8)}
+    'typicality': (1, 0), 'kl_gmm': (1, 0), 'reconstruction': (0, 0), 'lk': (0, 8), 'llr': (6, 8),
+    'lk llr': (6, 8), 'llr nelbo iw': (6, 8), 'all': (7, 8)}
 
 
 @pytest.mark.parametrize('names', PASSES)
@@ -246,7 +251,8 @@ def test_only_the_forward_passes_that_a_chosen_score_needs_are_made_and_scores_s
         (one.image or one.features)(outputs)
     full, skipping = PASSES[names]
     assert sorted(model.calls) == [0] * full + [1] * skipping
-    said = ['left out, as this model has no score norms: msma_gmm, msma_knn, '
+    said = ['left out, as this model has no statistics: dose, dose_mahalanobis',
+            'left out, as this model has no score norms: msma_gmm, msma_knn, '
             'msma_kde, msma_pca_gmm, msma_flow',
             'left out, as this model has no voxel densities: voxel_nll, voxel_nll_mean']
     assert lines == (said if names == 'all' else [])
@@ -396,3 +402,33 @@ def test_baselines_worked_by_hand():
     assert baseline('pca', grey) == pytest.approx(0, abs=1e-9)
     assert baseline('pca', spot) == pytest.approx(0.5 * math.sqrt(5 / 6))
     assert baseline('png_size', torch.rand(1, 1, 20, 20)) > baseline('png_size', torch.zeros(1, 1, 20, 20))
+
+
+def test_skipped_groups_are_at_the_mode_of_the_prior_or_drawn_from_it():
+    model, x = LinearGaussian(), images(1).repeat(2000, 1, 1, 1)
+    # with both groups at their modes z is 0, and L>2 is log N(x; 0, sigma2) without any noise
+    exact = log_normal(x.double(), torch.zeros(()), model.sigma2).sum((1, 2, 3))
+    torch.testing.assert_close(outputs_of(model, x, num_draws=1).bound(2), exact)
+    # drawn from N(0, 1 + tau2), its mean over z is lower by D (1 + tau2) / 2 sigma2
+    drawn = outputs_of(model, x, num_draws=1, llr_prior='draw').bound(2)
+    lower = x[0].numel() * (1 + model.tau2) / (2 * model.sigma2)
+    assert (exact - drawn).mean().item() == pytest.approx(lower, rel=0.1)
+
+
+def test_densities_learn_from_posterior_means_or_from_draws():
+    model, x = LinearGaussian(), images()
+    at_means = model(x, temperature=0.0)
+    expected = torch.cat([at_means['recon'][:, None], at_means['kl']], 1)
+    assert torch.equal(outputs_of(model, x).likelihood_features(), expected)
+    drawn = outputs_of(model, x, num_draws=2, density_features='draws')
+    mean = (drawn.terms(0)['recon'] + drawn.terms(1)['recon']) / 2
+    assert torch.equal(drawn.likelihood_features()[:, 0], mean)
+
+
+def test_a_sum_of_scores_follows_its_terms():
+    chosen, _ = choose_scores(('kl_knn+llr_1', 'nelbo'), LinearGaussian())
+    assert [score.name for score in chosen] == ['nelbo', 'kl_knn', 'llr_1', 'kl_knn+llr_1']
+    assert chosen[-1].terms == ('kl_knn', 'llr_1')
+    for wrong in ('kl_knn+llr', 'kl_knn+nothing'):
+        with pytest.raises(UserError, match=r'llr|nothing'):
+            choose_scores((wrong,), LinearGaussian())

@@ -35,7 +35,7 @@ class Mean(nn.Module):
         self.shape, self.config, self.pixels = shape, config, pixels
         self.level = nn.Parameter(torch.tensor(config.start))
 
-    def forward(self, x, skip=0, temperature=1.0):
+    def forward(self, x, skip=0, temperature=1.0, prior_temperature=1.0):
         return {'loss': ((x - self.level) ** 2).flatten(1).mean(1)}
 
     def objective(self, terms, progress):

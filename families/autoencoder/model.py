@@ -217,18 +217,21 @@ class VAE(AE):
         mean = next(self.parameters()).new_zeros(n, self.config.latent_dim)
         return Normal(mean, torch.ones_like(mean))
 
-    def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms:
+    def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0,
+                prior_temperature: float = 1.0) -> Terms:
         """Terms of the bound for images x (B, C, *S) in [0, 1], in nats.
 
         recon (B,) = -log p(x|z); kl (B, 1), analytic; log_q, log_p (B,) of the drawn latents; kl_channels
         (B, 1, Z), the KL of each latent; logits (B, C, *S), which are y; error (B,), the mean error.
-        `skip=1` draws the latents from the prior; `temperature` scales the noise, 0 is none.
+        `skip=1` draws the latents from the prior; `temperature` scales the noise, 0 is none, and
+        `prior_temperature` that of the prior once more.
         """
         if skip not in (0, 1):
             raise UserError(f"skip {skip}: give 0 or 1, this model has one latent group.")
         posterior, kl = self._posterior(x)
         prior = self._prior(len(x))
-        z = (prior if skip else posterior).sample(temperature)                           # (B, Z)
+        drawn_from, scale = (prior, temperature * prior_temperature) if skip else (posterior, temperature)
+        z = drawn_from.sample(scale)                                                     # (B, Z)
         log_q, log_p = posterior.log_prob(z).sum(1), prior.log_prob(z).sum(1)            # (B,)
         if skip:
             kl, log_q, log_p = map(torch.zeros_like, (kl, log_q, log_p))

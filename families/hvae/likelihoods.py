@@ -4,6 +4,7 @@ B images, C channels, H x W pixels; x and means are in [0, 1], log-probabilities
 that generation ends with; `logits` (B, num_params, H, W) are the parameters of p(x|z).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,9 @@ class PixelNormal:
     def mean(self, logits: Tensor) -> Tensor:
         return self._normal(logits).mean.clamp(0, 1)
 
+    def std(self, logits: Tensor) -> Tensor:
+        return self._normal(logits).std
+
     def sample(self, logits: Tensor) -> Tensor:
         return self._normal(logits).sample().clamp(0, 1)
 
@@ -68,6 +72,9 @@ class PixelBeta:
 
     def mean(self, logits: Tensor) -> Tensor:
         return self._beta(logits).mean
+
+    def std(self, logits: Tensor) -> Tensor:
+        return self._beta(logits).stddev
 
     def sample(self, logits: Tensor) -> Tensor:
         return self._beta(logits).sample()
@@ -95,6 +102,9 @@ class DiscretizedLogistic:
 
     def mean(self, logits: Tensor) -> Tensor:
         return self._split(logits)[0].clamp(0, 1)
+
+    def std(self, logits: Tensor) -> Tensor:
+        return math.pi / math.sqrt(3) * torch.exp(self._split(logits)[1])
 
     def sample(self, logits: Tensor) -> Tensor:
         mean, log_scale = self._split(logits)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributions import EIGHT_BITS, Pixels, Terms, log_mean_exp, per_image
+from distributions import EIGHT_BITS, Pixels, Terms, likelihood_statistics, log_mean_exp, per_image
 from families.hvae.config import HVAEConfig
 from families.hvae.layers import GaussianLatent, centered, initialize_layers
 from families.hvae.likelihoods import PixelHead, choose_likelihood
@@ -107,18 +107,21 @@ class HVAE(nn.Module):
             kept.append(None if i < skip else own)
         return kept
 
-    def _down(self, batch: int, kept: list[Any] | None, temperature: float,
-              given: Sequence[Tensor] = ()) -> tuple[Tensor, list[list[Drawn]]]:
+    def _down(self, batch: int, kept: list[Any] | None, temperature: float, given: Sequence[Tensor] = (),
+              prior_temperature: float = 1.0) -> tuple[Tensor, list[list[Drawn]]]:
         """Logits, and the latents of each stage from the top down.
 
         Without anything `kept` of images, the first stages from the top are `given` and the others drawn from
-        the prior.
+        the prior. Of images, stages of which nothing is kept are drawn from it with noise that is scaled by
+        `prior_temperature` too.
         """
         d, skips, drawn = None, deque(), []
         for i, stage in reversed(list(enumerate(self.stages))):
             done, number = len(drawn), self._num_latents(i)
             parts = given[done].chunk(number, dim=1) if done < len(given) else [None] * number
-            drawn.append(stage.down(d, batch, kept and kept[i], parts, temperature))
+            own = kept and kept[i]
+            noise = temperature * prior_temperature if kept and own is None else temperature
+            drawn.append(stage.down(d, batch, own, parts, noise))
             d = stage.decode(torch.cat([latent.z for latent in drawn[-1]], dim=1), skips)
         d = F.pad(d, [-n for n in centered(self.inner[1:], self.padded[1:])])
         return self.head(d), drawn
@@ -131,7 +134,8 @@ class HVAE(nn.Module):
             raise UserError(f"skip {skip}: give 0 to {self.num_groups}, the number of stages.")
         return self.pixels.inside(x)
 
-    def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms:
+    def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0,
+                prior_temperature: float = 1.0) -> Terms:
         """Terms of the bound for images x (B, C, H, W) in [0, 1], in nats.
 
         recon (B,) = -log p(x|z); kl (B, L) from the top stage down; log_q, log_p (B,) of the drawn latents;
@@ -142,11 +146,13 @@ class HVAE(nn.Module):
         (B, S, N) are for the objective.
 
         `skip` stages nearest the image are drawn from the prior; where inference passes through their
-        latents, it takes the posterior means. `temperature` scales the noise, 0 is none.
+        latents, it takes the posterior means. `temperature` scales the noise, 0 is none, and
+        `prior_temperature` that of the skipped stages once more.
         """
         number = self.config.train_samples if self.training else 1
         x = self._inner(x, skip).repeat_interleave(number, dim=0)                           # (B S, C, *inner)
-        logits, drawn = self._down(len(x), self._up(x, skip, temperature), temperature)
+        logits, drawn = self._down(len(x), self._up(x, skip, temperature), temperature,
+                                   prior_temperature=prior_temperature)
         by_draw = lambda value: value.unflatten(0, (-1, number))                            # to (B, S, ...)
         recon = by_draw(-per_image(self.likelihood.log_prob(logits, x)))
         latents = [z for stage in drawn for z in stage]
@@ -216,6 +222,11 @@ class HVAE(nn.Module):
             maps.append(inside + outside / (self.inner[1] * self.inner[2]))
         return {'recon': self.pixels.framed(-self.likelihood.log_prob(logits, inner)),
                 'kl': self.pixels.framed(torch.cat(maps, dim=1))}
+
+    def statistics(self, x: Tensor) -> Tensor:
+        """`distributions.likelihood_statistics` at the posterior means: (B, L + 4)."""
+        terms = self(x, temperature=0.0)
+        return likelihood_statistics(terms, self.likelihood, terms['logits'], self.pixels.inside(x))
 
     def latents(self, x: Tensor, temperature: float = 0.0) -> list[Tensor]:
         """Latents of images x (B, C, H, W) in [0, 1], from the top stage down: each (B, Z, h, w).

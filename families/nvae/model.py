@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed import launch
-from distributions import EIGHT_BITS, Normal, Pixels, Terms, full_precision, per_image, pixel_likelihood
+from distributions import (
+    EIGHT_BITS,
+    Normal,
+    Pixels,
+    Terms,
+    full_precision,
+    likelihood_statistics,
+    per_image,
+    pixel_likelihood,
+)
 from families.nvae.config import ARCHITECTURES, NVAEConfig
 from families.nvae.flows import FlowCell
 from neural_operations import (
@@ -174,11 +183,13 @@ class NVAE(nn.Module):
         return features
 
     def _decode(self, batch: int, features: list[Tensor] | None, skip: int, temperature: float,
-                given: Sequence[Tensor] = ()) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+                given: Sequence[Tensor] = (),
+                prior_temperature: float = 1.0) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
         """The last state d, and for each group from the top down its KL, log q, log p elementwise, and z.
 
         The first `num_groups - skip` groups are drawn from the posterior if there are features, the others
-        from the prior, but for the first ones that are `given`; these and the prior's have zeros.
+        from the prior, with noise scaled by `prior_temperature` too, but for the first ones that are `given`;
+        these and the prior's have zeros.
         """
         d, groups = None if self.is_vanilla else self.initial_state.expand(batch, -1, -1, -1), []
         for i, group in enumerate(self.groups):
@@ -201,7 +212,7 @@ class NVAE(nn.Module):
                 log_p = p.log_prob(z)
                 kl = log_q - log_p if self.config.num_nf else q.kl(p)
             else:
-                z = given[i] if i < len(given) else p.sample(temperature)
+                z = given[i] if i < len(given) else p.sample(temperature * prior_temperature)
                 kl = log_q = log_p = torch.zeros_like(z)
             d = group.into_decoder(z if self.is_vanilla else torch.cat([d, z.to(d.dtype)], dim=1))
             if i + 1 < self.num_groups and self.groups[i + 1].scale != group.scale:
@@ -212,16 +223,19 @@ class NVAE(nn.Module):
     def _logits(self, d: Tensor) -> Tensor:
         return full_precision(self.image_head(self.post_process(d)))
 
-    def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms:
+    def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0,
+                prior_temperature: float = 1.0) -> Terms:
         """Terms of the bound for images x (B, C, H, W) in [0, 1], in nats.
 
         recon (B,) = -log p(x|z); kl (B, L) from the top group down; log_q, log_p (B,) of the drawn latents;
         logits; kl_channels (B, L, Z), the KL of each latent channel.
-        `skip` groups nearest the image are drawn from the prior; `temperature` scales the noise, 0 is none.
+        `skip` groups nearest the image are drawn from the prior; `temperature` scales the noise, 0 is none,
+        and `prior_temperature` that of the skipped groups once more.
         """
         if not 0 <= skip <= self.num_groups:
             raise UserError(f"skip {skip}: give 0 to {self.num_groups}, the number of groups.")
-        d, groups = self._decode(len(x), self._encode(x), skip, temperature)
+        d, groups = self._decode(len(x), self._encode(x), skip, temperature,
+                                 prior_temperature=prior_temperature)
         logits = self._logits(d)
         log_px = self.pixels.inside(self.likelihood.log_prob(logits, x))    # (B, 1, H, W)
         kl = torch.stack([kl.flatten(2).sum(2) for kl, *_ in groups], dim=1)             # (B, L, Z)
@@ -279,6 +293,12 @@ class NVAE(nn.Module):
             kl.append(F.interpolate(group_kl.sum(1, keepdim=True), x.shape[2:], mode='nearest') / area)
         log_px = self.likelihood.log_prob(self._logits(d), x)
         return {'recon': -self.pixels.framed(self.pixels.inside(log_px)), 'kl': torch.cat(kl, dim=1)}
+
+    def statistics(self, x: Tensor) -> Tensor:
+        """`distributions.likelihood_statistics` at the posterior means: (B, L + 4)."""
+        terms = self(x, temperature=0.0)
+        return likelihood_statistics(terms, self.likelihood, self.pixels.inside(terms['logits']),
+                                     self.pixels.inside(x))
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:

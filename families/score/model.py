@@ -176,6 +176,10 @@ class ScoreModel(nn.Module):
         x = denoise(self.diffusion, 2 * x - 1) if denoised else 2 * x - 1
         return score_norms(self.diffusion, x, level_times(Levels(**levels), self.sde))
 
+    def statistics(self, x: Tensor) -> Tensor:
+        """Logarithms of the norms of the score at 20 levels of noise: (B, 20)."""
+        return self.score_norms(x).log()
+
     def score_norm(self, x: Tensor, level: int, denoised: bool = False, **levels: Any) -> Tensor:
         """Feature `level` of score_norms alone, from 0, differentiable: (B,)."""
         x = denoise(self.diffusion, 2 * x - 1) if denoised else 2 * x - 1

@@ -1,0 +1,77 @@
+"""Which scores are computed, which of them is the primary one, and sums of scores."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from anomaly.scores import ON_REQUEST, SCORES, Score, check_capability, has_capability
+from utils import UserError
+
+
+def choose_scores(names: Iterable[str], model: Any) -> tuple[list[Score], list[str]]:
+    """The scores that `names` ask for, in the table's order, and a line for each group that 'all' leaves out.
+
+    A name is a row of SCORES, one member of a row (`llr_2`), or a sum of members (`kl_knn+llr_2`), which
+    follows the scores that it needs. Raises UserError for an unknown name, and for one that the model cannot
+    give if it was asked for by name.
+    """
+    asked_for, chosen = tuple(names) or ('all',), []
+    sums = {name: name.split('+') for name in asked_for if '+' in name}
+    names = [*(name for name in asked_for if name not in sums), *(term for s in sums.values() for term in s)]
+    lacking: dict[str, list[str]] = {}                       # capability -> scores that need it
+    groups = getattr(model, 'num_groups', 0)
+    table = {row: make(groups) for row, make in SCORES.items()}
+    check_names(names, table, groups)
+    for row, scores in table.items():
+        for score in scores:
+            asked = row in names or score.name in names
+            if not asked and ('all' not in names or row in ON_REQUEST):
+                continue
+            if asked:
+                check_capability(score, model)
+            if has_capability(score, model):
+                chosen.append(score)
+            else:
+                lacking.setdefault(score.needs, []).append(score.name)
+    by_name = {score.name: score for score in chosen}
+    for name, terms in sums.items():
+        if unknown := [term for term in terms if term not in by_name]:
+            raise UserError(f"{name}: {unknown[0]!r} is not a single score of this model, as in "
+                            f"kl_knn+llr_2.")
+        chosen.append(sum_score(name, [by_name[term] for term in terms]))
+    return chosen, [f"left out, as this model has no {needs}: {', '.join(scores)}"
+                    for needs, scores in lacking.items()]
+
+
+def check_names(names: Iterable[str], table: dict[str, list[Score]], groups: int) -> None:
+    """Raises UserError for a name that is no row of the table and no member of a row, and for an empty row.
+    """
+    members = {row: [score.name for score in scores if score.name != row] for row, scores in table.items()}
+    known = {'all', *members, *(name for row in members.values() for name in row)}
+    for name in names:
+        if name not in known:
+            ranges = [' to '.join(dict.fromkeys((row[0], row[-1]))) for row in members.values() if row]
+            raise UserError(f"--scores {name}: no such score for a model with {groups} latent groups. "
+                            f"Known: {', '.join(['all', *members, *ranges])}.")
+        if name in table and not table[name]:
+            raise UserError(f"--scores {name} needs at least two latent groups, the model has {groups}.")
+
+
+def choose_primary(name: str, published: str, computed: list[str]) -> str:
+    """The score of the figures: the one that the user names; else, if it is computed, the one that the family
+    is `published` with; else nelbo; else the first that is computed.
+    """
+    if not computed:
+        raise UserError("no score fits this model: see the lines above, or name one with --scores.")
+    if name and name not in computed:
+        raise UserError(f"--primary_score {name} is not among the computed scores: {', '.join(computed)}.")
+    return name or next((s for s in (published, 'nelbo') if s in computed), computed[0])
+
+
+def sum_score(name: str, scores: Sequence[Score]) -> Score:
+    """The score 'a+b', the sum of the z-scores of some scores over normal validation images.
+
+    No weights are fitted. Its map is that of the first that has one.
+    """
+    names = tuple(score.name for score in scores)
+    return Score(name, '', f"{' + '.join(names)}, each in standard deviations from its mean over normal "
+                 f"validation images", map=next((s.map for s in scores if s.map), None), terms=names)
