@@ -102,8 +102,9 @@ MODES_HELP = '\n'.join(['modes:', *(f'  {name:14}{mode.help}' for name, mode in 
 @flags
 class EvalConfig:
     """Evaluation"""
-    checkpoint: str = flag('', 'checkpoint.pt of a run, or its folder; or what the published NVAE, HVAE, '
-                               'LVAE and BIVA leave', basic=True)
+    checkpoint: tuple = flag((), 'checkpoint.pt of a run, or its folder; or what the published NVAE, HVAE, '
+                                 'LVAE and BIVA leave; with --eval_mode anomaly several, whose primary '
+                                 'scores are added up', metavar='RUN', basic=True)
     eval_mode: str = flag('sample', 'what to do, one of the modes', choices=tuple(MODES), metavar='MODE',
                           basic=True)
     save: str = flag('', "folder for the results; '' = one named after the mode in the run folder, or "
@@ -116,10 +117,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     Raises UserError for any other flag, and for values that make no sense.
     """
-    peeked = peek_flags(argv, eval_mode='', checkpoint='', compare=(), dataset='', config='')
+    peeked = peek_flags(argv, eval_mode='', checkpoint=(), compare=(), dataset='', config='')
     name = peeked['eval_mode'] or ('compare' if peeked['compare'] else 'sample')
     mode = MODES.get(name, MODES['sample'])                       # of a wrong name, the parser tells
-    run_flags = read_run_flags(peeked['checkpoint'] or ''.join(peeked['compare'][:1]))
+    run_flags = read_run_flags(''.join((*peeked['checkpoint'], *peeked['compare'])[:1]))
     run = {'model': run_flags.get('model', ''), 'dataset': peeked['dataset'] or run_flags.get('dataset', '')}
     idle = ONLY_FOR_TRAINING if has_volumes(run['dataset']) else ONLY_FOR_TRAINING + OF_VOLUMES
     about = __doc__ if peeked['eval_mode'] else f'{__doc__}\n{MODES_HELP}'
@@ -132,6 +133,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args.save = ''                                   # of a run's own flags, it is the name of the run
     for one in mode.flags:
         read_flags(one, args)                            # wrong combinations are told before any work
+    args.together = args.checkpoint if len(args.checkpoint) > 1 else ()
+    args.checkpoint = args.checkpoint[0] if args.checkpoint else ''
+    if args.together and name != 'anomaly':
+        raise UserError(f"--eval_mode {name} is for one run, {len(args.together)} are given: name one with "
+                        f"--checkpoint. Several are for --eval_mode anomaly, and for --compare.")
+    if args.together and not args.save:
+        args.save = str(run_folder(args.checkpoint).parent / 'together')
     if name == 'compare' and not args.save:
         args.save = str(run_folder(args.compare[0]).parent / 'comparison')
     return args

@@ -176,13 +176,15 @@ def choose_for_all(runs: Sequence[Run],
             except UserError as error:
                 refused[name].append(error)
                 lines.append(f"{run.name} has no score {name}")
-        candidates, _ = choose_scores(('all', *wanted), run.model)
+        sums = [name for name in selection.names if '+' in name]
+        candidates, _ = choose_scores(('all', *wanted, *sums), run.model)
         published = getattr(run.model, 'primary_score', '')
         try:
             primary = choose_primary(selection.primary_score, published, [s.name for s in candidates])
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from None
-        chosen.append(([s for s in candidates if s.name in wanted | {primary}], primary))
+        wanted |= {primary, *(term for s in candidates if s.name == primary for term in s.terms)}
+        chosen.append(([s for s in candidates if s.name in wanted], primary))
     for errors in refused.values():
         if len(errors) == len(runs):
             raise errors[0]

@@ -138,13 +138,14 @@ def training_images(part: Any, settings: Settings) -> torch.Tensor:
                       for i in range(0, len(rows), settings.batch_size)])
 
 
-def draw_cases(model: Any, data: Any, found: Evaluated, settings: Settings) -> list[Any]:
-    """The pictures of the test images that are shown, by falling primary score; on every rank."""
+def draw_cases(model: Any, data: Any, score: Score, found: Evaluated, settings: Settings) -> list[Any]:
+    """The pictures of the test images that are shown, by falling primary score, with the map of a score of
+    the model; on every rank.
+    """
     name, showing = found.normal.primary_score, settings.showing
     most = showing.num_gallery if len(data.shape) == 3 else min(showing.num_gallery, MOST_VOLUMES)
     places = choose_cases(found.test.values[name], found.test.labels, showing.num_cases, most)
     ids = [found.test.entries[place].id for place in places]
-    score = next(score for score in found.scores if score.name == name)
     batches = part_batches(SomeOf(data.test, ids), settings.batch_size, 'pictures')
     drawn = pictures(model, batches, score, settings.scoring, settings.maps, found.normal.densities)
     cases = dict(launch.gather([(entry.id, case) for entry, case in drawn]))
@@ -168,26 +169,40 @@ def detect(model: Any, data: Any, out: str | Path, settings: Settings, run_folde
     primary = choose_primary(settings.selection.primary_score, getattr(model, 'primary_score', ''),
                              [score.name for score in scores])
     found = evaluate(model, data, scores, primary, settings)
-    found.test.cases = draw_cases(model, data, found, settings)
+    shown = next(score for score in scores if score.name == primary)
+    found.test.cases = draw_cases(model, data, shown, found, settings)
     if not launch.is_main():
         return {}
-    judgement, warnings = found.judgement, [*left_out, *found.judgement.warnings]
-    verdict = [difference for group in judgement.shown_groups for difference in judgement.differences(group)]
-    result = finite({
-        'primary_score': primary, 'dataset': getattr(data.config, 'dataset', ''), **settings.facts(),
-        'baselines_fitted_on': min(len(data.train), settings.judging.max_train_images),
-        **describe(data), 'findings': list(findings), **judgement.as_json(), 'warnings': warnings,
-        'verdict': [{**difference.as_json(), 'text': difference.text} for difference in verdict],
-        'normal_parts': compare_normal(found.validation, found.test, settings.judging.num_bootstrap,
-                                       settings.scoring.seed),
-        'seconds': round(time.perf_counter() - started, 1)})
     found.normal.preparation = volume_preparation(data)
     found.normal.weights = fingerprint(model)
+    result = summarize(data, found, settings, findings, left_out)
+    result['seconds'] = round(time.perf_counter() - started, 1)
     write(out, result, found, settings, run_folder)
-    for line in [*page.text_tables(judgement), *warnings, *(difference.text for difference in verdict),
-                 f"report: {out / 'report.html'}"]:
+    for line in report_lines(out, result, found.judgement):
         log(line)
     return result
+
+
+def summarize(data: Any, found: Evaluated, settings: Settings, findings: Sequence[str],
+              left_out: Sequence[str]) -> dict[str, Any]:
+    """What stands under 'anomaly' in metrics.json."""
+    judgement = found.judgement
+    verdict = [difference for group in judgement.shown_groups for difference in judgement.differences(group)]
+    return finite({
+        'primary_score': found.normal.primary_score, 'dataset': getattr(data.config, 'dataset', ''),
+        **settings.facts(),
+        'baselines_fitted_on': min(len(data.train), settings.judging.max_train_images),
+        **describe(data), 'findings': list(findings), **judgement.as_json(),
+        'warnings': [*left_out, *judgement.warnings],
+        'verdict': [{**difference.as_json(), 'text': difference.text} for difference in verdict],
+        'normal_parts': compare_normal(found.validation, found.test, settings.judging.num_bootstrap,
+                                       settings.scoring.seed)})
+
+
+def report_lines(out: Path, result: dict[str, Any], judgement: Judgement) -> list[str]:
+    """What is printed: tables, warnings, the comparison with the best baseline, where the report is."""
+    return [*page.text_tables(judgement), *result['warnings'], *(row['text'] for row in result['verdict']),
+            f"report: {out / 'report.html'}"]
 
 
 def volume_preparation(data: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from anomaly.choice import choose_scores
@@ -10,6 +11,7 @@ from anomaly.compare import Run, run_names
 from anomaly.compare import compare as compare_runs
 from anomaly.config import Audit, CompareConfig, OutOfDistribution
 from anomaly.detect import Settings, detect
+from anomaly.ensemble import detect_together
 from anomaly.out_of_distribution import with_ood
 from anomaly.scores import Scoring, Selection, check_used
 from audit.audit import audit, sentences
@@ -40,22 +42,44 @@ def settings(run: Evaluation, batch_size: int) -> Settings:
 
 def anomaly(run: Evaluation) -> None:
     """Scores, thresholds, metrics and the report."""
+    if run.args.together:
+        together(run)
+        return
     scores, _ = choose_scores(run.flags(Selection).names, run.model)
     check_used(run.flags(Scoring), [score.name for score in scores])
-    data, number, findings = data_with_ood(run), run.flags(Audit).audit_images, []
-    if number and launch.is_main():
-        findings = sentences(audit(data, number, AUDIT_RESAMPLES, run.args.seed))
-    detect(run.model, data, run.out, settings(run, run.batch_size), run.run_folder, run.say, findings)
+    data = data_with_ood(run)
+    detect(run.model, data, run.out, settings(run, run.batch_size), run.run_folder, run.say,
+           audit_findings(run, data))
+
+
+def audit_findings(run: Evaluation, data: Data) -> list[str]:
+    """What the audit of --audit_images says of the data."""
+    number = run.flags(Audit).audit_images
+    if not number or not launch.is_main():
+        return []
+    return sentences(audit(data, number, AUDIT_RESAMPLES, run.args.seed))
+
+
+def together(run: Evaluation) -> None:
+    """The same for several runs, whose scores are added up."""
+    runs, batch_size = open_runs(run, run.args.together)
+    detect_together(runs, Path(run.args.save), settings(run, batch_size), run.say,
+                    audit_findings(run, runs[0].data))
 
 
 def compare(run: Evaluation) -> None:
     """Scores of several runs on the test images that all have. Only the run at work is on the device."""
-    runs, batch_sizes, paths = [], [], run.flags(CompareConfig).compare
+    runs, batch_size = open_runs(run, run.flags(CompareConfig).compare)
+    compare_runs(runs, Path(run.args.save), settings(run, batch_size), run.say)
+
+
+def open_runs(run: Evaluation, paths: Sequence[str]) -> tuple[list[Run], int]:
+    """Several runs, their models on the CPU, and the smallest of their batch sizes."""
+    runs, batch_sizes = [], []
     for name, path in zip(run_names(paths), paths):
         one = Evaluation(Namespace(**vars(run.args) | {'checkpoint': path}))
         run.say(f'{name}: {path}')
         knows_split = (one.run_folder / 'split.json').exists()
         runs.append(Run(name, path, place(one.opened[0], 'cpu'), data_with_ood(one), knows_split))
         batch_sizes.append(one.batch_size)
-    # One size for all, as seconds depend on it.
-    compare_runs(runs, Path(run.args.save), settings(run, min(batch_sizes)), run.say)
+    return runs, min(batch_sizes)        # one size for all, as seconds depend on it

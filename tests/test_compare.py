@@ -47,7 +47,7 @@ def make_data(train=range(20), val=range(20, 40), test=range(40, 76), size=4, ma
     parts = {name: Part([entries[i] for i in rows], source, Transform(Pixels('discretized', 8)))
              for name, rows in (('train', train), ('val', val), ('test', test))}
     return Data(**parts, shape=(1, size, size), pixels=Pixels('discretized', 8), normal_classes=('Normal',),
-                anomalous_classes=('COVID', 'Other'), split={}, report=[],
+                anomalous_classes=('COVID', 'Other'), split={'split_seed': 1, 'duplicates': []}, report=[],
                 config=DataConfig(dataset='folder'))
 
 

@@ -1,0 +1,131 @@
+"""Several runs in one score: the sum of z-scores of their scores, judged and reported like that of one run.
+
+The models may be of different families and image sizes; they must share the data, the validation images and
+the test images. A score of a run is named run/score, as in a comparison.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from anomaly.baselines import BASELINES
+from anomaly.choice import choose_primary, choose_scores, sum_score
+from anomaly.compare import Run, check_same_data, common_images, evaluate_on
+from anomaly.detect import Evaluated, Settings, draw_cases, report_lines, summarize, write
+from anomaly.judge import join, judge, unjudged
+from anomaly.normal import Normal
+from anomaly.scores import Score, Selection
+from anomaly.scoring import Table
+from distributed import launch
+from readers.parts import SomeOf
+from utils import UserError
+
+
+def detect_together(runs: Sequence[Run], out: Path, settings: Settings, log: Callable[[str], None] = print,
+                    findings: Sequence[str] = ()) -> dict[str, Any]:
+    """Scores the common images with every run, adds up, sets thresholds, judges and reports as `detect` does.
+
+    The primary score is that of the settings, 'a/kl_knn+b/residual_top', or one score that all runs have, or
+    the sum of the runs' own primary scores. Raises UserError if the runs do not fit together.
+    """
+    started = time.perf_counter()
+    check_same_data(runs)
+    check_same_validation(runs)
+    ids, left_out = common_images(runs)
+    chosen = choose_terms(runs, settings.selection)
+    found = {run.name: evaluate_on(run, ids, scores, own[0], settings, with_baselines=run is runs[0])
+             for run, (scores, own) in zip(runs, chosen)}
+    joined = join_evaluated(found, [(run.name, name) for run, (_, own) in zip(runs, chosen) for name in own],
+                            settings)
+    data = replace(runs[0].data, test=SomeOf(runs[0].data.test, ids))
+    joined.test.cases = draw_first_maps(runs, chosen, joined, settings)
+    if not launch.is_main():
+        return {}
+    result = summarize(data, joined, settings, findings, left_out) | {
+        'runs': {run.name: run.path for run in runs}, 'seconds': round(time.perf_counter() - started, 1)}
+    write(out, result, joined, settings, out)
+    for line in report_lines(out, result, joined.judgement):
+        log(line)
+    return result
+
+
+def check_same_validation(runs: Sequence[Run]) -> None:
+    """Raises UserError unless all runs have the same validation images, over which z-scores are taken."""
+    first = {entry.id for entry in runs[0].data.val.entries}
+    for run in runs[1:]:
+        if {entry.id for entry in run.data.val.entries} != first:
+            raise UserError(f"the scores of {runs[0].name} and {run.name} cannot be added up: "
+                            f"their validation images differ. Train both with the same --split_seed and "
+                            f"--val_fraction.")
+
+
+def choose_terms(runs: Sequence[Run], selection: Selection) -> list[tuple[list[Score], list[str]]]:
+    """For each run the scores to compute, and which of them are added up. Raises UserError if there are none,
+    or for a term of a run that is not there.
+    """
+    wanted: dict[str, list[str]] = {run.name: [] for run in runs}
+    for term in filter(None, selection.primary_score.split('+')):
+        name, _, score = term.rpartition('/')
+        if name and name not in wanted:
+            raise UserError(f"--primary_score {term}: there is no run {name}, but {', '.join(wanted)}.")
+        for run in [name] if name else wanted:
+            wanted[run].append(score)
+    chosen = []
+    for run in runs:
+        try:
+            if not selection.primary_score:
+                possible = [score.name for score in choose_scores((), run.model)[0]]
+                wanted[run.name] = [choose_primary('', getattr(run.model, 'primary_score', ''), possible)]
+            if not wanted[run.name]:
+                raise UserError("no score of this run is in --primary_score.")
+            scores, _ = choose_scores((*wanted[run.name], *selection.scores), run.model)
+        except UserError as error:
+            raise UserError(f"{run.name}: {error}") from None
+        chosen.append((scores, wanted[run.name]))
+    return chosen
+
+
+def join_evaluated(found: Mapping[str, Evaluated], terms: Sequence[tuple[str, str]],
+                   settings: Settings) -> Evaluated:
+    """The tables of several runs as one, with the sum of the scores `terms`, (run, score), and its judgement.
+    """
+    first = next(iter(found.values()))
+
+    def joined(part: str) -> Table:
+        tables = {name: getattr(one, part) for name, one in found.items()}
+        order = [entry.id for entry in getattr(first, part).entries]
+        values = {score if score in BASELINES else f'{name}/{score}': column for name, table in tables.items()
+                  for score, column in table.select(order).values.items()}
+        return replace(getattr(first, part), values=values, features={},
+                       seconds=sum(table.seconds for table in tables.values()))
+    scores = {f'{name}/{score.name}': replace(score, name=f'{name}/{score.name}')
+              for name, one in found.items() for score in one.scores}
+    names = ['/'.join(term) for term in terms]
+    total = sum_score('+'.join(names), [scores[name] for name in names])
+    validation, test = joined('validation'), joined('test')
+    normal = Normal.fit(validation, [total], total.name, settings.scoring, settings.maps, settings.judging)
+    normal.pixel_thresholds = {f'{name}/{score}': value for name, one in found.items()
+                               for score, value in one.normal.pixel_thresholds.items()}
+    normal.apply(test, [total])
+    judgement = None
+    if launch.is_main():
+        of_runs = join({name: one.judgement for name, one in found.items()})
+        rows = unjudged([total], 'model', normal.thresholds, {}, total.name)
+        judged = judge(test, rows, settings.judging, settings.maps, settings.scoring.seed, of_runs.groups)
+        others = {name: replace(row, primary=False) for name, row in of_runs.rows.items()}
+        judgement = replace(of_runs, rows={**judged.rows, **others})
+    return Evaluated(normal, validation, test, [total], judgement)
+
+
+def draw_first_maps(runs: Sequence[Run], chosen: Sequence[tuple[list[Score], list[str]]], joined: Evaluated,
+                    settings: Settings) -> list[Any]:
+    """Pictures of the cases, with the map of the first of the added scores that has one."""
+    pairs = [(run, score) for run, (scores, own) in zip(runs, chosen) for score in scores
+             if score.name in own]
+    run, score = next((pair for pair in pairs if pair[1].map), pairs[0])
+    try:
+        return draw_cases(run.model.to(launch.device()), run.data, score, joined, settings)
+    finally:
+        run.model.cpu()
