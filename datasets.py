@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from readers.config import (
     ClassConfig,
     ColorConfig,
+    ConfoundConfig,
     DataSet,
     FileConfig,
     FitConfig,
@@ -71,8 +72,12 @@ def data_folder(config: ReaderConfig) -> str:
 
 def phantom_folder(name: str, draw: str) -> Callable[[ReaderConfig], str]:
     """The folder of the phantoms `name`, which the function `draw` makes at the first run."""
-    return lambda config: str(imported(draw)(config.data or f'data/{name}',
-                                             config.num_phantoms or DATASETS[name].phantoms))
+    def folder(config: ReaderConfig) -> str:
+        row = DATASETS[name]
+        options = {'confound': config.phantom_confound} if row.confounds else {}
+        return str(imported(draw)(config.data or f'data/{name}', config.num_phantoms or row.phantoms,
+                                  **options))
+    return folder
 
 
 FOLDER = reader('images.folder:read_folder')
@@ -177,7 +182,7 @@ DATASETS = {
         FOLDER, size=64, normal=('normal', 'good'), masks=True, folder=data_folder,
         where='Expected a folder "normal" (or "good") and beside it one folder for each kind of anomaly.'),
     'phantom': DataSet(
-        FOLDER, size=64, normal=('Normal',), masks=True, phantoms=1200,
+        FOLDER, size=64, normal=('Normal',), masks=True, phantoms=1200, confounds=True,
         folder=phantom_folder('phantom', 'phantoms.chest:write_phantoms'),
         where='Synthetic: it is made at the first run.'),
     'brain': DataSet(
@@ -218,7 +223,7 @@ def data_flags(dataset: str) -> tuple[type, ...]:
         SplitConfig: True, FileConfig: True, ClassConfig: row.classes,
         ColorConfig: images and row.likelihood != 'bernoulli', FitConfig: images and row.folder is not None,
         PixelConfig: True, PatientConfig: row.folder is not None, PhantomConfig: row.phantoms > 0,
-        VolumeConfig: not images,
+        ConfoundConfig: row.confounds, VolumeConfig: not images,
     }
     return tuple(group for group, does_something in useful.items() if does_something)
 

@@ -37,8 +37,8 @@ FOLDER = Path(tempfile.gettempdir(), 'anomaly-tutorial')
 #
 # `load_data` draws the phantoms at its first call and splits them: models train on the normal images of
 # `train`, thresholds come from the normal images of `val`, and `test`, normal and abnormal, judges. An
-# abnormal phantom has hazy opacities, low and at the outside of both lungs. Its mask tells which pixels
-# they change. No model sees a mask.
+# abnormal phantom has hazy opacities, low and at the outside of both lungs: faint, moderate or marked ones.
+# Its mask holds the pixels that an opacity brightens by more than half of its maximum. No model sees a mask.
 
 # %%
 data = load_data(DataConfig(dataset='phantom', data=str(FOLDER), num_phantoms=PHANTOMS, image_size=SIZE,

@@ -6,63 +6,41 @@ left), v from -1 top to 1 bottom. The drawing adds up attenuation A (soft tissue
 bright where large); a display curve, blur and quantum noise make an image of it. N x N pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, map_coordinates, uniform_filter
+from scipy import ndimage
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 from phantoms.files import write_png, write_set
-from utils import UserError
+from phantoms.shapes import broad_blur, dome, ellipse, ramp, smooth_noise
+from utils import UserError, write_csv
 
 SIZE = 128                 # pixels; formulas are in units of the image, blur and noise in pixels at this size
-VERSION = 1                # raise it when the drawing changes: phantoms of another version are then made anew
-NORMAL, OPACITY = 'Normal', 'Opacity'
-CLASS_NUMBER = {NORMAL: 0, OPACITY: 1}
-MASK_THRESHOLD = 8 / 255   # a pixel is anomalous where the opacity adds more than this to the displayed image
+VERSION = 2                # raise it when the drawing changes: phantoms of another version are then made anew
+NORMAL, FAINT, MODERATE, MARKED = CLASSES = 'Normal', 'Faint', 'Moderate', 'Marked'
+# Rise of the displayed image by the opacities, on average over their mask, of a range of 1. The borders are
+# near the terciles that opacities of one range of attenuation have.
+VISIBILITIES = {FAINT: (0.09, 0.15), MODERATE: (0.15, 0.20), MARKED: (0.20, 0.30)}
+LEAST_RISE = 8 / 255       # a lesion is a connected region that rises by more
+# What differs in the acquisition of images with lesions, added to the values of normal ones.
+CONFOUNDS = {'none': {}, 'exposure': {'center': -0.09}, 'noise': {'noise': 0.006}}
 NOTE = """SYNTHETIC IMAGES. No radiographs: a program drew them from random numbers.
 
-Normal/images    {normal} phantoms of a healthy chest
-Opacity/images   {abnormal} phantoms with ground-glass-like opacities in both lungs, outer and low
-Opacity/masks    white where the opacity adds more than {threshold} grey levels of 255
+Normal/images       {normal} phantoms of a healthy chest
+Faint, Moderate,    {lesions} each with ground-glass-like opacities in both lungs, outer and low; they
+Marked/images       brighten their masks by 0.09 to 0.15, to 0.20 and to 0.30 of the range of gray levels
+*/masks             white where an opacity adds more than half of the most that it adds anywhere
+lesions.csv         of each of these images the mean rise in the mask, and the area of the mask in pixels
+
+Acquisition that differs between images with and without lesions: {confound}.
 
 They are of use for demonstrations and tests, and say nothing about how well a method works on patients.
 """
-
-
-# ----------------------------------------------------------------------------------------------------- shapes
-
-def ramp(x: np.ndarray, width: float) -> np.ndarray:
-    """0 for x << 0, 1 for x >> 0, smooth over about `width`."""
-    return 0.5 + 0.5 * np.tanh(x * np.float32(2 / width))
-
-
-def dome(x: np.ndarray) -> np.ndarray:
-    """Thickness of a round body across its outline: 1 in the middle (x = 0), 0 at |x| >= 1."""
-    return np.sqrt(np.clip(1 - x * x, 0, None))
-
-
-def ellipse(u: np.ndarray, v: np.ndarray, centre: tuple[float, float], radii: tuple[float, float],
-            angle: float = 0.0) -> np.ndarray:
-    """Squared distance from `centre` in units of the radii: below 1 inside. `angle` in radians."""
-    x, y = u - np.float32(centre[0]), v - np.float32(centre[1])
-    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    return ((c * x + s * y) / np.float32(radii[0])) ** 2 + ((c * y - s * x) / np.float32(radii[1])) ** 2
-
-
-def smooth_noise(rng: np.random.Generator, sigma: float, n: int) -> np.ndarray:
-    """Gaussian noise of unit variance with structures of about `sigma` pixels: (N, N)."""
-    noise = broad_blur(rng.standard_normal((n, n), np.float32), sigma, mode='wrap')
-    return noise / noise.std()
-
-
-def broad_blur(image: np.ndarray, sigma: float, mode: str = 'reflect') -> np.ndarray:
-    """A Gaussian blur; a wide one as two running means, whose time does not grow with the width."""
-    if sigma < 3:
-        return gaussian_filter(image, sigma, mode=mode)
-    width = round(sigma * 6 ** 0.5)                            # two boxes of this width have variance sigma^2
-    return uniform_filter(uniform_filter(image, width, mode=mode), width, mode=mode)
 
 
 # ---------------------------------------------------------------------------------------------------- anatomy
@@ -249,11 +227,10 @@ def _on_screen(image: np.ndarray, chest: Chest) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------- opacities
 
 def draw_opacities(chest: Chest, rng: np.random.Generator) -> np.ndarray:
-    """Attenuation of ground-glass opacities: in both lungs, near the wall and low, soft-edged, of any
-    severity.
+    """Attenuation of ground-glass opacities, at most about 1: in both lungs, near the wall and low,
+    soft-edged.
     """
     n = len(chest.u)
-    severity = rng.uniform(0.16, 0.42)
     shape, edge = np.zeros_like(chest.u), smooth_noise(rng, 4.5 * n / SIZE, n)
     for side in (-1, 1):
         for _ in range(rng.integers(1, 5)):
@@ -268,64 +245,142 @@ def draw_opacities(chest: Chest, rng: np.random.Generator) -> np.ndarray:
             ragged = 0.38 * np.roll(edge, rng.integers(0, n, 2), (0, 1))
             shape = np.maximum(shape, rng.uniform(0.6, 1.0) * ramp(1.0 - np.sqrt(d) + ragged, 0.9) * (d < 6))
     lacy = 1 + 0.20 * smooth_noise(rng, 2.4 * n / SIZE, n) + 0.10 * smooth_noise(rng, 1.1 * n / SIZE, n)
-    return severity * shape * np.clip(lacy, 0.2, 2) * np.clip(chest.lung * 1.25, 0, 1)
+    return shape * np.clip(lacy, 0.2, 2) * np.clip(chest.lung * 1.25, 0, 1)
+
+
+def half_maximum(rise: np.ndarray) -> np.ndarray:
+    """Mask (N, N) bool of the lesions that make an image rise by `rise` (N, N): the pixels of each connected
+    region above LEAST_RISE that rise by more than half of the region's maximum.
+    """
+    regions, number = ndimage.label(rise > LEAST_RISE)
+    peaks = np.full(number + 1, np.inf)                                            # region 0 is the rest
+    peaks[1:] = ndimage.maximum(rise, regions, range(1, number + 1))
+    return rise > peaks[regions] / 2
+
+
+def set_visibility(rise_of: Callable[[float], np.ndarray], least: float, most: float,
+                   rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rise (N, N) and mask (N, N) bool of opacities of random strength whose mean rise in the mask is from
+    `least` to `most`. `rise_of` gives the rise of a strength, to which it is about proportional.
+    """
+    target = rng.uniform(least, most)
+    strength = 2 * target
+    for _ in range(20):
+        rise = rise_of(strength)
+        mask = half_maximum(rise)
+        mean = rise[mask].mean()
+        if least <= mean <= most:
+            break
+        strength *= target / mean
+    return rise, mask
 
 
 # ---------------------------------------------------------------------------------------------------- display
 
-def render(seed: int, class_name: str, index: int, size: int = SIZE, opacity: bool | None = None
-           ) -> tuple[np.ndarray, np.ndarray]:
-    """Phantom `index` of a class: (image (N, N) float32 in [0, 1], mask (N, N) bool).
+@dataclass(frozen=True)
+class Machine:
+    """Exposure, film and noise of one radiograph."""
+    center: float                  # attenuation that is displayed as medium gray
+    contrast: float                # slope of the display curve
+    range: tuple[float, float]     # displayed values of the thinnest and the thickest body
+    haze: float                    # share of scattered radiation
+    blur: float                    # standard deviation in pixels
+    noise: np.ndarray              # (N, N) quantum noise
 
-    It is a function of the arguments alone. `opacity` False draws the same phantom without its opacities:
-    same anatomy, exposure and noise.
+    def display(self, attenuation: np.ndarray) -> np.ndarray:
+        """The image (N, N) of an attenuation (N, N), without noise."""
+        scattered = broad_blur(attenuation, 0.09 * len(attenuation))
+        sharp = gaussian_filter((1 - self.haze) * attenuation + self.haze * scattered, self.blur)
+        low, high = self.range
+        return low + (high - low) / (1 + np.exp(-self.contrast * (sharp - self.center)))
+
+    def add_noise(self, image: np.ndarray) -> np.ndarray:
+        """The image (N, N) float32 in [0, 1] with noise: fewer quanta where it is bright."""
+        return np.clip(image + self.noise * np.sqrt(1.4 - image) * 1.6, 0, 1).astype(np.float32)
+
+
+def draw_machine(rng: np.random.Generator, n: int, center: float = 0.0, noise: float = 0.0) -> Machine:
+    """A machine with random settings; `center` and `noise` are added to these."""
+    values = {'center': rng.normal(0.72, 0.06) + center, 'contrast': rng.uniform(3.6, 5.6),
+              'range': (rng.uniform(0.0, 0.06), rng.uniform(0.90, 1.0)), 'haze': rng.uniform(0.10, 0.30),
+              'blur': rng.uniform(0.45, 0.85) * n / SIZE}
+    grain = gaussian_filter(rng.standard_normal((n, n), np.float32), 0.45)
+    return Machine(**values, noise=grain * (rng.uniform(0.004, 0.016) + noise))
+
+
+class Phantom(NamedTuple):
+    """A drawn radiograph."""
+    image: np.ndarray              # (N, N) float32 in [0, 1]
+    mask: np.ndarray               # (N, N) bool, True in lesions
+    rise: np.ndarray               # (N, N) what the lesions add to the displayed image
+
+    @property
+    def mean_rise(self) -> float:
+        """Mean rise in the mask: how visible the lesions are. NaN without lesions."""
+        return float(self.rise[self.mask].mean()) if self.mask.any() else float('nan')
+
+
+def render(seed: int, class_name: str, index: int, size: int = SIZE, lesions: bool = True,
+           confound: str = 'none') -> Phantom:
+    """Phantom `index` of a class, a function of the arguments alone.
+
+    Without `lesions` it is the same phantom without its opacities: same anatomy, exposure and noise.
+    `confound`, one of CONFOUNDS, changes the acquisition of all classes but NORMAL.
     """
-    key = [seed, CLASS_NUMBER[class_name], index]
+    key = [seed, CLASSES.index(class_name), index]
     body, lesion, machine = (np.random.default_rng([*key, part]) for part in range(3))
     chest = build_chest(body, size)
     a = draw_tissue(chest, body) + draw_bones(chest, body) + draw_vessels(chest, body)
-
-    centre, contrast = machine.normal(0.72, 0.06), machine.uniform(3.6, 5.6)       # exposure and film
-    low, high = machine.uniform(0.0, 0.06), machine.uniform(0.90, 1.0)
-    haze, blur = machine.uniform(0.10, 0.30), machine.uniform(0.45, 0.85) * size / SIZE
-    noise = gaussian_filter(machine.standard_normal((size, size), np.float32), 0.45)
-    noise *= machine.uniform(0.004, 0.016)
-
-    def display(attenuation: np.ndarray) -> np.ndarray:
-        scattered = (1 - haze) * attenuation + haze * broad_blur(attenuation, 0.09 * size)
-        curve = 1 / (1 + np.exp(-contrast * (gaussian_filter(scattered, blur) - centre)))
-        return low + (high - low) * curve
-
-    image, mask = display(a), np.zeros((size, size), bool)
-    if class_name == OPACITY and opacity is not False:
-        ill = display(a + draw_opacities(chest, lesion))
-        image, mask = ill, ill - image > MASK_THRESHOLD
-    image = image + noise * np.sqrt(1.4 - image) * 1.6                       # fewer quanta where it is bright
-    return np.clip(image, 0, 1).astype(np.float32), mask
+    machine = draw_machine(machine, size, **CONFOUNDS[confound] if class_name != NORMAL else {})
+    image = machine.display(a)
+    rise, mask = np.zeros_like(image), np.zeros(image.shape, bool)
+    if lesions and class_name != NORMAL:
+        opacities = draw_opacities(chest, lesion)
+        rise, mask = set_visibility(lambda strength: machine.display(a + strength * opacities) - image,
+                                    *VISIBILITIES[class_name], lesion)
+    return Phantom(machine.add_noise(image + rise), mask, rise)
 
 
 # ------------------------------------------------------------------------------------------------------ files
 
-def write_phantoms(folder: str | Path, normal: int, abnormal: int | None = None, seed: int = 0) -> Path:
-    """Writes `normal` healthy phantoms and `abnormal` ill ones (a quarter as many if None); returns their
-    folder.
+def write_phantoms(folder: str | Path, normal: int, lesions: int | None = None, seed: int = 0,
+                   confound: str = 'none') -> Path:
+    """Writes `normal` healthy phantoms and `lesions` (a twelfth as many if None) of each class with lesions;
+    returns their folder.
 
     Each set of numbers has a folder of its own below `folder`, so that another number never mixes with them.
     Raises UserError where the folder cannot be written.
     """
-    abnormal = max(1, normal // 4) if abnormal is None else abnormal
+    lesions = max(1, normal // 12) if lesions is None else lesions
     if normal < 1:
         raise UserError(f"--num_phantoms {normal}: expected 1 or more.")
-    parameters = {'normal': normal, 'abnormal': abnormal, 'seed': seed, 'size': SIZE, 'version': VERSION}
-    root = Path(folder) / f'synthetic-{normal}-{abnormal}-seed{seed}-v{VERSION}'
-    note = NOTE.format(normal=normal, abnormal=abnormal, threshold=round(MASK_THRESHOLD * 255))
+    parameters = {'normal': normal, 'lesions': lesions, 'seed': seed, 'confound': confound, 'size': SIZE,
+                  'version': VERSION}
+    suffix = '' if confound == 'none' else f'-{confound}'
+    root = Path(folder) / f'synthetic-{normal}-{lesions}-seed{seed}-v{VERSION}{suffix}'
+    known: dict[str, tuple[float, int]] = {}                # file -> mean rise, area
+
+    def draw(name: str, class_name: str, index: int) -> Phantom:
+        phantom = render(seed, class_name, index, confound=confound)
+        known[name] = phantom.mean_rise, int(phantom.mask.sum())
+        return phantom
 
     def write(path: Path, class_name: str, index: int) -> None:
-        image, mask = render(seed, class_name, index)
-        if class_name == OPACITY:                # the mask first: where there is an image, all of it is there
-            write_png(path.parent.parent / 'masks' / path.name, mask)
-        write_png(path, image)
+        phantom = draw(path.relative_to(root).as_posix(), class_name, index)
+        if class_name != NORMAL:                 # the mask first: where there is an image, all of it is there
+            write_png(path.parent.parent / 'masks' / path.name, phantom.mask)
+        write_png(path, phantom.image)
 
-    files = {f'{name}/images/{name}-{i:05d}.png': partial(write, class_name=name, index=i)
-             for name, number in ((NORMAL, normal), (OPACITY, abnormal)) for i in range(number)}
-    return write_set(root, parameters, note, files)
+    def write_table(path: Path) -> None:
+        for name, arguments in places.items():
+            if arguments[0] != NORMAL and name not in known:          # an earlier, stopped run wrote it
+                draw(name, *arguments)
+        write_csv(path, ('file', 'visibility', 'mean_rise', 'area'),
+                  ((name, visibility.lower(), *known[name]) for name, (visibility, _) in places.items()
+                   if visibility != NORMAL))
+
+    counts = {NORMAL: normal, **dict.fromkeys(VISIBILITIES, lesions)}
+    places = {f'{name}/images/{name}-{i:05d}.png': (name, i)
+              for name, number in counts.items() for i in range(number)}
+    files = {name: partial(write, class_name=class_name, index=i) for name, (class_name, i) in places.items()}
+    return write_set(root, parameters, NOTE.format(**parameters), files | {'lesions.csv': write_table})

@@ -88,6 +88,14 @@ class PhantomConfig:
 
 
 @flags
+class ConfoundConfig:
+    """Confounds of phantoms"""
+    phantom_confound: str = flag('none', 'acquisition that differs between chest phantoms with and without '
+                                         'lesions: nothing, brighter exposure, or more noise',
+                                 choices=('none', 'exposure', 'noise'))
+
+
+@flags
 class VolumeConfig:
     """Volumes"""
     modalities: tuple = flag((), "channels, in order: names of folders, or endings of file names after '_'; "
@@ -142,8 +150,8 @@ def volume_flags(config: VolumeConfig, *without: str) -> dict[str, Any]:
 
 
 @flags
-class ReaderConfig(VolumeConfig, PhantomConfig, PatientConfig, FitConfig, ColorConfig, ClassConfig,
-                   FileConfig):
+class ReaderConfig(VolumeConfig, ConfoundConfig, PhantomConfig, PatientConfig, FitConfig, ColorConfig,
+                   ClassConfig, FileConfig):
     """All flags that readers look at."""
 
 
@@ -171,6 +179,7 @@ class DataSet:
     num_train: int = 0                       # training images of the published set; 0 = any number
     parts: tuple[str, ...] = ('train', 'test')               # which of its own parts to read
     phantoms: int = 0                        # normal phantoms drawn by default; 0 = it is not synthetic
+    confounds: bool = False                  # the phantoms come with confounds too
     where: str = ''                          # for errors: the expected layout, and where the data comes from
 
     def border(self, config: ReaderConfig) -> int:

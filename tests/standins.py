@@ -86,10 +86,10 @@ def class_folders(normal: str, anomalous: str, masks: bool = False) -> Callable[
 
 
 def phantom(folder: Path, count: int, test_count: int) -> Path:
-    """A drawn set that says it is the 1200 and 300 images of the default."""
-    root = folder / f'synthetic-1200-300-seed0-v{VERSION}'
-    class_folders('Normal', 'Opacity', masks=True)(root, count, test_count)
-    (root / 'finished.json').write_text(json.dumps({'normal': 1200, 'abnormal': 300}))
+    """A drawn set that says it is the 1200 and 3 x 100 images of the default."""
+    root = folder / f'synthetic-1200-100-seed0-v{VERSION}'
+    class_folders('Normal', 'Marked', masks=True)(root, count, test_count)
+    (root / 'finished.json').write_text(json.dumps({'normal': 1200, 'lesions': 100}))
     return folder
 
 

@@ -2,6 +2,7 @@
 classes.
 """
 
+import csv
 import io
 
 import numpy as np
@@ -11,18 +12,31 @@ from pytest import approx
 from sklearn.metrics import roc_auc_score
 
 from datasets import DataConfig, load_data
-from phantoms.chest import MASK_THRESHOLD, NORMAL, OPACITY, render, write_phantoms
+from phantoms.chest import (
+    CLASSES,
+    CONFOUNDS,
+    FAINT,
+    LEAST_RISE,
+    MARKED,
+    NORMAL,
+    VISIBILITIES,
+    half_maximum,
+    render,
+    write_phantoms,
+)
+from readers.config import ConfoundConfig
 from utils import UserError
 
-COUNT = 80          # of each class: the standard error of an AUROC of 0.5 is 0.046
+COUNT = 78          # normal ones, and a third of each class with lesions: the standard error of an AUROC of
+                    # 0.5 is 0.046
 
 
 @pytest.fixture(scope='module')
 def phantoms():
-    """{class: images (COUNT, 128, 128)} and the masks of the ill ones."""
-    drawn = {c: [render(0, c, i) for i in range(COUNT)] for c in (NORMAL, OPACITY)}
-    images = {c: np.stack([image for image, _ in d]) for c, d in drawn.items()}
-    return images, np.stack([mask for _, mask in drawn[OPACITY]])
+    """Images (COUNT, 128, 128) of normal phantoms, images of ones with lesions, and the masks of these."""
+    normal = [render(0, NORMAL, i) for i in range(COUNT)]
+    ill = [render(0, name, i) for name in VISIBILITIES for i in range(COUNT // 3)]
+    return tuple(map(np.stack, ([p.image for p in normal], [p.image for p in ill], [p.mask for p in ill])))
 
 
 def png_bytes(image):
@@ -35,60 +49,99 @@ def border(image):
     return np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]).mean()
 
 
-def auroc(feature, images):
-    values = [feature(x) for c in (NORMAL, OPACITY) for x in images[c]]
+def auroc(feature, phantoms):
+    values = [feature(x) for images in phantoms[:2] for x in images]
     return roc_auc_score([0] * COUNT + [1] * COUNT, values)
 
 
 @pytest.mark.parametrize('feature', [np.mean, np.std, np.median, png_bytes, border], ids=lambda f: f.__name__)
 def test_no_trivial_feature_separates_the_classes(phantoms, feature):
-    assert 0.25 < auroc(feature, phantoms[0]) < 0.75
+    assert 0.25 < auroc(feature, phantoms) < 0.75
 
 
-def test_file_size_and_border_are_the_same_for_both_classes(phantoms):
+def test_file_size_and_border_are_the_same_for_all_classes(phantoms):
     for feature in (png_bytes, border):
-        assert auroc(feature, phantoms[0]) == approx(0.5, abs=0.15)
+        assert auroc(feature, phantoms) == approx(0.5, abs=0.15)
 
 
-def test_an_opacity_brightens_where_its_mask_is_and_little_elsewhere():
-    for i in range(5):
-        ill, mask = render(0, OPACITY, i)
-        healthy, nothing = render(0, OPACITY, i, opacity=False)
-        added = ill - healthy
-        assert not nothing.any() and mask.any()
-        assert added[mask].mean() > MASK_THRESHOLD
-        assert added[~mask].max() < MASK_THRESHOLD + 0.02      # noise is a little weaker where it is brighter
-        assert added[~mask].mean() < MASK_THRESHOLD / 4
+def test_masks_are_above_half_the_maximum_of_each_lesion():
+    """Two cones, of heights 0.4 and 0.1 and radii 10 and 5, have masks of half their radii; a third of less
+    than LEAST_RISE is no lesion.
+    """
+    y, x = np.mgrid[:60, :60]
+    far = lambda row, column: np.hypot(y - row, x - column)
+    cones = [(15, 15, 0.4, 10), (40, 40, 0.1, 5), (15, 45, 0.9 * LEAST_RISE, 8)]
+    rise = np.max([height * np.clip(1 - far(r, c) / radius, 0, 1) for r, c, height, radius in cones], 0)
+    assert np.array_equal(half_maximum(rise), (far(15, 15) < 5) | (far(40, 40) < 2.5))
+    assert not half_maximum(np.zeros((4, 4))).any()
+
+
+@pytest.mark.parametrize('name', VISIBILITIES)
+def test_lesions_are_as_visible_as_their_class_says(name):
+    for i in range(4):
+        ill, healthy = render(0, name, i), render(0, name, i, lesions=False)
+        low, high = VISIBILITIES[name]
+        assert low <= ill.mean_rise <= high and not healthy.mask.any() and not healthy.rise.any()
+        added = ill.image - healthy.image                # noise is a little weaker where it is brighter
+        assert added[ill.mask].mean() == approx(ill.mean_rise, abs=0.005)
+        assert np.abs(added - ill.rise).max() < 0.04 and added[~ill.mask].mean() < low / 3
 
 
 def test_opacities_are_in_both_lungs_and_mostly_low(phantoms):
-    where = phantoms[1].mean(0)                                 # (128, 128)
+    masks = phantoms[2]
+    where = masks.mean(0)                                          # (128, 128)
     left, right = where[:, :64].sum(), where[:, 64:].sum()
     assert 0.6 < left / right < 1.7
     assert where[64:].sum() > where[:64].sum()
-    assert (phantoms[1][:, :, :64].any((1, 2)) & phantoms[1][:, :, 64:].any((1, 2))).mean() > 0.9
+    assert (masks[:, :, :64].any((1, 2)) & masks[:, :, 64:].any((1, 2))).mean() > 0.9
 
 
 def test_a_phantom_is_a_function_of_seed_class_and_index():
-    again = render(0, NORMAL, 3)[0]
-    assert np.array_equal(render(0, NORMAL, 3)[0], again)
-    for other in ((1, NORMAL, 3), (0, NORMAL, 4), (0, OPACITY, 3)):
-        assert not np.array_equal(render(*other)[0], again)
+    again = render(0, NORMAL, 3).image
+    assert np.array_equal(render(0, NORMAL, 3).image, again)
+    for other in ((1, NORMAL, 3), (0, NORMAL, 4), (0, FAINT, 3)):
+        assert not np.array_equal(render(*other).image, again)
+
+
+def test_a_confound_changes_only_what_it_says():
+    """Normal phantoms are the same; others are brighter, or noisier, and else alike."""
+    assert set(CONFOUNDS) == {'none', 'exposure', 'noise'}
+    for confound in CONFOUNDS:
+        ConfoundConfig(phantom_confound=confound)                  # the flag knows it
+        assert np.array_equal(render(0, NORMAL, 0, confound=confound).image, render(0, NORMAL, 0).image)
+    as_it_is, exposed, noisy = (render(0, MARKED, 0, lesions=False, confound=c).image for c in CONFOUNDS)
+    grain = lambda image: np.diff(image, 2).std()
+    assert (exposed - as_it_is).min() > -0.02 and 0.05 < np.mean(exposed - as_it_is) < 0.12
+    assert grain(exposed) < 1.2 * grain(as_it_is) < grain(noisy)
+    assert noisy.mean() == approx(as_it_is.mean(), abs=0.002)
+    assert np.array_equal(render(0, MARKED, 0, confound='noise').mask, render(0, MARKED, 0).mask)
 
 
 def test_a_killed_generation_goes_on_and_a_finished_one_is_kept(tmp_path):
-    root = write_phantoms(tmp_path, 3, 2)
-    before = {p: p.read_bytes() for p in root.rglob('*.png')}
-    assert len(before) == 3 + 2 + 2
+    root = write_phantoms(tmp_path, 3, 1)
+    before = {p: p.read_bytes() for p in (*root.rglob('*.png'), root / 'lesions.csv')}
+    assert len(before) == 3 + 3 + 3 + 1
     assert 'SYNTHETIC' in (root / 'README.txt').read_text()
-    (root / 'finished.json').unlink()
-    (root / NORMAL / 'images' / 'Normal-00002.png').unlink()
+    for name in ('finished.json', 'lesions.csv', 'Normal/images/Normal-00002.png'):
+        (root / name).unlink()
     kept = root / NORMAL / 'images' / 'Normal-00000.png'
     changed = kept.stat().st_mtime_ns
-    assert write_phantoms(tmp_path, 3, 2) == root
-    assert {p: p.read_bytes() for p in root.rglob('*.png')} == before
+    assert write_phantoms(tmp_path, 3, 1) == root
+    assert {p: p.read_bytes() for p in before} == before
     assert kept.stat().st_mtime_ns == changed
-    assert write_phantoms(tmp_path, 4, 2) != root
+    assert len({root, write_phantoms(tmp_path, 1, 1), write_phantoms(tmp_path, 3, 1, confound='noise')}) == 3
+
+
+def test_the_table_holds_the_visibility_of_each_image(tmp_path):
+    root = write_phantoms(tmp_path, 1, 2)
+    with (root / 'lesions.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row['visibility'] for row in rows] == ['faint'] * 2 + ['moderate'] * 2 + ['marked'] * 2
+    for row in rows:
+        class_name, image = row['file'].split('/')[0], root / row['file']
+        mask = np.asarray(Image.open(image.parents[1] / 'masks' / image.name)) > 0
+        low, high = VISIBILITIES[class_name]
+        assert image.exists() and low <= float(row['mean_rise']) <= high and int(row['area']) == mask.sum()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
@@ -101,7 +154,7 @@ def test_the_demo_walks_the_reader_of_real_data(tmp_path):
     data = load_data(DataConfig(dataset='phantom', data=str(tmp_path / 'p'), num_phantoms=12,
                                 cache_dir=str(tmp_path / 'c')))
     assert data.shape == (1, 64, 64)
-    assert (data.normal_classes, data.anomalous_classes) == ((NORMAL,), (OPACITY,))
+    assert {*data.normal_classes, *data.anomalous_classes} == set(CLASSES)
     assert (len(data.train), len(data.val), len(data.test)) == (8, 2, 2 + 3)
     batch = data.test.items(range(5))
     assert (batch.mask.flatten(1).any(1) == batch.y.bool()).all()
