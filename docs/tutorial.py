@@ -63,10 +63,10 @@ def show(rows, titles, first=0):
     plt.show()
 
 
-first_ill = int(np.flatnonzero(ill)[0])
+first_ill = [entry.class_name for entry in data.test.entries].index('Marked')
 first_normal = int(np.flatnonzero(~ill)[0])
 show([x], ['normal'], first_normal)
-show([x, mask], ['abnormal', 'mask'], first_ill)
+show([x, mask], ['marked', 'mask'], first_ill)
 
 # %% [markdown]
 # ## 2. Reconstruction error
