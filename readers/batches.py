@@ -1,9 +1,9 @@
 """Batches of a part: shuffled for training, in order for evaluation, prepared here or in worker processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 
 from distributed import launch
 from readers.parts import Batch, Part
@@ -50,7 +50,7 @@ def train_batches(part: Part, batch_size: int, *, seed: int, accumulate: int = 1
                 yield [(draw, index) for index in indices.tolist()]
             epoch, first = epoch + 1, 0
 
-    return _load(part, keys, workers)
+    return _load(part, keys(), workers)
 
 
 def eval_batches(part: Part, batch_size: int, *, workers: int = 0) -> Iterator[tuple[int, Batch]]:
@@ -59,21 +59,9 @@ def eval_batches(part: Part, batch_size: int, *, workers: int = 0) -> Iterator[t
     """
     numbers = range(launch.rank(), -(-len(part) // batch_size), launch.world())
 
-    def keys() -> Iterator[list[tuple[int, int]]]:
-        for i in numbers:
-            yield [(0, index) for index in range(i * batch_size, min((i + 1) * batch_size, len(part)))]
-
+    keys = ([(0, index) for index in range(i * batch_size, min((i + 1) * batch_size, len(part)))]
+            for i in numbers)
     return zip(numbers, _load(part, keys, workers), strict=True)
-
-
-class _Keys:
-    """A batch sampler from a function that makes an iterator."""
-
-    def __init__(self, make: Callable[[], Iterator[list[tuple[int, int]]]]):
-        self.make = make
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.make()
 
 
 class _ErrorsAsValues(Dataset):
@@ -89,19 +77,15 @@ class _ErrorsAsValues(Dataset):
             return error
 
 
-def _unchanged(batch: Batch | UserError) -> Batch | UserError:
-    return batch
-
-
 def _or_raise(batch: Batch | UserError) -> Batch:
     if isinstance(batch, UserError):
         raise batch
     return batch
 
 
-def _load(part: Part, keys: Callable[[], Iterator[list[tuple[int, int]]]], workers: int) -> Iterator[Batch]:
+def _load(part: Part, keys: Iterator[list[tuple[int, int]]], workers: int) -> Iterator[Batch]:
     if workers == 0:
-        return map(part.__getitems__, keys())
-    loader = DataLoader(_ErrorsAsValues(part), batch_sampler=_Keys(keys), num_workers=workers,
-                        collate_fn=_unchanged)
+        return map(part.__getitems__, keys)
+    loader = DataLoader(_ErrorsAsValues(part), batch_sampler=keys, num_workers=workers,
+                        collate_fn=default_convert)
     return map(_or_raise, loader)

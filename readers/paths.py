@@ -12,6 +12,32 @@ from utils import UserError
 MOST_BYTES = 8 * MOST_PIXELS                        # of an image file: the largest image as doubles
 
 
+def find_root(data: str, where: str, holds: Callable[[Path], bool] = lambda _: True) -> Path | None:
+    """The folder `data`, or the one folder in it, that `holds` a data set; None if none does.
+
+    Raises UserError if no folder is given or there, or if several hold one; `where` says where to get it.
+    """
+    if not data:
+        raise UserError(f"--data is missing. {where}")
+    folder = Path(data)
+    if not folder.is_dir():
+        raise UserError(f"--data: the folder {data!r} does not exist. {where}")
+    roots = [folder] if holds(folder) else [sub for sub in subfolders(folder) if holds(sub)]
+    if len(roots) > 1:
+        raise UserError(f"--data: {folder} holds several data sets: name one of "
+                        f"{', '.join(r.name for r in roots)}.")
+    return roots[0] if roots else None
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in `folder`, sorted, without hidden ones."""
+    try:
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__MACOSX')))
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be read ({error.strerror}): check its "
+                        f"permissions.") from None
+
+
 def walk(root: str | Path, skip: str, without: str | Path,
          unlisted: Callable[[OSError], None]) -> tuple[list[str], int]:
     """All files below `root` at any depth, and how many files and folders are passed over: hidden ones,

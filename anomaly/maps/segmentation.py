@@ -20,7 +20,7 @@ from anomaly.maps.localization import Counts, MapMetrics, count, draw
 from anomaly.maps.postprocessing import Maps
 from anomaly.metrics import Estimate, Metric
 from readers.body import body, distance_to
-from readers.volumes.nifti import entry_grids
+from readers.volumes.nifti import spacing
 from utils import write_csv
 
 # ------------------------------------------------------------------------------------------------ the metrics
@@ -117,9 +117,9 @@ def judge(maps: Maps, name: str, entries: Sequence[Any], threshold: float, confi
     by_id, rows = {entry.id: entry for entry in entries}, []
     for values, mask, inside, i in zip(maps.values[name], maps.masks, maps.inside, maps.ids, strict=True):
         entry = by_id[i]
-        spacing = entry_grids(entry)[0].spacing if getattr(entry, 'grids', ()) else np.ones(mask.ndim)
         lesion = without_small(mask & inside, config.seg_min_voxels)
-        found = compare(segment_inside(inside, values, threshold, config), lesion, spacing)
+        found = compare(segment_inside(inside, values, threshold, config), lesion,
+                        spacing(entry)[:mask.ndim])
         rows.append({'id': entry.id, 'class': entry.class_name, 'label': entry.label,
                      'left_out_voxels': int(mask.sum() - lesion.sum()), **found})
     left_out = sum(row['left_out_voxels'] for row in rows)

@@ -19,7 +19,7 @@ from anomaly.maps.slices import CONVENTION, VIEWS, View, focus, sheet, sheet_col
 from anomaly.metrics import make_finite, percentile
 from anomaly.report.figures import FAINT, INK, new_figure
 from anomaly.scoring import Case
-from readers.volumes.nifti import entry_grids
+from readers.volumes.nifti import spacing
 
 LOSSLESS = 128          # pixels of the longer side up to which pictures on the page are exact
 LARGEST = 256           # and to which larger ones are reduced: 60 cases are then below 10 MB
@@ -94,11 +94,6 @@ def flat_pictures(case: Case, look: dict[str, Any]) -> dict[str, Any]:
                          'outlined': True})
     return {'pictures': pictures, 'outline': '' if case.mask is None else outline_path(case.mask),
             'height': case.image.shape[-2], 'width': case.image.shape[-1]}
-
-
-def spacing(entry: Any) -> np.ndarray:
-    """Distance of the voxels that a model sees, mm or any unit: (3,)."""
-    return entry_grids(entry)[0].spacing if getattr(entry, 'grids', ()) else np.ones(3)
 
 
 def volume_views(case: Case, look: dict[str, Any], distance: np.ndarray, most_bytes: float) -> dict[str, Any]:

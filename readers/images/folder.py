@@ -14,7 +14,7 @@ from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig
 from readers.images.decode import SUFFIXES, ImageLoader
 from readers.items import Item, Listing, Loaded, import_items
-from readers.paths import files_below
+from readers.paths import files_below, find_root, subfolders
 from readers.source import Source, same_name
 from utils import UserError
 
@@ -46,9 +46,7 @@ def read_part_folders(config: ReaderConfig, row: DataSet, folders: Mapping[str, 
 
     Near-duplicates are not searched for: a letter in two typefaces is often nearly the same.
     """
-    if not config.data:
-        raise UserError(f"--data is missing. {row.where}")
-    root, items = Path(config.data), []
+    root, items = find_root(config.data, row.where), []
     for part in row.parts:
         place = root / folders[part]
         classes = [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []
@@ -65,16 +63,13 @@ def read_part_folders(config: ReaderConfig, row: DataSet, folders: Mapping[str, 
 
 def find_items(folder: str, config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], list[str]]:
     """All images in class folders, with masks where these mark anomalies: (root, items, notes)."""
-    if not folder:
-        raise UserError(f"--data is missing. {row.where}")
-    normal = config.normal_classes or row.normal
-    root, classes, notes = find_classes(Path(folder), normal, row.where)
+    root, classes, notes = find_classes(folder, config.normal_classes or row.normal, row.where)
     items = [item for name, found in classes.items()
              for item in (with_masks(root, name, found) if row.masks else found)]
     return root.resolve(), sorted(items, key=lambda item: item.id), notes
 
 
-def find_classes(folder: Path, normal: Sequence[str],
+def find_classes(folder: str, normal: Sequence[str],
                  where: str) -> tuple[Path, dict[str, list[Item]], list[str]]:
     """The classes in `folder`, or in the one folder below it that has a normal class: (root, {class: files},
     notes).
@@ -82,25 +77,18 @@ def find_classes(folder: Path, normal: Sequence[str],
     Raises UserError if there is no folder, no normal class or a class folder without images; `where` says
     where the data set comes from.
     """
-    if not folder.is_dir():
-        raise UserError(f"--data: the folder {str(folder)!r} does not exist. {where}")
+    def has_normal(place: Path) -> bool:
+        return any(same_name(sub.name, name) for sub in subfolders(place) for name in normal)
 
-    def has_normal(root: Path) -> bool:
-        return any(same_name(sub.name, name) for sub in _subfolders(root) for name in normal)
-
-    roots = [folder] if has_normal(folder) else [sub for sub in _subfolders(folder) if has_normal(sub)]
-    if len(roots) > 1:
-        raise UserError(f"--data: {folder} holds several data sets: "
-                        f"name one of {', '.join(r.name for r in roots)}.")
-    if not roots:
-        found = ', '.join(sub.name for sub in _subfolders(folder)) or 'no folders'
+    root, classes, notes = find_root(folder, where, has_normal), {}, []
+    if root is None:
+        found = ', '.join(sub.name for sub in subfolders(Path(folder))) or 'no folders'
         raise UserError(f"--data: {folder} has no folder of normal images named {' or '.join(normal)}: "
                         f"found {found}. {where}")
-    root, classes, notes = roots[0], {}, []
-    for sub in _subfolders(root):
+    for sub in subfolders(root):
         if sub.name.lower() == 'masks':
             continue
-        images = next((s for s in _subfolders(sub) if s.name.lower() == 'images'), sub)
+        images = next((s for s in subfolders(sub) if s.name.lower() == 'images'), sub)
         files = image_files(images)
         is_normal = any(same_name(sub.name, name) for name in normal)
         if not files and images is sub and next(sub.iterdir(), None) and not is_normal:
@@ -112,15 +100,6 @@ def find_classes(folder: Path, normal: Sequence[str],
                             f"remove it.")
         classes[sub.name] = [Item(f.relative_to(root).as_posix(), sub.name, path=str(f)) for f in files]
     return root, classes, notes
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    """The folders in `folder`, sorted, without hidden ones."""
-    try:
-        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__MACOSX')))
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be read ({error.strerror}): check its "
-                        f"permissions.") from None
 
 
 def image_files(folder: Path) -> list[Path]:

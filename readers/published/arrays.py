@@ -20,6 +20,7 @@ from readers.config import DataSet, ReaderConfig
 from readers.images.decode import ImageLoader
 from readers.images.png import png_bytes
 from readers.items import Item, Listing, Loaded, import_items
+from readers.paths import find_root
 from readers.source import Source
 from utils import UserError
 
@@ -75,11 +76,10 @@ def find_files(config: ReaderConfig, row: DataSet, names: Mapping[str, Sequence[
 
     Raises UserError, which says where to get them, if one is missing.
     """
-    if not config.data:
-        raise UserError(f"--data is missing. {row.where}")
+    root = find_root(config.data, row.where)
     for folder in folders:
         found = {part: [next((p for p in (path, path.with_name(f'{path.name}.gz')) if p.is_file()), None)
-                        for path in (Path(config.data, folder, name) for name in wanted)]
+                        for path in (root / folder / name for name in wanted)]
                  for part, wanted in names.items()}
         if all(map(all, found.values())):
             return found

@@ -8,7 +8,6 @@ of LSUN is not used: it opens the LMDB when it is made, so that it cannot be sen
 leaves a pickle of the keys in the working folder.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from readers.cache import cached_files, stamp
 from readers.config import DataSet, ReaderConfig
 from readers.lmdb.file import Lmdb, is_lmdb, unfinished
+from readers.paths import find_root
 from readers.published.records import Decoding, FileStore, LazyImages, LmdbStore, Records, Store
 from readers.source import Array, Source
 from utils import UserError
@@ -59,9 +59,12 @@ def read_records(config: ReaderConfig, row: DataSet, **layout: Any) -> Source:
 
 def _stores(config: ReaderConfig, row: DataSet, layout: Layout) -> list[Store]:
     """The two parts, 'train' and 'test'."""
-    if not config.data:
-        raise UserError(f"--data is missing. {row.where}")
-    root = _find(Path(config.data), (layout.train, layout.test), row.where)
+    def holds(place: Path) -> bool:
+        """Whether a part is there, finished or not."""
+        return any((place / name).exists() or unfinished(place / name).exists()
+                   for name in (layout.train, layout.test))
+
+    root = find_root(config.data, row.where, holds)
     if root is None and layout.celeba and (celeba := find_celeba(config.data)):
         return [celeba_store('train', celeba, 'train'), celeba_store('test', celeba, 'valid')]
     if root is None:
@@ -77,25 +80,6 @@ def _stores(config: ReaderConfig, row: DataSet, layout: Layout) -> list[Store]:
             raise UserError(f"{path} is not an LMDB: expected a folder with data.mdb. {row.where}")
         stores.append(LmdbStore(part, path, _keys(path, config.cache_dir) if layout.listed else None))
     return stores
-
-
-def _find(folder: Path, names: Sequence[str], where: str) -> Path | None:
-    """`folder`, or the one folder in it, that holds one of `names`, finished or not; None if none does."""
-    def holds(place: Path) -> bool:
-        return any((place / n).exists() or unfinished(place / n).exists() for n in names)
-
-    try:
-        if not folder.is_dir():
-            raise UserError(f"--data: the folder {str(folder)!r} does not exist. {where}")
-        if holds(folder):
-            return folder
-        roots = sorted(p for p in folder.iterdir() if p.is_dir() and holds(p))
-    except OSError as error:
-        raise UserError(f"--data: {folder} cannot be read ({error.strerror or error}).") from None
-    if len(roots) > 1:
-        raise UserError(f"--data: {folder} holds several data sets: name one of "
-                        f"{', '.join(r.name for r in roots)}.")
-    return roots[0] if roots else None
 
 
 def _keys(path: Path, cache_dir: str) -> Array:

@@ -127,6 +127,11 @@ def entry_grids(entry: Any) -> tuple[Grid, Grid]:
     return model, own
 
 
+def spacing(entry: Any) -> np.ndarray:
+    """Distance of the voxels that a model sees, mm, or of an image 1: (3,)."""
+    return entry_grids(entry)[0].spacing if getattr(entry, 'grids', ()) else np.ones(3)
+
+
 # ------------------------------------------------------------------------------------------------------ files
 
 class Nifti(NamedTuple):

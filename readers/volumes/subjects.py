@@ -40,11 +40,6 @@ class Subject:
         return (*self.files, *(path for path in (self.label, self.body) if path))
 
 
-def volume_files(root: Path, without: str | Path = '') -> list[str]:
-    """All NIfTI files below `root` but for the folder `without`, as sorted paths relative to it with '/'."""
-    return files_below(root, SUFFIXES, without=without)
-
-
 def owner(path: str, names: Iterable[str]) -> tuple[str, str]:
     """The subject and the one of `names` that a file belongs to, '' if to none of them.
 
@@ -68,7 +63,7 @@ def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str,
     body = '' if body == AUTO else body
     names = [*modalities, *(name for name in (labels, body) if name)]
     table: dict[str, dict[str, str]] = {}
-    for path in volume_files(root, without):
+    for path in files_below(root, SUFFIXES, without=without):
         subject, name = owner(path, names)
         files = table.setdefault(subject, {})
         if name in files:

@@ -19,10 +19,10 @@ from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig, VolumeConfig, volume_flags
 from readers.items import Item, Listing, Loaded, import_items
 from readers.parallel import attempt
-from readers.paths import Found, printable
+from readers.paths import Found, files_below, find_root, printable
 from readers.source import DTYPES, Source, Unreadable
 from readers.split import count, some
-from readers.volumes.nifti import Grid, Nifti, read_nifti, resample
+from readers.volumes.nifti import SUFFIXES, Grid, Nifti, read_nifti, resample
 from readers.volumes.subjects import (
     AUTO,
     KEYS,
@@ -30,7 +30,6 @@ from readers.volumes.subjects import (
     Subject,
     find_subjects,
     owner,
-    volume_files,
     with_classes,
     with_keys,
 )
@@ -81,7 +80,8 @@ class VolumeLoader:
         found = sorted([(s.id, s) for s in subjects] + [(name, Unreadable(why)) for name, why in bad],
                        key=lambda pair: pair[0])
         ids = {name for name, _ in found}
-        others = sum(owner(file, names)[0] not in ids for file in volume_files(root, without))
+        files = files_below(root, SUFFIXES, without=without)
+        others = sum(owner(file, names)[0] not in ids for file in files)
         return Found([printable(name) for name, _ in found],
                      [replace(s, label='') if isinstance(s, Subject) else s for _, s in found], others,
                      "NIfTI files that are no channel of the run's")
@@ -199,11 +199,7 @@ class VolumeLoader:
 
 def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
     """Every subject of the chosen classes, as (N, C, *S)."""
-    folder = row.folder(config)
-    if not folder or not (root := Path(folder)).is_dir():
-        raise UserError(f"--data: the folder {str(folder)!r} does not exist. {row.where}" if folder else
-                        f"--data is missing. {row.where}")
-    loader, notes = VolumeLoader.of(config, row), []
+    root, loader, notes = find_root(row.folder(config), row.where), VolumeLoader.of(config, row), []
     subjects, bad, by_label = find_all(root, config, row, loader, notes)
     loader = replace(loader, by_label=by_label)
     items = [Item(s.id, s.class_name, s.part, path=s.files[0], mask=s.label,
