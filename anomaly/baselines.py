@@ -1,25 +1,32 @@
-"""Scores that need no model: what brightness, file size or a linear fit of the pixels tell of an image.
+"""Scores that need no model: what exposure, spectrum, file size or a linear fit of the pixels tell of images.
 
 They stand beside every model's scores because medical data sets differ in scanner, exposure and file format
-between classes: a model that is no better than they are has learned that difference. Two have maps, next to
+between classes: a model that is no better than they are has learned that difference. Some have maps, next to
 which those of models stand. B images, C channels, *S = (H, W) or (D, H, W); N normal training images, on
 which they are fitted.
 """
 
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
+from anomaly.density import Density, Mahalanobis, WhitenedKNN
+from anomaly.image_statistics import bands, frame_histogram, haar_energies, histogram, tiny
 from anomaly.outputs import Outputs
-from anomaly.scores import Score
+from anomaly.scores import LESION_FRACTION, Score
 from readers.images.png import png_bytes
 from utils import UserError
 
-PCA_VARIANCE = 0.9       # fraction of the variance of normal images that the components keep
+PCA_VARIANCE = 0.9       # fraction of the variance of normal images that the components of `pca` keep
 MAX_COMPONENTS = 200
+TOP_COMPONENTS = 40      # of `pca_top`
+SMOOTHING = 1.0          # standard deviation of its Gaussian, pixels
+LEAST_IMAGES = 3         # from which a covariance is estimated
 
 
 def means(x: Tensor) -> Tensor:
@@ -90,29 +97,97 @@ def file_size(images: Tensor) -> Score:
     return Score('file_size', '', "bytes of the file on disk", size)
 
 
-def pca(images: Tensor) -> Score:
-    """Euclidean distance to the linear subspace that keeps 90 % of the variance of normal training images."""
+def principal_components(images: Tensor, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean (D,), principal components (n, D) and the shares of the variance (n,) of images (N, C, *S)."""
     from sklearn.decomposition import PCA
     x = images.flatten(1).double().numpy()                                                 # (N, D)
     # At most half as many components as images: more would fit the training images themselves.
-    most = max(1, min(MAX_COMPONENTS, len(x) // 2, x.shape[1] - 1))
-    fitted = PCA(most, svd_solver='randomized' if min(x.shape) > 100 else 'full', random_state=0).fit(x)
-    kept = min(most, 1 + int((np.cumsum(fitted.explained_variance_ratio_) < PCA_VARIANCE).sum()))
-    axes = fitted.components_[:kept]                                                       # (kept, D)
-
-    def distance(outputs: Outputs) -> Tensor:
-        x = outputs.x.flatten(1).double().cpu().numpy() - fitted.mean_                     # (B, D)
-        return torch.from_numpy(np.linalg.norm(x - x @ axes.T @ axes, axis=1))
-    return Score('pca', '', "Euclidean distance to principal components of normal training images", distance)
+    number = max(1, min(most, len(x) // 2, x.shape[1] - 1))
+    fitted = PCA(number, svd_solver='randomized' if min(x.shape) > 100 else 'full', random_state=0).fit(x)
+    return fitted.mean_, fitted.components_, fitted.explained_variance_ratio_
 
 
+def linear_residual(x: Tensor, mean: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """Images (B, C, *S) minus their projections on the mean and the axes (n, D): (B, D) float64."""
+    # One image at a time: products of matrices round differently in batches of another size.
+    centered = x.flatten(1).double().cpu().numpy() - mean
+    return np.stack([row - (axes @ row) @ axes for row in centered])
+
+
+def pca(images: Tensor) -> Score:
+    """Euclidean distance to the linear subspace that keeps 90 % of the variance of normal training images."""
+    mean, axes, shares = principal_components(images, MAX_COMPONENTS)
+    axes = axes[:1 + int((np.cumsum(shares) < PCA_VARIANCE).sum())]
+    return Score('pca', '', "Euclidean distance to principal components of normal training images",
+                 lambda outputs: torch.from_numpy(np.linalg.norm(
+                     linear_residual(outputs.x, mean, axes), axis=1)))
+
+
+def pca_top(images: Tensor) -> Score:
+    """Mean of the highest 1 % of the residual of 40 principal components, smoothed before the modulus."""
+    mean, axes, _ = principal_components(images, TOP_COMPONENTS)
+
+    def residual(x: Tensor) -> Tensor:
+        """Mean over channels: (B, 1, *S)."""
+        signed = linear_residual(x, mean, axes).reshape(x.shape)
+        smooth = ndimage.gaussian_filter(signed, SMOOTHING, axes=tuple(range(2, x.ndim)))
+        return torch.from_numpy(np.abs(smooth).mean(1, keepdims=True))
+
+    def errors(outputs: Outputs) -> Tensor:
+        return outputs.once(('pca_top',), lambda: residual(outputs.x))
+
+    def highest(outputs: Outputs) -> Tensor:
+        values = np.sort(errors(outputs).flatten(1).numpy())                               # (B, D)
+        return torch.from_numpy(values[:, -max(1, round(LESION_FRACTION * values.shape[1])):].mean(1))
+    return Score('pca_top', '', "smoothed residual of 40 principal components: mean of the highest 1 %",
+                 highest, lambda outputs: errors(outputs).float())
+
+
+Statistic = Callable[[np.ndarray], np.ndarray]           # of image_statistics
+
+
+def describe(outputs: Outputs, statistics: Sequence[Statistic]) -> np.ndarray:
+    """Statistics of the gray values of each image, each computed once: (B, n) float64."""
+    def rows(statistic: Statistic) -> np.ndarray:
+        return np.stack([statistic(image.double().cpu().numpy().mean(0)) for image in outputs.x])
+    return np.concatenate([outputs.once((one,), partial(rows, one)) for one in statistics], 1)
+
+
+def by_density(name: str, about: str, statistics: Sequence[Statistic], density: type[Density],
+               images: Tensor) -> Score:
+    """How far the statistics of an image are from those of normal training images (N, C, *S)."""
+    fitted = density().fit(describe(Outputs(None, images), statistics))
+
+    def distances(outputs: Outputs) -> Tensor:
+        # One image at a time, as in linear_residual.
+        return torch.from_numpy(np.stack([fitted.score(row)[0]
+                                          for row in describe(outputs, statistics)[:, None]]))
+    return Score(name, '', about, distances)
+
+
+# name, what it is, what it knows of an image, and the density of that
+DENSITIES = (
+    ('tiny_image', "16 x 16 pixels: Mahalanobis distance", [tiny], Mahalanobis),
+    ('haar_energy', "energies of Haar details at five levels: Mahalanobis distance", [haar_energies],
+     Mahalanobis),
+    ('bands', "power in eight bands of the spectrum: distance to 5 nearest", [bands], WhitenedKNN),
+    ('histogram', "quantiles, shares of black and white: distance to 5 nearest", [histogram], WhitenedKNN),
+    ('border_only', "histogram of the outer 5 %: distance to 5 nearest", [frame_histogram], WhitenedKNN),
+    ('trivial_knn', "bands and histogram: distance to 5 nearest", [bands, histogram], WhitenedKNN),
+)
+# By which --match finds images of the same exposure and frame; it is no score.
+EXPOSURE = Score('exposure', '', "histograms of an image and of its outer 5 %", features=lambda outputs:
+                 torch.from_numpy(describe(outputs, [histogram, frame_histogram])))
 # name -> the score, from normal training images (N, C, *S) on the CPU
-BASELINES: dict[str, Callable[[Tensor], Score]] = {make.__name__: make for make in (
-    mean_intensity, intensity_deviation, mean_image, png_size, file_size, pca)}
+BASELINES: dict[str, Callable[[Tensor], Score]] = {
+    **{make.__name__: make for make in (
+        mean_intensity, intensity_deviation, mean_image, png_size, file_size, pca, pca_top)},
+    **{name: partial(by_density, name, *row) for name, *row in DENSITIES}}
 
 
 def fit_baselines(images: Tensor) -> list[Score]:
-    """All baselines, fitted to normal training images (N, C, *S). Raises UserError for fewer than two."""
-    if len(images) < 2:
-        raise UserError(f"the training part has {len(images)} image: the baselines need at least 2.")
+    """All baselines, fitted to normal training images (N, C, *S). Raises UserError for fewer than three."""
+    if len(images) < LEAST_IMAGES:
+        raise UserError(f"the training part has {len(images)} images: the baselines need at least "
+                        f"{LEAST_IMAGES}.")
     return [make(images) for make in BASELINES.values()]

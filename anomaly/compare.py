@@ -120,8 +120,7 @@ def compare(runs: Sequence[Run], out: str | Path, settings: Settings,
     left_out += [f"{run.name} has no split.json: whether it was trained on these images is not known"
                  for run in runs if not run.knows_split]
     chosen, warnings = choose_for_all(runs, settings.selection)
-    found = [evaluate_on(run, ids, *which, settings, with_baselines=run is runs[0])
-             for run, which in zip(runs, chosen)]
+    found = evaluate_all(runs, ids, chosen, settings)
     if not launch.is_main():
         return {}
     judgement, test = join_runs(runs, found)
@@ -140,13 +139,23 @@ def compare(runs: Sequence[Run], out: str | Path, settings: Settings,
     return result
 
 
+def evaluate_all(runs: Sequence[Run], ids: Sequence[str], chosen: Sequence[tuple[list[Score], str]],
+                 settings: Settings) -> list[Evaluated]:
+    """All runs on the test images `ids`, with the scores and the primary score chosen for each."""
+    found: list[Evaluated] = []
+    for run, which in zip(runs, chosen):
+        found.append(evaluate_on(run, ids, *which, settings, *found[:1]))
+    return found
+
+
 def evaluate_on(run: Run, ids: Sequence[str], scores: list[Score], primary: str, settings: Settings,
-                with_baselines: bool) -> Evaluated:
-    """A run on the test images `ids`; afterwards its model leaves the device, which makes room for the next.
+                first: Evaluated | None = None) -> Evaluated:
+    """A run on the test images `ids`, after the `first` if that is another; then its model leaves the device,
+    which makes room for the next.
     """
     data = replace(run.data, test=SomeOf(run.data.test, ids))
     try:
-        return evaluate(run.model.to(launch.device()), data, scores, primary, settings, with_baselines)
+        return evaluate(run.model.to(launch.device()), data, scores, primary, settings, first)
     except UserError as error:
         raise UserError(f"{run.name}: {error}") from None
     finally:

@@ -30,8 +30,10 @@ class Judging:
                              below=1, basic=True)
     target_pixel_fpr: float = flag(0.005, 'false-positive rate on pixels of normal images that sets the '
                                           'thresholds of maps', above=0, below=1)
-    max_train_images: int = flag(1000, 'number of training images on which the baselines (mean image, PCA) '
-                                       'are fitted', least=2)
+    max_train_images: int = flag(1000, 'number of training images on which the baselines are '
+                                       'fitted', least=3)
+    match: bool = flag(False, 'judge each anomalous class also without what exposure and frame tell: on its '
+                              'test images with a normal partner of the same histograms, against these')
     num_bootstrap: int = flag(1000, 'bootstrap resamples for the 95 % intervals', least=1)
 
 

@@ -19,6 +19,7 @@ from utils import UserError
 
 SMALLEST = 1e-12             # of a distance whose logarithm is taken
 RIDGE = 1e-9                 # added to the variances of standardized features, as one may be constant
+NEIGHBOR_ROWS = 1024         # whose distances to all normal images are in memory at once
 GMM_RIDGE = 1e-3             # the same for a component of a mixture, which may have few images
 CHOOSING_FOLDS = 5           # of the cross-validation that chooses a mixture, or a kernel and its bandwidth
 MOST_TO_CHOOSE = 2000        # images with which it chooses a kernel: its time grows with their square
@@ -189,11 +190,12 @@ class KNN(Density):
         return (z - reference[nearest(reference, z, int(self.k))[:, -1]]).norm(dim=1)
 
 
-def nearest(reference: Tensor, z: Tensor, k: int) -> np.ndarray:
+def nearest(reference: Tensor, z: Tensor, k: int) -> Tensor:
     """Indices (N, k) of the rows of `reference` (M, D) nearest to those of z (N, D); of all, if M < k."""
-    from sklearn.neighbors import NearestNeighbors
-    neighbors = NearestNeighbors(n_neighbors=min(k, len(reference))).fit(reference)
-    return neighbors.kneighbors(z.detach().nan_to_num(0, 0, 0), return_distance=False)
+    # Of differences, not products of matrices: exact, and a row does not depend on how many others there are.
+    distances = (torch.cdist(rows, reference, compute_mode='donot_use_mm_for_euclid_dist')
+                 for rows in z.detach().nan_to_num(0, 0, 0).split(NEIGHBOR_ROWS))
+    return torch.cat([found.topk(min(k, len(reference)), largest=False).indices for found in distances])
 
 
 class KDE(Density):

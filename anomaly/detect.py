@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from anomaly import metrics
-from anomaly.baselines import fit_baselines
+from anomaly.baselines import EXPOSURE, fit_baselines
 from anomaly.choice import choose_primary, choose_scores
 from anomaly.config import Judging, MapConfig, Showing
 from anomaly.judge import Judgement, judge, unjudged, validation_warnings
 from anomaly.maps import segmentation
 from anomaly.maps.nifti import write_cases
+from anomaly.matching import match
 from anomaly.normal import Normal
 from anomaly.report import page
 from anomaly.report.datacard import compare_normal, describe
@@ -79,14 +80,15 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings: Settings,
-             with_baselines: bool = True) -> Evaluated:
+             first: Evaluated | None = None) -> Evaluated:
     """Scores validation and test images, learns from the former what is normal and judges the latter.
 
-    Resamples follow from the seed and the numbers of images: those of several models are paired.
+    Resamples follow from the seed and the numbers of images: those of several models are paired. Of several
+    on the same test images only the `first` has the baselines, and the pairs of --match, which all share.
     Raises UserError if a part is empty or holds anomalous images that it should not.
     """
     check_parts(data)
-    baselines = fit_baselines(training_images(data.train, settings)) if with_baselines else []
+    baselines = [] if first else fit_baselines(training_images(data.train, settings))
     every, scoring, judging, warnings = [*scores, *baselines], settings.scoring, settings.judging, []
 
     def score(part: Any, title: str, scores: Sequence[Score], densities: dict[str, Any]) -> Table:
@@ -104,12 +106,15 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
         validation.maps = validation.maps.merged(late) if validation.maps else late
     normal.fit_pixels(validation)
     validation.maps = None                               # their memory is needed for the test part
-    test = normal.apply(score(data.test, 'test', every, normal.densities), scores)
+    described = [EXPOSURE] if settings.judging.match and not first else []
+    test = normal.apply(score(data.test, 'test', [*every, *described], normal.densities), scores)
     judgement = None
     if launch.is_main():
         rows = [row for kind, some in (('model', scores), ('baseline', baselines))
                 for row in unjudged(some, kind, normal.thresholds, normal.pixel_thresholds, primary)]
-        judgement = judge(test, rows, judging, settings.maps, scoring.seed, data.anomalous_classes)
+        pairs = list(first.judgement.matched.values()) if first else (
+            match(test.features[EXPOSURE.name], test.labels, test.classes) if described else [])
+        judgement = judge(test, rows, judging, settings.maps, scoring.seed, data.anomalous_classes, pairs)
         judgement = replace(judgement, warnings=[*validation_warnings(validation, judging.target_fpr),
                                                  *judgement.warnings, *dict.fromkeys(warnings)])
     test.maps = None

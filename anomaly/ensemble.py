@@ -12,7 +12,7 @@ from typing import Any
 
 from anomaly.baselines import BASELINES
 from anomaly.choice import choose_primary, choose_scores, sum_score
-from anomaly.compare import Run, check_same_data, common_images, evaluate_on
+from anomaly.compare import Run, check_same_data, common_images, evaluate_all
 from anomaly.detect import Evaluated, Settings, draw_cases, report_lines, summarize, write
 from anomaly.judge import join, judge, unjudged
 from anomaly.normal import Normal
@@ -35,8 +35,8 @@ def detect_together(runs: Sequence[Run], out: Path, settings: Settings, log: Cal
     check_same_validation(runs)
     ids, left_out = common_images(runs)
     chosen = choose_terms(runs, settings.selection)
-    found = {run.name: evaluate_on(run, ids, scores, own[0], settings, with_baselines=run is runs[0])
-             for run, (scores, own) in zip(runs, chosen)}
+    evaluated = evaluate_all(runs, ids, [(scores, own[0]) for scores, own in chosen], settings)
+    found = {run.name: one for run, one in zip(runs, evaluated)}
     joined = join_evaluated(found, [(run.name, name) for run, (_, own) in zip(runs, chosen) for name in own],
                             settings)
     data = replace(runs[0].data, test=SomeOf(runs[0].data.test, ids))
@@ -113,7 +113,8 @@ def join_evaluated(found: Mapping[str, Evaluated], terms: Sequence[tuple[str, st
     if launch.is_main():
         of_runs = join({name: one.judgement for name, one in found.items()})
         rows = unjudged([total], 'model', normal.thresholds, {}, total.name)
-        judged = judge(test, rows, settings.judging, settings.maps, settings.scoring.seed, of_runs.groups)
+        judged = judge(test, rows, settings.judging, settings.maps, settings.scoring.seed, of_runs.classes,
+                       list(of_runs.matched.values()))
         others = {name: replace(row, primary=False) for name, row in of_runs.rows.items()}
         judgement = replace(of_runs, rows={**judged.rows, **others})
     return Evaluated(normal, validation, test, [total], judgement)

@@ -1,6 +1,7 @@
 """How well scores tell normal from anomalous test images: from a table of scores to typed rows.
 
-A group is one anomalous class, or 'all' of them; each is judged against all normal images.
+A group is one anomalous class, or 'all' of them; each is judged against all normal images. With --match there
+are also the images of a class that have a normal partner of the same exposure, judged against their partners.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from anomaly.config import Judging, MapConfig
 from anomaly.maps.localization import Localization, localize
 from anomaly.maps.segmentation import Segmentation
 from anomaly.maps.segmentation import judge as judge_segmentations
+from anomaly.matching import LEAST_PAIRS, Group
 from anomaly.metrics import Estimate, Resamples, evaluate_score, make_finite, smallest_sample
 from utils import finite
 
@@ -61,6 +63,7 @@ class Difference(NamedTuple):
     second: ScoreRow
     turned: bool                                 # the second is a baseline with an AUROC below 0.5, negated
     estimate: Estimate
+    of: str = ''                                 # the class of a group of matched images
 
     @property
     def outcome(self) -> str:
@@ -76,7 +79,12 @@ class Difference(NamedTuple):
         """The result for a primary score and the best baseline, as a sentence."""
         ours, theirs = (row.auroc(self.group).value for row in (self.first, self.second))
         verb = 'cannot be told from' if self.outcome == 'undecided' else f'is {self.outcome} than'
-        return (f"{group_title(self.group)}: the primary score {self.first.name} (AUROC {ours:.3f}) {verb} "
+        title, unmatched = group_title(self.group), ''
+        if self.of:
+            found, images = (self.first.flagged[group].total for group in (self.group, self.of))
+            title = f"{self.of}, {found} of {images} images, each with a normal one of the same exposure"
+            unmatched = f"; of all images {self.first.auroc(self.of).value:.3f}"
+        return (f"{title}: the primary score {self.first.name} (AUROC {ours:.3f}{unmatched}) {verb} "
                 f"the best trivial baseline, {self.rival} ({max(theirs, 1 - theirs):.3f}); difference "
                 f"{self.estimate.low:+.3f} to {self.estimate.high:+.3f} (95 %, paired).")
 
@@ -92,15 +100,16 @@ class Judgement:
     groups: Sequence[str]                        # anomalous classes in their order, and 'all'
     judging: Judging
     warnings: Sequence[str] = ()
+    matched: Mapping[str, Group] = field(default_factory=dict)           # those of `groups` that are matched
 
     @property
     def classes(self) -> list[str]:
-        return [group for group in self.groups if group != 'all']
+        return [group for group in self.groups if group != 'all' and group not in self.matched]
 
     @property
     def shown_groups(self) -> list[str]:
         """Without 'all' where it is the only class again."""
-        return self.classes if len(self.classes) == 1 else list(self.groups)
+        return [group for group in self.groups if group != 'all' or len(self.classes) != 1]
 
     @property
     def primaries(self) -> list[ScoreRow]:
@@ -112,9 +121,17 @@ class Judgement:
         """False where normal or anomalous test images are missing."""
         return all(row.metrics for row in self.rows.values())
 
+    def normal(self, group: str) -> str:
+        """The name in `flagged` of the normal images of a group."""
+        return self.matched[group].normal_name if group in self.matched else 'normal'
+
     def images(self, group: str) -> int:
-        """The number of test images of a group, or of 'normal'."""
+        """The number of test images of a group, or of `normal` ones."""
         return next(iter(self.rows.values())).flagged[group].total
+
+    def members(self, test: Any, group: str) -> Group:
+        """Which test images are in a group."""
+        return self.matched[group] if group in self.matched else members(test, group)
 
     def differences(self, group: str) -> list[Difference]:
         """Between all primary scores, and from each of them to the best baseline: that with the AUROC
@@ -126,9 +143,11 @@ class Judgement:
                    key=lambda row: abs(row.auroc(group).value - 0.5))
         turned = best.auroc(group).value < 0.5
         rival = best.auroc(group).negated if turned else best.auroc(group)
+        of = self.matched[group].of if group in self.matched else ''
         return [*(Difference(group, a, b, False, a.auroc(group) - b.auroc(group))
                   for a, b in combinations(self.primaries, 2)),
-                *(Difference(group, row, best, turned, row.auroc(group) - rival) for row in self.primaries)]
+                *(Difference(group, row, best, turned, row.auroc(group) - rival, of)
+                  for row in self.primaries)]
 
     def as_json(self) -> dict[str, Any]:
         """`groups` and `scores` of metrics.json and comparison.json."""
@@ -149,20 +168,33 @@ def unjudged(scores: Iterable[Any], kind: str, thresholds: Mapping[str, float],
                      primary=score.name == primary) for score in scores]
 
 
+def members(test: Any, name: str) -> Group:
+    """The normal test images, and the anomalous ones of a class or of 'all'."""
+    return Group(test.labels == 0, (test.labels == 1) & ((test.classes == name) | (name == 'all')))
+
+
 def judge(test: Any, rows: Sequence[ScoreRow], judging: Judging, maps: MapConfig, seed: int,
-          class_order: Sequence[str] = ()) -> Judgement:
+          class_order: Sequence[str] = (), matched: Sequence[Group] = ()) -> Judgement:
     """Calls and metrics of every score against each group, and metrics of maps where lesion masks are known.
 
-    `test` is a table of scores with the values of all `rows`. Resamples follow from the seed and the numbers
-    of images alone: those of all scores, and of several runs on the same images, are paired.
+    `test` is a table of scores with the values of all `rows`; `matched` are further groups of its images.
+    Resamples follow from the seed and the numbers of images alone: those of all scores, and of several runs
+    on the same images, are paired.
     """
-    normal, anomalous, order = test.labels == 0, test.labels == 1, list(class_order)
-    names = sorted(set(test.classes[anomalous]), key=lambda name: ([*order, name].index(name), name))
-    groups = {**{name: anomalous & (test.classes == name) for name in names}, 'all': anomalous}
-    drawn, warnings = {}, not_finite('test', test)
-    if normal.any() and anomalous.any():
-        drawn = {group: Resamples.draw(int(normal.sum()), int(members.sum()), judging.num_bootstrap, seed)
-                 for group, members in groups.items()}
+    order, warnings = list(class_order), not_finite('test', test)
+    names = sorted(set(test.classes[test.labels == 1]), key=lambda name: ([*order, name].index(name), name))
+    groups = {name: members(test, name) for name in [*names, 'all']}
+    for group in matched:
+        pairs, images = int(group.anomalous.sum()), int(groups[group.of].anomalous.sum())
+        if pairs >= LEAST_PAIRS:
+            groups[group.name] = group
+        else:
+            warnings.append(f"{group.of}: {pairs or 'none'} of {images} test images have a normal partner of "
+                            f"the same exposure, too few for --match.")
+    drawn, everything = {}, groups['all']
+    if everything.normal.any() and everything.anomalous.any():
+        drawn = {name: Resamples.draw(int(group.normal.sum()), int(group.anomalous.sum()),
+                                      judging.num_bootstrap, seed) for name, group in groups.items()}
     else:
         warnings.insert(0, "the test part lacks normal or anomalous images: scores and calls only, no AUROC.")
     judged = {}
@@ -171,11 +203,12 @@ def judge(test: Any, rows: Sequence[ScoreRow], judging: Judging, maps: MapConfig
         flagged = bad | (scores > row.threshold)
         judged[row.name] = replace(
             row, **judge_maps(test, row, judging, maps, seed),
-            flagged={group: Share(int(flagged[members].sum()), int(members.sum()))
-                    for group, members in {'normal': normal, **groups}.items()},
-            metrics={group: evaluate_score(scores[normal], scores[groups[group]], resamples)
-                     for group, resamples in drawn.items()})
-    return Judgement(judged, list(groups), judging, warnings)
+            flagged={name: Share(int(flagged[where].sum()), int(where.sum())) for one, group in groups.items()
+                     for name, where in ((group.normal_name, group.normal), (one, group.anomalous))},
+            metrics={name: evaluate_score(scores[groups[name].normal], scores[groups[name].anomalous],
+                                          resamples) for name, resamples in drawn.items()})
+    return Judgement(judged, list(groups), judging, warnings,
+                     {name: group for name, group in groups.items() if group.of})
 
 
 def judge_maps(test: Any, row: ScoreRow, judging: Judging, maps: MapConfig, seed: int) -> dict[str, Any]:

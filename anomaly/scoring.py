@@ -104,13 +104,15 @@ def score_images(model: Any, batches: Batches, scores: Sequence[Score], scoring:
     rows, kept = [], []
     by_model = [score for score in scores if score.image and score.needs]
     others = [score for score in scores if score.image and not score.needs]
-    features = {s.needs: s.features for s in scores if s.features}
+    features = {s.needs: s.features for s in scores if s.features and s.needs}
+    described = {s.name: s.features for s in scores if s.features and not s.needs}
     for entries, batch, outputs in model_outputs(model, batches, scoring, densities):
         started = time.perf_counter()
         values = {s.name: column(s.image(outputs)) for s in by_model}
         learned = {needs: column(of(outputs)) for needs, of in features.items()}
         seconds = time.perf_counter() - started
         values |= {s.name: column(s.image(outputs)) for s in others}
+        learned |= {name: column(of(outputs)) for name, of in described.items()}
         rows.append((list(entries), values, learned, seconds))
         if maps is not None:
             kept += keep_maps(outputs, batch, [s for s in scores if s.map], maps)

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.ndimage import convolve, laplace
 
+from anomaly.image_statistics import frame
 from readers.headers import Header, read_file_header
 from readers.images.png import png_bytes
 from readers.parts import LEFT_RIGHT
 
 BAR = 8 / 255              # lines at an edge are a bar if their values differ by less
-OUTER = 0.05               # of every side: the border
 IMMERKAER = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float64)    # blind to edges and slopes
 
 
@@ -115,10 +115,8 @@ def bar(lines: np.ndarray) -> int:
 
 def border(picture: Picture) -> float:
     """Mean of the outer 5 % minus mean of the rest, in percent of white."""
-    gray, widths = picture.gray, [max(1, round(OUTER * n)) for n in picture.gray.shape]
-    inner = gray[tuple(slice(n, -n) for n in widths)]
-    outer = (gray.sum() - inner.sum()) / (gray.size - inner.size)
-    return 100 * float(outer - inner.mean()) if inner.size else 0.0
+    outer = frame(picture.gray.shape)
+    return 0.0 if outer.all() else 100 * float(picture.gray[outer].mean() - picture.gray[~outer].mean())
 
 
 def sharpness(picture: Picture) -> float:

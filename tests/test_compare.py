@@ -17,6 +17,7 @@ from test_scores import LinearGaussian
 import evaluate
 import train
 from anomaly import scoring
+from anomaly.baselines import BASELINES
 from anomaly.compare import Run, common_images, compare, run_names
 from anomaly.report import comparison as compare_report
 from datasets import Data, DataConfig
@@ -124,7 +125,7 @@ def test_a_model_that_sees_no_more_than_a_baseline_is_not_told_from_it(finished)
     assert [(d['second'], d['value'], d['outcome']) for d in to_baseline] == [
         ('mean_intensity', 0, 'undecided')]
     assert list(result['scores'])[:2] == result['primary_scores'], "baselines last, once"
-    assert len(result['scores']) == 2 + 6
+    assert len(result['scores']) == 2 + len(BASELINES)
 
 
 def test_what_is_known_of_the_runs(finished):
@@ -242,7 +243,7 @@ def test_scores_that_only_one_run_has(tmp_path):
 def test_the_primary_score_may_be_named(tmp_path):
     result = do([run('a', gaussian()), run('b', gaussian())], tmp_path,
                 settings(primary_score='kl', num_bootstrap=5))
-    assert result['primary_scores'] == ['a/kl', 'b/kl'] and len(result['scores']) == 2 + 6
+    assert result['primary_scores'] == ['a/kl', 'b/kl'] and len(result['scores']) == 2 + len(BASELINES)
     with pytest.raises(UserError, match='b: --primary_score kl is not among'):
         do([run('a', gaussian()), run('b', Copy())], tmp_path, settings(primary_score='kl'))
 
@@ -276,7 +277,7 @@ def test_the_markdown_is_made_of_tables(finished):
     assert tables[2][2] == ['perfect/reconstruction - blind/reconstruction',
                             'perfect/reconstruction is better', '+0.500 [+0.500, +0.500]']
     assert [row[0] for row in tables[-1][2:]] == [r'perfect/reconstruction \*', r'blind/reconstruction \*',
-                                                  'mean_intensity', 'mean_image']
+                                                  'mean_intensity', 'mean_image', 'pca_top']
 
 
 def test_the_table_of_the_terminal_is_aligned(finished):
@@ -300,7 +301,7 @@ def test_many_classes_share_a_table_on_the_terminal(tmp_path, monkeypatch):
 def test_the_csv_has_a_line_a_row_and_group(finished):
     with (finished.out / 'comparison.csv').open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 8 * 3
+    assert len(rows) == (2 + len(BASELINES)) * 3
     assert rows[0]['row'] == 'perfect/reconstruction' and rows[0]['primary'] == '1'
     for row in rows:
         metric = finished.result['scores'][row['row']]['metrics'][row['group']]['auprc']

@@ -225,11 +225,11 @@ def test_images_whose_lesions_are_unknown_are_left_out(tmp_path):
 
 
 def test_too_many_maps_for_the_memory_are_a_random_part_of_whole_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, 'MAX_MAP_VALUES', 10 * 3 * 16)         # of the score and two baselines
+    monkeypatch.setattr(scoring, 'MAX_MAP_VALUES', 10 * 4 * 16)       # of the score and three baselines
     config = settings(**{**FEW_FLAGS, 'scores': ('nelbo',)})
     result = run(tmp_path / 'a', make_data(masks=True), config=config)
     assert result['scores']['nelbo']['pixels']['images'] == 10
-    told = 'test: the maps of 3 scores are kept for a random 10 of 36 images'
+    told = 'test: the maps of 4 scores are kept for a random 10 of 36 images'
     assert any(told in line for line in result['warnings'])
     again = run(tmp_path / 'b', make_data(masks=True), config=config)
     assert result['scores'] == again['scores']

@@ -141,12 +141,12 @@ def test_a_typed_threshold_and_another_score(page, report):
     field.clear()
     field.send_keys(repr(middle), Keys.ENTER)
     assert table(page) == expected(report.rows, 'nelbo', middle)
-    Select(find(page, 'score')).select_by_visible_text('png_size')
-    threshold = report.thresholds['png_size']['threshold']
-    assert table(page) == expected(report.rows, 'png_size', threshold)
-    truth = outcomes(report.rows, 'png_size', threshold)
+    Select(find(page, 'score')).select_by_visible_text('trivial_knn')
+    threshold = report.thresholds['trivial_knn']['threshold']
+    assert table(page) == expected(report.rows, 'trivial_knn', threshold)
+    truth = outcomes(report.rows, 'trivial_knn', threshold)
     assert all(card.outcome == truth[card.place] for card in cards(page))
-    values = [float(report.rows[card.place]['png_size']) for card in cards(page)]
+    values = [float(report.rows[card.place]['trivial_knn']) for card in cards(page)]
     assert values == sorted(values, reverse=True)
 
 

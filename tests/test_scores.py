@@ -390,7 +390,7 @@ def test_scores_are_chosen_by_row_or_by_member():
 
 def test_baselines_worked_by_hand():
     dark, bright, grey = (torch.full((1, 1, 2, 3), v) for v in (0.0, 1.0, 0.5))
-    fitted = {name: make(torch.cat([dark, bright])).image for name, make in BASELINES.items()}
+    fitted = {name: make(torch.cat([dark, grey, bright])).image for name, make in BASELINES.items()}
     baseline = lambda name, x, **known: fitted[name](outputs_of(None, x, **known)).item()
     assert baseline('mean_intensity', bright) == 1
     assert baseline('intensity_deviation', dark) == 0.5

@@ -12,7 +12,7 @@ from anomaly.judge import Difference, Judgement, group_title
 from anomaly.maps import localization
 from anomaly.metrics import METRICS
 from anomaly.report.figures import COLORS, FAINT, INK, curve_figure, keep, panel_grid, style
-from anomaly.report.page import MOST_TABLES, PIXEL_NOTE, pixel_table
+from anomaly.report.page import MATCH_NOTE, MOST_TABLES, PIXEL_NOTE, pixel_table
 from anomaly.report.tables import (
     MISSING,
     Column,
@@ -49,7 +49,7 @@ def group_table(result: dict[str, Any], judgement: Judgement, group: str) -> Rep
     def fact(name: str, form: str) -> Column:
         runs = result['runs']
         return Column(name, lambda row: form.format(**runs[row.run]) if row.run else None)
-    title = (f"Normal ({judgement.images('normal')}) against {group_title(group)} "
+    title = (f"Normal ({judgement.images(judgement.normal(group))}) against {group_title(group)} "
              f"({judgement.images(group)} test images)")
     metrics = metric_columns(METRICS, lambda row: row.metrics[group], interval=True)
     return score_table(title, [*metrics, fact('s/image', '{seconds_per_image:.2g}'),
@@ -96,7 +96,7 @@ def notes(result: dict[str, Any], judgement: Judgement) -> list[str]:
         f"({' x '.join(map(str, about['shape']))}, {about['bits']} bits); the best of them is picked on "
         f"these images, and negated if its AUROC is below 0.5.",
         f"s/image: seconds of one process for all scores of the run in this table, in batches of "
-        f"{result['batch_size']}, without reading images."]
+        f"{result['batch_size']}, without reading images.", *([MATCH_NOTE] if judgement.matched else [])]
     masks = pixel_table(judgement) is not None
     return [*lines, PIXEL_NOTE.format(100 * judgement.judging.target_pixel_fpr)] if masks else lines
 
@@ -126,7 +126,7 @@ def csv_rows(result: dict[str, Any], judgement: Judgement) -> Iterator[dict[str,
         run, found = result['runs'].get(row.run, {}), row.pixels.metrics if row.pixels else {}
         pixels = {f'pixel_{metric.name}': found.get(metric.name, MISSING) for metric in localization.METRICS}
         for group in judgement.shown_groups:
-            normal, anomalous = row.flagged['normal'], row.flagged[group]
+            normal, anomalous = row.flagged[judgement.normal(group)], row.flagged[group]
             yield {'row': row.name, 'run': row.run, 'kind': row.kind, 'primary': int(row.primary),
                    'group': group, 'normal_images': normal.total, 'anomalous_images': anomalous.total,
                    **row.metrics[group], **(pixels if masks else {}), 'threshold': row.threshold,

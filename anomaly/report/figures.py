@@ -22,7 +22,7 @@ from utils import write_atomically
 # Scores in the figures beside the primary one, fixed beforehand so that none is picked on the test set
 FIGURE_SCORES = ('reconstruction', 'complexity', 'kl_profile', 'kl', 'llr_1', 'iw', 'recon_nll')
 MOST_FIGURE_SCORES = 4
-FIGURE_BASELINES = ('png_size', 'file_size', 'pca')
+FIGURE_BASELINES = ('trivial_knn', 'file_size', 'pca')
 MOST_LEVEL_CLASSES = 6              # columns of the figure of levels
 INK = '#1b2430'                     # becomes the color of the text in the report's SVG
 COLORS = ('#2f7fd1', '#e07b39', '#2a9d74', '#b455a0', '#c9a227', '#7a6ff0')
@@ -89,11 +89,6 @@ def figure_scores(judgement: Judgement) -> list[ScoreRow]:
     return [*judgement.primaries, *others[:MOST_FIGURE_SCORES - 1], *known(FIGURE_BASELINES)]
 
 
-def members(test: Any, group: str) -> np.ndarray:
-    """Which test images are the anomalous ones of a group: (N,) bool."""
-    return (test.labels == 1) & ((test.classes == group) | (group == 'all'))
-
-
 def roc(curves: Curves) -> tuple[np.ndarray, np.ndarray]:
     """False-positive and true-positive rate from (0, 0) to (1, 1); the area below is the AUROC."""
     # At each anomalous score the curve runs to the right along the normal images above it, then up.
@@ -126,9 +121,8 @@ def curve_figure(judgement: Judgement, test: Any, kind: str) -> Any:
     dashes = iter(((4, 2), (1, 1.5), (6, 2, 1, 2)))
     looks = [{'color': COLORS[i % len(COLORS)], 'lw': 2.2 if row.primary else 1.4} if row.kind == 'model' else
              {'color': INK, 'lw': 1.1, 'dashes': next(dashes), 'alpha': 0.75} for i, row in enumerate(rows)]
-    normal = test.labels == 0
     for group, panel in zip(groups, panels):
-        anomalous = members(test, group)
+        normal, anomalous, _ = judgement.members(test, group)
         once = Resamples.once(int(normal.sum()), int(anomalous.sum()))
         for row, look in zip(rows, looks):
             scores = make_finite(test.values[row.name])[0]
@@ -146,7 +140,7 @@ def histogram_figure(judgement: Judgement, validation: Any, test: Any) -> Any:
     """The distributions of normal and anomalous scores, with the threshold."""
     rows = figure_scores(judgement)[:6]
     figure, panels = panel_grid(len(rows), (3.5, 2.3), (0, 0.5))
-    parts = {group: members(test, group) for group in judgement.classes}
+    parts = {group: judgement.members(test, group).anomalous for group in judgement.classes}
     fewest = min([len(validation.entries), *(int(part.sum()) for part in parts.values())])
     edges = int(np.clip(3 * fewest ** (1 / 3), 8, 40)) + 1                  # Rice's rule, somewhat finer
     for panel, row in zip(panels, rows):
@@ -204,7 +198,7 @@ def level_figure(judgement: Judgement, test: Any, lk_is_elbo: bool) -> Any | Non
     for i, column in enumerate(panels.T):
         group = classes[i] if classes else ''
         parts = [('normal', test.labels == 0, NORMAL),
-                 *([(group, members(test, group), COLORS[1 + i % 5])] if group else [])]
+                 *([(group, judgement.members(test, group).anomalous, COLORS[1 + i % 5])] if group else [])]
         for panel, (title, rows) in zip(column, lines.items()):
             for label, images, color in parts:
                 draw_quartiles(panel, {k: test.values[row.name][images] for k, row in rows.items()},

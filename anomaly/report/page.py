@@ -27,6 +27,8 @@ from utils import finite, write_atomically
 MOST_TABLES = 4      # groups that get a table of their own in the terminal, and an open one on the page
 SCORE_NOTE = ("* primary score, chosen beforehand. Sensitivity and FPR: at the threshold from normal "
               "validation images, for {:g} %.")
+MATCH_NOTE = ("Matched: images in pairs, an anomalous and a normal one of about the same exposure and frame, "
+              "which then hardly tell the classes apart.")
 PIXEL_NOTE = ("Dice and the columns after it: at the threshold from the pixels of normal validation images, "
               "for {:g} %. False regions: per image.")
 SEGMENTATION_NOTE = ("Means over the volumes with a lesion; PPV and distances without those in which nothing "
@@ -37,14 +39,15 @@ SEGMENTATION_NOTE = ("Means over the volumes with a lesion; PPV and distances wi
 
 def group_table(judgement: Judgement, group: str) -> ReportTable:
     """All metrics of all scores against one group; the page marks the model score with the largest AUROC."""
+    normal = judgement.normal(group)
     auroc, *others = metric_columns(METRICS, lambda row: row.metrics.get(group, {}))
     columns = [replace(auroc, title=f'{auroc.title} [95 % interval]', interval=True),
                replace(auroc, title='0 · 0.5 · 1', look='bar'), *others,
                Column('sensitivity', lambda row: row.flagged[group]),
-               Column('FPR', lambda row: row.flagged['normal'])]
+               Column('FPR', lambda row: row.flagged[normal])]
     highest = max((row for row in judgement.rows.values() if row.kind == 'model' and row.metrics),
                   key=lambda row: row.auroc(group).value, default=None)
-    return score_table(f"normal ({judgement.images('normal')}) against {group_title(group)} "
+    return score_table(f"normal ({judgement.images(normal)}) against {group_title(group)} "
                        f"({judgement.images(group)} test images)", columns, judgement.rows.values(),
                        lambda row: ('highest',) if row is highest else ())
 
@@ -98,7 +101,7 @@ def text_tables(judgement: Judgement) -> list[str]:
     shown = [auroc_table(judgement)] if many else [group_table(judgement, group) for group in groups]
     lines = [line for table in shown for line in ['', *as_text(table)]]
     lines += ['', "The other metrics of each class are in report.html."] if many else []
-    lines += [SCORE_NOTE.format(100 * judging.target_fpr), '']
+    lines += [SCORE_NOTE.format(100 * judging.target_fpr), *([MATCH_NOTE] if judgement.matched else []), '']
     for table, note in ((pixel_table(judgement), PIXEL_NOTE.format(100 * judging.target_pixel_fpr)),
                         (segmentation_table(judgement), SEGMENTATION_NOTE)):
         lines += [*as_text(table), f'{note} Intervals: report.html.', ''] if table else []
