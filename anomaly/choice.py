@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from anomaly.scores import ON_REQUEST, SCORES, Score, check_capability, has_capability
+from datasets import DATASETS
 from utils import UserError
 
 
@@ -56,15 +57,23 @@ def check_names(names: Iterable[str], table: dict[str, list[Score]], groups: int
             raise UserError(f"--scores {name} needs at least two latent groups, the model has {groups}.")
 
 
-def choose_primary(name: str, published: str, computed: list[str]) -> str:
-    """The score of the figures: the one that the user names; else, if it is computed, the one that the family
-    is `published` with; else nelbo; else the first that is computed.
+def preset(model: Any, dataset: str) -> str:
+    """The primary score that development data of a data set chose for this family, else the family's own, ''
+    if it has none.
+    """
+    chosen = DATASETS[dataset].primary_scores if dataset in DATASETS else {}
+    return chosen.get(type(model).__name__.lower(), getattr(model, 'primary_score', ''))
+
+
+def choose_primary(name: str, preset: str, computed: list[str]) -> str:
+    """The score of the figures: the one that the user names; else, if it is computed, the `preset`; else
+    nelbo; else the first that is computed.
     """
     if not computed:
         raise UserError("no score fits this model: see the lines above, or name one with --scores.")
     if name and name not in computed:
         raise UserError(f"--primary_score {name} is not among the computed scores: {', '.join(computed)}.")
-    return name or next((s for s in (published, 'nelbo') if s in computed), computed[0])
+    return name or next((s for s in (preset, 'nelbo') if s in computed), computed[0])
 
 
 def sum_score(name: str, scores: Sequence[Score]) -> Score:

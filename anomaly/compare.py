@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anomaly.baselines import BASELINES
-from anomaly.choice import choose_primary, choose_scores
+from anomaly.choice import choose_primary, choose_scores, preset
 from anomaly.detect import Evaluated, Settings, evaluate
 from anomaly.judge import Judgement, join
 from anomaly.report import comparison
@@ -187,9 +187,9 @@ def choose_for_all(runs: Sequence[Run],
                 lines.append(f"{run.name} has no score {name}")
         sums = [name for name in selection.names if '+' in name]
         candidates, _ = choose_scores(('all', *wanted, *sums), run.model)
-        published = getattr(run.model, 'primary_score', '')
+        own = preset(run.model, run.data.config.dataset)
         try:
-            primary = choose_primary(selection.primary_score, published, [s.name for s in candidates])
+            primary = choose_primary(selection.primary_score, own, [s.name for s in candidates])
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from None
         wanted |= {primary, *(term for s in candidates if s.name == primary for term in s.terms)}

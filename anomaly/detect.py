@@ -20,7 +20,7 @@ import torch
 
 from anomaly import metrics
 from anomaly.baselines import EXPOSURE, fit_baselines
-from anomaly.choice import choose_primary, choose_scores
+from anomaly.choice import choose_primary, choose_scores, preset
 from anomaly.config import Judging, MapConfig, Showing
 from anomaly.judge import Judgement, judge, unjudged, validation_warnings
 from anomaly.maps import segmentation
@@ -171,8 +171,8 @@ def detect(model: Any, data: Any, out: str | Path, settings: Settings, run_folde
     """
     started, out, run_folder = time.perf_counter(), Path(out), Path(run_folder or out)
     scores, left_out = choose_scores(settings.selection.names, model)
-    primary = choose_primary(settings.selection.primary_score, getattr(model, 'primary_score', ''),
-                             [score.name for score in scores])
+    own = preset(model, getattr(data.config, 'dataset', ''))
+    primary = choose_primary(settings.selection.primary_score, own, [score.name for score in scores])
     found = evaluate(model, data, scores, primary, settings)
     shown = next(score for score in scores if score.name == primary)
     found.test.cases = draw_cases(model, data, shown, found, settings)

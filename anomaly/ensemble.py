@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anomaly.baselines import BASELINES
-from anomaly.choice import choose_primary, choose_scores, sum_score
+from anomaly.choice import choose_primary, choose_scores, preset, sum_score
 from anomaly.compare import Run, check_same_data, common_images, evaluate_all
 from anomaly.detect import Evaluated, Settings, draw_cases, report_lines, summarize, write
 from anomaly.judge import join, judge, unjudged
@@ -77,7 +77,8 @@ def choose_terms(runs: Sequence[Run], selection: Selection) -> list[tuple[list[S
         try:
             if not selection.primary_score:
                 possible = [score.name for score in choose_scores((), run.model)[0]]
-                wanted[run.name] = [choose_primary('', getattr(run.model, 'primary_score', ''), possible)]
+                own = preset(run.model, run.data.config.dataset)
+                wanted[run.name] = [choose_primary('', own, possible)]
             if not wanted[run.name]:
                 raise UserError("no score of this run is in --primary_score.")
             scores, _ = choose_scores((*wanted[run.name], *selection.scores), run.model)

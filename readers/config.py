@@ -6,8 +6,8 @@ Flags stand in groups, so that a data set shows and takes only those that do som
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from readers.split import split_parts
@@ -180,6 +180,7 @@ class DataSet:
     parts: tuple[str, ...] = ('train', 'test')               # which of its own parts to read
     phantoms: int = 0                        # normal phantoms drawn by default; 0 = it is not synthetic
     confounds: bool = False                  # the phantoms come with confounds too
+    primary_scores: Mapping[str, str] = field(default_factory=dict)   # family -> what development data chose
     where: str = ''                          # for errors: the expected layout, and where the data comes from
 
     def border(self, config: ReaderConfig) -> int:
