@@ -54,7 +54,7 @@ def check_names(names: Iterable[str], table: dict[str, list[Score]], groups: int
             raise UserError(f"--scores {name}: no such score for a model with {groups} latent groups. "
                             f"Known: {', '.join(['all', *members, *ranges])}.")
         if name in table and not table[name]:
-            raise UserError(f"--scores {name} needs at least two latent groups, the model has {groups}.")
+            raise UserError(f"--scores {name} needs more latent groups: the model has {groups}.")
 
 
 def preset(model: Any, dataset: str) -> str:

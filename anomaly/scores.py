@@ -308,13 +308,13 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
         'typicality', "|NELBO - mean NELBO of normal validation images|, nats", 'Typicality')],
     'kl_profile': lambda L: [likelihood_density(
         'kl_profile', "Mahalanobis distance of (recon, KL of every group) from normal validation images",
-        'Mahalanobis')],
+        'Mahalanobis')] if L else [],
     'kl_knn': lambda L: [likelihood_density(
         'kl_knn', "distance of (recon, KL of every group) to the 5th nearest normal validation image",
-        'KNN', k=5)],
+        'KNN', k=5)] if L else [],
     'kl_gmm': lambda L: [likelihood_density(
         'kl_gmm', "-log density of (recon, KL of every group) under a Gaussian mixture fitted to normal "
-        "validation images, nats", 'GMM')],
+        "validation images, nats", 'GMM')] if L else [],
     'dose': lambda L: dose_scores(),
     'msma': lambda L: msma_scores(),
     'inpainting': lambda L: [repair_score(
@@ -335,7 +335,7 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
     'kl': lambda L: [Score(
         'kl', 'likelihood terms', "KL, sum over groups, nats",
         lambda outputs: outputs.mean(lambda terms: terms['kl'].sum(1)),
-        lambda outputs: outputs.maps() and outputs.maps()['kl'].sum(1, keepdim=True))]
+        lambda outputs: outputs.maps() and outputs.maps()['kl'].sum(1, keepdim=True))][:L]
         + [kl_score(i) for i in range(1, L + 1) if L > 1],
     'lk': lambda L: [lk_score(k) for k in range(1, L)],
     'llr': lambda L: [llr_score(k) for k in range(1, L)],

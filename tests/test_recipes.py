@@ -21,7 +21,7 @@ from training.trainer import Trainer
 from utils import read_flags, read_json
 
 FOLDER = ROOT / 'scripts' / 'recipes'
-RECIPES = sorted(path.stem for path in FOLDER.glob('*ae_*.sh'))
+RECIPES = sorted(path.stem for names in ('*ae_*.sh', 'haar_*.sh') for path in FOLDER.glob(names))
 PUBLISHED = {   # millions of parameters, latent groups (NVAE, and its chest X-ray variant)
     'nvae_mnist': (33.36, 15), 'nvae_cifar10': (130.85, 30), 'nvae_celeba64': (153.28, 35),
     'nvae_imagenet32': (268.51, 28), 'nvae_celebahq256': (330.80, 36), 'nvae_ffhq256': (330.80, 36),
