@@ -313,6 +313,7 @@ def test_an_ae_gets_one_score_and_a_vae_all():
     assert [score.name for score in chosen] == ['reconstruction']
     assert lines == ['left out, as this model has no likelihood terms: recon_nll, nelbo, iw, complexity, '
                      'typicality',
+                     'left out, as this model has no statistics: dose, dose_mahalanobis',
                      'left out, as this model has no score norms: msma_gmm, msma_knn, '
                      'msma_kde, msma_pca_gmm, msma_flow',
                      'left out, as this model has no voxel densities: voxel_nll, voxel_nll_mean']
@@ -321,7 +322,8 @@ def test_an_ae_gets_one_score_and_a_vae_all():
     outputs = Outputs(model, x, Scoring(num_draws=2, num_iw_samples=2, regret_steps=2))
     names = {score.name for score in chosen if score.density is None}
     assert names == {'reconstruction', 'recon_nll', 'nelbo', 'iw', 'complexity', 'regret', 'kl'}
-    assert lines == ['left out, as this model has no score norms: msma_gmm, msma_knn, '
+    assert lines == ['left out, as this model has no statistics: dose, dose_mahalanobis',
+                     'left out, as this model has no score norms: msma_gmm, msma_knn, '
                      'msma_kde, msma_pca_gmm, msma_flow',
                      'left out, as this model has no voxel densities: voxel_nll, voxel_nll_mean']
     for score in chosen:
