@@ -83,6 +83,7 @@ MODELS = Families({   # name: folder in families/, class in its model.py, flag c
     'biva': ('hvae', 'BIVA', 'HVAEConfig'),
     'ae': ('autoencoder', 'AE', 'AEConfig'),
     'vae': ('autoencoder', 'VAE', 'VAEConfig'),
+    'dae': ('dae', 'DAE', 'DAEConfig'),
     'haar': ('haar', 'Haar', 'HaarConfig'),
     'score': ('score', 'ScoreModel', 'ScoreModelConfig'),
     'spatial_msma': ('spatial_msma', 'SpatialMSMA', 'SpatialMSMAConfig'),

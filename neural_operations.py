@@ -22,6 +22,7 @@ from utils import UserError
 WEIGHT_NORM_EPS = 1e-5
 RESIDUAL_SCALE = 0.1          # keeps a sum of 30 cells near unit variance at the start
 BATCH_NORM = {'eps': 1e-5, 'momentum': 0.05}
+LINEAR = {2: 'bilinear', 3: 'trilinear'}      # interpolation by the axes of an image
 CHANNEL_FACTOR = {'normal': 1.0, 'down': 2.0, 'up': 0.5}
 STRIDE = {'normal': 1, 'down': 2, 'up': 1}
 
@@ -353,6 +354,26 @@ def check_latents(latents: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) 
     if not given or given != list(shapes[:len(given)]) or len({len(z) for z in latents}) > 1:
         raise UserError(f"latents of shapes {given}: expected the first of {list(shapes)}, one or more, all "
                         f"for the same images.")
+
+
+def coarse_noise(x: Tensor, std: float, grids: Sequence[int] = (8, 16)) -> Tensor:
+    """Smooth noise for images x (B, C, *S), about as coarse as lesions (after Kascenas et al. 2022).
+
+    Normal with standard deviation `std` at the points of a grid, linear between them, then rolled around each
+    axis at random. One of `grids`, at random for each image, says how many points lie along its longest side;
+    along the others they are as far apart. So the noise scales with the anatomy, whatever the resolution.
+    """
+    sides, places = x.shape[2:], torch.arange(len(x), device=x.device)
+    which, *shifts = torch.rand_like(x.new_empty(len(x), 1 + len(sides))).unbind(1)                   # (B,)
+    points = [[max(1, round(side * number / max(sides))) for side in sides] for number in grids]
+    fields = torch.stack([F.interpolate(torch.randn_like(x.new_empty(*x.shape[:2], *grid)), sides,
+                                        mode=LINEAR[len(sides)]) for grid in points])
+    noise = fields[(len(grids) * which).long(), places]
+    for axis, (side, shift) in enumerate(zip(sides, shifts), start=2):
+        rolled = (torch.arange(side, device=x.device) + (side * shift).long()[:, None]) % side    # (B, side)
+        noise = noise.take_along_dim(rolled.view(len(x), *[-1 if a == axis else 1 for a in range(1, x.ndim)]),
+                                     axis)
+    return std * noise
 
 
 def foreground(x: Tensor, level: float | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from anomaly.scores import Scoring
@@ -148,6 +149,18 @@ class Outputs:
         if hasattr(self.model, 'residual'):
             return self._ask('residual').float()
         return self.x.float() - self.reconstruction()
+
+    def smooth_residual(self) -> Tensor:
+        """|residual|, smoothed before the modulus, so that noise cancels; mean over channels: (B, 1, *S).
+
+        By a Gaussian of `residual_smoothing` pixels, the residual mirrored at the edges of the image.
+        """
+        def make() -> Tensor:
+            residual, sigma = self.residual(), self.scoring.residual_smoothing
+            axes = tuple(range(2, residual.ndim))
+            smooth = ndimage.gaussian_filter(residual.cpu().numpy(), sigma, axes=axes)         # 0 = none
+            return torch.from_numpy(smooth).abs().mean(1, keepdim=True).to(residual.device)
+        return self.once(('smooth_residual',), make)
 
     def maps(self, skip: int = 0) -> dict[str, Tensor] | None:
         """'recon' (B, 1, *S) and 'kl' (B, L, *S), nats per pixel; None if the model has no maps."""

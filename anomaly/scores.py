@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from anomaly.density import Density
     from anomaly.outputs import Outputs
 
-LESION_FRACTION = 0.01     # of the foreground: a lesion is small and would be lost in a mean over all voxels
+LESION_FRACTION = 0.01     # of an image: a lesion is small and would be lost in a mean over all pixels
+WIDE_LESION_FRACTION = 0.05
+SMALLEST_RESIDUAL = 1e-6   # of gray levels from 0 to 1, so that the log is finite
 MSMA_MAPS = ('none', 'gradient', 'gradient_input', 'guided', 'gradcam')
 NEED_CAPTUM = ('guided', 'gradcam')
 
@@ -75,6 +77,9 @@ class Scoring:
     density_features: str = flag('means', 'typicality, kl_profile, kl_knn, kl_gmm: likelihood and KL at the '
                                           'posterior means, or averaged over the draws',
                                  choices=('means', 'draws'), scores='typicality kl_profile kl_knn kl_gmm')
+    residual_smoothing: float = flag(1.0, 'residual: standard deviation in pixels of the Gaussian that '
+                                          'smooths the residual; 0 = none', least=0, below=math.inf,
+                                     scores='residual')
     regret_steps: int = flag(20, 'regret: Adam steps on the encoder for each image', least=1, scores='regret')
     regret_learning_rate: float = flag(1e-4, 'regret: learning rate of Adam', above=0, scores='regret')
     msma_levels: int = flag(20, 'msma: number of noise levels', least=1, scores='msma')
@@ -192,14 +197,27 @@ def foreground_mean(values: Tensor, outputs: Outputs) -> Tensor:
     return ((values.flatten(1).double() * inside).sum(1) / inside.sum(1)).cpu()
 
 
-def highest_voxels(outputs: Outputs, fraction: float) -> Tensor:
-    """Mean -log p over this fraction of the foreground, its least likely voxels: (B,) float64 on the CPU."""
+def highest(values: Tensor, inside: Tensor, fraction: float) -> Tensor:
+    """Mean of the highest values (B, 1, *S), this fraction of those `inside`: (B,) float64 on the CPU."""
     import torch
-    means = []
-    for nll, inside in zip(outputs.voxel_nll(), outputs.model.foreground(outputs.x)):
-        values = nll[inside].double()
-        means.append(values.topk(max(1, round(fraction * len(values)))).values.mean().cpu())
-    return torch.stack(means)
+    chosen = [value[where].double() for value, where in zip(values, inside)]
+    return torch.stack([one.topk(max(1, round(fraction * len(one)))).values.mean().cpu() for one in chosen])
+
+
+def highest_voxels(outputs: Outputs, fraction: float) -> Tensor:
+    """Mean -log p over this fraction of the foreground, its least likely voxels: (B,)."""
+    return highest(outputs.voxel_nll(), outputs.model.foreground(outputs.x), fraction)
+
+
+def highest_residual(outputs: Outputs, fraction: float) -> Tensor:
+    """Mean of the largest smoothed residuals, this fraction of an image, of a volume's foreground: (B,)."""
+    import torch
+
+    from neural_operations import foreground
+    values = outputs.smooth_residual()
+    is_volume = outputs.x.ndim == 5                         # most of its voxels are air, where nothing is
+    inside = foreground(outputs.x) if is_volume else torch.ones_like(values, dtype=torch.bool)
+    return highest(values, inside, fraction)
 
 
 def msma_map(name: str, outputs: Outputs) -> Tensor | None:
@@ -217,6 +235,18 @@ def repair_score(kind: str, about: str) -> Score:
     """What the model would change of an image: 'inpainting' or 'restoration'."""
     return Score(kind, kind, about, lambda outputs: foreground_mean(outputs.repair_error(kind), outputs),
                  lambda outputs: outputs.repair_error(kind))
+
+
+def residual_scores() -> list[Score]:
+    smooth = "|x - reconstruction|, smoothed before the modulus"
+    return [
+        Score('residual_top', 'reconstructions', f"{smooth}: mean of the highest 1 %",
+              lambda outputs: highest_residual(outputs, LESION_FRACTION),
+              lambda outputs: outputs.smooth_residual()),
+        Score('residual_top5', 'reconstructions', f"{smooth}: mean of the highest 5 %",
+              lambda outputs: highest_residual(outputs, WIDE_LESION_FRACTION)),
+        Score('residual_mean', 'reconstructions', f"{smooth}: log of the mean",
+              lambda outputs: highest_residual(outputs, 1.0).clamp(min=SMALLEST_RESIDUAL).log())]
 
 
 def likelihood_density(name: str, about: str, kind: str, **options: Any) -> Score:
@@ -289,6 +319,7 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
     'reconstruction': lambda L: [Score(
         'reconstruction', 'reconstructions', "mean |x - reconstruction|",
         lambda outputs: absolute_error(outputs).double().flatten(1).mean(1).cpu(), absolute_error)],
+    'residual': lambda L: residual_scores(),
     'recon_nll': lambda L: [Score(
         'recon_nll', 'likelihood terms', "-log p(x|z), nats",
         lambda outputs: outputs.mean(lambda terms: terms['recon']),

@@ -308,9 +308,10 @@ def test_the_residual_is_that_of_the_linear_output():
     assert score.image(Outputs(plain, x)).tolist() == approx([1 / 4])
 
 
-def test_an_ae_gets_one_score_and_a_vae_all():
+def test_an_ae_gets_scores_of_its_reconstruction_and_a_vae_all():
     chosen, lines = choose_scores(('all',), build(AE))
-    assert [score.name for score in chosen] == ['reconstruction']
+    errors = ['reconstruction', 'residual_top', 'residual_top5', 'residual_mean']
+    assert [score.name for score in chosen] == errors
     assert lines == ['left out, as this model has no likelihood terms: recon_nll, nelbo, iw, complexity, '
                      'typicality',
                      'left out, as this model has no statistics: dose, dose_mahalanobis',
@@ -321,7 +322,7 @@ def test_an_ae_gets_one_score_and_a_vae_all():
     chosen, lines = choose_scores(('all', 'regret'), model)
     outputs = Outputs(model, x, Scoring(num_draws=2, num_iw_samples=2, regret_steps=2))
     names = {score.name for score in chosen if score.density is None}
-    assert names == {'reconstruction', 'recon_nll', 'nelbo', 'iw', 'complexity', 'regret', 'kl'}
+    assert names == {*errors, 'recon_nll', 'nelbo', 'iw', 'complexity', 'regret', 'kl'}
     assert lines == ['left out, as this model has no statistics: dose, dose_mahalanobis',
                      'left out, as this model has no score norms: msma_gmm, msma_knn, '
                      'msma_kde, msma_pca_gmm, msma_flow',

@@ -35,6 +35,7 @@ SMALL = {   # flags of a small model of each family; a family without a row is t
     'hvae': HIERARCHY, 'lvae': HIERARCHY, 'biva': HIERARCHY,
     'ae': {'latent_dim': 3, 'num_layers': 2, 'width': 4, 'input_noise': 0.1},
     'vae': {'latent_dim': 3, 'num_layers': 2, 'width': 4},
+    'dae': {'widths': (8, 16)},
     'haar': {'levels': 2, 'width': 4},
     'nvae': {'num_channels_enc': 4, 'num_channels_dec': 4, 'num_preprocess_blocks': 1,
              'num_postprocess_blocks': 1, 'num_preprocess_cells': 1, 'num_postprocess_cells': 1,

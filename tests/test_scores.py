@@ -307,8 +307,8 @@ def test_regret_is_made_only_if_asked_for_by_name():
     assert names('regret') == ['regret']
 
 
-OUTLIER_SCORES = ['reconstruction', 'recon_nll', 'nelbo', 'iw', 'kl_1', 'typicality', 'kl_profile',
-                  'kl_knn', 'kl_gmm']
+OUTLIER_SCORES = ['reconstruction', 'residual_top', 'residual_top5', 'residual_mean', 'recon_nll', 'nelbo',
+                  'iw', 'kl_1', 'typicality', 'kl_profile', 'kl_knn', 'kl_gmm']
 
 
 @pytest.mark.parametrize('name', OUTLIER_SCORES)
@@ -364,7 +364,7 @@ def test_fewer_bits_compress_better():
 def test_a_model_without_the_capability_is_told_which():
     model = Autoencoder()
     chosen, lines = choose_scores(('all',), model)
-    assert [s.name for s in chosen] == ['reconstruction']
+    assert [s.name for s in chosen] == ['reconstruction', 'residual_top', 'residual_top5', 'residual_mean']
     assert any('nelbo' in line and 'likelihood terms' in line for line in lines)
     with pytest.raises(UserError, match='nelbo needs a model with likelihood terms'):
         choose_scores(('nelbo',), model)

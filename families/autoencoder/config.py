@@ -26,6 +26,9 @@ class AEConfig:
     input_noise: float = flag(0.0, 'denoising: standard deviation of the normal noise added to the input of '
                                    'the encoder in training, for images in [0, 1]; 0 = none',
                               least=0, below=math.inf, basic=True)
+    coarse_noise: float = flag(0.0, 'denoising: standard deviation of the coarse noise added to the input of '
+                                    'the encoder in training, for images in [0, 1]; 0 = none',
+                               least=0, below=math.inf)
 
 
 @flags

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distributions import EIGHT_BITS, Normal, Pixels, Terms, full_precision
 from families.autoencoder.config import AEConfig, VAEConfig
-from neural_operations import check_latents
+from neural_operations import check_latents, coarse_noise
 from utils import UserError
 
 # ------------------------------------------------------------------------------------------------------- loss
@@ -134,6 +134,8 @@ class AE(nn.Module):
             raise UserError(f"images of shape {tuple(x.shape[1:])}: this model is for {self.shape}.")
         if self.training and self.config.input_noise:
             x = x + self.config.input_noise * torch.randn_like(x)
+        if self.training and self.config.coarse_noise:
+            x = x + coarse_noise(x, self.config.coarse_noise)
         return full_precision(self.encoder(x))
 
     def _decode(self, z: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Flags of NVAE, and the operations that its architectures are made of."""
 
+import math
 from dataclasses import dataclass
 
 from utils import flag, flags
@@ -76,4 +77,7 @@ class NVAEConfig:
     weight_decay_norm_anneal: bool = flag(False, 'move that weight from --weight_decay_norm_init to '
                                                  '--weight_decay_norm, geometrically',
                                           needs='weight_decay_norm')
+    coarse_noise: float = flag(0.0, 'denoising: standard deviation of the coarse noise added to the input of '
+                                    'the encoder in training, for images in [0, 1]; 0 = none',
+                               least=0, below=math.inf)
     compat_official: bool = flag(False, 'likelihoods with the quirks of the published NVAE')

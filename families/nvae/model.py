@@ -30,6 +30,7 @@ from neural_operations import (
     WeightNormConv2d,
     batch_norm_regularizer,
     check_latents,
+    coarse_noise,
     initialize_from_data,
 )
 from utils import UserError
@@ -172,6 +173,8 @@ class NVAE(nn.Module):
 
     def _encode(self, x: Tensor) -> list[Tensor]:
         """Features for each group's posterior, top group first, from the bottom up."""
+        if self.training and self.config.coarse_noise:
+            x = x + coarse_noise(x, self.config.coarse_noise)
         s = self.pre_process(self.stem(2 * x - 1))                          # (B, F, H/2^P, W/2^P)
         features: list[Tensor] = [s] * self.num_groups
         for i in reversed(range(self.num_groups)):
