@@ -1,4 +1,4 @@
-# make demo   train a small NVAE on synthetic radiographs and report what it finds
+# make demo   train two small models on synthetic radiographs and compare what they find
 # make test   the test suite
 # make notebook   the tutorial, run, as docs/tutorial.ipynb
 # Each does all the set-up: a .venv here, with uv and the dependencies. Python: make demo PYTHON=python3.12

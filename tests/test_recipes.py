@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -207,3 +209,45 @@ def test_every_data_set_trains_a_step(dataset, tmp_path, cache):
     assert trainer.data.shape[0] == DATASETS[dataset].channels
     train.train_step(trainer, next(trainer.steps(0, 1)))
     assert trainer.optimization.step == 1 and trainer.optimization.skipped == 0
+
+
+def test_the_demo_trains_two_models_at_once_and_compares_them(recorder):
+    done = subprocess.run(['bash', str(FOLDER / 'demo.sh'), '--epochs', '3'], capture_output=True, text=True,
+                          check=True, cwd='/', env={**os.environ, 'PYTHON': str(recorder), 'ROOT': 'there'})
+    found = [json.loads(argv) for argv in re.findall(r'\[.*?\]', done.stdout)]
+    trained = {args.model: args for args in (train.parse_args(argv) for program, *argv in found[:2])}
+    assert set(trained) == {'dae', 'nvae'} and all(args.epochs == 3 for args in trained.values())
+    runs = {name: f'there/eval-{args.save}' for name, args in trained.items()}
+    scored = [evaluate.parse_args(argv) for program, *argv in found[2:]]
+    compared, = (args for args in scored if args.eval_mode == 'compare')
+    judged, = (args for args in scored if args.eval_mode == 'anomaly')
+    assert compared.compare == [runs['dae'], runs['nvae']]
+    assert judged.checkpoint == f"{runs['dae']}/checkpoint.pt" and judged.save == f"{runs['dae']}/anomaly"
+
+
+@pytest.mark.parametrize('broken', ['dae', 'nvae'])
+def test_a_training_of_the_demo_that_fails_ends_it(broken, recorder, tmp_path):
+    """Nothing is evaluated, and the other training, where it is still at work, is told to end."""
+    python = tmp_path / 'python'
+    python.write_text(f'''#!/bin/bash
+        [[ $* == *"--model {broken}"* ]] && {{ echo "error: broken" >&2; exit 3; }}
+        [[ $* == *evaluate* ]] && touch {tmp_path}/evaluated
+        [[ $* == *"--model dae"* ]] || exec sleep 60''')
+    python.chmod(0o755)
+    done = subprocess.run(['bash', str(FOLDER / 'demo.sh')], capture_output=True, text=True, timeout=20,
+                          env={**os.environ, 'PYTHON': str(python), 'ROOT': str(tmp_path)})
+    assert done.returncode == 3 and 'error: broken' in done.stdout + done.stderr
+    assert not (tmp_path / 'evaluated').exists()
+
+
+def test_the_demo_ends_its_trainings_when_it_is_interrupted(tmp_path):
+    """Each gets SIGTERM, as jobs in the background of a script ignore Ctrl-C at first."""
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/bash\ntrap "echo ended; kill %1; exit 143" TERM\necho began\nsleep 60 & wait\n')
+    python.chmod(0o755)
+    demo = subprocess.Popen(['bash', str(FOLDER / 'demo.sh')], stdout=subprocess.PIPE, text=True,
+                            start_new_session=True, env={**os.environ, 'PYTHON': str(python)},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert 'began' in demo.stdout.readline() + demo.stdout.readline()
+    os.killpg(demo.pid, signal.SIGINT)
+    assert demo.communicate(timeout=20)[0].count('ended') == 2 and demo.returncode != 0

@@ -1,18 +1,34 @@
 #!/usr/bin/env bash
-# The main job on synthetic radiographs, on a laptop: make the phantom data set, train a small NVAE on its normal
-# class, score the test images. Runs again from where it stopped.
+# The main job on synthetic radiographs, on a laptop: draws the phantom data set, trains two small models on its normal
+# images at the same time, a denoising autoencoder and an NVAE, on one core each, and compares what they find.
+# Runs again from where it stopped. Flags go to both trainings.
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 ROOT=${ROOT:-runs}
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+DAE=$ROOT/eval-demo_dae
+NVAE=$ROOT/eval-demo_nvae
+export OMP_NUM_THREADS=1
 
-"$PYTHON" "$REPOSITORY/train.py" --dataset phantom --root "$ROOT" --save demo --cont_training \
-    --batch_size 16 --epochs 10 --warmup_epochs 1 --learning_rate 5e-3 --fast_adamax \
+JOBS=()
+run() { "$PYTHON" "$REPOSITORY/$1" "${@:2}" & JOBS+=($!); }
+finish() { for job in "${JOBS[@]}"; do wait "$job"; done; JOBS=(); }
+named() { trap '' INT; while IFS= read -r line; do echo "$1: $line"; done; }
+# Where one job fails, or Ctrl-C comes, the other ends too: a training writes its checkpoint.
+trap 'kill ${JOBS[@]+"${JOBS[@]}"} 2>/dev/null || true; wait' EXIT
+
+train=(train.py --dataset phantom --root "$ROOT" --cont_training --batch_size 16 --image_every 0)
+run "${train[@]}" --model dae --save demo_dae "$@"
+PYTHONUNBUFFERED=1 run "${train[@]}" --model nvae --save demo_nvae \
+    --epochs 10 --warmup_epochs 1 --learning_rate 5e-3 --fast_adamax \
     --arch_instance res_bnswish --use_se --res_dist --weight_decay_norm 1e-2 --weight_decay_norm_anneal \
     --num_latent_scales 1 --num_groups_per_scale 3 --num_latent_per_group 4 \
     --num_channels_enc 8 --num_preprocess_blocks 3 --num_preprocess_cells 1 \
     --num_channels_dec 8 --num_postprocess_blocks 3 --num_postprocess_cells 1 --num_mixture_dec 3 \
-    --val_every 5 --val_iw_samples 2 --image_every 0 "$@"
+    --val_every 5 --val_iw_samples 2 "$@" > >(named nvae) 2>&1
+finish
 
-"$PYTHON" "$REPOSITORY/evaluate.py" --checkpoint "$ROOT/eval-demo/checkpoint.pt" --eval_mode anomaly \
-    --save "$ROOT/eval-demo/anomaly" --num_draws 1 --num_iw_samples 4 --batch_size 50
+PYTHONUNBUFFERED=1 run evaluate.py --compare "$DAE" "$NVAE" --save "$ROOT/demo_comparison" --num_draws 1 \
+    --num_iw_samples 4 --batch_size 50 > >(named comparison) 2>&1
+run evaluate.py --checkpoint "$DAE/checkpoint.pt" --eval_mode anomaly --save "$DAE/anomaly" --batch_size 50
+finish
