@@ -30,6 +30,9 @@ class Judging:
                              below=1, basic=True)
     target_pixel_fpr: float = flag(0.005, 'false-positive rate on pixels of normal images that sets the '
                                           'thresholds of maps', above=0, below=1)
+    density_images: str = flag('auto', 'normal images from which densities (dose, kl_knn, ...) learn: val, '
+                                       'validation images; auto, training images too, if the model treats '
+                                       'both alike', choices=('auto', 'val'))
     max_train_images: int = flag(1000, 'number of training images on which the baselines are '
                                        'fitted', least=3)
     match: bool = flag(False, 'judge each anomalous class also without what exposure and frame tell: on its '

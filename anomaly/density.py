@@ -17,6 +17,7 @@ from torch import Tensor
 
 from utils import UserError
 
+SIGNIFICANT = 0.05           # of tests whether training images differ
 SMALLEST = 1e-12             # of a distance whose logarithm is taken
 RIDGE = 1e-9                 # added to the variances of standardized features, as one may be constant
 NEIGHBOR_ROWS = 1024         # whose distances to all normal images are in memory at once
@@ -37,6 +38,7 @@ class Density:
     least = 2                           # smallest number of images to learn from
     folds = 50                          # largest number of fits of `cross_fit`
     scale = True                        # whether `standardize` does so
+    takes_training = True               # whether training images help: not where a cross-validation chooses
 
     def learn(self, features: np.ndarray) -> None:
         """Learns from finite features (N, D) of normal images."""
@@ -205,6 +207,7 @@ class KDE(Density):
     determined by `seed`. As published, features are not scaled, and a bandwidth is in their unit.
     """
     learned, folds = ('mean', 'std', 'reference', 'kernel', 'bandwidth'), 10
+    takes_training = False
 
     def __init__(self, kernels: Iterable[str] = ('gaussian', 'exponential'),
                  bandwidths: Iterable[float] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0), scale: bool = False,
@@ -243,6 +246,7 @@ class GMM(Density):
     components that have collapsed onto two or three images.)
     """
     learned, least, folds = ('mean', 'std', 'weights', 'centers', 'roots'), 4, 10
+    takes_training = False
 
     def __init__(self, components: Iterable[int] = (1, 2, 3, 4, 5), covariances: Iterable[str] = COVARIANCES,
                  seed: int = 0, *, quantile: float | None = None, choosing_folds: int = CHOOSING_FOLDS,
@@ -334,21 +338,40 @@ def cross_validated(z: np.ndarray, tried: list[tuple], make: Callable[..., Any],
         total(make(z[fold != i], *arguments).score_samples(z[fold == i])) for i in range(folds)))
 
 
-def cross_fit(density: Density, features: np.ndarray, groups: list | None = None) -> np.ndarray:
+def are_alike(training: np.ndarray, validation: np.ndarray) -> bool:
+    """Whether no feature of training images (M, D) is distributed otherwise than that of validation images
+    (N, D): two-sided Mann-Whitney tests at 5 %, with Bonferroni's correction.
+
+    A model has seen its training images: where it has fitted them better than others, they do not tell what
+    is normal.
+    """
+    from scipy.stats import mannwhitneyu
+    training, validation = (values[np.isfinite(values).all(1)] for values in (training, validation))
+    if not len(training) or not len(validation):
+        return False
+    return bool(np.nan_to_num(mannwhitneyu(training, validation).pvalue, nan=1.0).min()
+                > SIGNIFICANT / training.shape[1])
+
+
+def cross_fit(density: Density, features: np.ndarray, groups: list | None = None,
+              more: np.ndarray | None = None) -> np.ndarray:
     """Scores (N,) of the features (N, D) of normal images, each from a fit without it; then fits all.
 
+    `more` features (M, D), of training images, take part in every fit.
     Images of one of the `groups` (N,), such as a patient, are left out together: one group at a time up to
     `folds` groups. The fits then have nearly as many images as the final one, which scores test images; what
     difference remains makes thresholds higher.
     """
     groups = list(range(len(features))) if groups is None else groups
+    more = features[:0] if more is None else more
     order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     number = min(density.folds, len(order))
     fold = np.array([order[group] * number // len(order) for group in groups])
     values = np.empty(len(features))
     for i in range(number):
         # with a single patient nothing would be left to fit
-        density.fit(features[fold != i] if (fold != i).any() else features)
+        others = fold != i if (fold != i).any() or len(more) else fold == i
+        density.fit(np.concatenate([more, features[others]]))
         values[fold == i] = density.score(features[fold == i])
-    density.fit(features)
+    density.fit(np.concatenate([more, features]))
     return values

@@ -28,7 +28,7 @@ from anomaly.maps.nifti import write_cases
 from anomaly.matching import match
 from anomaly.normal import Normal
 from anomaly.report import page
-from anomaly.report.datacard import compare_normal, describe
+from anomaly.report.datacard import broken_promises, compare_normal, describe
 from anomaly.report.figures import read_history
 from anomaly.report.gallery import MOST_VOLUMES, choose_cases, spacing
 from anomaly.scores import Score, Scoring, Selection
@@ -36,7 +36,7 @@ from anomaly.scoring import Table, part_batches, pictures, score_images, select_
 from distributed import launch
 from readers.config import volume_flags
 from readers.parts import SomeOf
-from utils import UserError, fingerprint, finite, read_flags, read_json, write_csv, write_json
+from utils import UserError, fingerprint, finite, mix_seed, read_flags, read_json, write_csv, write_json
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,12 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
         return table.select([entry.id for entry in part.entries])
 
     validation = score(data.val, 'val', every, {})
-    normal = Normal.fit(validation, scores, primary, scoring, settings.maps, judging)
+    training = None
+    learners = [replace(s, map=None) for s in scores if s.density and s.density.takes_training]
+    if learners and judging.density_images == 'auto':
+        ids = [data.train.entries[row].id for row in training_rows(data.train, settings)]
+        training = score(SomeOf(data.train, ids), 'train', learners, {})
+    normal = Normal.fit(validation, scores, primary, scoring, settings.maps, judging, training)
     if scoring.msma_map != 'none':                       # densities have maps only now that they are fitted
         mapped = [replace(s, features=None) for s in scores if s.density and s.map]
         late = score(data.val, 'val, maps', mapped, normal.densities).maps
@@ -116,7 +121,8 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
             match(test.features[EXPOSURE.name], test.labels, test.classes) if described else [])
         judgement = judge(test, rows, judging, settings.maps, scoring.seed, data.anomalous_classes, pairs)
         judgement = replace(judgement, warnings=[*validation_warnings(validation, judging.target_fpr),
-                                                 *judgement.warnings, *dict.fromkeys(warnings)])
+                                                 *judgement.warnings, *dict.fromkeys(warnings),
+                                                 *normal.notes])
     test.maps = None
     return Evaluated(normal, validation, test, scores, judgement)
 
@@ -136,9 +142,20 @@ def check_parts(data: Any) -> None:
                             f"first {anomalous[0]}: only test images may be.")
 
 
+def training_rows(part: Any, settings: Settings) -> list[int]:
+    """The training images that are used: all, or `max_train_images` drawn by the seed, as files are often
+    sorted.
+    """
+    number, most = len(part.entries), settings.judging.max_train_images
+    if number <= most:
+        return list(range(number))
+    random = np.random.default_rng(mix_seed(settings.scoring.seed, 'training images'))
+    return sorted(random.permutation(number)[:most].tolist())
+
+
 def training_images(part: Any, settings: Settings) -> torch.Tensor:
-    """The first images of a part, at most `max_train_images`: (N, C, *S)."""
-    rows = range(min(len(part), settings.judging.max_train_images))
+    """At most `max_train_images` images of a part: (N, C, *S)."""
+    rows = training_rows(part, settings)
     return torch.cat([part.items(rows[i:i + settings.batch_size]).x
                       for i in range(0, len(rows), settings.batch_size)])
 
@@ -192,16 +209,17 @@ def summarize(data: Any, found: Evaluated, settings: Settings, findings: Sequenc
               left_out: Sequence[str]) -> dict[str, Any]:
     """What stands under 'anomaly' in metrics.json."""
     judgement = found.judgement
+    normal_parts = compare_normal(found.validation, found.test, settings.judging.num_bootstrap,
+                                  settings.scoring.seed)
     verdict = [difference for group in judgement.shown_groups for difference in judgement.differences(group)]
     return finite({
         'primary_score': found.normal.primary_score, 'dataset': getattr(data.config, 'dataset', ''),
         **settings.facts(),
         'baselines_fitted_on': min(len(data.train), settings.judging.max_train_images),
         **describe(data), 'findings': list(findings), **judgement.as_json(),
-        'warnings': [*left_out, *judgement.warnings],
+        'warnings': [*left_out, *judgement.warnings, *broken_promises(judgement, normal_parts)],
         'verdict': [{**difference.as_json(), 'text': difference.text} for difference in verdict],
-        'normal_parts': compare_normal(found.validation, found.test, settings.judging.num_bootstrap,
-                                       settings.scoring.seed)})
+        'normal_parts': normal_parts})
 
 
 def report_lines(out: Path, result: dict[str, Any], judgement: Judgement) -> list[str]:

@@ -23,6 +23,7 @@ class Flow(Density):
     tenths of the images, with early stopping by the log density of the others; determined by `seed`.
     """
     learned, least, folds = ('mean', 'std', 'hidden', 'transforms', 'weights'), 4, 5
+    takes_training = False
 
     def __init__(self, hidden: tuple[int, ...] = (128, 128), transforms: int = 1, steps: int = 1000,
                  learning_rate: float = 3e-3, seed: int = 0):

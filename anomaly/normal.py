@@ -19,7 +19,7 @@ from anomaly import metrics
 from anomaly.baselines import BASELINES
 from anomaly.choice import choose_scores
 from anomaly.config import Judging, MapConfig
-from anomaly.density import Density, cross_fit
+from anomaly.density import Density, are_alike, cross_fit
 from anomaly.maps.postprocessing import pixel_threshold
 from anomaly.scores import Score, Scoring
 from anomaly.scoring import Table
@@ -41,26 +41,30 @@ class Normal:
     densities: dict[str, Density] = field(default_factory=dict)            # score -> what it has learned
     weights: str = ''                            # fingerprint of the model
     preparation: dict[str, Any] = field(default_factory=dict)              # of volumes: spacing, flags
+    notes: list[str] = field(default_factory=list)                         # what densities have learned from
 
     @classmethod
     def fit(cls, table: Table, scores: Sequence[Score], primary: str, scoring: Scoring, maps: MapConfig,
-            judging: Judging) -> Normal:
+            judging: Judging, training: Table | None = None) -> Normal:
         """Learns from the table of normal validation images, and adds the cross-fitted scores of densities to
-        it.
+        it. Densities learn from the `training` images too, where these have features like the others.
 
         The threshold needs scores of validation images that were not fitted on themselves. Raises UserError
         for too few images.
         """
-        densities = {}
+        densities, notes = {}, []
         patients = [getattr(entry, 'patient', '') or entry.id for entry in table.entries]
         for score in scores:
             if score.density is not None:
                 densities[score.name] = density = copy.deepcopy(score.density)
+                features = table.features[score.needs]
+                more, note = extra_images(score, features, training)
+                notes += note
                 try:
-                    table.values[score.name] = cross_fit(density, table.features[score.needs], patients)
+                    table.values[score.name] = cross_fit(density, features, patients, more)
                 except UserError as error:
                     raise UserError(f"score {score.name}: {error}") from None
-        normal = cls(primary, scoring, maps, judging, table.values, {}, {}, densities)
+        normal = cls(primary, scoring, maps, judging, table.values, {}, {}, densities, notes=notes)
         normal.add_sums(table, scores)
         normal.validation = dict(table.values)
         normal.thresholds = {name: metrics.threshold(values, judging.target_fpr)
@@ -158,6 +162,21 @@ class Normal:
             raise UserError(f"--scores {unknown[0]}: the evaluation set no threshold for it, but for "
                             f"{', '.join(known)}. Run --eval_mode anomaly with it first.")
         return chosen
+
+
+def extra_images(score: Score, features: np.ndarray,
+                 training: Table | None) -> tuple[np.ndarray | None, list[str]]:
+    """The features of training images (M, D) from which the density of a score may learn, None if there are
+    none, and a line that says so.
+    """
+    if training is None or not score.density.takes_training:
+        return None, []
+    more, images = training.features[score.needs], f'{len(training)} training images'
+    if are_alike(more, features):
+        return more, [f"{score.name} has learned from {images} too: their features are distributed like "
+                      f"those of validation images."]
+    return None, [f"{score.name} has learned from the {len(features)} validation images alone: the features "
+                  f"of training images are distributed otherwise."]
 
 
 def load_density(score: Score, fitted: Mapping[str, Mapping]) -> Density:

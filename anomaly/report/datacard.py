@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from anomaly.metrics import Resamples, evaluate_score, make_finite
+from anomaly.judge import Judgement
+from anomaly.metrics import Resamples, evaluate_score, make_finite, wilson_interval
 
 
 def describe(data: Any) -> dict[str, Any]:
@@ -35,3 +36,22 @@ def compare_normal(validation: Any, test: Any, number: int, seed: int) -> dict[s
     first = len(validation.entries)
     return {name: evaluate_score(values[:first], values[first:], drawn)['auroc'].as_json()
             for name, values in both.items()}
+
+
+def broken_promises(judgement: Judgement, normal_parts: dict[str, dict[str, float]]) -> list[str]:
+    """A line where normal test images contradict the threshold of a primary score, or differ from those of
+    validation in it, both beyond chance (95 %).
+    """
+    lines, target = [], judgement.judging.target_fpr
+    for row in judgement.primaries if normal_parts else ():
+        flagged, drift = row.flagged['normal'], normal_parts[row.name]
+        low, high = wilson_interval(*flagged)
+        if not low <= target <= high:
+            lines.append(f"{row.name}: {100 * flagged.count / flagged.total:.1f} % of the normal test images "
+                         f"are flagged (95 % interval {100 * low:.1f} to {100 * high:.1f} %), "
+                         f"{100 * target:g} % were asked for.")
+        if not drift['low'] <= 0.5 <= drift['high']:
+            side = 'higher' if drift['value'] > 0.5 else 'lower'
+            lines.append(f"{row.name}: normal test images score {side} than normal validation images "
+                         f"(AUROC {drift['value']:.3f} between them): the threshold does not hold for them.")
+    return lines

@@ -1,0 +1,75 @@
+"""Whether thresholds hold on normal test images, and whether densities may learn from training images."""
+
+import numpy as np
+import pytest
+from test_compare import Constant, make_data
+from test_detect import settings
+from test_scores import LinearGaussian
+
+from anomaly.config import Judging
+from anomaly.density import KNN, Mahalanobis, are_alike, cross_fit
+from anomaly.detect import detect, training_rows
+from anomaly.judge import Judgement, ScoreRow, Share
+from anomaly.report.datacard import broken_promises
+
+
+def judgement(flagged, total):
+    row = ScoreRow('nelbo', 'model', '', 1.0, primary=True, flagged={'normal': Share(flagged, total)})
+    return Judgement({'nelbo': row}, ['all'], Judging(target_fpr=0.05))
+
+
+@pytest.mark.parametrize('flagged, low, high, said', [
+    (5, 0.4, 0.6, []), (14, 0.45, 0.6, ['14.0 % of the normal test images are flagged']),
+    (0, 0.3, 0.4, ['score lower']), (20, 0.6, 0.7, ['20.0 %', 'score higher'])])
+def test_a_threshold_that_does_not_hold_is_said(flagged, low, high, said):
+    parts = {'nelbo': {'value': (low + high) / 2, 'low': low, 'high': high}}
+    lines = broken_promises(judgement(flagged, 100), parts)
+    # no image of 100 above the threshold is below 5 % beyond chance, too: 0 to 3.7 %
+    expected = said if flagged else ['0.0 %', *said]
+    assert len(lines) == len(expected) and all(words in line for words, line in zip(expected, lines))
+    assert broken_promises(judgement(flagged, 100), {}) == []
+
+
+def test_training_images_count_where_they_are_like_validation_images():
+    random = np.random.default_rng(0)
+    validation, alike, other = (random.normal(size=(200, 5)) for _ in range(3))
+    other[:, 3] -= 0.6                                   # one of five features, as of a model that overfits
+    assert are_alike(alike, validation) and not are_alike(other, validation)
+    assert not are_alike(alike[:0], validation)
+
+
+def test_training_images_take_part_in_every_fit_and_validation_images_never_in_their_own():
+    random = np.random.default_rng(0)
+    features, more = random.normal(size=(6, 2)), random.normal(size=(9, 2))
+    density = Mahalanobis()
+    crossed = cross_fit(density, features, more=more)
+    fitted = lambda some: Mahalanobis().fit(np.concatenate([more, some]))
+    assert np.allclose(crossed, [fitted(np.delete(features, i, 0)).score(features[i:i + 1])[0]
+                                 for i in range(6)])
+    assert np.allclose(density.score(features), fitted(features).score(features))
+    assert np.isfinite(cross_fit(KNN(2), features, ['one patient'] * 6, more)).all()
+
+
+def test_the_run_says_what_a_density_has_learned_from(tmp_path):
+    flags = {'scores': ('kl_knn',), 'num_draws': 1, 'num_bootstrap': 20}
+    alike = detect(LinearGaussian(), make_data(), tmp_path / 'auto', settings(**flags))
+    alone = detect(LinearGaussian(), make_data(), tmp_path / 'val', settings(**flags, density_images='val'))
+    assert any('kl_knn has learned from 20 training images too' in line for line in alike['warnings'])
+    assert not any('has learned' in line for line in alone['warnings'])
+    assert alike['scores']['kl_knn']['threshold'] != alone['scores']['kl_knn']['threshold']
+    darker = make_data()
+    darker.train.images = darker.train.images // 4          # a copy: validation keeps the old one
+    biased = detect(LinearGaussian(), darker, tmp_path / 'biased', settings(**flags))
+    assert any('learned from the 20 validation images alone' in line for line in biased['warnings'])
+
+
+def test_the_training_images_are_all_or_some_drawn_by_the_seed():
+    part = make_data().train
+    assert training_rows(part, settings()) == list(range(20))
+    some, again = (training_rows(part, settings(max_train_images=5)) for _ in range(2))
+    assert len(set(some)) == 5 and some != [0, 1, 2, 3, 4] and some == again
+
+
+def test_a_model_without_densities_needs_no_training_images(tmp_path):
+    result = detect(Constant(), make_data(), tmp_path, settings(num_bootstrap=20))
+    assert not any('has learned' in line for line in result['warnings'])
