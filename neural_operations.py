@@ -238,12 +238,11 @@ def checkpoint_activations(model: nn.Module, on: bool = True) -> None:
             module.recomputes = on
 
 
-def activation_bytes(model: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
+def activation_bytes(model: nn.Module, shape: Sequence[int], recomputed: bool = False) -> int:
     """Memory that a training step takes for its backward pass, in bytes per image of this shape (C, *S).
 
-    As the model is, and if its cells recompute: then they keep their inputs, and the largest cell is there
-    in full while its turn has come. In the precision of the weights. Computed on tensors without content, so
-    it costs no memory itself.
+    Cells that recompute keep their inputs, and the largest cell is there in full while its turn has come. In
+    the precision of the weights. Computed on tensors without content, so it costs no memory itself.
     """
     state = {name: tensor.detach().to('meta').requires_grad_(tensor.requires_grad)
              for name, tensor in (*model.named_parameters(), *model.named_buffers())}
@@ -258,12 +257,12 @@ def activation_bytes(model: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
 
     try:
         model.train()
+        checkpoint_activations(model, recomputed)
+        kept = bytes_per_image(model)
         checkpoint_activations(model, False)
-        plain = bytes_per_image(model)
         # The cells next to the image are the largest.
-        largest = max((bytes_per_image(cell) for cell in cells[:1] + cells[-1:]), default=0)
-        checkpoint_activations(model)
-        return plain, bytes_per_image(model) + largest
+        largest = cells[:1] + cells[-1:] if recomputed else []
+        return kept + max(map(bytes_per_image, largest), default=0)
     finally:
         model.train(training)
         for cell, recomputes in zip(cells, before):

@@ -48,11 +48,12 @@ def test_recomputed_activations_give_the_same_step_and_count_a_batch_once():
         assert torch.equal(a.grad, b.grad)
     for (name, a), b in zip(plain.named_buffers(), saving.buffers()):
         assert torch.equal(a, b) or name.endswith('num_batches_tracked'), name
-    kept, recomputed = activation_bytes(plain, (8, 12, 12))
+    kept, recomputed = (activation_bytes(plain, (8, 12, 12), on) for on in (False, True))
     one = 8 * 12 * 12 * 4                                                   # bytes of a cell's input
     # The inputs of three cells, and one cell in full.
     assert 3 * one < recomputed < 3 * one + kept / 2 and kept > 10 * one
-    assert activation_bytes(saving, (8, 12, 12)) == (kept, recomputed)
+    assert [activation_bytes(saving, (8, 12, 12), on) for on in (False, True)] == [kept, recomputed]
+    assert all(cell.recomputes for cell in saving)
 
 
 def test_filters_have_the_norm_of_their_gain():

@@ -53,7 +53,7 @@ def report(train_step: Callable[..., object], processes: int, args: Namespace) -
 
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     copies = COPIES + (trainer.optimization.average is not None)
-    memory = Memory(weights * copies, *activation_bytes(model, data.shape))
+    memory = Memory(weights * copies, *(activation_bytes(model, data.shape, on) for on in (False, True)))
     free = free_memory() + weights                               # these are there already
     need = memory.need(config.batch_size, recomputed)
     # The CPU's memory must not be tried out: the system would end the process, or others.

@@ -105,7 +105,7 @@ class Trainer:
         """Whether activations are recomputed in the backward pass; all processes decide alike."""
         if self.config.checkpoint_activations != 'auto':
             return self.config.checkpoint_activations == 'on'
-        need = activation_bytes(self.model, self.data.shape)[0] * self.schedule.batch_size * MEMORY_MARGIN
+        need = activation_bytes(self.model, self.data.shape) * self.schedule.batch_size * MEMORY_MARGIN
         recomputes = launch.any_rank(need > free_memory())
         if recomputes:
             self.folder.say(f'a batch would need {need / 2 ** 30:.1f} GB, more than is free: activations are '
