@@ -32,7 +32,8 @@ PUBLISHED_HVAE = {'hvae_mnist': 2_620_258, 'hvae_fashion_mnist': 2_620_258,     
                   'hvae_cifar10': 37_013_064, 'hvae_svhn': 37_013_064}
 SMALL = '''--num_channels_enc 4 --num_channels_dec 4 --num_process_per_node 1 --num_proc_node 1 --node_rank 0
     --batch_size 2 --max_steps 1 --epochs 1 --val_iw_samples 1 --image_every 0 --save_every 1 --device cpu
-    --num_threads 1 --num_latent_per_group 2 --num_mixture_dec 2'''.split()
+    --num_threads 1 --num_latent_per_group 2 --num_mixture_dec 2 --num_groups_per_scale 2
+    --min_groups_per_scale 1 --checkpoint_activations off'''.split()
 PUBLISHED_SCORES = {'score_toy': 172_770, 'score_biggan': 43_986_722,              # parameters
                     'score_biggan_highres': 43_986_722}
 TINY_VOLUMES = {'brain': '--crop 0 0 0 16 16 16 --spacing 0 --volume_shape 8 8 8 --val_fraction 0.3'.split(),
@@ -106,7 +107,7 @@ def test_published_networks_are_those_of_the_official_code(name, recorder):
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_commands_take_a_step(name, recorder, tmp_path, cache, monkeypatch):
-    """On a stand-in in the published layout on disk, at reduced width, and of large images at a quarter."""
+    """On a stand-in in the published layout on disk, narrow and shallow, and of large images at a quarter."""
     monkeypatch.chdir(tmp_path)
     (_, *argv), *_ = commands(name, recorder, *SMALL, NODES='1')
     dataset = train.parse_args(argv).dataset
