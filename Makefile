@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	PYTHON=$(RUN) bash scripts/recipes/demo.sh
 
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest -n 2 tests
+	$(RUN) -m pytest -n 2 --dist worksteal tests
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
