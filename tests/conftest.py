@@ -81,6 +81,8 @@ def train_flags(data_folder, cache):
         '2',
         '--device',
         'cpu',
+        '--checkpoint_activations',     # else every run first estimates its memory
+        'off',
     ]
 
 
@@ -114,6 +116,13 @@ def program():
         return done
 
     return run
+
+
+@pytest.fixture
+def forked_processes(monkeypatch):
+    """`launch` forks its processes from one that has imported PyTorch: each starts seconds earlier."""
+    from processes import fork_processes
+    fork_processes(monkeypatch)
 
 
 @pytest.fixture

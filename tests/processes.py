@@ -5,6 +5,9 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
+from multiprocessing import set_forkserver_preload
+from multiprocessing.reduction import DupFd
 
 import pytest
 import torch
@@ -41,6 +44,33 @@ def end(*processes):
     finally:
         for process in processes:
             process.kill()
+
+
+def fork_processes(patch):
+    """`launch` forks its processes from one that has imported PyTorch; programs still spawn theirs."""
+    set_forkserver_preload(['torch._dynamo', 'torch.distributed', 'torch.utils.tensorboard', 'torchvision',
+                            'scipy.ndimage', 'sklearn.metrics'])
+    forked = partial(torch.multiprocessing.start_processes, start_method='forkserver')
+    patch.setattr(torch.multiprocessing, 'start_processes', lambda work, *args, **kwargs: forked(
+        AtHome(work), *args, **kwargs))
+
+
+class AtHome:
+    """A function for a forked process, which takes it with the output and environment of this process."""
+
+    def __init__(self, work):
+        self.work = work
+
+    def __reduce__(self):
+        return at_home, (self.work, dict(os.environ), DupFd(1), DupFd(2))
+
+
+def at_home(work, environment, *outputs):
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, output in enumerate(outputs, 1):
+        os.dup2(output.detach(), number)
+    return work
 
 
 def wait_for_step(folder, step, *processes):

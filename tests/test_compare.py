@@ -319,7 +319,7 @@ def score_on_a_rank(out):
     return 0
 
 
-def test_the_same_command_and_two_ranks_give_the_same_numbers(tmp_path):
+def test_the_same_command_and_two_ranks_give_the_same_numbers(tmp_path, forked_processes):
     first = do([run('a', gaussian()), run('b', Constant())], tmp_path / 'one')
     torch.rand(3)
     again = do([run('a', gaussian()), run('b', Constant())], tmp_path / 'again')

@@ -306,7 +306,7 @@ def score_on_a_rank(out):
 
 
 @pytest.mark.page
-def test_two_ranks_give_what_one_gives(tmp_path):
+def test_two_ranks_give_what_one_gives(tmp_path, forked_processes):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         status = launch.launch(score_on_a_rank, tmp_path / 'two',

@@ -63,7 +63,7 @@ def test_evaluate_counts_every_image_once_and_repeats_to_the_bit(trained, likeli
     assert other['nelbo_nats'] != likelihood['nelbo_nats']
 
 
-def test_two_processes_give_the_numbers_of_one(trained, likelihood, tmp_path, capfd):
+def test_two_processes_give_the_numbers_of_one(trained, likelihood, tmp_path, capfd, forked_processes):
     """3 batches over 2 ranks: no image is dropped or counted twice."""
     result = run(trained, tmp_path, 'evaluate', *LIKELIHOOD, '--num_process_per_node', 2)
     assert result['likelihood'] == likelihood

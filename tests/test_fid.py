@@ -369,7 +369,7 @@ def test_readjusted_batch_norm(trained, networks, tmp_path, monkeypatch):
     assert calls == [(0.5, 1)]
 
 
-def test_two_processes_give_the_number_of_one(trained, networks, tmp_path, capfd):
+def test_two_processes_give_the_number_of_one(trained, networks, tmp_path, capfd, forked_processes):
     """Of 3 batches of training images and of 3 of samples rank 0 has 2."""
     flags = (networks[0], '--num_samples', 25)
     one = run(trained, tmp_path, *flags)

@@ -131,7 +131,7 @@ def test_latents_come_out_and_go_back_in(trained, tmp_path):
     assert Image.open(tmp_path / 'edited' / 'decoded.png').size == (51, 51)         # 8 images in 3 x 3
 
 
-def test_latents_are_the_same_on_two_processes(trained, tmp_path):
+def test_latents_are_the_same_on_two_processes(trained, tmp_path, forked_processes):
     run(trained, tmp_path / 'one', 'latents')
     run(trained, tmp_path / 'two', 'latents', '--num_process_per_node', 2)
     files = sorted(p.name for p in (tmp_path / 'one').glob('*.npz'))

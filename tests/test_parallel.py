@@ -105,7 +105,7 @@ def test_bounds_do_not_depend_on_the_number_of_processes(launcher, undisturbed, 
      ['samples_0.npz', 'samples_1.npz', 'samples_2.npz', 'samples.png', 'metrics.json']),
     (['--eval_mode', 'anomaly', '--num_iw_samples', '2', '--batch_size', '3', '--num_bootstrap', '20'],
      ['scores.csv', 'thresholds.json'])], ids=['sample', 'anomaly'])
-def test_two_processes_leave_the_files_of_one(mode, files, undisturbed, tmp_path, monkeypatch):
+def test_two_processes_leave_the_files_of_one(mode, files, undisturbed, tmp_path, forked_processes):
     checkpoint = tmp_path / 'run' / 'checkpoint.pt'            # a run folder of its own: thresholds go there
     checkpoint.parent.mkdir()
     for path in undisturbed[1].parent.glob('*.[jp]*'):

@@ -98,7 +98,7 @@ def test_scores_do_not_depend_on_neighbours_or_batches(predicted, trained, data_
             assert value == pytest.approx(float(rows[name][score]), rel=1e-6, abs=1e-6)
 
 
-def test_two_processes_share_the_batches(predicted, trained, data_folder, tmp_path, capfd):
+def test_two_processes_share_the_batches(predicted, trained, data_folder, tmp_path, capfd, forked_processes):
     (tmp_path / 'data').mkdir()
     shutil.copytree(data_folder / 'spot', tmp_path / 'data' / 'spot')
     (tmp_path / 'data' / 'broken.png').write_bytes(b'')

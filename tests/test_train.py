@@ -133,14 +133,14 @@ def wait_for(path, process, seconds=60):
 
 
 def test_killed_at_once_and_resumed_ends_with_the_same_weights(train_flags, tmp_path, same_weights):
-    flags = [*train_flags, '--epochs', '12', '--val_every', '100', '--save_every', '1']
-    process = start(flags, tmp_path, 'killed')
+    flags = [*train_flags, '--epochs', '6', '--val_every', '100']
+    process = start([*flags, '--save_every', '1'], tmp_path, 'killed')
     wait_for(tmp_path / 'eval-killed' / 'checkpoint.pt', process)
-    time.sleep(0.35)
+    time.sleep(0.2)
     process.kill()
     process.communicate()
     step = torch.load(tmp_path / 'eval-killed' / 'checkpoint.pt', weights_only=True)['step']
-    assert 0 < step < 48
+    assert 0 < step < 24
     resumed = run(flags, tmp_path, 'killed', '--cont_training')
     unbroken = run(flags, tmp_path, 'unbroken')
     assert same_weights(resumed / 'checkpoint.pt', unbroken / 'checkpoint.pt')
@@ -161,23 +161,13 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(train_flags, tmp_path
 # ------------------------------------------------------------------------------------------ several processes
 
 
-def test_two_processes_train_as_one(train_flags, tmp_path, program):
-    """Spawned over gloo: both see their half of each batch, and leave one checkpoint."""
-    done = program(
-        'train.py',
-        *train_flags,
-        '--batch_size',
-        '4',
-        '--root',
-        tmp_path,
-        '--save',
-        'two',
-        '--num_process_per_node',
-        '2',
-    )
-    saved = torch.load(tmp_path / 'eval-two' / 'checkpoint.pt', weights_only=True)
+def test_two_processes_train_as_one(train_flags, tmp_path, capfd, forked_processes):
+    """Over gloo: both see their half of each batch, and leave one checkpoint."""
+    folder = run(train_flags, tmp_path, 'two', '--batch_size', '4', '--num_process_per_node', '2')
+    saved = torch.load(folder / 'checkpoint.pt', weights_only=True)
     assert saved['joint_batch'] == 8 and saved['step'] == 8
-    assert '2 process(es) on cpu' in done.stdout and done.stdout.count('done: 8 steps') == 1
+    said = capfd.readouterr().out
+    assert '2 process(es) on cpu' in said and said.count('done: 8 steps') == 1
 
 
 def gradients(args):
@@ -203,7 +193,7 @@ def gradients(args):
     torch.set_default_dtype(torch.float32)
 
 
-def test_gradients_of_two_processes_equal_those_of_one_and_noise_differs(tmp_path):
+def test_gradients_of_two_processes_equal_those_of_one_and_noise_differs(tmp_path, forked_processes):
     flags = [
         '--arch_instance',
         'res_elu',
