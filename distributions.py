@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 MIN_LOG_SCALE = -7.0     # of a logistic, on [-1, 1]: its width is then 1/8 of an 8-bit gray level
 SOFT_CLAMP = 5.0         # means and log standard deviations stay within (-5, 5)
+LEAST_KL = 1e-2          # nats; a smaller KL counts as this much where its logarithm is a statistic
 LOG_FLOOR = 1e-3         # added to what a logarithm of a statistic is taken of
 MIN_STD = 1e-2           # keeps the log-density of a latent bounded
 
@@ -69,14 +70,15 @@ def per_image(x: Tensor) -> Tensor:
 def likelihood_statistics(terms: Terms, likelihood: Any, logits: Tensor, x: Tensor) -> Tensor:
     """What DoSE (Morningstar et al. 2021) asks of a hierarchical VAE: (B, L + 4) float64.
 
-    recon and the L KL of `terms`, nats; of p(x|z) with these `logits` the mean log standard deviation of a
-    pixel; the mean log |x - mean|, divided by that deviation and as it is. Where a likelihood explains an
-    image too well, or its scale is unusual, the bound alone does not tell. x (B, C, *S) in [0, 1].
+    recon, nats, and the logarithms of the L KL of `terms`, whose spread grows with their size; of p(x|z) with
+    these `logits` the mean log standard deviation of a pixel; the mean log |x - mean|, divided by that
+    deviation and as it is. Where a likelihood explains an image too well, or its scale is unusual, the bound
+    alone does not tell. x (B, C, *S) in [0, 1].
     """
     scale, error = likelihood.std(logits).double(), (x - likelihood.mean(logits)).double().abs()
     columns = [scale.clamp(min=LOG_FLOOR).log(), (error / scale.clamp(min=LOG_FLOOR) + LOG_FLOOR).log(),
                (error + LOG_FLOOR).log()]
-    return torch.cat([terms['recon'][:, None].double(), terms['kl'].double(),
+    return torch.cat([terms['recon'][:, None].double(), terms['kl'].double().clamp(min=LEAST_KL).log(),
                       torch.stack([column.flatten(1).mean(1) for column in columns], 1)], 1)
 
 

@@ -61,9 +61,17 @@ def check_same_validation(runs: Sequence[Run]) -> None:
                             f"--val_fraction.")
 
 
+def refusal(name: str, model: Any) -> UserError | None:
+    """Why a model does not have a score; None if it has."""
+    try:
+        choose_scores((name,), model)
+    except UserError as error:
+        return error
+
+
 def choose_terms(runs: Sequence[Run], selection: Selection) -> list[tuple[list[Score], list[str]]]:
-    """For each run the scores to compute, and which of them are added up. Raises UserError if there are none,
-    or for a term of a run that is not there.
+    """For each run the scores to compute, and which of them are added up: further scores are those of the
+    selection that it has. Raises UserError for a score that no run has, and for a sum that does not fit.
     """
     wanted: dict[str, list[str]] = {run.name: [] for run in runs}
     for term in filter(None, selection.primary_score.split('+')):
@@ -72,6 +80,9 @@ def choose_terms(runs: Sequence[Run], selection: Selection) -> list[tuple[list[S
             raise UserError(f"--primary_score {term}: there is no run {name}, but {', '.join(wanted)}.")
         for run in [name] if name else wanted:
             wanted[run].append(score)
+    for name in selection.scores:
+        if all(refusals := [refusal(name, run.model) for run in runs]):
+            raise refusals[0]
     chosen = []
     for run in runs:
         try:
@@ -81,7 +92,8 @@ def choose_terms(runs: Sequence[Run], selection: Selection) -> list[tuple[list[S
                 wanted[run.name] = [choose_primary('', own, possible)]
             if not wanted[run.name]:
                 raise UserError("no score of this run is in --primary_score.")
-            scores, _ = choose_scores((*wanted[run.name], *selection.scores), run.model)
+            extra = [name for name in selection.scores if refusal(name, run.model) is None]
+            scores, _ = choose_scores((*wanted[run.name], *extra), run.model)
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from None
         chosen.append((scores, wanted[run.name]))

@@ -176,5 +176,5 @@ def test_likelihood_statistics_of_a_normal_in_closed_form():
     logits = torch.zeros(1, 2, 1, 2)                        # mean 0.5 on [0, 1], standard deviation 1.01 / 2
     terms = {'recon': torch.tensor([7.0]), 'kl': torch.tensor([[1.0, 2.0]])}
     found = likelihood_statistics(terms, likelihood, logits, x)[0]
-    expected = [7, 1, 2, math.log(0.505), math.log(0.25 / 0.505 + 1e-3), math.log(0.25 + 1e-3)]
+    expected = [7, 0, math.log(2), math.log(0.505), math.log(0.25 / 0.505 + 1e-3), math.log(0.25 + 1e-3)]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)

@@ -53,6 +53,15 @@ def test_a_score_of_all_runs_or_the_own_one_of_each(tmp_path):
     assert together(runs, tmp_path / 'own')['primary_score'] == expected
 
 
+def test_further_scores_are_those_that_a_run_has(tmp_path):
+    runs = [run('dark', Constant()), run('bound', gaussian())]
+    result = together(runs, tmp_path, primary_score=SUM, scores=('kl_1', 'reconstruction'))
+    models = [name for name, row in result['scores'].items() if row['kind'] == 'model']
+    assert models == [SUM, 'dark/reconstruction', 'bound/reconstruction', 'bound/nelbo', 'bound/kl_1']
+    with pytest.raises(UserError, match='no such score'):
+        together(runs, tmp_path, primary_score=SUM, scores=('kl_7',))
+
+
 @pytest.mark.parametrize('second, flags, said', [
     (make_data(train=range(20, 40), val=range(20)), {}, 'validation images differ'),
     (make_data(), {'primary_score': 'nobody/reconstruction'}, 'there is no run nobody'),

@@ -198,7 +198,7 @@ MNIST = '''--dataset mnist --batch_size 3 --epochs 400 --num_latent_scales 2 --n
 
 def test_a_dry_run_needs_no_data_and_leaves_nothing(program, tmp_path):
     done = program('train.py', '--dry_run', *MNIST, '--root', tmp_path / 'runs')
-    model = NVAE((1, 32, 32), read_flags(NVAEConfig, train.parse_args(MNIST)), Pixels())
+    model = NVAE((1, 32, 32), read_flags(NVAEConfig, train.parse_args(MNIST)), Pixels('bernoulli'))
     number = sum(p.numel() for p in model.parameters())
     assert f'{number / 1e6:.2f} M ({number:,})' in done.stdout
     assert model.num_groups == 6 and re.search(r'latent groups +6\n', done.stdout)
@@ -219,8 +219,9 @@ def test_a_dry_run_with_data_counts_their_images(train_flags, tmp_path, capsys):
 
 
 def test_a_dry_run_that_does_not_fit_says_what_to_change(capsys):
-    flags = '''--dataset ffhq --num_preprocess_blocks 1 --num_postprocess_blocks 1 --num_groups_per_scale 1
-        --batch_size 5000 --checkpoint_activations off --device cpu --num_threads 1'''.split()
+    flags = '''--dry_run --dataset ffhq --num_preprocess_blocks 1 --num_postprocess_blocks 1
+        --num_groups_per_scale 1 --batch_size 5000 --checkpoint_activations off --device cpu
+        --num_threads 1'''.split()
     assert train.dry_run(train.parse_args(flags)) == 1
     told = capsys.readouterr().out
     assert 'does not fit' in told and re.search(r'--batch_size \d+ --accumulate \d+', told)

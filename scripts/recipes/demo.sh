@@ -17,7 +17,7 @@ named() { trap '' INT; while IFS= read -r line; do echo "$1: $line"; done; }
 # Where one job fails, or Ctrl-C comes, the other ends too: a training writes its checkpoint.
 trap 'kill ${JOBS[@]+"${JOBS[@]}"} 2>/dev/null || true; wait' EXIT
 
-train=(train.py --dataset phantom --root "$ROOT" --cont_training --batch_size 16 --image_every 0)
+train=(train.py --dataset phantom --num_phantoms 1800 --root "$ROOT" --cont_training --batch_size 16 --image_every 0)
 run "${train[@]}" --model dae --save demo_dae "$@"
 PYTHONUNBUFFERED=1 run "${train[@]}" --model nvae --save demo_nvae \
     --epochs 10 --warmup_epochs 1 --learning_rate 5e-3 --fast_adamax \

@@ -23,4 +23,4 @@ block() { echo "{\"block\": \"ResBlockConv2d\", \"out_channels\": 24, \"kernel_s
 
 [ -z "${OTHER:-}" ] || "$PYTHON" "$REPOSITORY/evaluate.py" --checkpoint "$ROOT/eval-$SAVE/best.pt" --eval_mode anomaly \
     --scores nelbo llr kl_profile kl_knn dose typicality --primary_score llr_1 \
-    --ood "mnist=$OTHER" ${SETS:-} --max_ood 1000 --num_draws 4 --batch_size 250
+    --ood "mnist=$OTHER" ${SETS:-} --max_ood 1000 --num_draws 4 --llr_noise shared --batch_size 250
