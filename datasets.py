@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from readers.config import (
@@ -26,6 +24,9 @@ from readers.config import (
     PixelConfig,
     ReaderConfig,
     VolumeConfig,
+    data_folder,
+    imported,
+    phantom_folder,
 )
 from readers.split import (
     PARTS,
@@ -52,32 +53,9 @@ if TYPE_CHECKING:
 
 # ------------------------------------------------------------------------------------------------------ table
 
-def imported(place: str) -> Callable[..., Any]:
-    """The function `place`, 'module:function'."""
-    module, name = place.split(':')
-    return getattr(import_module(module), name)
-
-
 def reader(place: str, **options: Any) -> Callable[[ReaderConfig, DataSet], Source]:
     """A reader 'module:function' of readers/ with its options, imported when a data set is read."""
     return lambda config, row: imported(f'readers.{place}')(config, row, **options)
-
-
-def data_folder(config: ReaderConfig) -> str:
-    """The folder --data, or that of an unpacked tar file."""
-    is_file = config.data and Path(config.data).is_file()
-    unpacked = imported('readers.images.archive:unpacked')
-    return str(unpacked(config.data, config.cache_dir)) if is_file else config.data
-
-
-def phantom_folder(name: str, draw: str) -> Callable[[ReaderConfig], str]:
-    """The folder of the phantoms `name`, which the function `draw` makes at the first run."""
-    def folder(config: ReaderConfig) -> str:
-        row = DATASETS[name]
-        options = {'confound': config.phantom_confound} if row.confounds else {}
-        return str(imported(draw)(config.data or f'data/{name}', config.num_phantoms or row.phantoms,
-                                  **options))
-    return folder
 
 
 FOLDER = reader('images.folder:read_folder')

@@ -28,9 +28,9 @@ class Model(Protocol):
     - A model keeps `shape`, `config` and `pixels`: with its weights they build it again.
     - `forward` gives terms of each image, never averaged, (B,) or (B, L). Those of a likelihood family, which
       has `num_groups`, are recon = -log p(x|z), kl from the top group down, log_q and log_p, in nats, and
-      logits. `skip=k` draws the k groups nearest the image from the prior, their noise scaled by
-      `prior_temperature` too (of likelihood families only); a family without groups refuses `skip` with a
-      UserError. `temperature` scales all noise; 0 takes means.
+      those of a decoder its logits. `skip=k` draws the k groups nearest the image from the prior, their noise
+      scaled by `prior_temperature` too (of likelihood families only); a family without groups refuses `skip`
+      with a UserError. `temperature` scales all noise; 0 takes means.
     - `forward` runs inside DDP, so every trained weight takes part in every pass, and on the meta device,
       where it estimates memory: it never looks at values. In evaluation mode it changes no buffer.
     - All noise of `forward` and of the capabilities comes from `torch.randn_like` and `torch.rand_like` of

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from readers.split import split_parts
@@ -168,7 +170,7 @@ class DataSet:
     likelihood: str = 'discretized'          # or 'bernoulli'
     padding: int = 0                         # border of zeros that belongs to `size`, not to the image
     normal: tuple[str, ...] = ()             # names of normal classes; () = all that are not anomalous
-    folder: Callable[[ReaderConfig], str] | None = None      # its class folders; None = it has none
+    folder: Callable[[ReaderConfig, DataSet], str] | None = None      # its class folders; None = it has none
     classes: bool = True                     # False: all images are of one class
     masks: bool = False                      # masks mark anomalies (masks of covid mark lungs)
     val_fraction: float = 0.15               # of the normal images that are not in a given test part
@@ -192,3 +194,27 @@ class DataSet:
             raise UserError(f"--image_size {size}: these images are {own} x {own} with an equal border "
                             f"around: give 0, {own} or a larger even number.")
         return (size - own) // 2
+
+
+# ---------------------------------------------------------------------------------- readers and their folders
+
+def imported(place: str) -> Callable[..., Any]:
+    """The function `place`, 'module:function'."""
+    module, name = place.split(':')
+    return getattr(import_module(module), name)
+
+
+def data_folder(config: ReaderConfig, row: DataSet) -> str:
+    """The folder --data, or that of an unpacked tar file."""
+    is_file = config.data and Path(config.data).is_file()
+    unpacked = imported('readers.images.archive:unpacked')
+    return str(unpacked(config.data, config.cache_dir)) if is_file else config.data
+
+
+def phantom_folder(name: str, draw: str) -> Callable[[ReaderConfig, DataSet], str]:
+    """The folder of the phantoms `name`, which the function `draw` makes at the first run."""
+    def folder(config: ReaderConfig, row: DataSet) -> str:
+        options = {'confound': config.phantom_confound} if row.confounds else {}
+        return str(imported(draw)(config.data or f'data/{name}', config.num_phantoms or row.phantoms,
+                                  **options))
+    return folder

@@ -101,7 +101,7 @@ def plan_files(config: DataConfig) -> Job:
     if given and not config.image_size:
         raise UserError(f"{', '.join(given)} would change images that are stored as they are: leave it out, "
                         f"or give --image_size.")
-    root, items, notes = find_items(row.folder(config), config, row)
+    root, items, notes = find_items(row.folder(config, row), config, row)
     items = with_patients(items, config.patient_metadata, config.patient_pattern, notes)
     settings = {'dataset': config.dataset, 'image_size': config.image_size}
     if config.image_size:

@@ -21,7 +21,7 @@ from utils import UserError
 
 def read_folder(config: ReaderConfig, row: DataSet) -> Source:
     """Every image of the chosen classes, as (N, C, S, S)."""
-    root, items, notes = find_items(row.folder(config), config, row)
+    root, items, notes = find_items(row.folder(config, row), config, row)
     source = read_images(items, ImageLoader.of(config, row), config, row, str(root))
     return replace(source, notes=notes + source.notes)
 

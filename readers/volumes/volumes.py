@@ -199,7 +199,7 @@ class VolumeLoader:
 
 def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
     """Every subject of the chosen classes, as (N, C, *S)."""
-    root, loader, notes = find_root(row.folder(config), row.where), VolumeLoader.of(config, row), []
+    root, loader, notes = find_root(row.folder(config, row), row.where), VolumeLoader.of(config, row), []
     subjects, bad, by_label = find_all(root, config, row, loader, notes)
     loader = replace(loader, by_label=by_label)
     items = [Item(s.id, s.class_name, s.part, path=s.files[0], mask=s.label,
