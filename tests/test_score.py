@@ -176,11 +176,12 @@ def test_scores_on_the_norms_and_on_the_likelihood():
     distances = torch.cdist(model.score_norms(new), model.score_norms(normal)).sort(1).values
     torch.testing.assert_close(value(knn, new), distances[:, 4])
     assert value(gmm, 5 + new).min() > value(gmm, new).max(), 'far from all of them'
+    torch.testing.assert_close(Outputs(model, new).statistics(), model.score_norms(new).log())
     ode, = SCORES['ode_nll'](0)
     torch.testing.assert_close(ode.image(Outputs(model, new)), -model.log_likelihood(new))
     chosen, left_out = choose_scores(['all'], model)
     assert [score.name for score in chosen] == [
-        'msma_gmm', 'msma_knn', 'msma_kde', 'msma_pca_gmm', 'msma_flow'] and left_out
+        'dose', 'dose_mahalanobis', 'msma_gmm', 'msma_knn', 'msma_kde', 'msma_pca_gmm', 'msma_flow'] and left_out
     with pytest.raises(UserError, match='likelihood terms'):
         choose_scores(['nelbo'], model)
     with pytest.raises(UserError, match='the first must be below'):
