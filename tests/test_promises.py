@@ -51,7 +51,7 @@ def test_training_images_take_part_in_every_fit_and_validation_images_never_in_t
 
 
 def test_the_run_says_what_a_density_has_learned_from(tmp_path):
-    flags = {'scores': ('kl_knn',), 'num_draws': 1, 'num_bootstrap': 20}
+    flags = {'scores': ('kl_knn',), 'num_draws': 1, 'num_bootstrap': 20, 'num_cases': 0, 'num_gallery': 0}
     alike = detect(LinearGaussian(), make_data(), tmp_path / 'auto', settings(**flags))
     alone = detect(LinearGaussian(), make_data(), tmp_path / 'val', settings(**flags, density_images='val'))
     assert any('kl_knn has learned from 20 training images too' in line for line in alike['warnings'])
