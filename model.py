@@ -115,11 +115,15 @@ def place(model: Model, device: str | torch.device) -> Model:
     return model.to(device, memory_format=getattr(torch, order))
 
 
+def family_name(model: Any) -> str:
+    """The name of the model's family in MODELS; '' if it is of none."""
+    return next((name for name, row in MODELS.rows.items() if type(model).__name__ == row[1]), '')
+
+
 def describe(model: Model) -> dict[str, Any]:
     """Plain data for a checkpoint from which, with the weights, `restore` builds the model again."""
-    name = next(name for name, row in MODELS.rows.items() if type(model).__name__ == row[1])
-    return {'model': name, 'shape': list(model.shape), 'config': dataclasses.asdict(model.config),
-            'pixels': dataclasses.asdict(model.pixels)}
+    return {'model': family_name(model), 'shape': list(model.shape),
+            'config': dataclasses.asdict(model.config), 'pixels': dataclasses.asdict(model.pixels)}
 
 
 def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[str, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from anomaly.scores import ON_REQUEST, SCORES, Score, check_capability, has_capability
 from datasets import DATASETS
+from model import family_name
 from utils import UserError
 
 
@@ -36,8 +37,8 @@ def choose_scores(names: Iterable[str], model: Any) -> tuple[list[Score], list[s
     by_name = {score.name: score for score in chosen}
     for name, terms in sums.items():
         if unknown := [term for term in terms if term not in by_name]:
-            raise UserError(f"{name}: {unknown[0]!r} is not a single score of this model, as in "
-                            f"kl_knn+llr_2.")
+            raise UserError(f"{name}: {unknown[0]!r} is not a single score of this model. Add up single "
+                            f"scores, such as kl_knn+llr_2.")
         chosen.append(sum_score(name, [by_name[term] for term in terms]))
     return chosen, [f"left out, as this model has no {needs}: {', '.join(scores)}"
                     for needs, scores in lacking.items()]
@@ -58,11 +59,11 @@ def check_names(names: Iterable[str], table: dict[str, list[Score]], groups: int
 
 
 def preset(model: Any, dataset: str) -> str:
-    """The primary score that development data of a data set chose for this family, else the family's own, ''
-    if it has none.
+    """The primary score chosen for this family on development data of the data set, else the family's own; ''
+    if it has neither.
     """
     chosen = DATASETS[dataset].primary_scores if dataset in DATASETS else {}
-    return chosen.get(type(model).__name__.lower(), getattr(model, 'primary_score', ''))
+    return chosen.get(family_name(model), getattr(model, 'primary_score', ''))
 
 
 def choose_primary(name: str, preset: str, computed: list[str]) -> str:

@@ -38,7 +38,7 @@ def pairs(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.nda
     features, (p,) each.
 
     The images of a pair are closer than the caliper, where the features of normal images have unit
-    covariance; of all ways to make so many pairs, the one with the smallest sum of distances.
+    covariance. Among all matchings of that size, this one has the smallest total distance.
     """
     from sklearn.neighbors import NearestNeighbors
     density = Mahalanobis().fit(normal)

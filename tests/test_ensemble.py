@@ -72,6 +72,17 @@ def test_runs_that_do_not_fit_together_are_refused(second, flags, said, tmp_path
         together([run('a', Copy()), run('b', Copy(), second)], tmp_path, **flags)
 
 
+def test_the_primary_score_of_a_family_may_be_preset_by_the_data_set():
+    from anomaly.choice import preset
+    from families.autoencoder.config import AEConfig
+    from families.autoencoder.model import AE
+    from families.dae.config import DAEConfig
+    from families.dae.model import DAE
+    dae, ae = DAE((1, 16, 16), DAEConfig()), AE((1, 16, 16), AEConfig(width=2))
+    assert preset(dae, 'covid') == 'residual_mean' and preset(dae, 'folder') == 'residual_top'
+    assert preset(ae, 'covid') == 'reconstruction' and preset(Constant(), 'covid') == ''
+
+
 def test_several_checkpoints_are_for_anomaly_scores(tmp_path):
     paths = [str(tmp_path / name) for name in ('eval-a', 'eval-b')]
     (tmp_path / 'eval-a').mkdir()
