@@ -130,14 +130,28 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Writes a table as UTF-8 CSV with Unix line ends, atomically; None and NaN become empty cells."""
+    """Writes a table as UTF-8 CSV with Unix line ends, atomically; None and NaN become empty cells.
+
+    An apostrophe goes before text that a spreadsheet would take for a formula, such as a file name '=1+1'.
+    """
     import csv
     def write(temporary: Path) -> None:
         with temporary.open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file, lineterminator='\n')
             writer.writerow(header)
-            writer.writerows([None if cell != cell else cell for cell in row] for row in rows)
+            writer.writerows([None if cell != cell else plain_cell(cell) for cell in row] for row in rows)
     write_atomically(path, write)
+
+
+def plain_cell(cell: Any) -> Any:
+    """The cell, or behind an apostrophe if it is text, but no number, that begins like a formula."""
+    if not isinstance(cell, str) or not cell.startswith(('=', '+', '-', '@', '\t', '\r')):
+        return cell
+    try:
+        float(cell)
+        return cell
+    except ValueError:
+        return f"'{cell}"
 
 
 def write_npz(path: str | Path, **arrays: Any) -> None:

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import Data, DataConfig, load_data
+from datasets import DATASETS, Data, DataConfig, load_data
 from distributed import launch
 from distributions import Pixels
 from evaluation.config import run_folder
 from model import Model, open_model, place
 from readers.batches import eval_batches
+from readers.cache import is_cache
+from readers.config import FINISHED, phantom_place
 from readers.parts import Batch
 from utils import UserError, read_flags, read_json, write_json
 
@@ -68,8 +70,20 @@ class Evaluation:
 
     @property
     def data_config(self) -> DataConfig:
-        """The run's data flags; those of this command win."""
-        return read_flags(DataConfig, self.opened[1] | vars(self.args))
+        """The run's data flags; those of this command win.
+
+        A checkpoint may come from anybody: it makes this program write to no folder, but for what is a cache
+        of this user already.
+        """
+        stored = self.opened[1]
+        if not is_cache(stored.get('cache_dir', '')):
+            stored = stored | {'cache_dir': ''}
+        config = read_flags(DataConfig, stored | vars(self.args))
+        drawn, named = phantom_place(config.data, config.dataset), 'data' in vars(self.args)
+        if DATASETS[config.dataset].phantoms and not (named or (drawn / FINISHED).exists()):
+            raise UserError(f"there are no phantoms in {drawn}, where the run had them: name the folder in "
+                            f"which to draw them with --data.")
+        return config
 
     def data(self, **changes: Any) -> Data:
         """The run's data set and split, in the pixels that the model knows, but for `changes` of flags.

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from readers.cache import locked
+from readers.config import FINISHED
+from storage.locks import locked
 from utils import UserError, write_atomically, write_json
 
 
@@ -16,7 +17,7 @@ def write_set(root: Path, parameters: dict, note: str, files: Mapping[str, Calla
     """Makes a folder of drawn files: each path below `root` by a function that is given it. A killed run goes
     on where it was; a finished one is left alone. Raises UserError where the folder cannot be written.
     """
-    finished = root / 'finished.json'             # written last: while it is missing the folder is incomplete
+    finished = root / FINISHED
     if finished.exists():
         return root
     try:

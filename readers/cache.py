@@ -12,14 +12,17 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils import UserError, write_json
+from storage.locks import locked, why_not_private
+from utils import UserError, finite, write_json
 
-CACHE_VERSION = 2      # raise it when what the readers make of the same files changes
+CACHE_VERSION = 3      # raise it when what the readers make of the same files changes
 CACHE_NAME = 'medical-anomaly'
+MARK = 'CACHEDIR.TAG'  # tells backups, and commands on another user's checkpoint, that this is a cache
+MARK_TEXT = 'Signature: 8a477f597d28d172789f06886806bc55\n# Decoded images of the project medical-anomaly.\n'
 
 T = TypeVar('T')
 
@@ -34,31 +37,32 @@ def stamp(path: str | Path) -> tuple[int, int]:
 
 
 def cache_folder(wanted: str) -> Path:
-    """`wanted`, or a folder for this project in $XDG_CACHE_HOME, ~/.cache or the temporary folder:
-    writable.
+    """`wanted`, or a folder for this project in $XDG_CACHE_HOME, ~/.cache or the temporary folder.
+
+    Raises UserError if it cannot be written, or if others could plant files in it.
     """
     home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / CACHE_NAME
     spare = Path(tempfile.gettempdir()) / f'{CACHE_NAME}-{os.getuid() if hasattr(os, "getuid") else "cache"}'
     for folder in [Path(wanted)] if wanted else [home, spare]:
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if words := why_not_private(folder):
+                raise UserError(f"the cache folder {folder} {words}: what is cached there cannot be trusted. "
+                                f"Name another with --cache_dir.")
             with tempfile.TemporaryFile(dir=folder):
+                mark = folder / MARK
+                if not mark.exists():
+                    mark.write_text(MARK_TEXT)
                 return folder
     raise UserError(f"the cache folder {wanted or home} cannot be written: name another with --cache_dir.")
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """One process at a time, where the file system can lock (else it yields False); the lock ends with its
-    process.
-    """
-    with contextlib.ExitStack() as stack:
-        alone = False
-        with contextlib.suppress(ImportError, OSError):    # without a lock work is done twice, never wrongly
-            import fcntl
-            fcntl.flock(stack.enter_context(path.open('w')), fcntl.LOCK_EX)
-            alone = True
-        yield alone
+def is_cache(folder: str) -> bool:
+    """Whether a folder is a cache of this project, which nobody else may write."""
+    try:
+        return (Path(folder, MARK).read_text() == MARK_TEXT) and not why_not_private(Path(folder))
+    except (OSError, ValueError):
+        return False
 
 
 def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
@@ -77,8 +81,7 @@ def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
             temporary = Path(tempfile.mkdtemp(prefix=f'{digest}.', suffix='.tmp', dir=home))
             try:
                 fields = make(temporary)
-                fields['checksums'] = {p.name: _checksum(p) for p in sorted(temporary.glob('*.npy'))}
-                write_json(temporary / 'index.json', fields)
+                write_json(temporary / 'index.json', seal(fields | {'files': _contents(temporary)}))
                 os.rename(temporary, final)
             except OSError as error:
                 if _load(final, load) is None:     # else another process, without locks here, was first
@@ -100,14 +103,29 @@ def check_room(folder: Path, num_bytes: int) -> None:
 
 
 def _load(folder: Path, load: Callable[[Path, dict], T]) -> T | None:
-    """What is kept in `folder`; None if there is nothing or it is damaged."""
+    """What is kept in `folder`; None if there is nothing, or if a file of it was changed."""
     try:
-        fields = json.loads((folder / 'index.json').read_text())
-        if any(_checksum(folder / name) != value for name, value in fields.pop('checksums').items()):
+        sealed = json.loads((folder / 'index.json').read_text())
+        fields = sealed['fields']
+        if sealed != seal(fields) or fields.pop('files') != _contents(folder):
             return None
         return load(folder, fields)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def seal(fields: dict) -> dict:
+    """The fields of an entry with their own checksum: {'fields': ..., 'sha256': ...}."""
+    fields = json.loads(json.dumps(finite(fields)))                      # as they will be read
+    return {'fields': fields, 'sha256': hashlib.sha256(json.dumps(fields).encode()).hexdigest()}
+
+
+def _contents(folder: Path) -> dict[str, int]:
+    """The files of an entry: checksums of arrays, which are used as they are; sizes of others, which are
+    read, and checked, as any file of the user.
+    """
+    return {p.relative_to(folder).as_posix(): _checksum(p) if p.suffix == '.npy' else p.stat().st_size
+            for p in sorted(folder.rglob('*')) if p.is_file() and p != folder / 'index.json'}
 
 
 def _checksum(path: Path) -> int:

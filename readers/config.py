@@ -211,10 +211,18 @@ def data_folder(config: ReaderConfig, row: DataSet) -> str:
     return str(unpacked(config.data, config.cache_dir)) if is_file else config.data
 
 
+FINISHED = 'finished.json'          # in a folder of phantoms, written last: without it they are incomplete
+
+
 def phantom_folder(name: str, draw: str) -> Callable[[ReaderConfig, DataSet], str]:
     """The folder of the phantoms `name`, which the function `draw` makes at the first run."""
     def folder(config: ReaderConfig, row: DataSet) -> str:
         options = {'confound': config.phantom_confound} if row.confounds else {}
-        return str(imported(draw)(config.data or f'data/{name}', config.num_phantoms or row.phantoms,
+        return str(imported(draw)(phantom_place(config.data, name), config.num_phantoms or row.phantoms,
                                   **options))
     return folder
+
+
+def phantom_place(data: str, name: str) -> Path:
+    """Where the phantoms `name` are drawn, given --data."""
+    return Path(data or f'data/{name}')

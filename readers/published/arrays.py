@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -160,17 +160,57 @@ CIFAR10_MD5 = {
     'data_batch_3': '54ebc095f3ab1f0389bbae665268c751', 'data_batch_4': '634d18415352ddfa80567beed471001a',
     'data_batch_5': '482c414d41f54cd18b22e5b47cb7c3cb', 'test_batch': '40351d587109b95175f43aff81a1287e'}
 PUBLISHED_BATCH = 10_000
-ALLOWED = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('numpy.core.multiarray', '_reconstruct'),
-           ('numpy._core.multiarray', '_reconstruct'), ('_codecs', 'encode')}
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads a pickle of plain containers and NumPy arrays: any other could run a program."""
+class ByteType:
+    """In a pickle, numpy.dtype: that of unsigned bytes, and no other."""
+
+    def __init__(self, name: str, *_: Any):
+        if name not in ('u1', '|u1', 'uint8'):
+            raise pickle.UnpicklingError(f'it has an array of {str(name)[:20]}')
+
+    def __setstate__(self, _: Any) -> None:
+        pass                                                             # byte order and the like
+
+
+class ByteArray:
+    """In a pickle, numpy.ndarray: unsigned bytes that stand in the file, so that it names no memory."""
+    values: np.ndarray                                                   # which the state sets
+
+    def __init__(self, *_: Any):
+        pass                                                             # a shape that the state replaces
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, columns_first, data = state
+        if not isinstance(kind, ByteType):
+            raise pickle.UnpicklingError('it has an array that is not of bytes')
+        data = latin1(data) if isinstance(data, str) else bytes(data)
+        self.values = np.frombuffer(data, np.uint8).reshape(shape, order='F' if columns_first else 'C')
+
+
+def latin1(text: str, *_: Any) -> bytes:
+    """In a pickle, _codecs.encode: bytes that Python 2 and older protocols write as text."""
+    return text.encode('latin1')
+
+
+STAND_INS = {('numpy', 'ndarray'): ByteArray, ('numpy', 'dtype'): ByteType, ('_codecs', 'encode'): latin1,
+             ('numpy.core.multiarray', '_reconstruct'): ByteArray,
+             ('numpy._core.multiarray', '_reconstruct'): ByteArray}
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads a pickle of plain containers and arrays of bytes: no name in it reaches code but ours.
+
+    The one that is written in Python: that in C reserves memory for as many objects as a file announces, as
+    both do for a bytearray.
+    """
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
+                if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in ALLOWED:
+        if (module, name) not in STAND_INS:
             raise pickle.UnpicklingError(f'it asks for {module}.{name}')
-        return super().find_class(module.replace('numpy.core', 'numpy._core'), name)
+        return STAND_INS[module, name]
 
 
 def read_cifar10(part: str, *paths: Path) -> Labeled:
@@ -182,7 +222,7 @@ def read_batch(path: Path) -> Labeled:
     """A batch as the page publishes it for Python. Raises UserError naming a damaged file."""
     def decode(data: bytes) -> Labeled:
         batch = ArrayUnpickler(io.BytesIO(data), encoding='latin1').load()
-        x = np.asarray(batch['data'], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        x = batch['data'].values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         if len(x) == PUBLISHED_BATCH and md5 != CIFAR10_MD5[path.stem]:
             raise ValueError('its MD5 is not the published one')

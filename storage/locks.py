@@ -1,0 +1,42 @@
+"""Locks between processes, and whose a folder is. A lock ends with the process that holds it."""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+NO_LINK = getattr(os, 'O_NOFOLLOW', 0)
+
+
+def open_lock(path: Path) -> int:
+    """The file descriptor of a lock file, made if it is not there. A link is not followed, and whatever the
+    file holds stays. Raises OSError.
+    """
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | NO_LINK, 0o600)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """One process at a time, where the file system can lock (else it yields False)."""
+    with contextlib.ExitStack() as stack:
+        alone = False
+        with contextlib.suppress(ImportError, OSError):    # without a lock work is done twice, never wrongly
+            import fcntl
+            descriptor = open_lock(path)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            alone = True
+        yield alone
+
+
+def why_not_private(folder: Path) -> str:
+    """Why others may change what is in a folder, as words that go on from its name; '' if they may not."""
+    if not hasattr(os, 'getuid'):
+        return ''
+    status = folder.stat()
+    if status.st_uid != os.getuid():
+        return f'belongs to another user (number {status.st_uid})'
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return 'may be written by other users (chmod go-w takes that back)'
+    return ''
