@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
-from readers.dicom import MAGIC, MAGIC_START, is_dicom
+from readers.dicom import MAGIC, MAGIC_START, complete, is_dicom, read_dataset
 from readers.images.decode import FORMATS
 from readers.volumes.nifti import SUFFIXES, read_header
 from utils import UserError
@@ -30,7 +30,7 @@ SOFTWARE = 305                                         # TIFF and EXIF tag
 MOST_SIGNS = 40                                        # of the name of a program
 # Mean of the luminance table of ITU-T T.81, K.1, at which the Independent JPEG Group's quality is 50.
 MEAN_QUANTIZATION = 57.625
-DICOM = ('Rows', 'Columns', 'BitsStored', 'PhotometricInterpretation')       # nothing of a patient
+DICOM = ['Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'SamplesPerPixel', 'PhotometricInterpretation']
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def _other(image: Image.Image, path: Path) -> tuple[str, str, float]:
 
 
 def _dicom(path: str | Path) -> Header:
-    import pydicom
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(DICOM))
+        header = read_dataset(path, DICOM, stop_before_pixels=True)                 # nothing of a patient
+        complete(header)
         return Header('DICOM', header.Columns, header.Rows, f'{header.BitsStored}-bit '
                      f'{header.PhotometricInterpretation}', header.file_meta.TransferSyntaxUID.name)
     except Exception:                                  # its words may hold values of the file

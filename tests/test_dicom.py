@@ -200,11 +200,20 @@ def floats():
     return as_bytes(dataset)
 
 
+ALLOCATED = b'\x28\0\0\1US\2\0\x10\0'             # BitsAllocated 16
+
 UNREADABLE = {
     'without pixel data': lambda: without('PixelData'),
-    'several frames': lambda: as_bytes(made(np.zeros((4, 3)), NumberOfFrames=2, Rows=2)),
+    'of 2 frames': lambda: as_bytes(made(np.zeros((4, 3)), NumberOfFrames=2, Rows=2)),
     'damaged or cut off': lambda: as_bytes(made(np.zeros((50, 50))))[:-1000],
-    'damaged or cut off ': lambda: without('SamplesPerPixel'),
+    'without Rows': lambda: without('Rows'),
+    'without BitsAllocated': lambda: as_bytes(made(RAMP)).replace(ALLOCATED, b''),
+    'BitsStored and BitsAllocated contradict': lambda: as_bytes(made(RAMP, bits=17)),
+    'of 12 bits allocated': lambda: as_bytes(made(RAMP)).replace(ALLOCATED, ALLOCATED[:-2] + b'\x0c\0'),
+    'SamplesPerPixel contradict': lambda: as_bytes(made(RAMP, SamplesPerPixel=3)),
+    'RescaleSlope is no number': lambda: as_bytes(made(RAMP, RescaleSlope=2.5)).replace(b'2.5 ', b'two '),
+    'NumberOfFrames is no number': lambda: as_bytes(made(RAMP, NumberOfFrames=11)).replace(
+        b'IS\2\x0011', b'IS\2\x001A'),
     'height or width is 0': lambda: as_bytes(made(RAMP, Rows=0)),
     'more than 100,000,000 pixels': lambda: as_bytes(made(RAMP, Rows=20000, Columns=20000)),
     'kind of color that is not read': lambda: as_bytes(made(RAMP, NAME)),

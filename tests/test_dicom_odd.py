@@ -1,0 +1,168 @@
+"""DICOM files as devices write them, not always as the standard has it: each right value by hand."""
+
+import io
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import ExplicitVRBigEndian, JPEG2000Lossless, JPEGExtended12Bit
+from pytest import approx
+from test_dicom import RAMP, as_bytes, grey, made, table
+
+from readers.dicom import count_frames, decode_dicom
+from readers.headers import read_file_header
+from readers.images.decode import decode
+from readers.source import Unreadable
+
+X = np.array([[0, 1024, 2048, 4095]])                    # of 12 bits
+WINDOW = {'WindowCenter': 2048, 'WindowWidth': 4096}
+LEVELS = approx(np.array([0, 0.25, 0.5, 1]), abs=4e-3)
+
+
+def levels(data):
+    return decode(data).ravel()
+
+
+def test_decimal_commas():
+    data = as_bytes(made(X, WindowCenter=2048.5, WindowWidth=4096.5, RescaleSlope=0.5,
+                         RescaleIntercept=1024.5))
+    assert b'2048.5' in data
+    assert levels(data.replace(b'8.5', b'8,5').replace(b'6.5', b'6,5').replace(b'0.5', b'0,5').replace(
+        b'4.5', b'4,5')) == approx(levels(data), abs=1e-6)
+
+
+def test_empty_elements_are_absent():
+    empty = dict.fromkeys(['RescaleSlope', 'RescaleIntercept', 'VOILUTFunction', 'PixelPaddingValue',
+                           'NumberOfFrames', 'PresentationLUTShape', 'PlanarConfiguration', 'HighBit'])
+    assert grey(X, **WINDOW, **empty).ravel() == LEVELS
+    item = pydicom.Dataset()
+    item.add_new('LUTDescriptor', 'US', None)
+    item.add_new('LUTData', 'OW', None)
+    items = {'VOILUTSequence': [item], 'ModalityLUTSequence': [item]}
+    assert grey(X, **WINDOW, **items).ravel() == LEVELS
+    full = table(np.arange(4096).tolist(), 0, 12)
+    assert grey(X, VOILUTSequence=[item, *full]).ravel() == LEVELS
+
+
+@pytest.mark.parametrize('name', ['SamplesPerPixel', 'PixelRepresentation', 'BitsStored', 'HighBit'])
+def test_elements_that_follow_from_others_may_be_absent(name):
+    dataset = made(RAMP)
+    delattr(dataset, name)
+    assert np.array_equal(decode(as_bytes(dataset)), decode(as_bytes(made(RAMP))))
+
+
+def test_bits_lie_where_high_bit_says():
+    assert np.array_equal(grey(X << 4, bits=12, HighBit=15), grey(X, bits=12))
+    signed = X - 2048
+    assert np.array_equal(grey(signed << 2, bits=12, HighBit=13, signed=True), grey(signed, signed=True))
+    assert np.array_equal(grey(X | 0xA000, bits=12), grey(X)), "bits above the stored ones, such as overlays"
+    assert np.array_equal(grey(X, bits=12, HighBit=7), grey(X)), "a HighBit that cannot be"
+
+
+def test_a_slope_of_zero_and_an_unknown_function_count_as_none():
+    assert grey(X, **WINDOW, RescaleSlope=0, RescaleIntercept=0).ravel() == LEVELS
+    assert grey(X, **WINDOW, VOILUTFunction='LOG').ravel() == LEVELS
+
+
+def with_words(stored, **elements):
+    """Signed pixels of 16 bits with unsigned elements, as explicit files may have them."""
+    dataset = made(stored, signed=True)
+    for name, value in elements.items():
+        dataset.add_new(name, 'US', value)
+    return levels(as_bytes(dataset))
+
+
+def test_padding_and_first_values_of_signed_pixels_may_be_stored_unsigned():
+    stored = np.array([[-2000, -1024, 0, 1024]])
+    assert with_words(stored, PixelPaddingValue=65536 - 2000) == approx([0, 0, 0.5, 1], abs=1e-5)
+    limited = with_words(stored, PixelPaddingValue=65536 - 2000, PixelPaddingRangeLimit=65536 - 1500)
+    assert limited == approx([0, 0, 0.5, 1], abs=1e-5)
+    words = table(np.arange(4096).tolist(), 65536 - 1024, 12)
+    for elements in ({'VOILUTSequence': words}, WINDOW | {'ModalityLUTSequence': words}):
+        assert grey(X - 1024, signed=True, **elements).ravel() == LEVELS
+    rescaled = {'RescaleSlope': 1, 'RescaleIntercept': -1024, 'VOILUTSequence': words}
+    assert grey(X, bits=12, **rescaled).ravel() == LEVELS, "unsigned, but rescaled below 0"
+
+
+@pytest.mark.parametrize('kind, shape, turned', [
+    ('MONOCHROME2', 'INVERSE', True), ('MONOCHROME2', 'IDENTITY', False), ('MONOCHROME1', 'INVERSE', True),
+    ('MONOCHROME1', 'IDENTITY', False), ('MONOCHROME1', 'LIN OD', True)])
+def test_the_presentation_shape_decides_which_end_is_white(kind, shape, turned):
+    x = grey(X, kind, **WINDOW, PresentationLUTShape=shape).ravel()
+    assert (1 - x if turned else x) == LEVELS
+
+
+@pytest.mark.parametrize('bits, entries', [
+    (16, np.arange(256, dtype='u2') * 256), (8, np.arange(256, dtype='u2')), (8, np.arange(256, dtype='u1'))])
+def test_palettes_of_either_byte_order(bits, entries):
+    """8 bits in words of their own, or two to a word, whose bytes change places too."""
+    def shown(syntax, data):
+        elements = {f'{color}PaletteColorLookupTable{part}': value for color in ('Red', 'Green', 'Blue')
+                    for part, value in {'Descriptor': [256, 0, bits], 'Data': data.tobytes()}.items()}
+        return decode(as_bytes(made([[0, 64, 128, 255]], 'PALETTE COLOR', 8, syntax=syntax, **elements)))
+    little = shown('1.2.840.10008.1.2.1', entries)
+    assert little[0, :, 0] == approx(np.array([0, 64, 128, 255]) / 255, abs=0.004)
+    assert np.array_equal(shown(ExplicitVRBigEndian, entries.view('u2').byteswap()), little)
+
+
+def test_tables_whose_data_are_words():
+    def item(entries, count, bits):
+        table = pydicom.Dataset()
+        table.add_new('LUTDescriptor', 'US', [count, 0, bits])
+        table.add_new('LUTData', 'OW', entries.tobytes())
+        return {'VOILUTSequence': [table]}
+    assert grey(X, **item(np.arange(4096, dtype='<u2'), 4096, 12)).ravel() == LEVELS
+    bytes_of_8 = (np.arange(4096) // 16).astype('u1')
+    assert grey(X, **item(bytes_of_8, 4096, 8)).ravel() == LEVELS, "two to a word"
+    assert grey(X * 16, **item(np.arange(65536).astype('<u2'), 0, 16)).ravel() == LEVELS
+    assert grey(X, **item((np.arange(4096) * 16).astype('<u2'), 4096, 12)).ravel() == LEVELS
+    short = grey(X, **item(np.arange(2049).astype('<u2'), 4096, 12)).ravel()
+    assert short == approx([0, 0.25, 0.5, 0.5], abs=4e-3)
+
+
+def test_files_without_preamble_or_meta_header(tmp_path):
+    dataset = made(X, **WINDOW)
+    dataset.Modality = 'OT'
+    for syntax in ('1.2.840.10008.1.2.1', '1.2.840.10008.1.2', ExplicitVRBigEndian):
+        dataset.file_meta.TransferSyntaxUID = syntax
+        pixels = X.astype('>u2' if syntax == ExplicitVRBigEndian else '<u2')
+        dataset.PixelData = pixels.tobytes()
+        data = as_bytes(dataset)[132:]
+        assert levels(data) == LEVELS
+        bare = data[12 + int.from_bytes(data[8:12], 'little'):]
+        assert levels(bare) == LEVELS
+        (tmp_path / 'IM0001').write_bytes(bare)
+        header = read_file_header(tmp_path / 'IM0001')
+        assert (header.format, header.width, header.pixels) == ('DICOM', 4, '16-bit MONOCHROME2')
+
+
+@pytest.mark.parametrize('syntax', [JPEGExtended12Bit, JPEG2000Lossless])
+def test_a_form_that_pillow_cannot_decode_is_no_damage(syntax, monkeypatch):
+    dataset = made(RAMP, bits=12)
+    dataset.PixelData = pydicom.encaps.encapsulate([b'\xff\xd8\xff\xd9'])
+    dataset['PixelData'].VR = 'OB'
+    dataset.file_meta.TransferSyntaxUID = syntax
+    decoder = pydicom.pixels.get_decoder(syntax)
+    monkeypatch.setattr(type(decoder), 'available_plugins', property(lambda self: ('pillow',)))
+    with pytest.raises(Unreadable, match=r'JPEG .* in a form that Pillow does not decode: pip install'):
+        decode(as_bytes(dataset))
+    monkeypatch.setattr(type(decoder), 'available_plugins', property(lambda self: ('pillow', 'pylibjpeg')))
+    with pytest.raises(Unreadable, match='damaged or cut off'):
+        decode(as_bytes(dataset))
+
+
+def test_each_frame_has_its_own_look(tmp_path):
+    groups = []
+    for center in (1, 4):
+        group, voi = pydicom.Dataset(), pydicom.Dataset()
+        voi.WindowCenter, voi.WindowWidth, voi.VOILUTFunction = center, 2, 'LINEAR_EXACT'
+        group.FrameVOILUTSequence = [voi]
+        groups.append(group)
+    data = as_bytes(made(RAMP, Rows=1, NumberOfFrames=2, PerFrameFunctionalGroupsSequence=groups))
+    assert decode_dicom(data, 0).ravel() == approx([0, 0.5, 1], abs=1e-5)
+    assert decode_dicom(data, 1).ravel() == approx([0, 0.5, 1], abs=1e-5)
+    (tmp_path / 'cine.dcm').write_bytes(data)
+    assert count_frames(tmp_path / 'cine.dcm') == 2
+    (tmp_path / 'picture.png').write_bytes(b'\x89PNG')
+    assert count_frames(tmp_path / 'picture.png') == count_frames(tmp_path / 'nothing') == 1
+    assert pydicom.dcmread(io.BytesIO(data)).NumberOfFrames == 2
