@@ -11,7 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from utils import UserError, read_checkpoint, read_flags
+from storage.checkpoint import read_checkpoint
+from utils import UserError, read_flags
 
 if TYPE_CHECKING:
     import torch

@@ -60,6 +60,8 @@ def work(args: argparse.Namespace) -> int:
     stop = StopSignal()
     steps = trainer.steps(optimization.step, trainer.run.seed)
     progress = Progress(trainer.metric, optimization.step, schedule.end)
+    if optimization.step and trainer.owes_validation():
+        trainer.validation(optimization)
     stopping = False                        # agreed on by all processes; a signal may have reached only some
     while optimization.step < schedule.end and not stopping:
         images = next(steps)                                    # batches of this process, each (B, C, *S)

@@ -1,4 +1,4 @@
-"""What every program shares: flags made from dataclasses, seeds, the run folder, checkpoints, user errors.
+"""What every program shares: flags made from dataclasses, seeds, files of a run folder, user errors.
 
 Knows no images. Imports neither PyTorch nor NumPy before they are needed.
 """
@@ -12,8 +12,9 @@ import json
 import math
 import operator
 import os
-import pickle
 import re
+import secrets
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -111,17 +112,46 @@ def seed_noise(*parts: int | str) -> None:
 # ------------------------------------------------------------------------------------------------- run folder
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it: never half a file."""
+    """Calls `write` on a temporary file beside `path`, renames it and syncs file and folder: never half a
+    file, and none that is gone after a power cut.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(temporary_name(path.name))
     try:
         write(temporary)
-        with temporary.open('rb') as f:
-            os.fsync(f.fileno())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+    """A hidden name that no other process on any host takes, and that says whose it is."""
+    return f'.{name[:60]}.{socket.gethostname()[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp'
+
+
+TEMPORARY = re.compile(r'\..+\.(?P<host>[^/]*)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp')
+
+
+def sync(path: Path) -> None:
+    """Brings a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():            # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def check_regular(path: str | Path) -> None:
+    """Raises UserError for a device or a pipe, which may never end."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a device or a pipe: name a file.")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -174,35 +204,61 @@ def finite(value: Any) -> Any:
 
 def read_json(path: str | Path) -> Any:
     """Reads a JSON file. Raises UserError naming the file if it is missing or not JSON."""
+    check_regular(path)
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a JSON file ({error}). Delete it or restore it.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
+    except (ValueError, RecursionError) as error:
+        reason = 'too deep' if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path} is not a JSON file ({reason[:200]}). Delete it or restore it.") from None
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None if it is damaged or cut off."""
+    try:
+        values = json.loads(line)
+        return values if line.endswith(b'\n') and isinstance(values['step'], int) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 class RunLog:
     """log.txt, metrics.jsonl and TensorBoard events of a run folder; silent where not `active` (rank > 0)."""
 
     def __init__(self, folder: str | Path, active: bool = True, tensorboard: bool = True, step: int = 0):
-        """`step` steps are done: what a killed run wrote beyond them, and will write again, is dropped."""
-        self.folder, self.active, self.writer = Path(folder), active, None
+        """`step` steps are done: what a killed run wrote beyond them, and will write again, is dropped.
+
+        `logged` are the tags that it wrote of that step.
+        """
+        self.folder, self.active, self.writer, self.logged = Path(folder), active, None, set()
         if not active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._forget_after(step)
+        self.forget_after(step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
-    def _forget_after(self, step: int) -> None:
+    def forget_after(self, step: int) -> None:
+        """Drops from metrics.jsonl what was written beyond a step, and lines that are damaged: where there
+        are any but the last, which a kill cuts off, the file is kept as metrics.jsonl.damaged.
+        """
         path = self.folder / 'metrics.jsonl'
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step]
-            if len(kept) < len(lines):
-                write_atomically(path, lambda p: p.write_text(''.join(kept)))
+        if not path.exists():
+            return
+        lines = path.read_bytes().splitlines(keepends=True)
+        read = [read_line(line) for line in lines]
+        kept = [line for line, values in zip(lines, read) if values and values['step'] <= step]
+        self.logged = set().union(*(values for values in read if values and values['step'] == step))
+        if damaged := read[:-1].count(None):
+            copy = path.with_name(f'{path.name}.damaged')
+            write_atomically(copy, lambda p: p.write_bytes(b''.join(lines)))
+            self.say(f'{damaged} damaged lines are left out of {path}; the file as it was is kept as {copy}')
+        if len(kept) < len(lines):
+            write_atomically(path, lambda p: p.write_bytes(b''.join(kept)))
 
     def say(self, line: str) -> None:
         """Prints a line, and keeps it in log.txt with the time."""
@@ -239,53 +295,6 @@ class RunLog:
     def close(self) -> None:
         if self.writer:
             self.writer.close()
-
-
-# ----------------------------------------------------------------------------------------------- checkpoints
-
-def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Writes `content` atomically: a kill at any moment leaves the last whole checkpoint in place."""
-    import torch
-    path = Path(path)
-    for left_by_a_kill in path.parent.glob(f'.{path.name}.*.tmp'):
-        left_by_a_kill.unlink(missing_ok=True)
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU without running code from it (`weights_only=True`, Namespace allowed).
-
-    Raises UserError if the file is missing, damaged, or holds anything but data.
-    """
-    import torch
-    path = Path(path)
-    if path.is_dir():
-        path = path / 'checkpoint.pt'
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}. Name the checkpoint.pt of a run.") from None
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r'GLOBAL (\S+)', str(error))
-        what = f"holds a {foreign[1]}, which is code and not data" if foreign else "is damaged"
-        raise UserError(f"checkpoint {path} {what}; it is not loaded. Take another copy.") from None
-    except Exception as error:      # a damaged file can mislead the reader into any of them
-        raise UserError(f"checkpoint {path} cannot be read: it is damaged or no checkpoint "
-                        f"({type(error).__name__}: {str(error).split(chr(10))[0][:120]}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not the dictionary of a run.")
-    return content
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """16 hexadecimal digits that tell these weights from any others."""
-    import torch
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------- programs

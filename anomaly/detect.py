@@ -36,7 +36,8 @@ from anomaly.scoring import Table, part_batches, pictures, score_images, select_
 from distributed import launch
 from readers.config import volume_flags
 from readers.parts import SomeOf
-from utils import UserError, fingerprint, finite, mix_seed, read_flags, read_json, write_csv, write_json
+from storage.checkpoint import fingerprint
+from utils import UserError, finite, mix_seed, read_flags, read_json, write_csv, write_json
 
 
 @dataclass(frozen=True)

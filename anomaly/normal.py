@@ -23,7 +23,8 @@ from anomaly.density import Density, are_alike, cross_fit
 from anomaly.maps.postprocessing import pixel_threshold
 from anomaly.scores import Score, Scoring
 from anomaly.scoring import Table
-from utils import UserError, fingerprint, finite, read_flags, read_json, write_json
+from storage.checkpoint import fingerprint
+from utils import UserError, finite, read_flags, read_json, write_json
 
 SECTIONS = {'scoring': Scoring, 'maps': MapConfig, 'judging': Judging}      # of thresholds.json
 

@@ -12,7 +12,8 @@ from evaluation.config import Samples, Sampling
 from evaluation.pictures import NUM_SHOWN, image_grid, save_png
 from evaluation.run import Evaluation
 from model import describe
-from utils import UserError, finite, save_checkpoint, seed_noise, write_npz
+from storage.checkpoint import save_checkpoint
+from utils import UserError, finite, seed_noise, write_npz
 
 READJUST_PASSES, READJUST_BATCH = 500, 16
 SAMPLE_BATCH = 100                                # images drawn at a time

@@ -2,9 +2,13 @@
 
 import contextlib
 import os
+import shutil
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from utils import TEMPORARY
 
 NO_LINK = getattr(os, 'O_NOFOLLOW', 0)
 
@@ -40,3 +44,25 @@ def why_not_private(folder: Path) -> str:
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return 'may be written by other users (chmod go-w takes that back)'
     return ''
+
+
+def clear_leftovers(folder: Path, all_of_them: bool = False) -> None:
+    """Removes temporary files and folders that killed processes of this host left, or `all_of_them`: where a
+    lock says that no other process is at work.
+    """
+    for path in folder.glob('.*.tmp'):
+        match = TEMPORARY.fullmatch(path.name)
+        if match and (all_of_them or (match['host'] == socket.gethostname()[:40]
+                                      and not is_alive(int(match['pid'])))):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this host has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

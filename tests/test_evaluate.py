@@ -21,7 +21,8 @@ from evaluation.pictures import image_grid
 from evaluation.run import Evaluation
 from evaluation.sampling import readjust_batch_norm, samples
 from model import load_model
-from utils import UserError, read_flags, save_checkpoint
+from storage.checkpoint import save_checkpoint
+from utils import UserError, read_flags
 
 ONE_THREAD = ('--device', 'cpu', '--num_threads', '1')
 

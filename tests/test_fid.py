@@ -30,7 +30,8 @@ from evaluation.sampling import samples
 from families.nvae.model import NVAE
 from model import build_model, describe, load_model
 from scripts import precompute_fid_statistics as script
-from utils import UserError, read_flags, save_checkpoint
+from storage.checkpoint import save_checkpoint
+from utils import UserError, read_flags
 
 CPU = torch.device('cpu')
 ONE_THREAD = ('--device', 'cpu', '--num_threads', '1')

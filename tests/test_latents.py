@@ -15,8 +15,9 @@ from evaluation.latent_space import interpolate, traverse
 from families.nvae.config import NVAEConfig
 from families.nvae.model import NVAE
 from model import load_model
+from storage.checkpoint import read_checkpoint
 from training.trainer import Trainer
-from utils import UserError, read_checkpoint, read_flags
+from utils import UserError, read_flags
 
 ONE_THREAD = ('--device', 'cpu', '--num_threads', '1')
 SMALL = NVAEConfig(num_channels_enc=4, num_channels_dec=4, num_preprocess_blocks=1, num_postprocess_blocks=1,

@@ -21,7 +21,8 @@ from families.spatial_msma import config as spatial_msma
 from families.spatial_msma import flow
 from model import MODELS, build_model, describe, family_config, load_model, place, restore
 from neural_operations import activation_bytes
-from utils import UserError, read_checkpoint, read_flags, save_checkpoint
+from storage.checkpoint import read_checkpoint, save_checkpoint
+from utils import UserError, read_flags
 
 SHAPE = (1, 16, 16)
 HIERARCHY = {'config_deterministic': json.dumps([

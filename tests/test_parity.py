@@ -11,7 +11,7 @@ from pytest import approx
 from families.nvae.model import balance_coefficients, balanced_kl
 from model import load_model, restore
 from neural_operations import SpectralRegularizer, batch_norm_regularizer, effective_weights
-from utils import read_checkpoint
+from storage.checkpoint import read_checkpoint
 
 PARITY = Path(os.environ.get('PARITY_DIR', Path(__file__).parents[2] / 'shared' / 'parity'))
 NAMES = ['nvae_binary', 'nvae_rgb_flow']

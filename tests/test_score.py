@@ -25,7 +25,8 @@ from families.score.msma import PASS_VOXELS, denoise, level_times, score_maps, s
 from families.score.samplers import Diffusion
 from families.score.sde import SDES, expand
 from model import describe, load_model
-from utils import UserError, read_checkpoint, save_checkpoint
+from storage.checkpoint import read_checkpoint, save_checkpoint
+from utils import UserError
 
 T = torch.linspace(0.001, 1, 50, dtype=torch.float64)
 

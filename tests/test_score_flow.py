@@ -18,7 +18,8 @@ from families.spatial_msma.model import SpatialMSMA
 from families.spatial_msma.patches import PositionCode, pool
 from model import describe, load_model, place
 from neural_operations import checkpoint_activations, foreground
-from utils import UserError, read_checkpoint, save_checkpoint
+from storage.checkpoint import read_checkpoint, save_checkpoint
+from utils import UserError
 
 FLAGS = {'msma_levels': 4, 'num_blocks': 1, 'hidden_features': 8, 'context_embedding_size': 6,
          'global_embedding_size': 8, 'global_patch_kernel': 5, 'global_patch_stride': 2,

@@ -9,7 +9,8 @@ from test_score_parity import PARITY, agrees, answers
 from families.spatial_msma.config import SpatialMSMAConfig
 from families.spatial_msma.model import SpatialMSMA
 from families.spatial_msma.patches import pool
-from utils import UserError, save_checkpoint
+from storage.checkpoint import save_checkpoint
+from utils import UserError
 
 pytestmark = pytest.mark.skipif(not (PARITY / 'score3d_patch_flow.pt').exists(),
                                 reason=f'no known answers in {PARITY}: set PARITY_DIR')

@@ -16,7 +16,8 @@ from families.score.official import from_official, read_weights, to_official
 from families.score.unet import Fourier, Positional, SelfAttention, conv, double
 from model import describe
 from neural_operations import activation_bytes, checkpoint_activations
-from utils import UserError, save_checkpoint
+from storage.checkpoint import save_checkpoint
+from utils import UserError
 
 VARIANTS = {
     'biggan': {}, 'attention': {'self_attention': True, 'nf': 16},

@@ -18,12 +18,13 @@ from families.nvae.config import NVAEConfig
 from families.nvae.model import NVAE
 from neural_operations import activation_bytes, checkpoint_activations
 from readers.batches import train_batches
+from storage.checkpoint import read_checkpoint
 from training.config import DECAYS, Schedule, TrainConfig
 from training.dry_run import Memory, advice
 from training.optimization import OPTIMIZERS, average_decay, average_of, check_graph
 from training.run_folder import begun_mark
 from training.trainer import Trainer
-from utils import UserError, read_checkpoint, read_flags
+from utils import UserError, read_flags
 
 
 def run(flags, root, name, *more):

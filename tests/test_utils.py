@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -244,7 +245,11 @@ def test_json_is_strict_and_its_errors_name_the_file(tmp_path):
     strict = json.loads((tmp_path / 'a.json').read_text(), parse_constant=lambda word: pytest.fail(word))
     assert strict == read_json(tmp_path / 'a.json') == {'x': None, 'y': [1.5, None], 'z': {'n': 3}}
     (tmp_path / 'b.json').write_text('{')
-    for name, told in (('b.json', 'not a JSON file'), ('c.json', 'does not exist')):
+    (tmp_path / 'd.json').write_text('[' * 200_000)
+    (tmp_path / 'e.json').write_bytes(b'"\xff"')
+    os.mkfifo(tmp_path / 'f.json')
+    for name, told in (('b.json', 'not a JSON file'), ('c.json', 'does not exist'), ('d.json', 'too deep'),
+                       ('e.json', 'not a JSON file'), ('f.json', 'a device or a pipe')):
         with pytest.raises(UserError, match=f'{name}.*{told}'):
             read_json(tmp_path / name)
 
@@ -274,6 +279,16 @@ def test_a_resumed_run_logs_every_step_once(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars('loss')] == logged(tmp_path)
     assert events.Tags()['images'] == ['grid']
+
+
+def test_damaged_lines_are_left_out_and_kept_aside(tmp_path, capsys):
+    damaged = b'{"step": 1, "loss": 1.0}\n\0\0\0\n[1]\n{"step": "x"}\n\xff\n' + b'[' * 200_000 + b'\n'
+    damaged += b'{"step": 2, "loss": 2.0}\n{"step": 3, "lo'
+    (tmp_path / 'metrics.jsonl').write_bytes(damaged)
+    log = RunLog(tmp_path, tensorboard=False, step=2)
+    assert logged(tmp_path) == [(1, 1.0), (2, 2.0)] and log.logged == {'step', 'loss'}
+    assert (tmp_path / 'metrics.jsonl.damaged').read_bytes() == damaged
+    assert '5 damaged lines are left out' in capsys.readouterr().out
 
 
 def test_a_skipped_step_is_logged_as_strict_json(tmp_path):

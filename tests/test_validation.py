@@ -14,7 +14,9 @@ import model
 import train
 from evaluation.likelihood import mean_objective
 from model import load_model
-from utils import UserError, flag, flags, read_checkpoint
+from storage.checkpoint import read_checkpoint
+from training import trainer
+from utils import RunLog, UserError, flag, flags
 
 
 @flags
@@ -98,6 +100,29 @@ def test_the_best_model_is_kept_and_resuming_does_not_forget_it(mean_flags, tmp_
     run(flags, tmp_path, 'parts', '--max_steps', str(best['step'] + 4))
     parts = run(flags, tmp_path, 'parts', '--cont_training')
     assert torch.equal(load_model(parts / 'best.pt').level, load_model(whole / 'best.pt').level)
+
+
+@pytest.mark.parametrize('moment', ['before the validation', 'before its line'])
+def test_an_end_between_checkpoint_and_validation_does_not_lose_the_best_model(mean_flags, tmp_path, moment,
+                                                                              monkeypatch):
+    flags = [*mean_flags, '--epochs', '4', '--start', '0.9', '--warmup_epochs', '0', '--learning_rate', '0.3']
+    whole = run(flags, tmp_path, 'whole')
+    best = read_checkpoint(whole / 'best.pt')
+    target = (trainer.Validation, '__call__') if moment == 'before the validation' else (RunLog, 'metrics')
+    real = getattr(*target)
+
+    def killed(self, *args):
+        if getattr(args[0], 'step', args[0]) == best['step'] and (len(args) == 1 or 'val/loss' in args[1]):
+            raise KeyboardInterrupt
+        return real(self, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(flags, tmp_path, 'parts')
+    assert read_checkpoint(tmp_path / 'eval-parts')['step'] == best['step']
+    parts = run(flags, tmp_path, 'parts', '--cont_training')
+    assert torch.equal(load_model(parts / 'best.pt').level, load_model(whole / 'best.pt').level)
+    assert metrics(parts, 'val/loss') == metrics(whole, 'val/loss')
 
 
 def test_what_is_chosen_is_not_chosen_on_the_test_part(mean_flags, tmp_path):

@@ -76,6 +76,8 @@ class TrainConfig:
                                        'memory; auto = if needed', choices=('auto', 'on', 'off'))
     cuda_graph: bool = flag(False, 'one GPU: replay passes as one CUDA graph, faster with small batches')
     save_every: int = flag(0, 'steps between checkpoints; 0 = 1 % of the run, at least an epoch', least=0)
+    keep: int = flag(2, 'newest checkpoints to keep, of checkpoint.pt and of best.pt: an older one takes the '
+                        'place of a damaged one', least=1)
     log_every: int = flag(100, 'steps between lines of metrics', least=1)
     image_every: int = flag(1000, 'steps between pictures in TensorBoard; 0 = none', least=0)
     val_every: int = flag(0, 'epochs between validations; 0 = 1, or 20 in a run of over 50 epochs', least=0)

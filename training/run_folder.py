@@ -15,8 +15,9 @@ from tqdm import tqdm
 from datasets import DataConfig
 from distributed import launch
 from model import describe, family_config
+from storage.checkpoint import copies, read_checkpoint, save_checkpoint
 from training.config import RunConfig
-from utils import RunLog, UserError, read_checkpoint, read_flags, save_checkpoint, write_atomically
+from utils import RunLog, UserError, read_flags, write_atomically
 
 FREE_DATA_FLAGS = ('data', 'cache_dir', 'num_workers')     # may change when a run is resumed
 
@@ -33,8 +34,9 @@ class RunFolder(RunLog):
     def save(self, name: str, model: Any, state: dict[str, Any]) -> None:
         """Writes a checkpoint: `state`, and what builds `model` again."""
         if self.active:
-            save_checkpoint(self.folder / name, {'description': describe(model), 'args': self.flags,
-                                                 'torch': str(torch.__version__), **state})
+            content = {'description': describe(model), 'args': self.flags, 'torch': str(torch.__version__),
+                       **state}
+            save_checkpoint(self.folder / name, content, self.flags['keep'])
 
     def close(self) -> None:
         super().close()
@@ -77,12 +79,12 @@ def read_resumable(run: RunConfig, args: Namespace) -> dict[str, Any] | None:
     path, family = run.folder / 'checkpoint.pt', family_config(args.model)
     mark = begun_mark()
     restarted = launch.any_rank(bool(mark and mark.exists()))         # a host that was rebooted lost its mark
-    if not path.exists():
+    if not copies(path):
         return None
     if not (run.cont_training or restarted):
         raise UserError(f"{run.folder} already holds a trained model. Continue with --cont_training, choose "
                         f"another --save, or delete the folder.")
-    saved = read_checkpoint(path)
+    saved = read_checkpoint(path, say=print if launch.is_main() else lambda line: None)
     if not {'description', 'optimizer'} <= saved.keys():
         raise UserError(f"{path} is not a checkpoint of a run of this framework: choose another --save.")
     fixed = [field.name for config in (family, DataConfig) for field in fields(config)

@@ -22,10 +22,11 @@ from evaluation.sampling import recalibrate_batch_norm
 from model import build_model, family_config, place, start_from
 from neural_operations import activation_bytes, checkpoint_activations
 from readers.batches import eval_batches, steps_per_epoch, train_batches
+from storage.checkpoint import copies, read_checkpoint
 from training.config import RunConfig, Schedule, TrainConfig
 from training.optimization import Optimization, capture_passes, check_graph
 from training.run_folder import RunFolder, begun_mark, read_resumable
-from utils import UserError, mix_seed, read_checkpoint, read_flags, read_json, seed_noise, write_json
+from utils import UserError, mix_seed, read_flags, read_json, seed_noise, write_json
 
 MEMORY_MARGIN = 1.3          # gradients and work space, beside what is kept for the backward pass
 TAGS = {'val/nelbo': 'nelbo_nats', 'val/neg_log_p': 'neg_log_p_nats',
@@ -66,8 +67,8 @@ class Trainer:
         self.validation = Validation(self.data, self.schedule, self.metric, self.folder, self.run.seed)
         if saved:
             self.optimization.load_state_dict(saved)
-            if (best := self.folder.folder / 'best.pt').exists():
-                self.validation.best = read_checkpoint(best)['validation']
+            if copies(best := self.folder.folder / 'best.pt'):
+                self.validation.best = read_checkpoint(best, self.folder.say)['validation']
             if (before := saved['joint_batch']) != self.schedule.joint_batch:
                 self.folder.say(f'{before} images a step before, {self.schedule.joint_batch} now: the run '
                                 f'sees other batches than it would have')
@@ -153,6 +154,11 @@ class Trainer:
             capture_passes(self.model, images[0], self.amp)
         self.optimization.optimizer.zero_grad(set_to_none=True)
 
+    def owes_validation(self) -> bool:
+        """Whether the run was ended after the checkpoint that it goes on from, and before its validation."""
+        due = 'validate' in self.schedule.due(self.optimization.step)
+        return launch.any_rank(launch.is_main() and due and f'val/{self.metric}' not in self.folder.logged)
+
     def recalibrate(self) -> None:
         """Gives the averaged weights batch-norm statistics of their own, if this is asked for."""
         if self.config.ema_bn_batches:
@@ -192,9 +198,9 @@ class Validation:
             for name, each in diagnose(model, self.batches(), self.seed).items():
                 values[f'val/{name}'] = float(each.mean())
                 self.folder.histogram(step, f'val/{name}', each)
-        self.folder.metrics(step, values)
-        self.folder.say(f'epoch {step // schedule.steps}, step {step}: validation {self.metric} {summary}')
         value = values[f'val/{self.metric}']
         if schedule.config.keep_best and value < self.best:
             self.best = value
             self.folder.save('best.pt', model, optimization.weights() | {'validation': value})
+        self.folder.metrics(step, values)           # last: while it is missing, a resumed run validates again
+        self.folder.say(f'epoch {step // schedule.steps}, step {step}: validation {self.metric} {summary}')

@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import UserError, flag, flags, read_checkpoint, read_flags, read_json
+from storage.checkpoint import read_checkpoint
+from utils import UserError, flag, flags, read_flags, read_json
 
 # Names that the flags take; tables of the same names in sde.py, unet.py and samplers.py say what they are.
 SDES = ('vesde', 'vpsde', 'subvpsde')

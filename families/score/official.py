@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from families.score.unet import Matryoshka, SegResNetBlock
-from utils import UserError, read_checkpoint
+from storage.checkpoint import read_checkpoint
+from utils import UserError
 
 # Our names and the published ones, applied one after the other. The order of modules is the same.
 LEAVES = ((r'\.before\.', '.pre_conv.conv.'), (r'\.conv_([01])\.', r'.conv_\1.conv.'))

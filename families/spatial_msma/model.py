@@ -21,7 +21,8 @@ from families.spatial_msma.flow import ConditionalFlow
 from families.spatial_msma.official import find_weights, from_official
 from families.spatial_msma.patches import FeatureCache, GlobalContext, PositionCode, pool
 from neural_operations import foreground
-from utils import UserError, read_checkpoint
+from storage.checkpoint import read_checkpoint
+from utils import UserError
 
 LEAST_SPREAD = 1e-6        # of a feature that is the same in all voxels of the first batch
 
