@@ -30,6 +30,7 @@ from readers.config import (
 )
 from readers.split import (
     PARTS,
+    as_asked,
     count,
     count_table,
     find_duplicates,
@@ -147,7 +148,7 @@ DATASETS = {
         LSUN_CHURCH, size=128, num_train=126_227, where=LSUN_WHERE.format('church_outdoor'),
         **PHOTOGRAPHS),
     'covid': DataSet(
-        FOLDER, size=64, normal=('Normal',), folder=data_folder,
+        FOLDER, size=64, normal=('Normal',), folder=data_folder, split=split_given,
         primary_scores={'nvae': 'dose', 'dae': 'residual_mean', 'haar': 'dose'},   # see docs/results.md
         where='Expected Normal/images/*.png and beside it COVID, Lung_Opacity or "Viral Pneumonia", as in '
               'the COVID-19 Radiography Database '
@@ -158,7 +159,7 @@ DATASETS = {
         where='Expected MedNIST.tar.gz (github.com/Project-MONAI/MONAI-extra-test-data, release 0.8.1), or '
               'its folder: Hand/*.jpeg and beside it AbdomenCT, BreastMRI, CXR, ChestCT and HeadCT.'),
     'folder': DataSet(
-        FOLDER, size=64, normal=('normal', 'good'), masks=True, folder=data_folder,
+        FOLDER, size=64, normal=('normal', 'good'), masks=True, folder=data_folder, split=split_given,
         where='Expected a folder "normal" (or "good") and beside it one folder for each kind of anomaly.'),
     'phantom': DataSet(
         FOLDER, size=64, normal=('Normal',), masks=True, phantoms=1200, confounds=True,
@@ -334,6 +335,8 @@ def _part_files(config: DataConfig, row: DataSet, source: Source, split: dict[st
     if split:
         parts = stored_parts(entries, split, report)
     else:
+        if row.split is split_given:
+            entries = as_asked(entries, config.val_fraction, config.test_fraction)
         parts = row.split(entries, *_fractions(config, row), config.split_seed)
         if left := len(entries) - len(parts):
             report.append(f"left out: {count(left, 'anomalous image')} that --split_seed did not draw")

@@ -25,6 +25,7 @@ from anomaly.scoring import Batches, Case, Table, pictures, score_images
 from datasets import DataConfig, preparation
 from distributed import launch
 from readers.parallel import in_order
+from readers.paths import passed_line
 from readers.split import count, some
 from utils import UserError, read_flags, write_atomically, write_csv
 
@@ -200,14 +201,16 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, written: dict
     anomalous = sum(not value <= threshold for value in table.values[primary].tolist())
     run.write_metrics('predict', {
         'data': run.args.data, 'num_files': len(files.ids), 'num_scored': len(table),
-        'num_unreadable': len(files.errors), 'passed_over': found.passed_over, 'primary_score': primary,
-        'threshold': threshold, 'num_flagged': anomalous, **dataclasses.asdict(normal.scoring),
-        **dataclasses.asdict(normal.maps), **dataclasses.asdict(normal.judging)})
+        'num_unreadable': len(files.errors), 'passed_over': sum(map(len, found.passed_over.values())),
+        'primary_score': primary, 'threshold': threshold, 'num_flagged': anomalous,
+        **dataclasses.asdict(normal.scoring), **dataclasses.asdict(normal.maps),
+        **dataclasses.asdict(normal.judging)})
     for repair in dict.fromkeys(repair for file in files.read.values() for repair in file.repairs):
         ids = sorted(i for i, file in files.read.items() if repair in file.repairs)
-        run.say(f"{count(len(ids), 'subject')} {repair}: {some(ids)}")
-    if found.passed_over:
-        run.say(f"{found.passed_over} files and folders are passed over: {found.kinds}")
+        kind = 'subject' if len(run.model.shape) == 4 else 'image'
+        run.say(f'{count(len(ids), kind)} {repair}: {some(ids)}')
+    for line in passed_line(found.passed_over):
+        run.say(line)
     if len(table):
         promised = max(normal.judging.target_fpr, 1 / (num_normal + 1))              # see metrics.threshold
         run.say(f"{anomalous} of {len(table)} are anomalous: {primary} above {threshold:.5g}, which at most "

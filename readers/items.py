@@ -20,6 +20,8 @@ from readers.source import CLASSES_SHOWN, DTYPES, Array, Entry, Source, same_nam
 from readers.split import count, some
 from utils import UserError
 
+LEARNED = ('train', 'val')           # parts from which a model learns: their anomalous images are left out
+
 
 class Loaded(NamedTuple):
     """An image or a volume as the model sees it, before --num_x_bits is applied."""
@@ -42,8 +44,14 @@ class Item:
     patient: str = ''
     path: str = ''                               # '' where it is not a file
     mask: str = ''                               # path or name of its mask; '' = it has none
+    more_masks: tuple[str, ...] = ()             # paths of further ones, which mark more of it
     stamp: Any = ()                              # another one after the content has changed
     read: Callable[['Item'], Loaded] | None = None
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """All masks of it."""
+        return (self.mask, *self.more_masks) if self.mask else ()
 
     def load(self) -> Loaded:
         """The image, as the model sees it. Raises Unreadable."""
@@ -145,16 +153,22 @@ def chosen_items(listing: Listing, normal: Sequence[str], anomalous: Sequence[st
     """The items of these classes.
 
     Of images, masks count where they mark anomalies, and anomalous ones never come from a published training
-    part: no model has seen their writers. Subjects keep both; key files decide about the parts.
+    or validation part: no model has seen their writers. Subjects keep both; key files decide about the parts.
     """
     def as_taken(item: Item) -> Item | None:
         if row.dims == 3:
             return item if item.class_name in (*normal, *anomalous) else None
         if item.class_name in anomalous:
-            return None if item.part == 'train' else replace(item, mask=item.mask if row.masks else '')
+            return None if item.part in LEARNED else item if row.masks else replace(item, mask='')
         return replace(item, mask='') if item.class_name in normal else None
 
     items = [taken for item in listing.items if (taken := as_taken(item))]
+    if row.dims == 2:
+        left = [item.id for item in listing.items if item.class_name in anomalous and item.part in LEARNED]
+        spare = [item.id for item in listing.items if item.class_name in normal and item.mask and row.masks]
+        listing.notes += [f'{count(len(ids), "image")} {words}: {some(ids)}' for ids, words in (
+            (left, 'of anomalous classes in a published part for training or validation left out'),
+            (spare, 'of normal classes with a mask, which is not used')) if ids]
     if not items and not listing.bad:
         raise UserError(f"--data: {listing.name} has no image of the classes "
                         f"{', '.join((*normal, *anomalous)[:CLASSES_SHOWN])}: choose others.")

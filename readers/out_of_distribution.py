@@ -13,11 +13,13 @@ import numpy as np
 
 from readers.config import DataSet, ReaderConfig
 from readers.images.decode import ImageLoader
-from readers.images.folder import image_files, read_images
+from readers.images.folder import read_images
+from readers.images.layout import image_files
 from readers.images.png import png_bytes
 from readers.items import Item
 from readers.lesions import IMAGE_MM, SIMULATIONS
 from readers.parts import LEFT_RIGHT
+from readers.paths import MASKS, Passed, pass_over, passed_line
 from readers.source import Entry, Images, Source
 from readers.volumes.nifti import entry_grids
 from utils import UserError, mix_seed
@@ -84,13 +86,17 @@ def read_folder(wanted: Wanted, most: int, seed: int, loader: ImageLoader, confi
         raise UserError(f"--ood {name}: {folder} is no folder of images and no LMDB of "
                         f"scripts/create_lmdb.py. Correct the path; for a published data set take its name "
                         f"of --dataset as the name.")
-    items = [Item(p.relative_to(folder).as_posix(), name, path=str(p)) for p in image_files(folder)]
+    passed: Passed = {}
+    images, masks = image_files(folder, passed)
+    pass_over(passed, MASKS, *masks)
+    items = [Item(image, name, path=str(folder / image)) for image in images]
     if not items:
         raise UserError(f"--ood {name}: there is no image below {folder}. Correct the path; for a published "
                         f"data set take its name of --dataset as the name.")
     row = DataSet(read_folder, size=loader.size)                # without names of classes: all are taken
-    return read_images(drawn(items, most, seed), loader, config, row, str(folder.resolve()),
-                       near_duplicates=False)
+    source = read_images(drawn(items, most, seed), loader, config, row, str(folder.resolve()),
+                         near_duplicates=False)
+    return replace(source, notes=[*source.notes, *passed_line(passed)])
 
 
 def drawn(items: Sequence[Any], most: int, seed: int) -> list[Any]:

@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from readers.images.masks import is_mask_folder, masks_beside
 from readers.source import MOST_PIXELS, Unreadable
 from utils import UserError
 
+# What a search leaves aside: the names of each kind, for one line.
+Passed = dict[str, list[str]]
+HIDDEN, LINKS, OWN = 'hidden files and folders', 'links to folders', 'folders of results'
+MASKS, FOREIGN = 'masks and folders of masks', 'files of other kinds'
 MOST_BYTES = 8 * MOST_PIXELS                        # of an image file: the largest image as doubles
 
 
@@ -38,36 +43,65 @@ def subfolders(folder: Path) -> list[Path]:
                         f"permissions.") from None
 
 
-def walk(root: str | Path, skip: str, without: str | Path,
-         unlisted: Callable[[OSError], None]) -> tuple[list[str], int]:
-    """All files below `root` at any depth, and how many files and folders are passed over: hidden ones,
-    folders of the name `skip`, links to folders, and the folder `without`.
+def walk(root: str | Path, unlisted: Callable[[OSError], None], skip: Callable[[str], bool] = lambda _: False,
+         without: str | Path = '') -> tuple[list[str], Passed]:
+    """All files below `root` at any depth, and what is passed over: what is hidden, links to folders, folders
+    of masks, that is those whose name `skip` names, and the folder `without`.
 
     `unlisted` is told of each folder that cannot be read.
     """
-    found, passed_over, own = [], 0, os.path.realpath(without) if without else ''
+    found, passed, own = [], {}, os.path.realpath(without) if without else ''
     for place, folders, names in os.walk(root, onerror=unlisted):
-        entered = [f for f in folders if not f.startswith('.') and not (skip and f.lower() == skip)
-                   and not os.path.islink(os.path.join(place, f))
-                   and os.path.realpath(os.path.join(place, f)) != own]
-        files = [n for n in names if not n.startswith('.')]
-        passed_over += len(folders) - len(entered) + len(names) - len(files)
-        folders[:] = entered
-        found += [os.path.join(place, n) for n in files]
-    return found, passed_over
+        kinds = {f: _kind(os.path.join(place, f), f, skip, own) for f in folders}
+        kinds |= {n: HIDDEN for n in names if n.startswith('.')}
+        for name, kind in kinds.items():
+            if kind:
+                pass_over(passed, kind, os.path.relpath(os.path.join(place, name), root))
+        folders[:] = [f for f in folders if not kinds[f]]
+        found += [os.path.join(place, n) for n in names if n not in kinds]
+    return found, passed
 
 
-def files_below(root: str | Path, suffixes: Sequence[str], skip: str = '',
-                without: str | Path = '') -> list[str]:
+def _kind(path: str, name: str, skip: Callable[[str], bool], own: str) -> str:
+    """Why a folder is not entered; '' if it is."""
+    if name.startswith('.'):
+        return HIDDEN
+    if os.path.islink(path):
+        return LINKS
+    if skip(name):
+        return MASKS
+    return OWN if own and os.path.realpath(path) == own else ''
+
+
+def pass_over(passed: Passed, kind: str, *names: str) -> None:
+    """Notes files or folders of a kind that are left aside."""
+    passed.setdefault(kind, []).extend(printable(name) for name in names)
+
+
+def passed_line(passed: Passed) -> list[str]:
+    """One line that counts what was passed over, with an example of each kind; none if there is nothing."""
+    kinds = [f'{kind} ({len(names):,}, such as {min(names)})' for kind, names in passed.items() if names]
+    return [f"passed over: {'; '.join(kinds)}"] if kinds else []
+
+
+def files_below(root: str | Path, suffixes: Sequence[str], without: str | Path = '',
+                passed: Passed | None = None) -> list[str]:
     """The files that `walk` finds with these suffixes, in lower case, as sorted paths relative to `root` with
-    '/'. Raises UserError for a folder that cannot be read.
+    '/'; what it passes over, and files of other kinds, go to `passed`. Raises UserError for a folder that
+    cannot be read.
     """
-    def stop(error: OSError) -> None:
-        raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}): check its "
-                        f"permissions.")
+    files, others = walk(root, stop_at, without=without)
+    names = sorted(Path(f).relative_to(root).as_posix() for f in files)
+    found = [name for name in names if name.lower().endswith(tuple(suffixes))]
+    if passed is not None:
+        for kind, left in {**others, FOREIGN: sorted({*names} - {*found})}.items():
+            pass_over(passed, kind, *left)
+    return found
 
-    files, _ = walk(root, skip, without, stop)
-    return sorted(Path(f).relative_to(root).as_posix() for f in files if f.lower().endswith(tuple(suffixes)))
+
+def stop_at(error: OSError) -> None:
+    """Raises UserError for a folder that cannot be read."""
+    raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}): check its permissions.")
 
 
 def file_content(path: str | Path, most: int = MOST_BYTES) -> bytes:
@@ -86,30 +120,31 @@ def file_content(path: str | Path, most: int = MOST_BYTES) -> bytes:
 
 
 class Found(NamedTuple):
-    """What is to be loaded of a folder, by id, and what `load` takes for each: a path or a subject; and how
-    many files and folders of which `kinds` are `passed_over`.
+    """What is to be loaded of a folder, by id, and what `load` takes for each: a path or a subject; and what
+    is passed over.
     """
     ids: list[str]
     paths: list[Any]
-    passed_over: int
-    kinds: str = 'hidden, named masks, or links to folders'
+    passed_over: Passed
 
 
 def find_files(path: str | Path, without: str | Path = '') -> Found:
-    """All files below a folder whatever they are, but for folders named `masks` and those that `walk` passes
-    over, or the one file; ids are relative names. Raises UserError if there is nothing.
+    """All files below a folder whatever they are, but for masks and what `walk` passes over, or the one file;
+    ids are relative names. Raises UserError if there is nothing.
     """
     root = str(path)
     if not os.path.lexists(root):
         raise UserError(f"--data: {root} does not exist. Give a folder of images, or an image file.")
     if not os.path.isdir(root):
-        return Found([printable(os.path.basename(root))], [root], 0)
+        return Found([printable(os.path.basename(root))], [root], {})
     unlisted: list[str] = []         # a folder that may not be listed takes the place of its files
-    found, passed_over = walk(root, 'masks', without, lambda error: unlisted.append(error.filename))
-    if not (found := found + unlisted):
+    found, passed = walk(root, lambda error: unlisted.append(error.filename), is_mask_folder, without)
+    named = {Path(os.path.relpath(f, root)).as_posix(): f for f in found + unlisted}
+    if beside := masks_beside(named):
+        pass_over(passed, MASKS, *beside)
+    if not (names := sorted({*named} - beside)):
         raise UserError(f"--data: there is no file below {root}. Give a folder of images, or an image file.")
-    named = sorted((Path(os.path.relpath(f, root)).as_posix(), f) for f in found)
-    return Found([printable(name) for name, _ in named], [f for _, f in named], passed_over)
+    return Found([printable(name) for name in names], [named[name] for name in names], passed)
 
 
 def printable(name: str) -> str:

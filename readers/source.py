@@ -5,6 +5,7 @@ N images, C channels, *S the size.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,8 +96,9 @@ def same_name(a: str, b: str) -> bool:
     """Whether two class names differ only in case or in the sign between words ('Lung_Opacity', 'lung
     opacity').
     """
-    return _plain(a) == _plain(b)
+    return plain_name(a) == plain_name(b)
 
 
-def _plain(name: str) -> str:
-    return name.casefold().replace('_', ' ').replace('-', ' ')
+def plain_name(name: str) -> str:
+    """The name of a class without case and without the sign between its words."""
+    return unicodedata.normalize('NFC', name).casefold().replace('_', ' ').replace('-', ' ')

@@ -61,6 +61,18 @@ def split_given(entries: Sequence[Entry], val_fraction: float, test_fraction: fl
                              0 if 'test' in named else test_fraction, seed)
 
 
+def as_asked(entries: Sequence[Entry], val_fraction: float, test_fraction: float) -> list[Entry]:
+    """The entries with the parts that they have been given, where the flags ask for others; -1 = no flag.
+
+    A fraction for validation is drawn from the given validation and training parts together. Raises UserError
+    for a fraction for testing, where there is a test part.
+    """
+    if test_fraction > 0 and any(e.part == 'test' for e in entries):
+        raise UserError(f"--test_fraction {test_fraction}: the data have a test part of their own. Leave it "
+                        f"out.")
+    return [replace(e, part='train') if e.part == 'val' and val_fraction >= 0 else e for e in entries]
+
+
 def split_by_name(entries: Sequence[Entry], val_fraction: float, test_fraction: float,
                   seed: int) -> dict[str, str]:
     """The part of each image by the order of the ids: of the normal ones the first are train, then val, and

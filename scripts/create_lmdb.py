@@ -112,7 +112,8 @@ def plan_files(config: DataConfig) -> Job:
         return resized_record(items[number], loader) if config.image_size else file_record(items[number])
 
     def state(number: int) -> Any:
-        return stamp(items[number].path), stamp(items[number].mask)
+        item = items[number]
+        return [*map(stamp, (item.path, *item.masks))]
 
     facts = {'dataset': config.dataset, 'classes': sorted({item.class_name for item in items}),
              'near_duplicates': True, 'made_from': root.name}
@@ -121,7 +122,7 @@ def plan_files(config: DataConfig) -> Job:
 
 def resized_record(item: Item, loader: ImageLoader) -> Record:
     """An image file as its reader hands it over. Raises Unreadable."""
-    loaded = loader.load(item.path, item.mask)
+    loaded = loader.load(item.path, *item.masks)
     mask = None if loaded.mask is None else loaded.mask[0] * np.uint8(255)                      # (S, S)
     return array_record(item, loaded.pixels, mask, {'sha256': loaded.sha256, 'num_bytes': loaded.num_bytes})
 

@@ -120,7 +120,7 @@ def write_lmdb(path, records):
 def test_a_data_set_is_the_same_from_its_folder_and_from_its_lmdb(folder, packed, tmp_path, flags):
     a, b = load(folder, tmp_path, **flags), load(packed, tmp_path, **flags)
     assert_same(a, b, draw=3)
-    assert a.report == b.report
+    assert [line for line in a.report if not line.startswith('passed over')] == b.report
     x, y = (list(itertools.islice(train_batches(d.train, 2, seed=1), 3)) for d in (a, b))
     assert all(torch.equal(p.x, q.x) and p.id == q.id for p, q in zip(x, y, strict=True))
 

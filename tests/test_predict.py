@@ -246,7 +246,8 @@ def test_an_unreadable_file_is_a_row_with_its_reason_and_the_rest_go_on(trained,
         assert row.pop('id') == name and not any(row.values()), "no score, no percentile, no call, no picture"
     said = capfd.readouterr().out.splitlines()
     assert said[-1] == f"10 scored, 14 could not be read: see {tmp_path / 'scores.csv'}"
-    assert said[0].startswith('3 files and folders are passed over')
+    assert said[0] == ('passed over: links to folders (1, such as again); masks and folders of masks (1, '
+                       'such as masks); hidden files and folders (1, such as .hidden.png)')
     kept = json.loads((tmp_path / 'metrics.json').read_text())['predict']
     assert (kept['num_files'], kept['num_scored'], kept['num_unreadable']) == (24, 10, 14)
 
@@ -277,7 +278,7 @@ def test_the_results_in_the_folder_itself_are_not_taken_for_images(tmp_path):
     (tmp_path / 'out' / 'overlays').mkdir(parents=True)
     (tmp_path / 'out' / 'overlays' / '1_a.png').write_bytes(b'x')
     (tmp_path / 'a.png').write_bytes(b'x')
-    assert find_files(tmp_path, without=tmp_path / 'out')[::2] == (['a.png'], 1)
+    assert find_files(tmp_path, without=tmp_path / 'out')[::2] == (['a.png'], {'folders of results': ['out']})
     assert find_files(tmp_path).ids == ['a.png', 'out/overlays/1_a.png']
     assert printable(os.fsdecode(b'caf\xe9 \xc3\xa9')) == 'caf\\xe9 é'
 

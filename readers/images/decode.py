@@ -8,24 +8,42 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from readers.config import DataSet, ReaderConfig
-from readers.dicom import decode_dicom, is_dicom
+from readers.dicom import MAGIC, MAGIC_START, decode_dicom, is_dicom
 from readers.items import Loaded
 from readers.paths import Found, file_content, find_files
 from readers.source import DTYPES, MOST_PIXELS, Unreadable
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.dcm', '.dicom')
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.tif', '.tiff', '.bmp', '.dcm', '.dicom')
 FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # of Pillow; decided by content, not by suffix
 DARK = 1 / 15                                       # 4095 of 65535 is 1/16
 DARK_NOTE = ('with less than 1/15 of the gray scale in use look black (if these are 12-bit values in 16-bit '
              'files, rescale them)')
+FULL_MASK = 'with a mask that marks every pixel (is its background 0?)'
+EMPTY_MASK = 'with a mask that marks nothing at this size'
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)               # ITU-R BT.601
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+TIFF_COMPRESSION, TIFF_JPEG = 259, 7
+LOSSY = 0.25                                        # of the largest value of a JPEG mask: less is background
+
+
+def is_image_file(path: str) -> bool:
+    """Whether a file is looked at: by its suffix, or because it is DICOM, whose names often have none."""
+    if path.lower().endswith(SUFFIXES):
+        return True
+    if os.path.basename(path).upper() == 'DICOMDIR' or not os.path.isfile(path):
+        return False
+    try:
+        with open(path, 'rb') as file:
+            return file.read(MAGIC_START + len(MAGIC))[MAGIC_START:] == MAGIC
+    except OSError:
+        return False
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -37,10 +55,27 @@ def decode(data: bytes) -> np.ndarray:
     Transparent pixels show black. EXIF orientation is applied; of several pages the first is read. Raises
     Unreadable.
     """
-    if not data:
-        raise Unreadable('is empty (0 bytes)')
     if is_dicom(data):
         return decode_dicom(data)
+    return _decoded(data, _values)
+
+
+def decode_mask(data: bytes) -> np.ndarray:
+    """What the bytes of a mask file mark: (H, W, 1) bool, True where it is not background. Raises Unreadable.
+
+    Background is 0, black, or transparent. A drawing that is black on transparent ground, and a palette
+    without black, count by what is visible and by index 0. Lossy files leave gray around what they mark:
+    of JPEG, what is above a quarter of the largest value counts.
+    """
+    if is_dicom(data):
+        return (decode_dicom(data) > 0).any(-1, keepdims=True)
+    return _decoded(data, _marked)[..., None]
+
+
+def _decoded(data: bytes, read: Callable[[Image.Image, dict[int, object]], np.ndarray]) -> np.ndarray:
+    """What `read` makes of the picture in the bytes of a file, and of its TIFF tags. Raises Unreadable."""
+    if not data:
+        raise Unreadable('is empty (0 bytes)')
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
@@ -50,8 +85,10 @@ def decode(data: bytes) -> np.ndarray:
             image.verify()                       # checksums, and that the file goes on to its end
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         tags = dict(getattr(image, 'tag_v2', {}))
+        if image.format == 'JPEG':
+            tags[TIFF_COMPRESSION] = TIFF_JPEG
         image.load()
-        return _values(ImageOps.exif_transpose(image), tags)
+        return read(ImageOps.exif_transpose(image), tags)
     except Unreadable:
         raise
     except Image.UnidentifiedImageError:
@@ -86,6 +123,24 @@ def _values(image: Image.Image, tags: dict[int, object]) -> np.ndarray:
     if image.mode in ('1', 'L'):
         return np.asarray(image.convert('L'), np.float32)[..., None] / 255
     return np.asarray(image.convert('RGB'), np.float32) / 255
+
+
+def _marked(image: Image.Image, tags: dict[int, object]) -> np.ndarray:
+    """Where a mask is not background: (H, W) bool."""
+    if tags.get(TIFF_COMPRESSION) == TIFF_JPEG:
+        x = np.asarray(image.convert('L'), np.int32)
+        return x > x.max() * LOSSY
+    if image.mode in ('1', 'L', 'I', 'F') or image.mode.startswith('I;16'):
+        return np.asarray(image) != 0
+    rgba = np.asarray(image.convert('RGBA'))                                    # (H, W, 4)
+    visible = rgba[..., 3] > 0
+    marked = visible & (rgba[..., :3] > 0).any(-1)
+    if not marked.any() and not visible.all():
+        marked = visible                                        # black on transparent ground
+    if image.mode == 'P' and (marked.all() or not marked.any()):
+        index = np.asarray(image)
+        marked = index != 0 if (index == 0).any() else marked
+    return marked
 
 
 def to_channels(x: np.ndarray, channels: int) -> np.ndarray:
@@ -129,19 +184,21 @@ def to_integers(x: np.ndarray, size: int, channels: int, depth: int, fit: str) -
 
 
 def mask_to_integers(mask: np.ndarray, size: int, fit: str) -> np.ndarray:
-    """(H, W, 1) as (1, S, S) uint8 0 or 1: anomalous where at least half of the pixel is. 0/1 and 0/255 files
-    both do.
-    """
-    inside = (mask > mask.max() / 2).astype(np.float32)
-    return (to_size(inside, size, fit) >= 0.5).astype(np.uint8)
+    """(H, W, 1) bool as (1, S, S) uint8 0 or 1: anomalous where at least half of the pixel is."""
+    return (to_size(mask.astype(np.float32), size, fit) >= 0.5).astype(np.uint8)
+
+
+def read_mask(path: str) -> np.ndarray:
+    """What a mask file marks: (H, W, 1) bool. Raises Unreadable."""
+    return decode_mask(file_content(path))
 
 
 def load_mask(read: Callable[[], np.ndarray], name: str, image: np.ndarray) -> np.ndarray:
-    """The mask (H, W, C) that `read` gives, as (H, W, 1). Raises Unreadable if it cannot be read or has
-    another size than the image.
+    """The mask (H, W, 1) bool that `read` gives. Raises Unreadable if it cannot be read or has another size
+    than the image.
     """
     try:
-        mask = to_channels(read(), 1)
+        mask = read()
     except Unreadable as error:
         raise Unreadable(f'has a mask {name} that {error}') from None
     if mask.shape[:2] != image.shape[:2]:
@@ -177,18 +234,21 @@ class ImageLoader:
         """All files below a folder but for the folder `without`, or the one file."""
         return find_files(path, without)
 
-    def load(self, path: str, mask_path: str = '') -> Loaded:
-        """An image file, and that of its mask. Raises Unreadable."""
+    def load(self, path: str, *mask_paths: str) -> Loaded:
+        """An image file, and those of its masks. Raises Unreadable."""
         data = file_content(path)
         image, mask = decode(data), None                                                 # (H, W, C)
-        if mask_path:
-            mask = load_mask(lambda: decode(file_content(mask_path)), os.path.basename(mask_path), image)
+        for mask_path in mask_paths:
+            one = load_mask(partial(read_mask, mask_path), os.path.basename(mask_path), image)
+            mask = one if mask is None else mask | one
         return self.finish(image, mask, hashlib.sha256(data).hexdigest(), len(data))
 
     def finish(self, image: np.ndarray, mask: np.ndarray | None, sha256: str, num_bytes: int) -> Loaded:
-        """An image (H, W, C) and its mask (H, W, 1), both in [0, 1]."""
+        """An image (H, W, C) in [0, 1] and its mask (H, W, 1) bool."""
         around = ((0, 0), (self.border, self.border), (self.border, self.border))
         pixels = np.pad(to_integers(image, self.size, self.channels, self.depth, self.fit), around)
+        notes = {DARK_NOTE: image.max() < DARK}
         if mask is not None:
-            mask = np.pad(mask_to_integers(mask, self.size, self.fit), around)
-        return Loaded(pixels, mask, sha256, num_bytes, repairs=(DARK_NOTE,) if image.max() < DARK else ())
+            whole, mask = mask.all(), np.pad(mask_to_integers(mask, self.size, self.fit), around)
+            notes |= {FULL_MASK: whole, EMPTY_MASK: not mask.any()}
+        return Loaded(pixels, mask, sha256, num_bytes, repairs=tuple(note for note in notes if notes[note]))

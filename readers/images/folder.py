@@ -1,21 +1,23 @@
 """Folders of image files (PNG, JPEG, TIFF, BMP, DICOM), one folder a class.
 
     <root>/<class>/images/*.png     or    <root>/<class>/*.png            any depth below
-    <root>/<class>/masks/*.png      or    <root>/masks/<class>/*.png      same stem; not zero = anomalous
+    <root>/<class>/masks/*.png      or    <root>/masks/<class>/*.png      masks.py has the names
+    <root>/train/<class>/...        <root>/test/<class>/...               parts as published
 """
 
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig
-from readers.images.decode import SUFFIXES, ImageLoader
+from readers.images.decode import ImageLoader
+from readers.images.layout import PART_FOLDERS, Layout, image_files
+from readers.images.masks import with_masks
 from readers.items import Item, Listing, Loaded, import_items
-from readers.paths import files_below, find_root, subfolders
+from readers.paths import MASKS, find_root, pass_over, passed_line, subfolders
 from readers.source import Source, same_name
+from readers.split import count, some
 from utils import UserError
 
 
@@ -30,12 +32,12 @@ def read_images(items: Sequence[Item], loader: ImageLoader, config: ReaderConfig
                 name: str, near_duplicates: bool = True) -> Source:
     """Image files; `name` says in errors where their classes are."""
     def read(item: Item) -> Loaded:
-        return loader.load(item.path, item.mask)
+        return loader.load(item.path, *item.masks)
 
-    items = [replace(item, read=read, stamp=(stamp(item.path), stamp(item.mask))) for item in items]
+    items = [replace(item, read=read, stamp=[*map(stamp, (item.path, *item.masks))]) for item in items]
     key = {'images': name, 'size': loader.size, 'channels': loader.channels, 'fit': loader.fit,
            'border': loader.border,
-           'files': [[item.id, item.class_name, item.part, item.stamp] for item in items]}
+           'files': [[item.id, item.class_name, item.part, *item.masks, item.stamp] for item in items]}
     return import_items(config, row, key, lambda: Listing(name, items, loader.shape,
                                                           near_duplicates=near_duplicates))
 
@@ -46,77 +48,54 @@ def read_part_folders(config: ReaderConfig, row: DataSet, folders: Mapping[str, 
 
     Near-duplicates are not searched for: a letter in two typefaces is often nearly the same.
     """
-    root, items = find_root(config.data, row.where), []
+    root, items, passed = find_root(config.data, row.where), [], {}
     for part in row.parts:
         place = root / folders[part]
         classes = [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []
-        found = [Item(p.relative_to(root).as_posix(), folder.name, part=part, path=str(p))
-                 for folder in classes for p in image_files(folder)]
+        files = [(folder, folder / name) for folder in classes for name in image_files(folder, passed)[0]]
+        found = [Item(path.relative_to(root).as_posix(), folder.name, part, path=str(path))
+                 for folder, path in files]
         if not found:
             raise UserError(f"--data: {config.data!r} has no images in folders of classes in "
                             f"{folders[part]}. {row.where}")
         items += found
     items.sort(key=lambda item: item.id)
-    return read_images(items, ImageLoader.of(config, row), config, row, str(root.resolve()),
-                       near_duplicates=False)
+    source = read_images(items, ImageLoader.of(config, row), config, row, str(root.resolve()),
+                         near_duplicates=False)
+    return replace(source, notes=passed_line(passed) + source.notes)
 
 
 def find_items(folder: str, config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], list[str]]:
-    """All images in class folders, with masks where these mark anomalies: (root, items, notes)."""
-    root, classes, notes = find_classes(folder, config.normal_classes or row.normal, row.where)
-    items = [item for name, found in classes.items()
-             for item in (with_masks(root, name, found) if row.masks else found)]
+    """All images in class folders, with their parts where there is a folder for each, and with masks where
+    these mark anomalies: (root, items, notes).
+
+    Raises UserError if there is no folder, no normal class or a class folder without images.
+    """
+    root = find_class_root(folder, config.normal_classes or row.normal, row.where)
+    found = Layout(root, config.normal_classes or row.normal, config.anomalous_classes)
+    found.read()
+    items, lost = with_masks(found.images, found.masks if row.masks else [], found.is_normal)
+    if lost:
+        found.notes.append(f'{count(len(lost), "mask")} not used, of no image or of several: '
+                           f'{some(sorted(lost))}')
+    if not row.masks:
+        pass_over(found.passed, MASKS, *(mask.item.id for mask in found.masks))
+    notes = found.notes + passed_line(found.passed)
     return root.resolve(), sorted(items, key=lambda item: item.id), notes
 
 
-def find_classes(folder: str, normal: Sequence[str],
-                 where: str) -> tuple[Path, dict[str, list[Item]], list[str]]:
-    """The classes in `folder`, or in the one folder below it that has a normal class: (root, {class: files},
-    notes).
-
-    Raises UserError if there is no folder, no normal class or a class folder without images; `where` says
-    where the data set comes from.
-    """
+def find_class_root(folder: str, normal: Sequence[str], where: str) -> Path:
+    """`folder`, or the one folder below it, that has a normal class, itself or in the folder of a part."""
     def has_normal(place: Path) -> bool:
         return any(same_name(sub.name, name) for sub in subfolders(place) for name in normal)
 
-    root, classes, notes = find_root(folder, where, has_normal), {}, []
+    def holds(place: Path) -> bool:
+        return has_normal(place) or any(has_normal(sub) for sub in subfolders(place)
+                                        if sub.name.lower() in PART_FOLDERS)
+
+    root = find_root(folder, where, holds)
     if root is None:
         found = ', '.join(sub.name for sub in subfolders(Path(folder))) or 'no folders'
         raise UserError(f"--data: {folder} has no folder of normal images named {' or '.join(normal)}: "
                         f"found {found}. {where}")
-    for sub in subfolders(root):
-        if sub.name.lower() == 'masks':
-            continue
-        images = next((s for s in subfolders(sub) if s.name.lower() == 'images'), sub)
-        files = image_files(images)
-        is_normal = any(same_name(sub.name, name) for name in normal)
-        if not files and images is sub and next(sub.iterdir(), None) and not is_normal:
-            notes.append(f"folder {sub.name} holds no {', '.join(SUFFIXES)} file: it is not taken for a "
-                         f"class")
-            continue
-        if not files:
-            raise UserError(f"class folder {images} holds no image ({', '.join(SUFFIXES)}): fill it or "
-                            f"remove it.")
-        classes[sub.name] = [Item(f.relative_to(root).as_posix(), sub.name, path=str(f)) for f in files]
-    return root, classes, notes
-
-
-def image_files(folder: Path) -> list[Path]:
-    """All image files below `folder`, without hidden ones and those below a folder `masks`."""
-    return [folder / name for name in files_below(folder, SUFFIXES, skip='masks')]
-
-
-def with_masks(root: Path, class_name: str, files: list[Item]) -> list[Item]:
-    """The files of a class, each with its mask where one of the same stem is there."""
-    masks = {}
-    for folder in (root / 'masks' / class_name, root / class_name / 'masks'):
-        if folder.is_dir():
-            masks |= {_stem(p.relative_to(folder).as_posix()): str(p) for p in image_files(folder)}
-    prefix = re.compile(re.escape(class_name) + r'/(images/)?', re.IGNORECASE)
-    return [replace(f, mask=masks.get(_stem(prefix.sub('', f.id, count=1)), '')) for f in files]
-
-
-def _stem(name: str) -> str:
-    """'sub/scan1_mask.png' -> 'sub/scan1'."""
-    return re.sub(r'_mask$', '', os.path.splitext(name)[0])
+    return root

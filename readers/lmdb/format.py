@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from readers.dicom import FULL, is_dicom
-from readers.images.decode import FORMATS, decode
+from readers.images.decode import FORMATS, decode, decode_mask, read_mask
 from readers.items import Item
 from readers.paths import file_content
 from readers.source import Unreadable
@@ -92,6 +92,11 @@ def values_of(data: bytes, facts: dict[str, Any]) -> np.ndarray:
     return (x / np.float64(np.iinfo(x.dtype).max)).astype(np.float32)
 
 
+def marked_by(data: bytes, facts: dict[str, Any]) -> np.ndarray:
+    """What the mask in the bytes of a record marks: (H, W, 1) bool. Raises Unreadable."""
+    return decode_mask(data) if facts['encoding'] == 'file' else values_of(data, facts).any(-1, keepdims=True)
+
+
 def raw_of(data: bytes, facts: dict[str, Any]) -> np.ndarray:
     """The array in the bytes of a record, of any shape: uint8 or uint16. Raises Unreadable."""
     encoding, dtype, shape = facts['encoding'], facts['dtype'], facts['shape']
@@ -115,14 +120,19 @@ class Record(NamedTuple):
 def file_record(item: Item) -> Record:
     """The bytes of a file and of its mask. Raises Unreadable if they cannot be decoded."""
     data, facts = read_encoded(item.path)
-    if not item.mask:
+    if not item.masks:
         return Record(facts_of(item) | facts, data)
-    name = Path(item.mask).name
-    try:
-        mask, mask_facts = read_encoded(item.mask)
-    except Unreadable as error:
-        raise Unreadable(f'has a mask {name} that {error}') from None
-    return Record(facts_of(item) | facts | {'mask': {'name': name, **mask_facts}}, data, mask)
+    drawn = []
+    for path in item.masks:
+        try:
+            drawn.append(read_encoded(path) if len(item.masks) == 1 else read_mask(path))
+        except Unreadable as error:
+            raise Unreadable(f'has a mask {Path(path).name} that {error}') from None
+    if len(drawn) > 1:                               # of several, what any of them marks
+        union = np.any(drawn, 0)[..., 0].astype(np.uint8) * np.uint8(255)                          # (H, W)
+        drawn = [(union.tobytes(), payload(union.tobytes(), 'raw', union.shape, 'uint8'))]
+    mask, mask_facts = drawn[0]
+    return Record(facts_of(item) | facts | {'mask': {'name': Path(item.mask).name, **mask_facts}}, data, mask)
 
 
 def read_encoded(path: str) -> tuple[bytes, dict[str, Any]]:

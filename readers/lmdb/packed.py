@@ -31,6 +31,7 @@ from readers.lmdb.format import (
     Damaged,
     expect,
     key_of,
+    marked_by,
     raw_of,
     unseal,
     values_of,
@@ -159,7 +160,7 @@ class Packed:
             return Loaded(raw_of(data, info), mask, original['sha256'], original['num_bytes'],
                           tuple(map(Grid.from_json, info['grids'])))
         image = values_of(data, info)
-        mask = None if drawn is None else load_mask(lambda: values_of(drawn, facts), facts['name'], image)
+        mask = None if drawn is None else load_mask(lambda: marked_by(drawn, facts), facts['name'], image)
         return loader.finish(image, mask, original['sha256'], original['num_bytes'])
 
     def examine(self, number: int) -> tuple[dict[str, Any] | None, list[tuple[bytes, str]]]:

@@ -7,7 +7,7 @@ front and upwards (RAS+).
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig, VolumeConfig, volume_flags
 from readers.items import Item, Listing, Loaded, import_items
 from readers.parallel import attempt
-from readers.paths import Found, files_below, find_root, printable
+from readers.paths import Found, Passed, files_below, find_root, pass_over, passed_line, printable
 from readers.source import DTYPES, Source, Unreadable
 from readers.split import count, some
 from readers.volumes.nifti import SUFFIXES, Grid, Nifti, read_nifti, resample
@@ -75,16 +75,13 @@ class VolumeLoader:
             raise UserError(f"--data: {root} does not exist. Give a folder of NIfTI files, or one file.")
         if not root.is_dir():
             self._expect_all_in(root, mask)
-            return Found([printable(owner(root.name, names)[0])], [Subject(root.name, (str(root),))], 0)
+            return Found([printable(owner(root.name, names)[0])], [Subject(root.name, (str(root),))], {})
         subjects, bad = find_subjects(root, self.modalities, self.labels, mask, without)
         found = sorted([(s.id, s) for s in subjects] + [(name, Unreadable(why)) for name, why in bad],
                        key=lambda pair: pair[0])
-        ids = {name for name, _ in found}
-        files = files_below(root, SUFFIXES, without=without)
-        others = sum(owner(file, names)[0] not in ids for file in files)
         return Found([printable(name) for name, _ in found],
-                     [replace(s, label='') if isinstance(s, Subject) else s for _, s in found], others,
-                     "NIfTI files that are no channel of the run's")
+                     [replace(s, label='') if isinstance(s, Subject) else s for _, s in found],
+                     unused_files(root, names, {name for name, _ in found}, without))
 
     def _expect_all_in(self, file: Path, mask: str) -> None:
         """Raises UserError if a subject is more than one such file; whether that can be read shows later."""
@@ -195,6 +192,16 @@ class VolumeLoader:
         return (label.values > 0).any(0).astype(np.uint8), label.grid
 
 
+def unused_files(root: Path, names: Sequence[str], ids: Collection[str], without: str | Path = '') -> Passed:
+    """What lies below `root` and belongs to no subject of these ids; `names` are those of channels and masks.
+    """
+    passed: Passed = {}
+    files = files_below(root, SUFFIXES, without, passed)
+    pass_over(passed, "NIfTI files that are no channel of these volumes",
+              *(file for file in files if owner(file, names)[0] not in ids))
+    return passed
+
+
 # ----------------------------------------------------------------------------------------------------- import
 
 def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
@@ -215,6 +222,8 @@ def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
         return listing
 
     source = import_items(config, row, key, read)
+    names = [name for name in (*loader.modalities, loader.labels, config.volume_mask) if name]
+    notes += passed_line(unused_files(root, names, {*(s.id for s in subjects), *(name for name, _ in bad)}))
     return replace(source, notes=notes + source.notes, bad=bad + source.bad)
 
 

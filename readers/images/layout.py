@@ -1,0 +1,137 @@
+"""What the files below a folder of images are: which class and part an image is of, and which are masks.
+
+B images; names are relative to the root, with '/'.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from readers.images.decode import SUFFIXES, is_image_file
+from readers.images.masks import Placed, is_mask_folder, masks_beside
+from readers.items import Item
+from readers.paths import FOREIGN, Passed, pass_over, stop_at, subfolders, walk
+from readers.source import same_name
+from readers.split import count, some
+from utils import UserError
+
+IMAGES = 'images'
+IMAGE_FOLDERS = (IMAGES, 'image', 'imgs', 'img')            # say what is in them, and are no class
+PART_FOLDERS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val',
+                'test': 'test', 'testing': 'test'}
+LOOSE, OUTSIDE = 'images in no class folder', f'images outside the folder {IMAGES} of their class'
+APART = 'folders that are neither of a part nor of masks'
+
+
+def image_files(folder: Path, passed: Passed) -> tuple[list[str], list[str]]:
+    """The images and the masks below a folder, at any depth, each as sorted paths relative to it with '/';
+    other files go to `passed`. Raises UserError for a folder that cannot be read.
+    """
+    found, others = walk(folder, stop_at)
+    names = {Path(path).relative_to(folder).as_posix(): is_image_file(path) for path in found}
+    for kind, left in {**others, FOREIGN: [name for name, wanted in names.items() if not wanted]}.items():
+        pass_over(passed, kind, *left)
+    wanted = sorted(name for name in names if names[name])
+    beside = masks_beside(wanted)
+    masks = {name for name in wanted
+             if name in beside or any(map(is_mask_folder, PurePosixPath(name).parts[:-1]))}
+    return [name for name in wanted if name not in masks], sorted(masks)
+
+
+@dataclass
+class Layout:
+    """The images and masks below `root`, each in its place; folders of the names of classes are classes."""
+    root: Path
+    normal: Sequence[str]
+    anomalous: Sequence[str]
+    images: list[Placed] = field(default_factory=list)
+    masks: list[Placed] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    passed: Passed = field(default_factory=dict)
+
+    def is_normal(self, class_name: str) -> bool:
+        return any(same_name(class_name, name) for name in self.normal)
+
+    def read(self) -> None:
+        """Finds all of it. Raises UserError for a class folder without images."""
+        subs = subfolders(self.root)
+        if any(self.is_normal(sub.name) for sub in subs):
+            self.read_classes(self.root, '')
+            return
+        flat = []
+        for sub in subs:
+            if part := PART_FOLDERS.get(sub.name.lower()):
+                flat += self.read_classes(sub, part)
+            elif is_mask_folder(sub.name):
+                self.add_masks(sub, '')
+            else:
+                pass_over(self.passed, APART, sub.name)
+        self.read_loose(self.root, '')
+        if flat:
+            known = (placed.item.class_name for placed in self.images)
+            normal = next(filter(self.is_normal, known), self.normal[0])
+            self.images += [self.placed(self.root, name, 'train', normal) for name in flat]
+            self.notes.append(f'{count(len(flat), "image")} in no class folder of the training part count as '
+                              f'{normal}: {some(flat)}')
+
+    def read_classes(self, place: Path, part: str) -> list[str]:
+        """The class folders of a part, or of the root; returns training images that lie in none."""
+        for sub in subfolders(place):
+            named = any(same_name(sub.name, name) for name in (*self.normal, *self.anomalous))
+            if is_mask_folder(sub.name) and not named:
+                self.add_masks(sub, part)
+            else:
+                self.read_class(sub, part)
+        return self.read_loose(place, part)
+
+    def read_class(self, folder: Path, part: str) -> None:
+        images, masks = self.files(folder)
+        of_images = any(sub.name.lower() == IMAGES for sub in subfolders(folder))
+        if of_images:
+            inside = [name for name in images if name.split('/')[0].lower() == IMAGES]
+            pass_over(self.passed, OUTSIDE, *(self.named(folder, n) for n in images if n not in {*inside}))
+            images = inside
+        if not images:
+            if of_images or self.is_normal(folder.name) or not any(folder.iterdir()):
+                raise UserError(f"class folder {folder / IMAGES if of_images else folder} holds no image "
+                                f"({', '.join(SUFFIXES)}): fill it or remove it.")
+            self.notes.append(f"folder {self.named(folder)} holds no {', '.join(SUFFIXES)} file: it is not "
+                              f"taken for a class")
+        known = (placed.item.class_name for placed in self.images)
+        class_name = next((name for name in known if same_name(name, folder.name)), folder.name)
+        self.images += [self.placed(folder, name, part, class_name) for name in images]
+        self.masks += [self.placed(folder, name, part, class_name) for name in masks]
+
+    def add_masks(self, folder: Path, part: str) -> None:
+        """All images in a folder of masks that stands beside the classes or the parts."""
+        self.masks += [self.placed(folder, name, part, '') for names in self.files(folder) for name in names]
+
+    def read_loose(self, place: Path, part: str) -> list[str]:
+        """Files that lie in no class folder; returns the images if they are of the training part."""
+        loose = [p for p in sorted(place.iterdir()) if p.is_file() and not p.name.startswith('.')]
+        images = [p for p in loose if is_image_file(str(p))]
+        pass_over(self.passed, FOREIGN, *(self.named(p) for p in loose if p not in images))
+        if part == 'train':
+            return [self.named(p) for p in images]
+        pass_over(self.passed, LOOSE, *(self.named(p) for p in images))
+        return []
+
+    def files(self, folder: Path) -> tuple[list[str], list[str]]:
+        passed: Passed = {}
+        found = image_files(folder, passed)
+        for kind, names in passed.items():
+            pass_over(self.passed, kind, *(self.named(folder, name) for name in names))
+        return found
+
+    def named(self, folder: Path, name: str = '') -> str:
+        return (folder / name).relative_to(self.root).as_posix()
+
+    def placed(self, folder: Path, name: str, part: str, class_name: str) -> Placed:
+        """A file below a class folder, or below a folder of masks of no one class."""
+        *folders, base = PurePosixPath(name).parts
+        if folders and not (part or class_name) and (own := PART_FOLDERS.get(folders[0].lower())):
+            part, folders = own, folders[1:]                                  # masks/test/<class>/x.png
+        steps = [step for step in folders if step.lower() not in IMAGE_FOLDERS and not is_mask_folder(step)]
+        item = Item(self.named(folder, name), class_name, part=part, path=str(folder / name))
+        return Placed(item, part, (*([class_name] if class_name else []), *steps), os.path.splitext(base)[0])

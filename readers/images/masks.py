@@ -1,0 +1,103 @@
+"""Masks of images: which files they are, which image each belongs to.
+
+    masks/x.png   x_mask.png   masks/x_seg.png   ground_truth/x_mask.png   annotation/x_GT.png   x_mask_1.png
+
+Names are compared without regard to case, and é is é however it is written (NFC or NFD).
+"""
+
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from readers.items import Item
+from readers.source import plain_name
+
+WORD = r'(?:masks?|gts?|ground[ _-]?truths?|seg(?:mentation)?s?|annotations?|labels?)'
+FOLDERS = re.compile(f'{WORD}$', re.IGNORECASE)
+ENDING = re.compile(rf'[ _.-]+{WORD}(?P<rest>[ _.-]+.*|\d*)$', re.IGNORECASE)
+NUMBER = re.compile(r'[ _.-]*\d+$')             # of one mask among several of an image
+CHANNEL = re.compile(r'[ _.-](?:image|img|flair|t1(?:ce|gd|n|c|w)?|t2(?:f|w)?)(?=$|[ _.-])', re.IGNORECASE)
+
+
+class Placed(NamedTuple):
+    """An image or a mask, and where it stands: its part, '' if it is in none, the folders from that of its
+    class down, without those that only say what is in them, and its name without the suffix.
+    """
+    item: Item
+    part: str
+    steps: tuple[str, ...]
+    stem: str
+
+
+def is_mask_folder(name: str) -> bool:
+    """Whether a folder of this name holds masks."""
+    return FOLDERS.match(name) is not None
+
+
+def masks_beside(names: Iterable[str]) -> set[str]:
+    """The files that are masks of others in their folder: `x_mask.png` and `x_mask_1.png` beside `x.png`."""
+    stems = {name: fold(os.path.splitext(name)[0]) for name in names}
+    images, found = set(stems.values()), set()
+    for name, stem in stems.items():
+        folder, base = os.path.split(stem)
+        ending = ENDING.search(base)
+        if ending and NUMBER.fullmatch(ending['rest'] or '0') \
+                and os.path.join(folder, base[:ending.start()]) in images:
+            found.add(name)
+    return found
+
+
+def fold(name: str) -> str:
+    return unicodedata.normalize('NFC', name).casefold()
+
+
+def keys(stem: str) -> Iterator[str]:
+    """The names that the image of a mask `stem` may have, the likeliest first."""
+    yield stem
+    for found in ENDING.finditer(stem):
+        yield stem[:found.start()] + found['rest']
+        if NUMBER.fullmatch(found['rest']):
+            yield stem[:found.start()]
+
+
+def with_masks(images: Sequence[Placed], masks: Sequence[Placed],
+               is_normal: Callable[[str], bool]) -> tuple[list[Item], list[str]]:
+    """The items of the images, each with its masks, and the ids of masks that belong to no image, or to
+    several.
+
+    The folders of a mask are the last ones of its image, without those of classes that it does not have; of
+    several such images the anomalous one counts, then the one that is spelled alike.
+    """
+    by_name, by_rest = defaultdict(list), defaultdict(list)
+    for image in images:
+        by_name[fold(image.stem)].append(image)
+        by_rest[fold(CHANNEL.sub('', image.stem))].append(image)         # x_flair.png has the mask x_seg.png
+    found, lost = defaultdict(list), []
+    for mask in masks:
+        names = [fold(key) for key in keys(mask.stem)]
+        places = [by_name.get(name, ()) for name in names] + [by_rest.get(name, ()) for name in names[1:]]
+        owner = next((owner for images in places if (owner := _owner(mask, images, is_normal))), None)
+        if owner:
+            found[owner.item.id].append(mask.item.path)
+        else:
+            lost.append(mask.item.id)
+    return [replace(item, mask=found[item.id][0], more_masks=tuple(found[item.id][1:]))
+            if item.id in found else item for item, *_ in images], lost
+
+
+def _owner(mask: Placed, images: Iterable[Placed], is_normal: Callable[[str], bool]) -> Placed | None:
+    steps = [plain_name(step) for step in mask.steps]
+    fitting = [image for image in images if mask.part in ('', image.part)
+               and [plain_name(step) for step in image.steps[len(image.steps) - len(steps):]] == steps]
+    for prefer in (lambda image: True, lambda image: not is_normal(image.item.class_name),
+                   lambda image: unicodedata.normalize('NFC', mask.stem).startswith(
+                       unicodedata.normalize('NFC', image.stem)),
+                   lambda image: os.path.splitext(image.item.path)[1] == os.path.splitext(mask.item.path)[1]):
+        fitting = list(filter(prefer, fitting)) or fitting
+        if len(fitting) == 1:
+            return fitting[0]
+    return None
