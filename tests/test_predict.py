@@ -194,7 +194,7 @@ BROKEN = {      # name -> content, words of the reason
     'flat.png': (png(0, 5), 'is not a PNG'),
     'nan.tif': (saved(NOT_A_NUMBER, 'TIFF'), 'has pixels that are not finite'),
     'cut.dcm': (as_bytes(made(np.zeros((30, 30))))[:-99], 'is a DICOM file that is damaged or cut off'),
-    'frames': (as_bytes(made(np.zeros((4, 3)), NumberOfFrames=2, Rows=2)), 'several frames'),
+    'frames': (as_bytes(made(np.zeros((4, 3)), NumberOfFrames=2, Rows=2)), 'of 2 frames'),
     'gif.png': (saved(GREY, 'GIF'), 'is not a PNG'),
 }
 WHOLE = {
