@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from storage.checkpoint import read_checkpoint
+from storage.checkpoint import not_finite, read_checkpoint
 from utils import UserError, read_flags
 
 if TYPE_CHECKING:
@@ -153,6 +153,9 @@ def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[s
     except RuntimeError as error:
         raise UserError(f"the checkpoint's weights do not fit the model that it describes: another version "
                         f"wrote it. {' '.join(str(error).split())[:200]}") from None
+    if name := not_finite(model.state_dict()):
+        raise UserError(f"the checkpoint's weights have numbers that are not finite, first in {name}: "
+                        f"nothing can be evaluated with them. Take an older one.")
     return model.eval(), dict(checkpoint['args'])
 
 

@@ -11,6 +11,7 @@ TensorBoard.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -51,18 +52,37 @@ def elsewhere(model: str, dataset: str) -> dict[str, str]:
 
 def work(args: argparse.Namespace) -> int:
     """Trains in one process of the run, to its end or to a signal; returns the exit status."""
-    from training.run_folder import Progress
+    from training.run_folder import alone_in
     from training.trainer import Trainer
 
-    trainer = Trainer(args)
+    with alone_in(read_flags(RunConfig, args).folder):
+        trainer = Trainer(args)
+        trainer.announce()
+        stop = StopSignal()
+        loop(trainer, stop)
+        folder, optimization = trainer.folder, trainer.optimization
+        if finished := optimization.step >= trainer.schedule.end:
+            trainer.validation(optimization)
+            folder.say(f'done: {optimization.step} steps, {optimization.skipped} skipped; '
+                       f'{folder.folder / "checkpoint.pt"}')
+        else:
+            folder.say(f'stopped at step {optimization.step}, checkpoint written: continue with '
+                       f'--cont_training')
+        folder.close()
+    return 0 if finished else 128 + (stop.number or signal.SIGTERM)          # as shells write it
+
+
+def loop(trainer: Trainer, stop: StopSignal) -> None:
+    """Steps up to the end of the schedule, or to a signal; then the last one is in the checkpoint."""
+    from training.recovery import go_back
+    from training.run_folder import Progress
+
     folder, schedule, optimization = trainer.folder, trainer.schedule, trainer.optimization
-    trainer.announce()
-    stop = StopSignal()
-    steps = trainer.steps(optimization.step, trainer.run.seed)
-    progress = Progress(trainer.metric, optimization.step, schedule.end)
     if optimization.step and trainer.owes_validation():
         trainer.validation(optimization)
-    stopping = False                        # agreed on by all processes; a signal may have reached only some
+    steps = trainer.steps(optimization.step, trainer.run.seed)
+    progress = Progress(trainer.metric, optimization.step, schedule.end)
+    unsaved = stopping = False              # stopping: all agree, as a signal may have reached only some
     while optimization.step < schedule.end and not stopping:
         images = next(steps)                                    # batches of this process, each (B, C, *S)
         logs = train_step(trainer, images)
@@ -71,28 +91,23 @@ def work(args: argparse.Namespace) -> int:
         step, due = optimization.step, schedule.due(optimization.step)
         if 'log' in due:
             folder.metrics(step, {name: float(value) for name, value in (logs | progress.read()).items()})
-        if 'show' in due:
-            trainer.show(images[0])
-        if due & {'save', 'validate'} or stopping:
+        last, unsaved = stopping or step == schedule.end, unsaved or 'save' in due or stopping
+        ready = unsaved and (last or not optimization.skipped_in_a_row)    # after a skipped step, the next
+        if ready or 'validate' in due:
             trainer.recalibrate()
-        if 'save' in due or stopping:
-            folder.save('checkpoint.pt', trainer.model, optimization.state_dict())
+        if optimization.diverged or (ready and not trainer.save()):
+            go_back(optimization, folder, images, trainer.run.seed)
+            steps, unsaved = trainer.steps(optimization.step, trainer.run.seed), False
+            progress.go_back(optimization.step)
+            continue
+        unsaved = unsaved and not ready
         if 'epoch' in due:
             folder.metrics(step, progress.end_epoch() | {'train/epoch': step // schedule.steps})
         if 'validate' in due and not stopping:
             trainer.validation(optimization)
+        if 'show' in due or (step == schedule.end and trainer.config.image_every):
+            trainer.show(images[0])
     progress.bar.close()
-
-    if finished := optimization.step >= schedule.end:
-        trainer.validation(optimization)
-        if trainer.config.image_every:
-            trainer.show(next(steps)[0])
-        folder.say(f'done: {optimization.step} steps, {optimization.skipped} skipped; '
-                   f'{folder.folder / "checkpoint.pt"}')
-    else:
-        folder.say(f'stopped at step {optimization.step}, checkpoint written: continue with --cont_training')
-    folder.close()
-    return 0 if finished else 128 + (stop.number or signal.SIGTERM)          # as shells write it
 
 
 def train_step(trainer: Trainer, images: list[Tensor]) -> dict[str, Any]:
@@ -114,15 +129,19 @@ def train_step(trainer: Trainer, images: list[Tensor]) -> dict[str, Any]:
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint; a second Ctrl-C at once."""
+    """SIGTERM and its like, or Ctrl-C, end the run after the step at hand, with a checkpoint; a second Ctrl-C
+    ends it at once.
+    """
     number = 0
 
     def __init__(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self.process = os.getpid()
+        launch.on_signals((signal.SIGINT, *launch.ENDING), self._note)
 
     def _note(self, number: int, _: Any) -> None:
-        self.number = number
+        if launch.is_main() and not self.number and os.getpid() == self.process:      # no loader worker
+            os.write(2, b'\nstopping after this step, with a checkpoint; Ctrl-C ends the run at once\n')
+        self.number = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -6,7 +6,9 @@ Knows no images. Imports neither PyTorch nor NumPy before they are needed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -25,6 +27,8 @@ if TYPE_CHECKING:       # PyTorch is imported where it is used: a program answer
     import torch
 
 T = TypeVar('T')
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+WAIT_FOR_ROOM, ROOM_PAUSE = 300.0, 2.0           # seconds; shorter than other processes wait (--timeout)
 
 
 class UserError(ValueError):
@@ -125,6 +129,35 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def with_room(write: Callable[[], None]) -> None:
+    """Calls `write`, and again while the disk is full, for WAIT_FOR_ROOM seconds at most."""
+    until, told = time.monotonic() + WAIT_FOR_ROOM, False
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in NO_ROOM or time.monotonic() > until:
+                raise
+            if not told:
+                print(f'WARNING: {error.filename or "a file"}: {error.strerror}. Make room there: this is '
+                      f'tried again for {WAIT_FOR_ROOM:.0f} s.', file=sys.stderr)
+            told = True
+            time.sleep(min(ROOM_PAUSE, WAIT_FOR_ROOM))
+
+
+def append(path: Path, text: str) -> None:
+    """Adds text to the end of a file: all of it, or nothing if the disk is full."""
+    data = text.encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        if os.write(descriptor, data) < len(data):
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
 
 
 def temporary_name(name: str) -> str:
@@ -265,36 +298,46 @@ class RunLog:
         if not self.active:
             return
         from tqdm import tqdm
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-        with (self.folder / 'log.txt').open('a') as f:
-            f.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {line}\n')
+        line = line.encode(errors='backslashreplace').decode()          # of file names that are no UTF-8
+        with contextlib.suppress(OSError):                              # output to a full disk
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        with_room(lambda: append(self.folder / 'log.txt', f'{time.strftime("%Y-%m-%d %H:%M:%S")} {line}\n'))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Appends one JSON line to metrics.jsonl and a scalar per value to TensorBoard."""
         if not self.active:
             return
-        with (self.folder / 'metrics.jsonl').open('a') as f:
-            f.write(json.dumps({'step': step, 'time': round(time.time(), 3), **finite(values)}) + '\n')
-        if self.writer:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
+        text = json.dumps({'step': step, 'time': round(time.time(), 3), **finite(values)}) + '\n'
+        with_room(lambda: append(self.folder / 'metrics.jsonl', text))
+        for tag, value in values.items():
+            self._show('add_scalar', tag, value, step)
 
     def image(self, step: int, tag: str, grid: torch.Tensor) -> None:
         """Shows an image (C, H, W) in [0, 1] in TensorBoard."""
-        if self.writer:
-            self.writer.add_image(tag, grid, step)
+        self._show('add_image', tag, grid, step)
 
     def histogram(self, step: int, tag: str, values: torch.Tensor) -> None:
         """Shows how values of any shape are distributed in TensorBoard; leaves out what is not finite."""
         import torch
         values = values[torch.isfinite(values)]
-        if self.writer and len(values):
-            self.writer.add_histogram(tag, values, step)
+        if len(values):
+            self._show('add_histogram', tag, values, step)
+
+    def _show(self, kind: str, tag: str, value: Any, step: int) -> None:
+        """Passes a value on to TensorBoard, whose events end where the disk is full: metrics.jsonl has them.
+        """
+        try:
+            if self.writer:
+                getattr(self.writer, kind)(tag, value, step)
+        except OSError as error:
+            self.writer = None
+            self.say(f'WARNING: no more events for TensorBoard ({error.strerror or error})')
 
     def close(self) -> None:
-        if self.writer:
-            self.writer.close()
+        with contextlib.suppress(OSError):
+            if self.writer:
+                self.writer.close()
 
 
 # --------------------------------------------------------------------------------------------------- programs

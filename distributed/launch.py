@@ -6,13 +6,14 @@ Imports PyTorch when a run starts: a program answers --help without it.
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from multiprocessing.util import _run_finalizers
@@ -24,9 +25,16 @@ from utils import UserError
 if TYPE_CHECKING:
     import torch
 
+READ_ONLY = 'Name a folder that this user may write'
 LOST_STATUS = 75             # another process is gone: EX_TEMPFAIL, worth another try
+ENDING = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name))
 ENDED_ON_REQUEST = (143, 130, -signal.SIGTERM, -signal.SIGINT)
 CAUSE_FIRST = 1.0            # seconds that a process which lost another waits: the other is seen to end first
+
+FILE_ERRORS = {errno.ENOSPC: 'Make room there', errno.EDQUOT: 'Make room there', errno.EROFS: READ_ONLY,
+               errno.EACCES: READ_ONLY, errno.EPERM: READ_ONLY, errno.EIO: 'Check that disk',
+               errno.ENAMETOOLONG: 'Choose a shorter name', errno.EMFILE: 'Raise the limit (ulimit -n)',
+               errno.ESTALE: 'Check the file server', errno.ENOTDIR: 'Name another folder'}
 
 _here = Environment()
 _device: torch.device | None = None
@@ -57,7 +65,7 @@ def _spawn(work: Callable, argument: Any, config: LaunchConfig, first: Environme
         for process in context.processes:
             process.kill() if len(asked) > 2 else process.terminate()
 
-    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = on_signals((signal.SIGINT, *ENDING), pass_on)
     try:
         while not context.join():
             pass
@@ -71,10 +79,9 @@ def _spawn(work: Callable, argument: Any, config: LaunchConfig, first: Environme
     except mp.ProcessExitedException as error:
         code = error.exit_code
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        on_signals_again(handlers)
     if asked and code in ENDED_ON_REQUEST:
-        return 128 + asked[0]
+        return 128 + (signal.SIGINT if asked[0] == signal.SIGINT else signal.SIGTERM)
     if code == LOST_STATUS:
         print(losses.get(), file=sys.stderr)
     if code < 0:
@@ -89,7 +96,8 @@ def _child(index: int, work: Callable, argument: Any, config: LaunchConfig, firs
     try:
         status = _run(work, argument, config, here, losses.put)
     except BaseException as error:
-        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        status = 130 if isinstance(error, KeyboardInterrupt) else \
+            error.code if isinstance(error, SystemExit) else 1
         atexit.register(os._exit, status)       # it must not wait for the others, as the end of a group may
         if status == 1:
             raise
@@ -118,6 +126,7 @@ def _run(work: Callable, argument: Any, config: LaunchConfig, here: Environment,
     torch.set_num_threads(config.num_threads or _share_of_cores(here))
     if _device.type == 'cuda':
         _set_up_cuda(config.deterministic)
+    handlers = on_signals(ENDING, end_at_once)
     try:
         with (process_group(here, _device, config.timeout * 60, give_up) if here.world > 1
               else nullcontext()) as _group:
@@ -126,8 +135,37 @@ def _run(work: Callable, argument: Any, config: LaunchConfig, here: Environment,
         reason = str(error).split('. ')[0]
         raise UserError(f"the GPU has not enough memory ({reason}). Give a smaller --batch_size; in "
                         f"training add --accumulate, or --checkpoint_activations on.") from None
+    except OSError as error:
+        if error.errno not in FILE_ERRORS:
+            raise
+        raise UserError(f"{error.filename or 'a file'}: {error.strerror}. {FILE_ERRORS[error.errno]}; files "
+                        f"that were there before are whole.") from None
     finally:
+        on_signals_again(handlers)
         _here, _device, _group = Environment(), None, None
+
+
+def on_signals(numbers: Sequence[int], handler: Any) -> dict[int, Any]:
+    """Sets the handler of signals, but of those that are ignored, as nohup does; returns those before. It
+    does nothing beside the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    wanted = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
+
+
+def on_signals_again(handlers: dict[int, Any]) -> None:
+    """Sets the handlers that `on_signals` returned."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def end_at_once(number: int, _: Any) -> None:
+    """Ends this process as SIGTERM does, but by an exception, so that what is half done is cleared away."""
+    if is_main():
+        os.write(2, f'ended by {signal.Signals(number).name}\n'.encode())
+    sys.exit(128 + signal.SIGTERM)
 
 
 def choose_device(name: str, here: Environment) -> torch.device:

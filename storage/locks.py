@@ -10,6 +10,7 @@ from pathlib import Path
 
 from utils import TEMPORARY
 
+LOCK = '.lock'
 NO_LINK = getattr(os, 'O_NOFOLLOW', 0)
 
 
@@ -32,6 +33,49 @@ def locked(path: Path) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             alone = True
         yield alone
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[str]:
+    """Yields '' if no other process is at work in `folder`, whose lock this one then holds, or else which one
+    is. At the end the lock goes, and so do folders that were made for it and are still empty.
+
+    The lock is a record lock: it ends with its process, on NFS too, and forked processes do not keep it. A
+    file system that cannot lock lets everybody in.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    descriptor, holder = _take(path)
+    try:
+        yield holder
+    finally:
+        if not holder:
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+        for place in made:
+            with contextlib.suppress(OSError):               # it is not empty
+                place.rmdir()
+
+
+def _take(path: Path) -> tuple[int, str]:
+    """The descriptor of a lock file, and who holds it; '' = this process does."""
+    while True:
+        descriptor = open_lock(path)
+        try:
+            import fcntl
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return descriptor, os.pread(descriptor, 200, 0).decode(errors='replace') or 'another process'
+        except (ImportError, OSError):
+            return descriptor, ''
+        status = os.fstat(descriptor)
+        if path.exists() and path.stat().st_ino == status.st_ino:        # else its holder has just removed it
+            if status.st_nlink == 1:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+            return descriptor, ''
+        os.close(descriptor)
 
 
 def why_not_private(folder: Path) -> str:

@@ -16,7 +16,7 @@ from utils import UserError
 
 OPTIMIZERS = {'adamax': partial(torch.optim.Adamax, eps=1e-3),       # eps of the published NVAE
               'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW, 'radam': torch.optim.RAdam}
-MOST_SKIPPED = 100                  # steps in a row that are not finite; then the run has diverged
+MOST_SKIPPED = 100                  # steps in a row that are not finite; then the run goes back (recovery.py)
 
 
 class Optimization:
@@ -39,11 +39,17 @@ class Optimization:
         self.buffers = [b for b in model.buffers() if b.is_floating_point()]
         self.good_buffers = [b.clone() for b in self.buffers]       # as they were after the last good step
         self.step = self.skipped = self.skipped_in_a_row = 0
+        self.returns = 0                    # to a checkpoint: each halves the learning rate (recovery.py)
 
     @property
     def evaluated(self) -> Any:
         """The model with the weights that count: the average if one is kept."""
         return self.average.module if self.average else self.model
+
+    @property
+    def diverged(self) -> bool:
+        """Whether too many steps in a row were not finite."""
+        return self.skipped_in_a_row >= MOST_SKIPPED
 
     def weights_changed(self) -> None:
         """The weights were set, not updated: the average starts from them."""
@@ -54,13 +60,15 @@ class Optimization:
     @torch.no_grad()
     def update(self) -> dict[str, Any]:
         """Moves the weights by their gradients; returns what there is to log."""
-        rate = self.schedule.learning_rate(self.step)
+        rate = self.schedule.learning_rate(self.step) / 2 ** self.returns
         for group in self.optimizer.param_groups:
             group['lr'] = rate
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        weights = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         finite = bool(torch.isfinite(norm))
         self.step += 1
         if finite:
+            nn.utils.clip_grads_with_norm_(weights, self.config.grad_clip or math.inf, norm)
             self.optimizer.step()
             copy_all(self.good_buffers, self.buffers)
             self._update_average()
@@ -68,10 +76,6 @@ class Optimization:
             copy_all(self.buffers, self.good_buffers)
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == MOST_SKIPPED:
-            raise UserError(f"{MOST_SKIPPED} steps in a row, up to step {self.step}, had a gradient that is "
-                            f"not finite: the run has diverged. Lower --learning_rate or set --grad_clip; "
-                            f"the last checkpoint is kept.")
         return {'train/lr': rate, 'train/grad_norm': norm, 'train/skipped': self.skipped}
 
     def _update_average(self) -> None:
@@ -88,6 +92,7 @@ class Optimization:
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.weights(), 'optimizer': self.optimizer.state_dict(), 'skipped': self.skipped,
+                'returns': self.returns,
                 'ema_count': int(self.average.n_averaged) if self.average else 0,
                 'joint_batch': self.schedule.joint_batch}
 
@@ -100,7 +105,8 @@ class Optimization:
         if self.average:
             self.average.module.load_state_dict(state['ema'] or state['weights'])
             self.average.n_averaged.fill_(state['ema_count'])
-        self.step, self.skipped = state['step'], state['skipped']
+        self.step, self.skipped, self.skipped_in_a_row = state['step'], state['skipped'], 0
+        self.returns = state.get('returns', 0)
 
 
 def copy_all(to: list[Tensor], values: list[Tensor]) -> None:

@@ -5,6 +5,8 @@ import math
 import os
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,28 @@ from datasets import DataConfig
 from distributed import launch
 from model import describe, family_config
 from storage.checkpoint import copies, read_checkpoint, save_checkpoint
+from storage.locks import clear_leftovers, only_process
 from training.config import RunConfig
-from utils import RunLog, UserError, read_flags, write_atomically
+from utils import RunLog, UserError, read_flags, with_room, write_atomically
 
+REMAINS = ('args.json', 'metrics.jsonl', 'log.txt')        # of a run that has begun
 FREE_DATA_FLAGS = ('data', 'cache_dir', 'num_workers')     # may change when a run is resumed
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raises UserError, on every process, if another run is at work in the folder."""
+    with only_process(folder) if launch.is_main() else nullcontext('') as other:
+        if holder := ''.join(launch.gather([other])):
+            raise UserError(f"{folder} is in use by {holder}: wait for that run to end, or choose another "
+                            f"--save.")
+        if launch.is_main():
+            clear_leftovers(folder, all_of_them=True)
+        yield
+
+
 class RunFolder(RunLog):
-    """The log and the checkpoints of a run, which only its main process writes."""
+    """The log and the checkpoints of a run, which only its main process writes. A full disk is waited for."""
 
     def __init__(self, run: RunConfig, flags: dict[str, Any], step: int = 0):
         """`flags` are all flags of the command; `step` steps are done."""
@@ -36,7 +52,7 @@ class RunFolder(RunLog):
         if self.active:
             content = {'description': describe(model), 'args': self.flags, 'torch': str(torch.__version__),
                        **state}
-            save_checkpoint(self.folder / name, content, self.flags['keep'])
+            with_room(lambda: save_checkpoint(self.folder / name, content, self.flags['keep']))
 
     def close(self) -> None:
         super().close()
@@ -79,11 +95,13 @@ def read_resumable(run: RunConfig, args: Namespace) -> dict[str, Any] | None:
     path, family = run.folder / 'checkpoint.pt', family_config(args.model)
     mark = begun_mark()
     restarted = launch.any_rank(bool(mark and mark.exists()))         # a host that was rebooted lost its mark
+    found = 'a trained model' if copies(path) else 'a run without a checkpoint' if any(
+        (run.folder / name).exists() for name in REMAINS) else ''
+    if found and not (run.cont_training or restarted):
+        raise UserError(f"{run.folder} already holds {found}. Continue with --cont_training, choose another "
+                        f"--save, or delete the folder.")
     if not copies(path):
         return None
-    if not (run.cont_training or restarted):
-        raise UserError(f"{run.folder} already holds a trained model. Continue with --cont_training, choose "
-                        f"another --save, or delete the folder.")
     saved = read_checkpoint(path, say=print if launch.is_main() else lambda line: None)
     if not {'description', 'optimizer'} <= saved.keys():
         raise UserError(f"{path} is not a checkpoint of a run of this framework: choose another --save.")
@@ -112,6 +130,12 @@ class Progress:
         self.values.append(float(logs[f'train/{self.metric}_iter']))
         self.images += images
         self.bar.update()
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from an earlier step: the epoch is counted from there."""
+        self.values.clear()
+        self.bar.n = step
+        self.bar.refresh()
 
     def mean(self) -> float:
         """Over the steps of the epoch with a finite value."""

@@ -22,7 +22,7 @@ from evaluation.sampling import recalibrate_batch_norm
 from model import build_model, family_config, place, start_from
 from neural_operations import activation_bytes, checkpoint_activations
 from readers.batches import eval_batches, steps_per_epoch, train_batches
-from storage.checkpoint import copies, read_checkpoint
+from storage.checkpoint import copies, not_finite, read_checkpoint
 from training.config import RunConfig, Schedule, TrainConfig
 from training.optimization import Optimization, capture_passes, check_graph
 from training.run_folder import RunFolder, begun_mark, read_resumable
@@ -51,8 +51,7 @@ class Trainer:
     def __init__(self, args: Namespace):
         """Raises UserError for flags that do not fit each other, the data, or the run that is resumed."""
         self.args, self.run, self.config = args, read_flags(RunConfig, args), read_flags(TrainConfig, args)
-        saved = read_resumable(self.run, args)
-        self.folder = RunFolder(self.run, vars(args), saved['step'] if saved else 0)
+        saved, self.notes = read_resumable(self.run, args), []
         # Batches that a process accumulates are those of as many processes: same images, same noise.
         batches = launch.world() * self.config.accumulate
         self.data = self._load_data(batches)
@@ -64,28 +63,28 @@ class Trainer:
         self.metric = 'nelbo' if hasattr(self.model, 'num_groups') else 'loss'
         self.amp = self.config.amp == 'bf16' or (self.config.amp == 'auto' and launch.device().type == 'cuda')
         self.optimization = Optimization(self.model, self.schedule)
-        self.validation = Validation(self.data, self.schedule, self.metric, self.folder, self.run.seed)
         if saved:
             self.optimization.load_state_dict(saved)
-            if copies(best := self.folder.folder / 'best.pt'):
-                self.validation.best = read_checkpoint(best, self.folder.say)['validation']
             if (before := saved['joint_batch']) != self.schedule.joint_batch:
-                self.folder.say(f'{before} images a step before, {self.schedule.joint_batch} now: the run '
-                                f'sees other batches than it would have')
+                self.notes.append(f'{before} images a step before, {self.schedule.joint_batch} now: the run '
+                                  f'sees other batches than it would have')
         self.recomputes = self._recomputes()
         checkpoint_activations(self.model, self.recomputes)
         if self.config.cuda_graph:
             check_graph(self.model, self.config.accumulate, self.recomputes)
         self.captured = False                   # whether the passes of the network are a CUDA graph
+        # From here on nothing is refused, so that a start that is leaves no trace.
+        self.folder = RunFolder(self.run, vars(args), self.optimization.step)
+        self.validation = Validation(self.data, self.schedule, self.metric, self.folder, self.run.seed)
+        if saved and copies(best := self.run.folder / 'best.pt'):
+            self.validation.best = read_checkpoint(best, self.folder.say)['validation']
 
     def _load_data(self, batches: int) -> Data:
-        config, split = read_flags(DataConfig, self.args), self.folder.folder / 'split.json'
+        config, split = read_flags(DataConfig, self.args), self.run.folder / 'split.json'
         if self.run.dry_run and not config.data:
             return stand_in(config, self.config.batch_size * batches)
         with launch.main_first():                               # reads and caches the files once
             data = load_data(config, read_json(split) if split.exists() else None)
-        if launch.is_main() and not split.exists():
-            write_json(split, data.split)
         if self.config.keep_best and not len(data.val):
             raise UserError("--keep_best chooses by a validation part, and there is none: set "
                             "--val_fraction, such as 0.1. The test part is not for choosing.")
@@ -109,14 +108,14 @@ class Trainer:
         need = activation_bytes(self.model, self.data.shape) * self.schedule.batch_size * MEMORY_MARGIN
         recomputes = launch.any_rank(need > free_memory())
         if recomputes:
-            self.folder.say(f'a batch would need {need / 2 ** 30:.1f} GB, more than is free: activations are '
-                            f'recomputed, which is slower (a smaller --batch_size avoids it)')
+            self.notes.append(f'a batch would need {need / 2 ** 30:.1f} GB, more than is free: activations '
+                              f'are recomputed, which is slower (a smaller --batch_size avoids it)')
         return recomputes
 
     def announce(self) -> None:
         """Says what is trained, on what and for how long, and keeps the flags."""
         data, schedule, say = self.data, self.schedule, self.folder.say
-        for line in (f'command: python {shlex.join(sys.argv)}', *data.report):
+        for line in (f'command: python {shlex.join(sys.argv)}', *data.report, *self.notes):
             say(line)
         say(f'{self.args.model}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters, '
             f'{getattr(self.model, "num_groups", "no")} latent groups, '
@@ -130,8 +129,19 @@ class Trainer:
             say(f'continuing at step {self.optimization.step} of {schedule.total}')
         if launch.is_main():
             write_json(self.folder.folder / 'args.json', vars(self.args))
+            if not (split := self.folder.folder / 'split.json').exists():
+                write_json(split, data.split)
         if mark := begun_mark():
             mark.touch()
+
+    def save(self) -> bool:
+        """Writes the checkpoint. False if a number in it is not finite on any process: then none is written.
+        """
+        state = self.optimization.state_dict()
+        if launch.any_rank(bool(not_finite({key: state[key] for key in ('weights', 'ema', 'optimizer')}))):
+            return False
+        self.folder.save('checkpoint.pt', self.model, state)
+        return True
 
     def steps(self, first: int, seed: int) -> Iterator[list[Tensor]]:
         """The batches of this process in each step from `first` on, each (B, C, *S)."""
