@@ -6,6 +6,7 @@ Knows no images. Imports neither PyTorch nor NumPy before they are needed.
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import errno
@@ -256,6 +257,21 @@ def read_line(line: bytes) -> dict[str, Any] | None:
         return values if line.endswith(b'\n') and isinstance(values['step'], int) else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8 or UTF-16, without its byte order mark. Raises UserError."""
+    try:
+        data = Path(path).read_bytes()
+        wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = data.decode('utf-16' if wide else 'utf-8-sig')
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
+    except UnicodeDecodeError:
+        text = '\0'
+    if '\0' in text:
+        raise UserError(f"{path} is no text in UTF-8, nor in UTF-16 with its mark: save it as UTF-8.")
+    return text
 
 
 class RunLog:

@@ -100,8 +100,8 @@ class ConfoundConfig:
 @flags
 class VolumeConfig:
     """Volumes"""
-    modalities: tuple = flag((), "channels, in order: names of folders, or endings of file names after '_'; "
-                                 "none given = the data set's own (brain: one file per subject)")
+    modalities: tuple = flag((), 'channels, in order: names of folders, or endings of file names after _ or '
+                                 "-; none given = the data set's own (brain: one file per subject)")
     labels: str = flag('', "name of the lesion masks, found like modalities; voxels above 0 are lesion; '' = "
                            "the data set's own (brain: label)")
     lesion_load: float = flag(0.0, 'lesion volume in ml above which a subject counts as anomalous, where no '
@@ -127,7 +127,8 @@ class VolumeConfig:
                                 'rotation and translation, spike, Rician noise, Gibbs ringing, each with '
                                 'probability 0.1')
     key_files: str = flag('', 'folder of NAME_keys.txt files with a subject on each line; a NAME that ends '
-                              "in train, val or test is a part, any other a class; '' = the data folder")
+                              'in train, val or test is a part (NAME.txt will do for these), any other a '
+                              "class; '' = the data folder")
 
     def check_volumes(self, image_size: int) -> None:
         """Raises UserError for flags that contradict each other."""

@@ -29,7 +29,7 @@ ELEMENTS = [
     'PresentationLUTShape',
     *(f'{color}PaletteColorLookupTable{part}' for color in COLORS for part in ('Descriptor', 'Data')),
     *(f'Segmented{color}PaletteColorLookupTableData' for color in COLORS)]
-INSTALL = 'pip install -r requirements-dicom.txt'
+INSTALL = 'pip install -r requirements-formats.txt'
 
 
 def is_dicom(data: bytes) -> bool:

@@ -54,7 +54,7 @@ def read_file_header(path: str | Path) -> Header:
     """The header of a PNG, JPEG, TIFF, BMP, DICOM or NIfTI file. Raises UserError naming a damaged one."""
     try:
         if str(path).lower().endswith(SUFFIXES):
-            return _nifti(path)
+            return _volume(path)
         with open(path, 'rb') as file:
             if is_dicom(file.read(MAGIC_START + len(MAGIC))):
                 return _dicom(path)
@@ -114,13 +114,13 @@ def _dicom(path: str | Path) -> Header:
         raise ValueError('a damaged DICOM file') from None
 
 
-def _nifti(path: str | Path) -> Header:
-    header, packed = read_header(path)
-    width, height, depth = (int(n) for n in header.get_data_shape()[:3])
-    spacing = ' x '.join(f'{mm:.3g}' for mm in header.get_zooms()[:3])
+def _volume(path: str | Path) -> Header:
+    header = read_header(path)
+    width, height, depth = (int(n) for n in header.shape[:3])
+    spacing = ' x '.join(f'{mm:.3g}' for mm in header.spacing)
     # Numbers are of the scan (echo time, hour), not of the program.
-    program = re.sub(r'\d+(\.\d+)?', '#', bytes(header['descrip'].item()).decode('latin-1'))
-    return Header('NIfTI, packed' if packed else 'NIfTI', width, height, f'{header.get_data_dtype()} values',
+    program = re.sub(r'\d+(\.\d+)?', '#', header.program)
+    return Header(header.format, width, height, f'{header.dtype} values',
                  ' '.join(program.split())[:MOST_SIGNS] or 'no program named', depth=depth,
                  spacing=f'{spacing} mm')
 

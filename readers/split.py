@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from readers.source import CLASSES_SHOWN, Entry
-from utils import UserError, mix_seed
+from utils import UserError, mix_seed, read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -201,14 +201,13 @@ def _patient_column(text: str) -> Callable[[str], str]:
         raise UserError(f"--patient_metadata {text!r}: expected FILE:FILE_NAME_COLUMN:PATIENT_COLUMN.")
     path, name_column, patient_column = text.rsplit(':', 2)
     try:
-        with open(path, newline='', encoding='utf-8-sig') as f:
-            table = csv.DictReader(f)
-            for column in (name_column, patient_column):
-                if column not in (table.fieldnames or ()):
-                    raise UserError(f"--patient_metadata: {path} has no column {column!r}: found "
-                                    f"{', '.join(table.fieldnames or ()) or 'none'}.")
-            patients = {row[name_column]: row[patient_column] or '' for row in table}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        table = csv.DictReader(read_text(path).splitlines())
+        for column in (name_column, patient_column):
+            if column not in (table.fieldnames or ()):
+                raise UserError(f"--patient_metadata: {path} has no column {column!r}: found "
+                                f"{', '.join(table.fieldnames or ()) or 'none'}.")
+        patients = {row[name_column]: row[patient_column] or '' for row in table}
+    except csv.Error as error:
         raise UserError(f"--patient_metadata: {path} cannot be read ({error}).") from None
 
     def patient(name: str) -> str:

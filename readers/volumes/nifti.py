@@ -1,4 +1,4 @@
-"""NIfTI files: a volume in, on whatever grid is asked for; a map out, on the grid of the file.
+"""NIfTI and other files of volumes: a volume in, on whatever grid is asked for; a map out, on the file's.
 
 X, Y, Z voxels along a file's own axes, K volumes in it; *S voxels of a model's grid, whose axes run to the
 right, to the front and upwards (RAS+). An affine (4, 4) takes the index of a voxel to its place in mm.
@@ -6,6 +6,7 @@ right, to the front and upwards (RAS+). An affine (4, 4) takes the index of a vo
 
 import gzip
 import hashlib
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,22 +19,26 @@ from scipy.ndimage import affine_transform, gaussian_filter
 
 from readers.paths import file_content
 from readers.source import Unreadable
+from readers.volumes.itk import IMAGE_IO, ItkImage, is_itk
 from utils import UserError, write_atomically
 
-SUFFIXES = ('.nii', '.nii.gz')
+SUFFIXES = ('.nii', '.nii.gz', '.mgh', '.mgz', '.mha', '.nrrd')
 MOST_VOXELS = 1 << 29              # 2 GiB of float32: a larger one is damaged, or no medical volume
 MOST_FILE = 16 * MOST_VOXELS       # bytes
 LONGEST_HEADER = 540               # bytes, of NIfTI-2
 PACKED = b'\x1f\x8b'               # how gzip files begin
+MGH = b'\0\0\0\1'                 # how FreeSurfer's files begin
+MGH_START = 90                     # bytes of their header, of which the rest is at the end
+IN_MM = {1: 1000.0, 3: 0.001}      # a meter, a micron: NIfTI's codes of units of length; others are mm
 SMALLEST_VOLUME = 1e-9             # mm^3 of a voxel, below which an affine is singular
 
 
 def nibabel() -> ModuleType:
-    """The library that reads NIfTI, which is needed only here. Raises UserError if it is not installed."""
+    """The library that reads volumes, which is needed only here. Raises UserError if it is not installed."""
     try:
         import nibabel
     except ImportError:
-        raise UserError("NIfTI files need nibabel: pip install -r requirements-medical.txt") from None
+        raise UserError("volumes need nibabel: pip install -r requirements-medical.txt") from None
     return nibabel
 
 
@@ -134,6 +139,11 @@ def spacing(entry: Any) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------------ files
 
+def stem(path: str) -> str:
+    """A path without the suffix of a volume."""
+    return re.sub(rf"({'|'.join(map(re.escape, SUFFIXES))})$", '', path, flags=re.IGNORECASE)
+
+
 class Nifti(NamedTuple):
     """A file: its volumes (K, X, Y, Z) float32, turned so that the axes of `grid` run RAS; the grid `own` of
     the file; whether that came from the file (`placed`) or was made up of its voxel sizes; how many voxels
@@ -149,26 +159,25 @@ class Nifti(NamedTuple):
 
 
 def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
-    """A NIfTI file, packed or not, by its content. Raises Unreadable.
+    """A file of a volume, packed or not, by its content. Raises Unreadable.
 
     A file that does not say where it lies takes the place of `like`, where that has the same shape.
     """
     nib = nibabel()
     data = file_content(path, MOST_FILE)
     content = _unpacked(data)
-    kind = _kind(content)
     try:
-        image = kind.from_bytes(content)
+        image = ItkImage(path, content) if is_itk(path, content) else _kind(content).from_bytes(content)
         _expect_volume(image)
         values = np.asarray(image.dataobj, np.float32)
-    except Unreadable:
+    except (Unreadable, UserError):
         raise
     except Exception as error:                   # on damaged bytes anything is raised: struct.error, OSError
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise Unreadable(f'cannot be decoded ({reason})') from None
     values = values.reshape(*values.shape[:3], -1)                                       # (X, Y, Z, K)
-    placed = bool(image.header['sform_code'] > 0 or image.header['qform_code'] > 0)
-    own = Grid(values.shape[:3], np.array(image.affine, np.float64))
+    affine, placed = _place(image)
+    own = Grid(values.shape[:3], affine)
     if not placed and like and like.own.shape == own.shape:
         own, placed = like.own, like.placed
     if not np.isfinite(own.affine).all() or abs(np.linalg.det(own.affine[:3, :3])) < SMALLEST_VOLUME:
@@ -190,14 +199,50 @@ def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
     write_atomically(path, lambda p: p.write_bytes(data))
 
 
-def read_header(path: str | Path) -> tuple[Any, bool]:
-    """The header of a file (nibabel's), and whether the file is packed. Raises Unreadable, OSError."""
+class VolumeHeader(NamedTuple):
+    """What the header of a file says: `spacing` of its voxels along each axis in mm, `program` that has
+    written it, '' if none is named.
+    """
+    format: str
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    dtype: str
+    program: str = ''
+
+
+def read_header(path: str | Path) -> VolumeHeader:
+    """The header of a file. Raises Unreadable, OSError, UserError."""
     with open(path, 'rb') as file:
         packed = file.read(2) == PACKED
     with (gzip.open if packed else open)(path, 'rb') as file:
         start = file.read(LONGEST_HEADER)
+    if is_itk(path, start):
+        image = ItkImage(path, start)
+        name = 'NRRD' if start[:4] in IMAGE_IO else 'MetaImage'
+        return VolumeHeader(name, image.shape, tuple(image.spacing), str(image.get_data_dtype()))
     kind = _kind(start).header_class
-    return kind(start[:kind.template_dtype.itemsize]), packed
+    length = kind.template_dtype.itemsize
+    header = kind(start[:MGH_START].ljust(length, b'\0') if start[:4] == MGH else start[:length])
+    shape, dtype = header.get_data_shape(), str(header.get_data_dtype())
+    if start[:4] == MGH:
+        return VolumeHeader('MGH', shape, header.get_zooms()[:3], dtype)
+    spacing = tuple(float(step) * _in_mm(header) for step in header.get_zooms()[:3])
+    return VolumeHeader('NIfTI, packed' if packed else 'NIfTI', shape, spacing, dtype,
+                        bytes(header['descrip'].item()).decode('latin-1'))
+
+
+def _in_mm(header: Any) -> float:
+    """The unit of length of a NIfTI header."""
+    return IN_MM.get(int(header['xyzt_units']) & 7, 1.0)
+
+
+def _place(image: Any) -> tuple[np.ndarray, bool]:
+    """The affine (4, 4) of a file in mm, and whether the file gives it."""
+    affine, header = np.array(image.affine, np.float64), getattr(image, 'header', {})
+    if 'xyzt_units' in header:
+        affine[:3] *= _in_mm(header)
+        return affine, bool(header['sform_code'] > 0 or header['qform_code'] > 0)
+    return affine, bool(header['goodRASFlag'] > 0) if 'goodRASFlag' in header else True
 
 
 def _kind(start: bytes) -> Any:
@@ -206,7 +251,9 @@ def _kind(start: bytes) -> Any:
     for kind in (nib.Nifti1Image, nib.Nifti2Image):
         if kind.header_class.may_contain_header(start[:LONGEST_HEADER]):
             return kind
-    raise Unreadable('is not a NIfTI file')
+    if start[:4] == MGH:
+        return nib.MGHImage
+    raise Unreadable(f"is not a NIfTI file, nor another of {', '.join(SUFFIXES)}")
 
 
 def _unpacked(data: bytes) -> bytes:

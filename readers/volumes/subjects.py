@@ -4,7 +4,11 @@
     <data>/t1/<subject>.nii.gz      <data>/flair/<subject>.nii.gz                     --modalities t1 flair
     <data>/<subject>/t1.nii.gz      <data>/<subject>/<subject>_t1.nii.gz              the same
     <data>/<class>/...              any of these, in class folders
-    <data>/train_keys.txt           subjects of the part `train`, one a line; val_keys.txt, test_keys.txt
+    <data>/imagesTr/<subject>.nii.gz      <data>/labelsTr/<subject>.nii.gz            --labels labelsTr
+    <data>/train_keys.txt           subjects of the part `train`, one a line; val_keys.txt, test_keys.txt; the
+                                    same of NAME-train.txt, NAME-val.txt and NAME-test.txt
+
+A file that is named as one of labels or masks is never a subject.
 
 Labels of lesions and masks of the body are found as the modalities are.
 """
@@ -17,12 +21,16 @@ from pathlib import Path
 from readers.paths import files_below
 from readers.source import same_name
 from readers.split import PARTS, count, some
-from readers.volumes.nifti import SUFFIXES
-from utils import UserError
+from readers.volumes.nifti import SUFFIXES, stem
+from utils import UserError, read_text
 
 NORMAL = 'normal'                   # the class of a subject of which no folder and no key file says more
 KEYS = '_keys.txt'
 AUTO = 'auto'                       # a mask that is made, not found
+IMAGES = 'imagestr'                 # a folder that is no part of a subject's name, as labels are elsewhere
+LABEL_WORD = r'(masks?|labels?|gts?|ground[-_]?truth|seg(mentation)?s?|annotations?|rois?|[da]seg)'
+LABEL_FOLDER = re.compile(f'{LABEL_WORD}(tr|ts)?$', re.IGNORECASE)
+LABEL_FILE = re.compile(rf'(.*[-_.])?({LABEL_WORD}|lesions?)$', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,14 +53,20 @@ def owner(path: str, names: Iterable[str]) -> tuple[str, str]:
 
     ('ill/s1', 't1') of ill/t1/s1.nii.gz, of ill/s1_t1.nii.gz and of ill/s1/t1.nii.gz.
     """
-    steps = re.sub(r'\.nii(\.gz)?$', '', path, flags=re.IGNORECASE).split('/')
+    steps = [step for step in stem(path).split('/') if step.casefold() != IMAGES]
     for name in names:
         others = [step for step in steps if step.casefold() != name.casefold()]
         if len(others) < len(steps):
             return '/'.join(others), name
-        if steps[-1].casefold().endswith(f'_{name}'.casefold()):
-            return '/'.join([*steps[:-1], steps[-1][:-len(name) - 1]]), name
+        if ending := re.search(rf'.[-_.]{re.escape(name)}$', steps[-1], re.IGNORECASE):
+            return '/'.join([*steps[:-1], steps[-1][:ending.start() + 1]]), name
     return '/'.join(steps), ''
+
+
+def is_label(path: str) -> bool:
+    """Whether a file, or a folder that it lies in, has the name of labels or masks."""
+    *folders, name = stem(path).split('/')
+    return LABEL_FILE.match(name) is not None or any(LABEL_FOLDER.match(folder) for folder in folders)
 
 
 def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str, without: str | Path = ''
@@ -65,6 +79,8 @@ def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str,
     table: dict[str, dict[str, str]] = {}
     for path in files_below(root, SUFFIXES, without=without):
         subject, name = owner(path, names)
+        if not name and is_label(path):
+            continue
         files = table.setdefault(subject, {})
         if name in files:
             raise UserError(f"--data: {path} and {files[name]} are both {name or 'the volume'} of the "
@@ -87,13 +103,24 @@ def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str,
         raise UserError(f"--data: no subject in {root} is complete: {bad[0][0]} {bad[0][1]}.")
     if not subjects:
         found = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())[:10]) or 'no folders'
-        raise UserError(f"--data: {root} holds no {' or '.join(SUFFIXES)} file of "
+        raise UserError(f"--data: {root} holds no {', '.join(SUFFIXES)} file of "
                         f"{', '.join(modalities) or 'a volume'}: found {found}.")
     return subjects, bad
 
 
+def key_files(folder: Path) -> dict[Path, str]:
+    """The key files in a folder, each with the part or class that it gives."""
+    found = {}
+    for file in sorted(folder.glob('*.txt')):
+        name = file.name.removesuffix(KEYS)
+        part = re.split('[-_]', name.removesuffix('.txt'))[-1].lower()
+        if part in PARTS or name != file.name:
+            found[file] = part if part in PARTS else name
+    return found
+
+
 def with_keys(subjects: list[Subject], folder: Path, notes: list[str]) -> list[Subject]:
-    """The subjects that the key files in `folder` name, with their part or class; all if there is no such
+    """The subjects that the `key_files` in `folder` name, with their part or class; all if there is no such
     file. Raises UserError for a name that no subject has, or several, and for one that is named twice.
     """
     named: dict[str, tuple[str, Path]] = {}
@@ -101,12 +128,10 @@ def with_keys(subjects: list[Subject], folder: Path, notes: list[str]) -> list[S
     for subject in subjects:
         for name in {subject.id, subject.id.rsplit('/', 1)[-1]}:
             by_name.setdefault(name, []).append(subject.id)
-    files = sorted(folder.glob(f'*{KEYS}'))
-    for file in files:
-        group = file.name.removesuffix(KEYS)
-        group = word if (word := re.split('[-_]', group)[-1]) in PARTS else group
-        for line in filter(None, map(str.strip, file.read_text().splitlines())):
-            key = re.sub(r'\.nii(\.gz)?$', '', line)
+    files = key_files(folder)
+    for file, group in files.items():
+        for line in filter(None, map(str.strip, read_text(file).splitlines())):
+            key = stem(line)
             if len(found := by_name.get(key, [])) != 1:
                 raise UserError(f"{file} names {key!r}, which {len(found) or 'no'} "
                                 f"subject{'s have' if found else ' has'}: correct it, or check --data.")

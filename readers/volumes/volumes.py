@@ -29,6 +29,7 @@ from readers.volumes.subjects import (
     NORMAL,
     Subject,
     find_subjects,
+    key_files,
     owner,
     with_classes,
     with_keys,
@@ -242,8 +243,8 @@ def find_all(root: Path, config: ReaderConfig, row: DataSet, loader: VolumeLoade
         raise UserError(f"--data: {deep[0]} lies in a folder of a channel or a subject: name the channels "
                         f"with --modalities. {row.where}")
     keys = Path(config.key_files or root)
-    if config.key_files and not any(keys.glob(f'*{KEYS}')):
-        raise UserError(f"--key_files {keys}: there is no file NAME{KEYS} in it.")
+    if config.key_files and not key_files(keys):
+        raise UserError(f"--key_files {keys}: there is no file NAME{KEYS} or NAME-train.txt in it.")
     subjects = with_keys(subjects, keys, notes)
     by_label = not in_folders and any(s.label for s in subjects)
     unknown = [s.id for s in subjects if by_label and s.class_name == NORMAL and not s.label]
