@@ -23,6 +23,7 @@ from readers.config import (
     PhantomConfig,
     PixelConfig,
     ReaderConfig,
+    TableConfig,
     VolumeConfig,
     data_folder,
     imported,
@@ -159,7 +160,8 @@ DATASETS = {
         where='Expected MedNIST.tar.gz (github.com/Project-MONAI/MONAI-extra-test-data, release 0.8.1), or '
               'its folder: Hand/*.jpeg and beside it AbdomenCT, BreastMRI, CXR, ChestCT and HeadCT.'),
     'folder': DataSet(
-        FOLDER, size=64, normal=('normal', 'good'), masks=True, folder=data_folder, split=split_given,
+        FOLDER, size=64, normal=('normal', 'good'), masks=True, tables=True, folder=data_folder,
+        split=split_given,
         where='Expected a folder "normal" (or "good") and beside it one folder for each kind of anomaly.'),
     'phantom': DataSet(
         FOLDER, size=64, normal=('Normal',), masks=True, phantoms=1200, confounds=True,
@@ -203,6 +205,7 @@ def data_flags(dataset: str) -> tuple[type, ...]:
         SplitConfig: True, FileConfig: True, ClassConfig: row.classes,
         ColorConfig: images and row.likelihood != 'bernoulli', FitConfig: images and row.folder is not None,
         PixelConfig: True, PatientConfig: row.folder is not None, PhantomConfig: row.phantoms > 0,
+        TableConfig: row.tables,
         ConfoundConfig: row.confounds, VolumeConfig: not images,
     }
     return tuple(group for group, does_something in useful.items() if does_something)
@@ -329,7 +332,11 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     transform = Transform(pixels, config.depth, static=config.binarize == 'static', flip=flip,
                           dequantize=config.dequantize, invert=config.invert, augment=config.augment)
     made = {part: Part(entries[part], source, transform) for part in PARTS}
+    given = {f.name: value for f in fields(ReaderConfig)
+             if (value := getattr(config, f.name)) != f.default and f.name != 'cache_dir'}
     stored = {'dataset': config.dataset, 'split_seed': config.split_seed,
+              'made_of': (split or {}).get('made_of') or {
+                  'flags': given, 'unreadable': len(source.bad), 'notes': source.notes},
               'normal_classes': list(source.normal_classes),
               'anomalous_classes': list(source.anomalous_classes), **stored}
     return Data(**made, shape=tuple(source.pixels.shape[1:]), pixels=pixels,

@@ -24,16 +24,20 @@ CACHE_NAME = 'medical-anomaly'
 MARK = 'CACHEDIR.TAG'  # tells backups, and commands on another user's checkpoint, that this is a cache
 MARK_TEXT = 'Signature: 8a477f597d28d172789f06886806bc55\n# Decoded images of the project medical-anomaly.\n'
 
+MADE_OF = 'made_of.json'     # of an entry: which files, with their stamps, and the flags that it follows from
+
 T = TypeVar('T')
 
 
-def stamp(path: str | Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change; zeros where there is no file."""
+def stamp(path: str | Path) -> tuple[int, int, int]:
+    """Size in bytes and times of the last change of a file, and of what the file system knows of it, which
+    nobody can set: a file that replaces another of its size and time differs. Zeros where there is no file.
+    """
     try:
         status = os.stat(path)
-        return status.st_size, status.st_mtime_ns
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
     except OSError:
-        return 0, 0
+        return 0, 0, 0
 
 
 def cache_folder(wanted: str) -> Path:
@@ -81,6 +85,7 @@ def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
             temporary = Path(tempfile.mkdtemp(prefix=f'{digest}.', suffix='.tmp', dir=home))
             try:
                 fields = make(temporary)
+                write_json(temporary / MADE_OF, key)
                 write_json(temporary / 'index.json', seal(fields | {'files': _contents(temporary)}))
                 os.rename(temporary, final)
             except OSError as error:

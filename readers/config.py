@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 @flags
 class FileConfig:
     """Files"""
-    data: str = flag('', 'data folder, tar file of class folders, or LMDB made by scripts/create_lmdb.py '
-                         '(phantoms: the folder to draw them in, data/NAME by default)', basic=True)
+    data: str = flag('', 'data folder, tar or table of images (CSV, JSON, npz), or LMDB made by '
+                         'scripts/create_lmdb.py (phantoms: where to draw them, data/NAME by default)',
+                     basic=True)
     image_size: int = flag(0, "height and width in pixels, and depth of volumes; 0 = the data set's own",
                            least=0, basic=True)
     num_x_bits: int = flag(8, 'bits per pixel; more than 8 keep the precision of 16-bit files',
@@ -76,10 +77,31 @@ class PixelConfig:
 @flags
 class PatientConfig:
     """Patients"""
-    patient_pattern: str = flag('', 'regular expression that finds the patient in a file name, as its group '
-                                    "1; '' = patients are unknown")
+    patient_pattern: str = flag('', 'regular expression that finds the patient in a file name, or with a / '
+                                    "in it in a path, as its group 1; '' = patients are unknown")
     patient_metadata: str = flag('', 'CSV file that lists the patients, as '
                                      "FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' = patients are unknown")
+
+
+COLUMNS = ('path', 'class', 'part', 'mask', 'patient', 'label')
+
+
+@flags
+class TableConfig:
+    """Tables"""
+    columns: tuple = flag((), 'columns of the table --data that have other names than path, class, part, '
+                              'mask, patient or label, as NAME=COLUMN')
+    class_columns: tuple = flag((), 'columns of 0 and 1, one a class: the first that is 1 is the class of an '
+                                    'image; none given = one column names it')
+    images: str = flag('', "folder of the images that the table names; '' = that of the table")
+
+    def check_columns(self) -> None:
+        """Raises UserError for --columns that say nothing."""
+        for pair in self.columns:
+            name, _, column = pair.partition('=')
+            if name not in COLUMNS or not column:
+                raise UserError(f"--columns {pair}: expected NAME=COLUMN, and as NAME one of "
+                                f"{', '.join(COLUMNS)}.")
 
 
 @flags
@@ -153,8 +175,8 @@ def volume_flags(config: VolumeConfig, *without: str) -> dict[str, Any]:
 
 
 @flags
-class ReaderConfig(VolumeConfig, ConfoundConfig, PhantomConfig, PatientConfig, FitConfig, ColorConfig,
-                   ClassConfig, FileConfig):
+class ReaderConfig(VolumeConfig, ConfoundConfig, PhantomConfig, TableConfig, PatientConfig, FitConfig,
+                   ColorConfig, ClassConfig, FileConfig):
     """All flags that readers look at."""
 
 
@@ -173,6 +195,7 @@ class DataSet:
     normal: tuple[str, ...] = ()             # names of normal classes; () = all that are not anomalous
     folder: Callable[[ReaderConfig, DataSet], str] | None = None      # its class folders; None = it has none
     classes: bool = True                     # False: all images are of one class
+    tables: bool = False                     # a table may describe it in place of class folders
     masks: bool = False                      # masks mark anomalies (masks of covid mark lungs)
     val_fraction: float = 0.15               # of the normal images that are not in a given test part
     test_fraction: float = 0.2

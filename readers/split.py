@@ -177,7 +177,7 @@ def with_patients(entries: list[Entry], metadata: str, name_pattern: str, report
         flag_name = '--patient_pattern'
 
         def patient(name: str) -> str:
-            match = pattern.search(name.rsplit('/', 1)[-1])
+            match = pattern.search(name if '/' in name_pattern else name.rsplit('/', 1)[-1])
             return (match[1] or '') if match else ''
     else:
         return entries

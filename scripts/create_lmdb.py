@@ -31,6 +31,7 @@ from readers.cache import stamp
 from readers.config import VolumeConfig
 from readers.images.decode import ImageLoader
 from readers.images.folder import find_items
+from readers.images.tables import is_arrays
 from readers.items import Item
 from readers.lmdb.file import LmdbWriter, is_lmdb
 from readers.lmdb.format import FORMAT, META, VERSION, Record, array_record, file_record, key_of, seal
@@ -42,8 +43,9 @@ from utils import UserError, flag, flags, read_flags, run_program
 
 MOST_ROWS, MOST_BYTES = 512, 32 << 20            # in a transaction: what a kill can lose
 DATA_FLAGS = ('dataset', 'data', 'image_size', 'channels', 'num_x_bits', 'fit', 'normal_classes',
-              'patient_pattern', 'patient_metadata', 'skip_corrupt', 'num_phantoms', 'phantom_confound',
-              'cache_dir', *(f.name for f in fields(VolumeConfig) if f.name != 'augment'))
+              'patient_pattern', 'patient_metadata', 'columns', 'class_columns', 'images', 'skip_corrupt',
+              'num_phantoms', 'phantom_confound', 'cache_dir',
+              *(f.name for f in fields(VolumeConfig) if f.name != 'augment'))
 PIXEL_FLAGS = ('channels', 'num_x_bits', 'fit')  # do nothing to files that are stored as they are
 
 
@@ -91,7 +93,8 @@ def plan(config: DataConfig) -> Job:
     check(config, row)
     if is_packed(config.data):
         raise UserError(f"--data {config.data} is such an LMDB already: use it as it is.")
-    return (plan_files if row.folder and row.dims == 2 else plan_arrays)(config)
+    files = row.folder and row.dims == 2 and not is_arrays(config.data)
+    return (plan_files if files else plan_arrays)(config)
 
 
 def plan_files(config: DataConfig) -> Job:
@@ -101,7 +104,7 @@ def plan_files(config: DataConfig) -> Job:
     if given and not config.image_size:
         raise UserError(f"{', '.join(given)} would change images that are stored as they are: leave it out, "
                         f"or give --image_size.")
-    root, items, notes = find_items(row.folder(config, row), config, row)
+    root, items, notes = find_items(config, row)
     items = with_patients(items, config.patient_metadata, config.patient_pattern, notes)
     settings = {'dataset': config.dataset, 'image_size': config.image_size}
     if config.image_size:

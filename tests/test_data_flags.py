@@ -15,7 +15,8 @@ def test_a_data_set_takes_only_the_flags_that_do_something():
     assert {'dataset', 'data', 'image_size', 'num_x_bits', 'val_fraction', 'invert', 'cache_dir'} <= every
     assert set.union(*names.values()) == {f.name for f in fields(DataConfig)}
     assert names['folder'] - every == {'normal_classes', 'anomalous_classes', 'channels', 'fit',
-                                       'patient_pattern', 'patient_metadata'}
+                                       'patient_pattern', 'patient_metadata', 'columns', 'class_columns',
+                                       'images'}
     assert names['phantom'] - names['folder'] == {'num_phantoms', 'phantom_confound'}
     assert names['celeba_64'] - every == {'channels'}
     assert names['mnist'] - every == {'normal_classes', 'anomalous_classes'}

@@ -84,7 +84,7 @@ def test_what_is_not_harmless_is_refused_and_nothing_is_left(name, kind, target,
     assert 'nothing is unpacked' in str(error.value) and '\n' not in str(error.value)
     assert [name for _, _, names in os.walk(tmp_path) for name in names if 'planted' in name] == []
     assert not (tmp_path / 'outside').exists()
-    assert [p.suffix for p in (tmp_path / 'cache').iterdir()] == ['.lock']
+    assert {p.suffix for p in (tmp_path / 'cache').iterdir()} == {'.lock', '.TAG'}
 
 
 def test_files_that_are_no_tar_or_damaged_are_named(folder, tmp_path):

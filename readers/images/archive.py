@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from readers.cache import cached_files, stamp
 from utils import UserError
 
+FILES = 'files'                          # of a cache folder: what is unpacked, apart from its own files
 DAMAGED = (tarfile.TarError, BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -24,14 +25,14 @@ def unpacked(path: str | Path, cache_dir: str) -> Path:
     def make(folder: Path) -> dict:
         try:
             with tarfile.open(path) as tar:
-                tar.extractall(folder, filter=harmless)
+                tar.extractall(folder / FILES, filter=harmless)
         except DAMAGED as error:
             reason = ' '.join(str(error).split())
             raise UserError(f"--data: {path} cannot be unpacked ({reason}): it is no tar, or a damaged one. "
                             f"Name a folder, or fetch it again.") from None
         return {}
 
-    return cached_files(cache_dir, key, make, lambda folder, _: folder)
+    return cached_files(cache_dir, key, make, lambda folder, _: folder / FILES)
 
 
 def harmless(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:

@@ -14,6 +14,7 @@ from readers.config import DataSet, ReaderConfig
 from readers.images.decode import ImageLoader
 from readers.images.layout import PART_FOLDERS, Layout, image_files
 from readers.images.masks import with_masks
+from readers.images.tables import is_arrays, is_table, read_npz, table_items
 from readers.items import Item, Listing, Loaded, import_items
 from readers.paths import MASKS, find_root, pass_over, passed_line, subfolders
 from readers.source import Source, same_name
@@ -23,7 +24,9 @@ from utils import UserError
 
 def read_folder(config: ReaderConfig, row: DataSet) -> Source:
     """Every image of the chosen classes, as (N, C, S, S)."""
-    root, items, notes = find_items(row.folder(config, row), config, row)
+    if row.tables and is_arrays(config.data):
+        return read_npz(config, row)
+    root, items, notes = find_items(config, row)
     source = read_images(items, ImageLoader.of(config, row), config, row, str(root))
     return replace(source, notes=notes + source.notes)
 
@@ -65,13 +68,19 @@ def read_part_folders(config: ReaderConfig, row: DataSet, folders: Mapping[str, 
     return replace(source, notes=passed_line(passed) + source.notes)
 
 
-def find_items(folder: str, config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], list[str]]:
-    """All images in class folders, with their parts where there is a folder for each, and with masks where
-    these mark anomalies: (root, items, notes).
+def find_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], list[str]]:
+    """All images that a table names, or in class folders, with their parts where there is a folder for each,
+    and with masks where these mark anomalies: (root, items, notes).
 
     Raises UserError if there is no folder, no normal class or a class folder without images.
     """
-    root = find_class_root(folder, config.normal_classes or row.normal, row.where)
+    config.check_columns()
+    if row.tables and is_table(config.data):
+        return table_items(config, row)
+    if given := [name for name in ('columns', 'class_columns', 'images') if getattr(config, name)]:
+        raise UserError(f"--{given[0]}: it says how to read a table, and --data {config.data} is none: "
+                        f"leave it out.")
+    root = find_class_root(row.folder(config, row), config.normal_classes or row.normal, row.where)
     found = Layout(root, config.normal_classes or row.normal, config.anomalous_classes)
     found.read()
     items, lost = with_masks(found.images, found.masks if row.masks else [], found.is_normal)

@@ -1,0 +1,279 @@
+"""Data sets that one file describes: a table of images, or the images themselves as arrays.
+
+    path,class,part,mask,patient,label                       CSV or TSV; columns of other names: --columns
+    [{"path": "a.png", "class": "normal"}, ...]              JSON: such rows, or
+    {"train": {"0": ["a.png"]}, "test": {"1": ["b.png"]}}    files by part and label (MedIAnomaly)
+    train_images, train_labels, val_images, ...              npz (MedMNIST)
+"""
+
+import csv
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from readers.cache import stamp
+from readers.config import COLUMNS, DataSet, ReaderConfig
+from readers.images.decode import SUFFIXES, ImageLoader
+from readers.images.layout import PART_FOLDERS
+from readers.images.masks import fold
+from readers.items import Item, Listing, import_items
+from readers.paths import Passed, pass_over, passed_line, stop_at, walk
+from readers.published.arrays import prepare, read_file
+from readers.source import Source, same_name
+from readers.split import count, some
+from storage.limits import excess
+from utils import UserError
+
+ARRAYS = '.npz'
+SUFFIXES_OF_TABLES = ('.csv', '.tsv', '.json', ARRAYS)
+LABELS = {'0': 0, 'normal': 0, 'good': 0, 'false': 0, '1': 1, 'anomalous': 1, 'anomaly': 1, 'true': 1}
+ANOMALOUS = 'anomalous'                     # the class of an image of label 1, where no column says more
+UNNAMED = 'images that the table does not name'
+
+Row = Mapping[str, str]                     # of a table: what its columns hold, by the names in COLUMNS
+
+
+def is_table(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES_OF_TABLES) and os.path.isfile(path)
+
+
+def is_arrays(path: str) -> bool:
+    return is_table(path) and path.lower().endswith(ARRAYS)
+
+
+def table_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], list[str]]:
+    """The images that the table --data names, with class, part, masks and patient: (root, items, notes).
+
+    Raises UserError for a table that cannot be read, and for images that are not there unless --skip_corrupt.
+    """
+    table = Path(config.data)
+    files = Files([Path(config.images or table.parent), table.parent])
+    found, lost, empty = by_image(table, config, config.normal_classes or row.normal, files)
+    if (lost and not config.skip_corrupt) or not found:
+        raise UserError(f"{table}: {count(len(lost), 'row')} of images that are not below {files.roots[0]}"
+                        f"{', such as ' + lost[0] if lost else ''}. Name their folder with --images, or pass "
+                        f"--skip_corrupt to leave them out.")
+    items = [one_image(rows, config.normal_classes or row.normal) for rows in found.values()]
+    mixed = [name for name, rows in found.items() if len({item.class_name for item in rows}) > 1]
+    notes = [f'{words}: {some(names)}' for words, names in (
+        (f'left out: {count(len(lost), "row")} of images that are not there', lost),
+        (f'left out: {count(len(empty), "row")} without an image or a class', empty),
+        (f'{count(len(mixed), "image")} of several classes count as their first anomalous one', mixed))
+        if names]
+    passed: Passed = {}
+    pass_over(passed, UNNAMED, *files.unused())
+    return files.roots[0].resolve(), sorted(items, key=lambda item: item.id), notes + passed_line(passed)
+
+
+def by_image(table: Path, config: ReaderConfig, normal: Sequence[str],
+             files: 'Files') -> tuple[dict[str, list[Item]], list[str], list[str]]:
+    """The rows of each image, the paths of rows whose image is not there, and the numbers of rows that say
+    nothing. Raises UserError for a row that contradicts itself or another.
+    """
+    found: dict[str, list[Item]] = {}
+    lost, empty = [], []
+    for number, values in enumerate(read_rows(table, config), 1):
+        where = f'{table}, row {number}'
+        class_name, path = class_of(values, normal, where), files.find(values['path'])
+        mask = files.find(values['mask'])
+        if not (values['path'] and class_name):
+            empty.append(f'row {number}')
+        elif not path:
+            lost.append(values['path'])
+        elif values['mask'] and not mask:
+            raise UserError(f"{where}: there is no mask {values['mask']!r} below {files.roots[0]}.")
+        else:
+            part = part_of(values['part'], where)
+            item = Item(files.id_of(path), class_name, part, values['patient'], path, mask)
+            rows = found.setdefault(item.id, [])
+            rows.append(item)
+            if (rows[0].part, rows[0].patient) != (item.part, item.patient):
+                raise UserError(f"{where}: {item.id} has another part or patient in a row above.")
+    return found, lost, empty
+
+
+def one_image(rows: Sequence[Item], normal: Sequence[str]) -> Item:
+    """An image of which a table has several rows: the first anomalous class, and all masks."""
+    ill = (item for item in rows if not any(same_name(item.class_name, name) for name in normal))
+    masks = tuple(dict.fromkeys(item.mask for item in rows if item.mask))
+    return replace(next(ill, rows[0]), mask=next(iter(masks), ''), more_masks=masks[1:])
+
+
+def class_of(values: Row, normal: Sequence[str], where: str) -> str:
+    """The class of a row, '' if it has none: the first of several, as in 'Mass|Nodule'; the normal one where
+    the label is 0. Raises UserError for an odd label.
+    """
+    class_name = values['class'].split('|')[0].strip()
+    if not values['label']:
+        return class_name
+    label = LABELS.get(values['label'].lower().removesuffix('.0'))
+    if label is None:
+        raise UserError(f"{where}: the label {values['label']!r} is none of {', '.join(LABELS)}.")
+    return (class_name or ANOMALOUS) if label else normal[0]
+
+
+def part_of(name: str, where: str) -> str:
+    if name and name.lower() not in PART_FOLDERS:
+        raise UserError(f"{where}: the part {name!r} is none of {', '.join(PART_FOLDERS)}.")
+    return PART_FOLDERS.get(name.lower(), '')
+
+
+# ------------------------------------------------------------------------------------------------------ rows
+
+def read_rows(table: Path, config: ReaderConfig) -> Iterator[Row]:
+    """The rows of a CSV, TSV or JSON file. Raises UserError if it is none or lacks a column."""
+    try:
+        text = decoded(table.read_bytes())
+        if table.suffix.lower() == '.json':
+            rows = list(json_rows(json.loads(text)))
+        else:
+            first = text.partition('\n')[0]
+            delimiter = max(',;\t', key=first.count)
+            rows = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"--data: {table} cannot be read ({' '.join(str(error).split())}).") from None
+    names = list(dict.fromkeys(name for row in rows for name in row if name))
+    places = columns(config, names, table)
+    for row in rows:
+        values = {name: str(row.get(place) or '').strip() if place else '' for name, place in places.items()}
+        if config.class_columns:
+            values['class'] = next((name for name in config.class_columns if is_one(row.get(name))), '')
+        yield values
+
+
+def decoded(data: bytes) -> str:
+    """Text in UTF-8 or, by its mark, UTF-16."""
+    return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
+
+
+def json_rows(found: Any) -> Iterator[dict[str, Any]]:
+    """Rows from a list of them, or from file names by part and by label or class."""
+    if isinstance(found, list) and all(isinstance(row, dict) for row in found):
+        yield from found
+    elif isinstance(found, dict) and all(isinstance(files, dict) for files in found.values()):
+        for part, classes in found.items():
+            for name, files in classes.items():
+                key = 'label' if name in LABELS else 'class'
+                yield from ({'path': path, key: name, 'part': part} for path in files)
+    else:
+        raise ValueError('expected a list of rows, or {part: {class: [files]}}')
+
+
+def columns(config: ReaderConfig, names: Sequence[str], table: Path) -> dict[str, str]:
+    """The column of the table that holds each of COLUMNS, '' if none does. Raises UserError."""
+    wanted = dict(pair.split('=', 1) for pair in config.columns)
+    for name in (*wanted.values(), *config.class_columns):
+        if name not in names:
+            raise UserError(f"--data: {table} has no column {name!r}: found {', '.join(names) or 'none'}.")
+    own = {name: next((place for place in names if place.lower() == name), '') for name in COLUMNS}
+    places = own | wanted
+    if not places['path'] or not (places['class'] or places['label'] or config.class_columns):
+        raise UserError(f"--data: {table} has no column of {'a class' if places['path'] else 'paths'}: found "
+                        f"{', '.join(names) or 'none'}. Say which with --columns path=... class=...")
+    return places
+
+
+def is_one(value: Any) -> bool:
+    try:
+        return float(value) == 1
+    except (TypeError, ValueError):
+        return False
+
+
+@dataclass
+class Files:
+    """The files below some folders, found by what a table calls them."""
+    roots: Sequence[Path]
+    used: set[str] = field(default_factory=set)
+    tables: list[dict[str, list[str]]] = field(default_factory=list)
+
+    def find(self, name: str) -> str:
+        """The file of a path, with its suffix or without, perhaps below more folders than there are here, or
+        of a file name; '' if there is none, or if several have the name.
+        """
+        if not (steps := PurePosixPath(name.replace('\\', '/')).parts):
+            return ''
+        keys = [fold('/'.join(steps[k:])) for k in range(len(steps))] + [f'*{fold(steps[-1])}']
+        for number in range(len(self.roots)):
+            for key in keys:
+                if len(found := self.table(number).get(key, ())) == 1:
+                    self.used.add(found[0])
+                    return found[0]
+        return ''
+
+    def table(self, number: int) -> dict[str, list[str]]:
+        """Paths of the files below a root by their relative names and, after a *, by their file names."""
+        while len(self.tables) <= number:
+            root, table = self.roots[len(self.tables)], {}
+            for path in sorted(walk(root, stop_at)[0]):
+                name = fold(Path(path).relative_to(root).as_posix())
+                for key in {name, os.path.splitext(name)[0]}:
+                    table.setdefault(key, []).append(path)
+                    table.setdefault(f"*{key.rpartition('/')[2]}", []).append(path)
+            self.tables.append(table)
+        return self.tables[number]
+
+    def id_of(self, path: str) -> str:
+        root = next(root for root in self.roots if Path(path).is_relative_to(root))
+        return Path(path).relative_to(root).as_posix()
+
+    def unused(self) -> list[str]:
+        """Images below the first root that were never asked for."""
+        paths = {path for found in self.table(0).values() for path in found}
+        return sorted(self.id_of(path) for path in paths - self.used if path.lower().endswith(SUFFIXES))
+
+
+# ----------------------------------------------------------------------------------------------------- arrays
+
+NONE = 'none'                               # the class of an image with several labels, all of them 0
+
+
+def read_npz(config: ReaderConfig, row: DataSet) -> Source:
+    """The images of an npz file with `train_images`, `train_labels` and so on, as (N, C, S, S); classes are
+    the numbers in it. Of several labels of 0 and 1 the first 1 counts, and `none` is the class without any.
+    """
+    path, loader = Path(config.data), ImageLoader.of(config, row)
+
+    def list_images() -> Listing:
+        items = []
+        for part, images, labels in read_file(path, 'an npz file of images and labels', parts_of_npz):
+            names = [name_of(label) for label in labels.reshape(len(labels), -1)]
+            items += [Item(f'{part}/{i:06d}', name, part, read=lambda item, x=x: prepare(x, loader))
+                      for i, (x, name) in enumerate(zip(images, names, strict=True))]
+        return Listing(str(path), items, loader.shape, near_duplicates=False)
+
+    return import_items(config, row, {'npz': str(path.resolve()), 'stamp': stamp(path), **vars(loader)},
+                        list_images)
+
+
+def parts_of_npz(data: bytes) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
+    """(part, images (N, H, W) or (N, H, W, 3) uint8, labels (N, ...)). Raises ValueError."""
+    with zipfile.ZipFile(io.BytesIO(data)) as packed:
+        if why := excess(sum(info.file_size for info in packed.infolist()), len(data)):
+            raise ValueError(f'it {why}')
+    file, found = np.load(io.BytesIO(data)), []
+    for part in ('train', 'val', 'test'):
+        if f'{part}_images' in file:
+            images, labels = file[f'{part}_images'], file[f'{part}_labels']
+            flat = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+            if images.dtype != np.uint8 or not flat or labels.dtype.kind not in 'iu' \
+                    or len(labels) != len(images):
+                raise ValueError(f'its {part}_images are {images.dtype} {images.shape} with labels '
+                                 f'{labels.dtype} {labels.shape}, expected images in 2D')
+            found.append((part, images, labels))
+    if not found:
+        raise ValueError(f'it holds {", ".join(file.files)}')
+    return found
+
+
+def name_of(label: np.ndarray) -> str:
+    if len(label) == 1:
+        return str(label[0])
+    return str(label.argmax()) if label.any() else NONE

@@ -1,0 +1,245 @@
+"""Data sets that one file describes: tables as they are published, made as small files, and npz arrays."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from layouts import LAYOUTS, SIDE, tree
+from pydicom.dataset import FileDataset, FileMetaDataset
+from standins import image
+from test_layouts import HALF, counts, mask_pixels, read, said
+
+from datasets import DataConfig, load_data
+from scripts.create_lmdb import FolderConfig, pack, plan
+from utils import UserError, read_json
+
+
+def write(path: Path, *lines: str, encoding: str = 'utf-8') -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('\n'.join(lines) + '\n', encoding=encoding)
+    return path
+
+
+def dicom(path: Path, seed: int) -> None:
+    """A DICOM file of 16 x 16 gray pixels."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = meta.MediaStorageSOPInstanceUID = '1.2.3'
+    made = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
+    made.Rows = made.Columns = SIDE
+    made.SamplesPerPixel, made.PhotometricInterpretation, made.PixelRepresentation = 1, 'MONOCHROME2', 0
+    made.BitsAllocated, made.BitsStored, made.HighBit = 8, 8, 7
+    made.PixelData = image(seed, SIDE, SIDE, 1).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.save_as(path, enforce_file_format=True)
+
+
+# ------------------------------------------------------------------------------------------ published tables
+
+def test_rsna_dicom_files_with_several_rows_an_image(tmp_path):
+    rows = []
+    for i in range(14):
+        dicom(tmp_path / 'data' / 'stage_2_train_images' / f'{i:04d}-ab.dcm', i)
+        name = 'Normal' if i < 10 else 'Lung Opacity' if i < 13 else 'No Lung Opacity / Not Normal'
+        rows += [f'{i:04d}-ab,{name}'] * (2 if name == 'Lung Opacity' else 1)       # one for each box
+    table = write(tmp_path / 'data' / 'stage_2_detailed_class_info.csv', 'patientId,class', *rows)
+    data = read(table, images=str(tmp_path / 'data' / 'stage_2_train_images'), columns=('path=patientId',),
+                normal_classes=('Normal',))
+    assert counts(data) == {('Normal', 'train'): 6, ('Normal', 'val'): 2, ('Normal', 'test'): 2,
+                            ('Lung Opacity', 'test'): 3, ('No Lung Opacity / Not Normal', 'test'): 1}
+    assert data.split['files'][0]['id'] == '0000-ab.dcm' and not said(data, 'passed over')
+
+
+def test_vindr_three_readers_an_image(tmp_path):
+    rows = []
+    for i in range(12):
+        dicom(tmp_path / 'data' / 'train' / f'{i:04d}.dicom', i)
+        rows += [f'{i:04d},{"No finding" if i < 9 or k == 0 else "Mass"},R{k},' for k in range(3)]
+    table = write(tmp_path / 'data' / 'train.csv', 'image_id,class_name,rad_id,x_min', *rows)
+    data = read(table, columns=('path=image_id', 'class=class_name'), normal_classes=('No finding',))
+    assert data.anomalous_classes == ('Mass',) and data.test.labels.sum() == 3
+    assert said(data, '3 images of several classes count as their first anomalous one: train/0009.dicom')
+
+
+def test_medianomaly_lists_files_by_part_and_label(tmp_path):
+    root = tree(tmp_path / 'data', {'images/n{}.png': 24, 'images/a{}.png': 5, 'images/spare{}.png': 1})
+    (root / 'data.json').write_text(json.dumps({
+        'train': {'0': [f'n{i}.png' for i in range(20)], '1': []},
+        'test': {'0': [f'n{i}.png' for i in range(20, 24)], '1': [f'a{i}.png' for i in range(5)]}}))
+    data = read(root / 'data.json')
+    assert counts(data) == {('normal', 'train'): 17, ('normal', 'val'): 3, ('normal', 'test'): 4,
+                            ('anomalous', 'test'): 5}
+    assert said(data, 'passed over: images that the table does not name (1, such as images/spare0.png)')
+
+
+def test_isic_has_a_column_for_each_class(tmp_path):
+    root = tree(tmp_path / 'data', {'Input/ISIC_{:07d}.jpg': 12})
+    kinds = ['0.0,1.0,0.0'] * 9 + ['1.0,0.0,0.0'] * 2 + ['0.0,0.0,0.0']
+    rows = [f'ISIC_{i:07d},{kind}' for i, kind in enumerate(kinds)]
+    table = write(root / 'GroundTruth.csv', 'image,MEL,NV,BCC', *rows)
+    data = read(table, images=str(root / 'Input'), columns=('path=image',),
+                class_columns=('MEL', 'NV', 'BCC'), normal_classes=('NV',))
+    assert data.anomalous_classes == ('MEL',) and len(data.split['files']) == 11
+    assert said(data, 'left out: 1 row without an image or a class: row 12')
+
+
+def test_chexpert_names_folders_above_and_leaves_uncertain_findings(tmp_path):
+    root = tree(tmp_path / 'CheXpert-v1.0-small', {'train/patient{:05d}/study1/view1_frontal.jpg': 10})
+    rows = [f'CheXpert-v1.0-small/train/patient{i:05d}/study1/view1_frontal.jpg,'
+            + ('1.0,,' if i < 8 else ',-1.0,1.0') for i in range(10)]
+    table = write(root / 'train.csv', 'Path,No Finding,Edema,Pneumonia', *rows)
+    data = read(table, class_columns=('No Finding', 'Edema', 'Pneumonia'), normal_classes=('No Finding',))
+    assert data.anomalous_classes == ('Pneumonia',) and data.test.labels.sum() == 2
+    patients = load_data(replace(data.config, patient_pattern=r'(patient\d+)/'))
+    assert patients.split['files'][3]['patient'] == 'patient00003'
+
+
+def test_nih_takes_the_first_of_several_findings(tmp_path):
+    root = tree(tmp_path / 'data', {'images_001/images/{:08d}_000.png': 6,
+                                    'images_002/images/1{:07d}_000.png': 4})
+    rows = [f'{i:08d}_000.png,No Finding,{i // 2}' for i in range(6)]
+    rows += [f'1{i:07d}_000.png,Mass|Nodule,{9 + i}' for i in range(4)]
+    table = write(root / 'Data_Entry_2017.csv', 'Image Index,Finding Labels,Patient ID', *rows)
+    data = read(table, columns=('path=Image Index', 'class=Finding Labels', 'patient=Patient ID'),
+                normal_classes=('No Finding',), val_fraction=0.3, test_fraction=0.3)
+    assert data.anomalous_classes == ('Mass',)
+    places = {}
+    for file in data.split['files']:
+        places.setdefault(file['patient'], set()).add(file['part'])
+    assert len(places) == 7 and all(len(parts) == 1 for parts in places.values())
+
+
+def test_medmnist_keeps_its_three_parts(tmp_path):
+    def images(first, number):
+        return np.stack([image(first + i, 28, 28, 1)[..., 0] for i in range(number)])
+
+    labels = {'train': np.uint8([[0]] * 12 + [[1]] * 5), 'val': np.uint8([[0], [0], [1]]),
+              'test': np.uint8([[0]] * 4 + [[1]] * 6)}
+    path = tmp_path / 'pneumoniamnist.npz'
+    np.savez_compressed(path, **{f'{part}_labels': y for part, y in labels.items()},
+                        train_images=images(0, 17), val_images=images(100, 3), test_images=images(200, 10))
+    data = read(path, normal_classes=('0',), image_size=28)
+    assert counts(data) == {('0', 'train'): 12, ('0', 'val'): 2, ('0', 'test'): 4, ('1', 'test'): 6}
+    assert said(data, '6 images of anomalous classes in a published part')
+    assert np.array_equal(np.rint(data.train.items([5]).x[0, 0].numpy() * 255), image(5, 28, 28, 1)[..., 0])
+    many = tmp_path / 'chestmnist.npz'
+    np.savez(many, train_images=images(0, 8), train_labels=np.uint8([[0, 0]] * 8), test_images=images(50, 2),
+             test_labels=np.uint8([[0, 1], [1, 1]]))
+    assert set(read(many, normal_classes=('none',)).test.class_names) == {'0', '1'}
+    np.savez(many, train_images=np.zeros((2, 8, 8, 8), np.uint8), train_labels=np.zeros(2, np.uint8))
+    with pytest.raises(UserError, match='expected images in 2D'):
+        read(many, normal_classes=('0',))
+
+
+# ---------------------------------------------------------------------------------------------- own manifests
+
+@pytest.fixture
+def listed(tmp_path):
+    """24 normal and 6 anomalous images in one folder, masks in another, and the rows of a table of them."""
+    root = tree(tmp_path / 'data', {'all/{}.png': 30, 'masks/{}_mask.png': 30})
+    parts = ['train'] * 16 + ['val'] * 4 + ['test'] * 10
+    return root, [{'path': f'all/{i}.png', 'class': 'good' if i < 24 else 'crack', 'part': parts[i],
+                   'mask': f'masks/{i}_mask.png' if i >= 24 else '', 'patient': f'p{i // 2}'}
+                  for i in range(30)]
+
+
+@pytest.mark.parametrize('kind', ['csv', 'semicolon.csv', 'tsv', 'utf-16.csv', 'json'])
+def test_a_manifest_says_class_part_mask_and_patient(listed, kind):
+    root, rows = listed
+    delimiter = {'tsv': '\t', 'semicolon.csv': ';'}.get(kind, ',')
+    table = root / f'table.{kind}'
+    if kind == 'json':
+        table.write_text(json.dumps(rows))
+    else:
+        write(table, *(delimiter.join(row) for row in [list(rows[0]), *(row.values() for row in rows)]),
+              encoding='utf-16' if 'utf-16' in kind else 'utf-8-sig')
+    data = read(table)
+    assert counts(data) == {('good', 'train'): 16, ('good', 'val'): 4, ('good', 'test'): 4,
+                            ('crack', 'test'): 6}
+    assert list(mask_pixels(data).values()) == [HALF] * 6
+    assert data.train.entries[0].patient == 'p0' and data.split['made_of']['flags']['data'] == str(table)
+
+
+def test_a_label_of_0_makes_an_image_normal(listed):
+    root, rows = listed
+    table = write(root / 'table.csv', 'Path,Label,class', *(f"{row['path']},{int(i >= 24)},{i % 2}"
+                                                             for i, row in enumerate(rows)))
+    data = read(table, columns=('class=class',))
+    assert data.normal_classes == ('normal',) and set(data.anomalous_classes) == {'0', '1'}
+    assert len(data.test.labels) == 5 + 6
+
+
+@pytest.mark.parametrize('lines, flags, words', [
+    (['path,class', 'all/0.png,good', 'gone.png,good'], {}, '1 row of images that are not below .*gone.png'),
+    (['file,class', 'all/0.png,good'], {}, 'has no column of paths: found file, class. Say which'),
+    (['path,kind', 'all/0.png,good'], {}, 'has no column of a class'),
+    (['path,class', 'all/0.png,good'], {'columns': ('path=file',)}, "no column 'file': found path, class"),
+    (['path,class', 'all/0.png,good'], {'columns': ('image=path',)}, 'expected NAME=COLUMN'),
+    (['path,class,part', 'all/0.png,good,fold 3'], {}, "row 1: the part 'fold 3' is none of train"),
+    (['path,label', 'all/0.png,maybe'], {}, "row 1: the label 'maybe' is none of 0"),
+    (['path,class,mask', 'all/0.png,good,no.png'], {}, "there is no mask 'no.png'"),
+    (['path,class,part', 'all/0.png,good,train', 'all/0.png,good,test'], {}, 'another part or patient'),
+])
+def test_a_mistake_in_a_table_is_one_clear_line(listed, lines, flags, words):
+    with pytest.raises(UserError, match=words) as error:
+        read(write(listed[0] / 'table.csv', *lines), **flags)
+    assert '\n' not in str(error.value)
+
+
+def test_flags_of_tables_do_nothing_for_folders(tmp_path):
+    root = tree(tmp_path / 'data', {'normal/{}.png': 8, 'sick/{}.png': 2})
+    with pytest.raises(UserError, match='--images: it says how to read a table'):
+        read(root, images=str(root))
+
+
+def test_images_that_are_not_there_are_counted_once(listed):
+    root, rows = listed
+    table = write(root / 'table.csv', 'path,class', *(f"{row['path']},{row['class']}" for row in rows),
+                  *(f'gone{i}.png,good' for i in range(9)))
+    assert said(read(table, skip_corrupt=True), 'left out: 9 rows of images that are not there: gone0.png')
+
+
+# --------------------------------------------------------------------------------------- packed, and replaced
+
+@pytest.mark.parametrize('name', ['mvtec', 'busi', 'brats_slices'])
+def test_an_lmdb_keeps_parts_and_masks(name, tmp_path):
+    root = tree(tmp_path / 'data', LAYOUTS[name].files)
+    folder = read(root)
+    pack(plan(FolderConfig(data=str(root))), tmp_path / 'all.lmdb', 1, False)
+    packed = read(tmp_path / 'all.lmdb')
+    assert counts(packed) == counts(folder) == LAYOUTS[name].parts
+    assert mask_pixels(packed) == mask_pixels(folder) and len(mask_pixels(folder)) == LAYOUTS[name].masks
+
+
+def test_an_lmdb_is_made_of_a_table(listed):
+    root, rows = listed
+    table = write(root / 'table.csv', *(','.join(row) for row in [[*rows[0]], *(r.values() for r in rows)]))
+    pack(plan(FolderConfig(data=str(table))), root / 'all.lmdb', 1, False)
+    assert counts(read(root / 'all.lmdb')) == counts(read(table))
+
+
+def test_a_file_replaced_with_the_same_size_and_time_is_noticed(tmp_path):
+    root = tree(tmp_path / 'data', {'normal/{}.bmp': 8, 'sick/{}.bmp': 2})
+    data = read(root)
+    path = root / 'normal' / '0.bmp'
+    before, old = path.stat(), path.read_bytes()
+    path.write_bytes(old[:-4] + bytes(255 - value for value in old[-4:]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(UserError, match=r'1 file changed since the run.*normal/0\.bmp'):
+        load_data(data.config, data.split)
+
+
+def test_cache_and_split_say_what_they_were_made_of(tmp_path):
+    root = tree(tmp_path / 'data', {'normal/{}.png': 8, 'sick/{}.png': 2, 'lost.png': 1})
+    data = read(root)
+    assert data.split['made_of'] == {
+        'flags': {'data': str(root), 'image_size': SIDE}, 'unreadable': 0,
+        'notes': ['passed over: images in no class folder (1, such as lost.png)']}
+    (made,) = (read_json(path) for path in (tmp_path / 'cache').glob('*/made_of.json'))
+    assert made['images'] == str(root) and made['size'] == SIDE and len(made['files']) == 10
+    assert isinstance(data.config, DataConfig)
