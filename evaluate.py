@@ -184,11 +184,8 @@ def work(args: argparse.Namespace) -> int:
     from evaluation.run import Evaluation
     run, mode = Evaluation(args), MODES[args.eval_mode]
     run.need(*mode.needs)
-    try:
-        run.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {run.out} ({error.strerror}). Name a folder with --save.") from None
-    return mode.run(run) or 0
+    with run.whole_results():
+        return mode.run(run) or 0
 
 
 def main() -> int:

@@ -128,7 +128,8 @@ def describe(model: Model) -> dict[str, Any]:
 
 
 def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[str, Any]]:
-    """The model of a checkpoint, ours or the published NVAE's, in eval mode on the CPU, and its flags.
+    """The model of a checkpoint, ours or the published NVAE's, in eval mode on the CPU, and its flags, among
+    them the hash of its `split`.
 
     `ema` takes the averaged weights where the run kept them.
     """
@@ -156,7 +157,7 @@ def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[s
     if name := not_finite(model.state_dict()):
         raise UserError(f"the checkpoint's weights have numbers that are not finite, first in {name}: "
                         f"nothing can be evaluated with them. Take an older one.")
-    return model.eval(), dict(checkpoint['args'])
+    return model.eval(), {'split': checkpoint.get('split', ''), **checkpoint['args']}
 
 
 def open_model(path: str | Path, ema: bool = True) -> tuple[Model, dict[str, Any]]:

@@ -112,7 +112,7 @@ def new_files(run: Any, normal: Normal) -> tuple[Any, NewFiles]:
     flags = read_flags(DataConfig, vars(run.data_config) | normal.preparation.get('flags', {}))
     prepared = preparation(flags, run.model.shape, run.model.pixels, normal.preparation.get('spacing', ()))
     # Every rank searches, so that all meet the same mistake; files may come and go, so the first one's count.
-    found = launch.gather([prepared.loader.find(run.args.data, without=run.out)])[0]
+    found = launch.gather([prepared.loader.find(run.args.data, without=run.final)])[0]
     return found, NewFiles(prepared, found, run.batch_size)
 
 

@@ -4,7 +4,6 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 from anomaly.choice import choose_scores
 from anomaly.compare import Run, run_names
@@ -63,14 +62,14 @@ def audit_findings(run: Evaluation, data: Data) -> list[str]:
 def together(run: Evaluation) -> None:
     """The same for several runs, whose scores are added up."""
     runs, batch_size = open_runs(run, run.args.together)
-    detect_together(runs, Path(run.args.save), settings(run, batch_size), run.say,
+    detect_together(runs, run.out, settings(run, batch_size), run.say,
                     audit_findings(run, runs[0].data))
 
 
 def compare(run: Evaluation) -> None:
     """Scores of several runs on the test images that all have. Only the run at work is on the device."""
     runs, batch_size = open_runs(run, run.flags(CompareConfig).compare)
-    compare_runs(runs, Path(run.args.save), settings(run, batch_size), run.say)
+    compare_runs(runs, run.out, settings(run, batch_size), run.say)
 
 
 def open_runs(run: Evaluation, paths: Sequence[str]) -> tuple[list[Run], int]:

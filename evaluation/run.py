@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
@@ -22,6 +23,8 @@ from readers.batches import eval_batches
 from readers.cache import is_cache
 from readers.config import FINISHED, phantom_place
 from readers.parts import Batch
+from readers.split import read_split, why_other_split
+from storage.outputs import whole_folder
 from utils import UserError, read_flags, read_json, write_json
 
 T = TypeVar('T')
@@ -31,15 +34,16 @@ T = TypeVar('T')
 class Evaluation:
     """A run under evaluation, by the flags of the command. Its model is opened when it is needed."""
     args: Namespace
+    workshop: Path | None = None         # where `out` is made, within the block `whole_results`
 
     def flags(self, config: type[T]) -> T:
         """The flags of this class that the command has."""
         return read_flags(config, self.args)
 
     def say(self, line: str) -> None:
-        """Prints a line, from the main process alone."""
+        """Prints a line, from the main process alone. It names results where they will be."""
         if launch.is_main():
-            print(line)
+            print(line.replace(str(self.workshop), str(self.final)))
 
     @cached_property
     def opened(self) -> tuple[Model, dict[str, Any]]:
@@ -56,9 +60,26 @@ class Evaluation:
         return run_folder(self.args.checkpoint)
 
     @property
-    def out(self) -> Path:
+    def final(self) -> Path:
         """Folder of the results."""
         return Path(self.args.save) if self.args.save else self.run_folder / self.args.eval_mode
+
+    @property
+    def out(self) -> Path:
+        """The folder to write them to, on every process."""
+        return self.workshop or self.final
+
+    @contextmanager
+    def whole_results(self) -> Iterator[None]:
+        """What the block writes to `out` is in `final` when it ends well: all of it, or nothing."""
+        try:
+            with whole_folder(self.final) if launch.is_main() else nullcontext('') as place:
+                self.workshop = Path(launch.gather([str(place)])[0])
+                yield
+                launch.barrier()
+        finally:
+            self.workshop = None
+        launch.barrier()
 
     @property
     def batch_size(self) -> int:
@@ -92,10 +113,13 @@ class Evaluation:
         """
         config, model = replace(self.data_config, **changes), self.opened[0]
         path = self.run_folder / 'split.json'
-        split = read_json(path) if path.exists() else None
+        split = read_split(path)
         with launch.main_first():
             # The split says nothing of another data set.
             data = load_data(config, split if split and split['dataset'] == config.dataset else None)
+        if not changes and (digest := self.opened[1].get('split', '')):
+            for line in why_other_split(split, data.split, digest):
+                self.say(f'WARNING: {line}')
         if tuple(data.shape) != tuple(model.shape):
             raise UserError(f"the model was trained on images of shape {tuple(model.shape)}, the data have "
                             f"{tuple(data.shape)}. Set --image_size and --channels as in training.")

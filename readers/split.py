@@ -6,15 +6,18 @@ Images that belong together (one patient, one content) are one group, and a grou
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from readers.source import CLASSES_SHOWN, Entry
-from utils import UserError, mix_seed, read_text
+from utils import UserError, finite, mix_seed, read_json, read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from readers.published.records import Records
 
 PARTS = ('train', 'val', 'test')
+SPLIT = {'dataset': str, 'split_seed': int, 'normal_classes': list, 'anomalous_classes': list}
+FILE = ('id', 'class', 'part', 'sha256')
 SHOWN = 5          # files named in one line
 
 
@@ -134,6 +139,42 @@ def split_records(records: Records, val_fraction: float, test_fraction: float, s
     bounds = more_test, more_test + val
     return {'train': np.sort(free[bounds[1]:]), 'val': np.sort(free[bounds[0]:bounds[1]]),
             'test': np.sort(np.concatenate([test, free[:bounds[0]]]))}
+
+
+def read_split(path: Path) -> dict[str, Any] | None:
+    """split.json of a run; None if there is none. Raises UserError if it is damaged."""
+    if not path.exists():
+        return None
+    split = read_json(path)
+    kinds = SPLIT | ({'records': dict} if isinstance(split, dict) and 'records' in split else {'files': list})
+    whole = isinstance(split, dict) and all(isinstance(split.get(key), kind) for key, kind in kinds.items())
+    if not whole or not all(isinstance(split['records'].get(part), int) for part in PARTS
+                            if 'records' in split) or not all(
+            isinstance(file, dict) and all(isinstance(file.get(key), str) for key in FILE)
+            for file in split.get('files', ())):
+        raise UserError(f"{path} is not the split of a run: restore it, or train anew.")
+    return split
+
+
+def split_digest(split: Mapping[str, Any]) -> str:
+    """SHA-256 of a split, which checkpoints keep: of who is where, not of the flags that it was made with."""
+    counted = {name: value for name, value in split.items() if name != 'made_of'}
+    return hashlib.sha256(json.dumps(finite(counted), sort_keys=True).encode()).hexdigest()
+
+
+def why_other_split(stored: Mapping[str, Any] | None, made: Mapping[str, Any], digest: str) -> list[str]:
+    """Lines on split.json, if it is not as it was when the checkpoint was written, which knows its `digest`.
+    `made` is the split of the data in use.
+    """
+    if stored is not None and split_digest(stored) != digest:
+        return ["the run's split.json was changed since the checkpoint: images of its training may be in "
+                "other parts now. Restore it."]
+    if stored is None and split_digest(made) == digest:
+        return ["the run's split.json is lost; made anew from the data it is the same."]
+    if stored is None:
+        return ["the run's split.json is lost, and made anew from these data it is another one: images of "
+                "its training may be in the test part. Restore it, or give the data and flags of the run."]
+    return []
 
 
 def stored_parts(entries: Sequence[Entry], split: dict[str, Any], report: list[str]) -> dict[str, str]:

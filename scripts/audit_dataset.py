@@ -20,7 +20,7 @@ from audit.findings import SEVERITIES
 from audit.trivial import FEATURES
 from command_line.parser import parse_flags
 from datasets import DataConfig, load_data
-from readers.split import count
+from readers.split import count, read_split
 from utils import (
     UserError,
     flag,
@@ -61,9 +61,9 @@ def read_data(config: AuditConfig, given: dict[str, Any]) -> Any:
         return load_data(read_flags(DataConfig, given))
     path = Path(config.split)
     path = path / 'split.json' if path.is_dir() else path
-    split, flags = read_json(path), path.with_name('args.json')
-    if not isinstance(split, dict) or 'dataset' not in split:
-        raise UserError(f"--split {path} is no split.json of a run: give the run's folder.")
+    split, flags = read_split(path), path.with_name('args.json')
+    if split is None:
+        raise UserError(f"--split: {path} does not exist.")
     of_run = read_json(flags) if flags.exists() else {'dataset': split['dataset']}
     return load_data(read_flags(DataConfig, of_run | given), split)
 

@@ -28,6 +28,10 @@ END, END_LENGTH = b'PK\x05\x06', 22          # the last record of a zip; it ends
 BLOCK = 1 << 22
 
 
+class Damaged(UserError):
+    """A checkpoint that is not there or not whole; an older one may be."""
+
+
 # ------------------------------------------------------------------------------------------------------- save
 
 def save_checkpoint(path: str | Path, content: dict[str, Any], keep: int = 1) -> None:
@@ -99,7 +103,7 @@ def read_checkpoint(path: str | Path, say: Callable[[str], None] | None = None) 
     for one in copies(path) or [path]:
         try:
             content = _read_one(one)
-        except UserError as error:
+        except Damaged as error:
             problem = problem or error
             continue
         if one != path:
@@ -116,20 +120,21 @@ def _read_one(path: Path) -> dict[str, Any]:
     try:
         with path.open('rb') as file:
             if reason := why_damaged(file):
-                raise UserError(f"checkpoint {path} {reason}; it is not loaded. Take another copy.")
+                raise Damaged(f"checkpoint {path} {reason}; it is not loaded. Take another copy.")
             file.seek(0)
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}. Name the checkpoint.pt of a run.") from None
+        raise Damaged(f"there is no checkpoint {path}. Name the checkpoint.pt of a run.") from None
     except UserError:
         raise
     except pickle.UnpicklingError as error:
         foreign = re.search(r'GLOBAL (\S+)', str(error))
         what = f"holds a {foreign[1]}, which is code and not data" if foreign else "is damaged"
-        raise UserError(f"checkpoint {path} {what}; it is not loaded. Take another copy.") from None
+        kind = UserError if foreign else Damaged
+        raise kind(f"checkpoint {path} {what}; it is not loaded. Take another copy.") from None
     except Exception as error:      # a damaged file can mislead the reader into any of them
-        raise UserError(f"checkpoint {path} cannot be read: it is damaged or no checkpoint "
+        raise Damaged(f"checkpoint {path} cannot be read: it is damaged or no checkpoint "
                         f"({type(error).__name__}: {str(error).split(chr(10))[0][:120]}).") from None
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not the dictionary of a run.")

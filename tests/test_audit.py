@@ -442,7 +442,7 @@ def test_the_program_audits_the_split_and_the_flags_of_a_run(tmp_path, told_by):
 
 def test_the_program_refuses_what_it_cannot_use(tmp_path, told_by):
     (tmp_path / 'split.json').write_text('[]')
-    for flags, words in [(('--split', tmp_path), 'is no split.json of a run'),
+    for flags, words in [(('--split', tmp_path), 'is not the split of a run'),
                          (('--split', tmp_path / 'nowhere'), 'does not exist'),
                          (('--max_images', 5), '--max_images 5'),
                          (('--num_bootstrap', 0), '--num_bootstrap 0'),

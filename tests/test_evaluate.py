@@ -218,6 +218,7 @@ def fails(monkeypatch, capsys, *flags):
 def test_wrong_checkpoints(copy, monkeypatch, capsys):
     path = copy / 'checkpoint.pt'
     assert 'there is no checkpoint /no/where' in fails(monkeypatch, capsys, '--checkpoint', '/no/where')
+    (copy / 'checkpoint-1.pt').unlink()
     path.write_bytes(path.read_bytes()[:999])
     assert 'damaged' in fails(monkeypatch, capsys, '--checkpoint', copy)
     torch.save({'weights': {}, 'description': Trap()}, path)

@@ -41,9 +41,9 @@ def alone_in(folder: Path) -> Iterator[None]:
 class RunFolder(RunLog):
     """The log and the checkpoints of a run, which only its main process writes. A full disk is waited for."""
 
-    def __init__(self, run: RunConfig, flags: dict[str, Any], step: int = 0):
-        """`flags` are all flags of the command; `step` steps are done."""
-        self.flags, shown = flags, run.wandb_project and launch.is_main()
+    def __init__(self, run: RunConfig, flags: dict[str, Any], step: int = 0, split: str = ''):
+        """`flags` are all flags of the command; `step` steps are done; `split` is the hash of split.json."""
+        self.flags, self.split, shown = flags, split, run.wandb_project and launch.is_main()
         self.wandb = start_wandb(run.folder, run.wandb_project, flags) if shown else None
         super().__init__(run.folder, active=launch.is_main(), step=step)
 
@@ -51,7 +51,7 @@ class RunFolder(RunLog):
         """Writes a checkpoint: `state`, and what builds `model` again."""
         if self.active:
             content = {'description': describe(model), 'args': self.flags, 'torch': str(torch.__version__),
-                       **state}
+                       'split': self.split, **state}
             with_room(lambda: save_checkpoint(self.folder / name, content, self.flags['keep']))
 
     def close(self) -> None:

@@ -22,11 +22,12 @@ from evaluation.sampling import recalibrate_batch_norm
 from model import build_model, family_config, place, start_from
 from neural_operations import activation_bytes, checkpoint_activations
 from readers.batches import eval_batches, steps_per_epoch, train_batches
+from readers.split import read_split, split_digest, why_other_split
 from storage.checkpoint import copies, not_finite, read_checkpoint
 from training.config import RunConfig, Schedule, TrainConfig
 from training.optimization import Optimization, capture_passes, check_graph
 from training.run_folder import RunFolder, begun_mark, read_resumable
-from utils import UserError, mix_seed, read_flags, read_json, seed_noise, write_json
+from utils import UserError, mix_seed, read_flags, seed_noise, write_json
 
 MEMORY_MARGIN = 1.3          # gradients and work space, beside what is kept for the backward pass
 TAGS = {'val/nelbo': 'nelbo_nats', 'val/neg_log_p': 'neg_log_p_nats',
@@ -54,7 +55,7 @@ class Trainer:
         saved, self.notes = read_resumable(self.run, args), []
         # Batches that a process accumulates are those of as many processes: same images, same noise.
         batches = launch.world() * self.config.accumulate
-        self.data = self._load_data(batches)
+        self.data = self._load_data(batches, saved.get('split', '') if saved else '')
         batch_size = min(self.config.batch_size, len(self.data.train) // batches)
         self.schedule = Schedule(self.config, steps_per_epoch(self.data.train, max(batch_size, 1), batches),
                                  batch_size, batch_size * batches)
@@ -74,17 +75,25 @@ class Trainer:
             check_graph(self.model, self.config.accumulate, self.recomputes)
         self.captured = False                   # whether the passes of the network are a CUDA graph
         # From here on nothing is refused, so that a start that is leaves no trace.
-        self.folder = RunFolder(self.run, vars(args), self.optimization.step)
+        self.folder = RunFolder(self.run, vars(args), self.optimization.step, self.split)
         self.validation = Validation(self.data, self.schedule, self.metric, self.folder, self.run.seed)
         if saved and copies(best := self.run.folder / 'best.pt'):
             self.validation.best = read_checkpoint(best, self.folder.say)['validation']
 
-    def _load_data(self, batches: int) -> Data:
+    def _load_data(self, batches: int, known: str) -> Data:
+        """The data, whose split has the hash `known` in the checkpoint that goes on; '' = there is none."""
         config, split = read_flags(DataConfig, self.args), self.run.folder / 'split.json'
         if self.run.dry_run and not config.data:
+            self.split = ''
             return stand_in(config, self.config.batch_size * batches)
         with launch.main_first():                               # reads and caches the files once
-            data = load_data(config, read_json(split) if split.exists() else None)
+            stored = read_split(split)
+            data = load_data(config, stored)
+        self.split = split_digest(stored or data.split)
+        lines = why_other_split(stored, data.split, known) if known else []
+        if lines and self.split != known:
+            raise UserError(lines[0])
+        self.notes += lines
         if self.config.keep_best and not len(data.val):
             raise UserError("--keep_best chooses by a validation part, and there is none: set "
                             "--val_fraction, such as 0.1. The test part is not for choosing.")
