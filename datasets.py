@@ -161,7 +161,7 @@ DATASETS = {
               'its folder: Hand/*.jpeg and beside it AbdomenCT, BreastMRI, CXR, ChestCT and HeadCT.'),
     'folder': DataSet(
         FOLDER, size=64, normal=('normal', 'good'), masks=True, tables=True, folder=data_folder,
-        split=split_given,
+        split=split_given, defaults={'model': 'dae', 'epochs': 60},
         where='Expected a folder "normal" (or "good") and beside it one folder for each kind of anomaly.'),
     'phantom': DataSet(
         FOLDER, size=64, normal=('Normal',), masks=True, phantoms=1200, confounds=True,

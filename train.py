@@ -15,10 +15,11 @@ import os
 import signal
 import sys
 import tempfile
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from command_line.parser import owners, parse_flags, peek_flags
+from command_line.parser import owners, parse_flags, peek_flags, with_config
 from datasets import DATASETS, data_flags
 from distributed import launch
 from distributed.launch import LaunchConfig
@@ -37,11 +38,25 @@ TABLES = {'model': MODELS, 'dataset': DATASETS}
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags of the model and the data set that the command names; no others are known."""
     chosen = {'model': 'nvae', 'dataset': 'mnist'}
-    chosen |= {name: value for name, value in peek_flags(argv, **chosen).items() if value in TABLES[name]}
+    peeked = peek_flags(argv, **chosen | {'model': ''})
+    chosen |= {name: value for name, value in peeked.items() if value in TABLES[name]}
+    suited = {} if peeked['model'] else suited_defaults(argv, chosen['dataset'])
+    chosen['model'] = suited.get('model', chosen['model'])
     family = family_config(chosen['model'])                       # of a wrong name, the parser tells
     return parse_flags(argv, __doc__, (RunConfig, *data_flags(chosen['dataset']), TrainConfig, family,
-                                       LaunchConfig),
-                       defaults=getattr(family, 'defaults', {}), elsewhere=partial(elsewhere, **chosen))
+                                       LaunchConfig), elsewhere=partial(elsewhere, **chosen),
+                       defaults=getattr(family, 'defaults', {}) | suited)
+
+
+def suited_defaults(argv: list[str], dataset: str) -> dict[str, Any]:
+    """The defaults of a data set for a command that names no model. With flags of NVAE there are none: such a
+    command is for NVAE, as published ones are.
+    """
+    defaults = dict(DATASETS[dataset].defaults)
+    of_nvae, of_model = ({field.name for field in fields(family_config(name))}
+                         for name in ('nvae', defaults.get('model', 'nvae')))
+    given = {word.partition('=')[0].removeprefix('--').removeprefix('no-') for word in with_config(argv)}
+    return {} if given & (of_nvae - of_model) else defaults
 
 
 def elsewhere(model: str, dataset: str) -> dict[str, str]:

@@ -207,6 +207,7 @@ class DataSet:
     phantoms: int = 0                        # normal phantoms drawn by default; 0 = it is not synthetic
     confounds: bool = False                  # the phantoms come with confounds too
     primary_scores: Mapping[str, str] = field(default_factory=dict)   # family -> what development data chose
+    defaults: Mapping[str, Any] = field(default_factory=dict)         # of a training that names no model
     where: str = ''                          # for errors: the expected layout, and where the data comes from
 
     def border(self, config: ReaderConfig) -> int:

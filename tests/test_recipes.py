@@ -192,6 +192,36 @@ def test_score_models_take_a_step_and_are_scored(name, env, score_run):
     assert all(read_json(file)['anomaly']['counts']['test'] == {'normal': 6, 'tumour': 4} for file in scored)
 
 
+DRY = """images         1 x 64 x 64, discretized, 1,195 to train on
+speed          88.02 images/s a process, {} s a step"""
+
+
+@pytest.mark.parametrize('seconds, epochs, size', [('0.18', 21, 0), ('0.01', 21, 128), ('2.34', 6, 0)])
+def test_own_images_are_sized_to_the_machine(seconds, epochs, size, recorder, tmp_path):
+    """About 1,500 steps, or as many as fit into 15 minutes; larger images on a fast machine."""
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/bash\n'
+                      f'[[ $* == *dry_run* ]] && echo "{DRY.format(seconds)}" || {recorder} "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(['bash', str(FOLDER / 'own_images.sh'), str(tmp_path), '--normal_classes', 'good'],
+                          capture_output=True, text=True, check=True, cwd='/',
+                          env={**os.environ, 'PYTHON': str(python), 'ROOT': 'there'})
+    training, scoring = (json.loads(line) for line in done.stdout.splitlines() if line.startswith('['))
+    args, scored = train.parse_args(training[1:]), evaluate.parse_args(scoring[1:])
+    assert (args.model, args.data, args.epochs, args.image_size) == ('dae', str(tmp_path), epochs, size)
+    assert args.normal_classes == ['good'] and '1195 normal images' in done.stdout
+    assert (scored.checkpoint, scored.save) == ('there/eval-own_images', 'there/eval-own_images/anomaly')
+
+
+def test_folders_of_own_images_have_defaults_for_a_laptop_unless_a_model_is_named():
+    chosen = lambda *words: train.parse_args(['--dataset', 'folder', '--data', 'X', *words])
+    args = chosen()
+    assert (args.model, args.epochs, args.batch_size) == ('dae', 60, 16)
+    assert (chosen('--model', 'nvae').epochs, chosen('--epochs', '3').epochs) == (200, 3)
+    assert chosen('--num_latent_scales', '2').model == 'nvae'              # a command as published ones
+    assert train.parse_args(['--dataset', 'covid', '--data', 'X']).model == 'nvae'
+
+
 def test_three_nodes_need_an_address(recorder):
     argv = commands('nvae_ffhq256', recorder, IP_ADDR='10.1.2.3', NODE_RANK='2')[0]
     args = train.parse_args(argv[1:])

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Your own images, from a folder to a report: trains a denoising autoencoder on the normal images, scores the others, and ends
+# with the path of the report. A dry run first measures this machine and counts the images; it sets the length of the training,
+# about 15 minutes at most, and the size of the images and of the network.
+#   bash scripts/recipes/own_images.sh FOLDER          FOLDER/normal and perhaps folders of anomalies; docs/data.md has the layouts
+#   SAVE=name bash scripts/recipes/own_images.sh FOLDER --normal_classes healthy          more flags go to train.py
+# The same command again goes on where it stopped.
+set -euo pipefail
+PYTHON=${PYTHON:-python}
+ROOT=${ROOT:-runs}
+SAVE=${SAVE:-own_images}
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+[ -d "${1:-}" ] || [ -f "${1:-}" ] || { echo "usage: bash $0 FOLDER [FLAGS of train.py]" >&2; exit 2; }
+RUN=$ROOT/eval-$SAVE
+MOST_SECONDS=${MOST_SECONDS:-900}
+
+flags=(--dataset folder --data "$1" --model dae --batch_size 16 "${@:2}")
+if [ -f "$RUN/checkpoint.pt" ]; then
+    flags=(--config "$RUN/args.json" "${flags[@]}")          # sized already
+else
+    dry=$("$PYTHON" "$REPOSITORY/train.py" "${flags[@]}" --dry_run)
+    echo "$dry"
+    images=$(sed -nE 's/^images .* ([0-9,]+) to train on$/\1/p' <<< "$dry" | tr -d ,)
+    step=$((10#$(sed -nE 's/^speed .* ([0-9.]+) s a step$/\1/p' <<< "$dry" | tr -d .)))           # in hundredths of a second
+    # Where a step takes less than 0.05 s, as on a GPU: images of twice the side and a wider network, about five times the work.
+    large=$((step < 5))
+    step=$((large ? 5 * step + 1 : step))
+    steps=$((100 * MOST_SECONDS / step))
+    steps=$((steps > 1500 ? 1500 : steps < 200 ? 200 : steps))
+    of_epoch=$((images < 16 ? 1 : images / 16))
+    epochs=$(((steps + of_epoch - 1) / of_epoch))
+    echo "$images normal images to train on: $epochs epochs of $of_epoch steps, about $((epochs * of_epoch * step / 6000 + 1)) minutes"
+    flags+=(--epochs "$epochs" --val_every $((epochs > 10 ? epochs / 5 : 1)) --image_every 0)
+    ((!large)) || flags+=(--image_size 128 --widths 32 64 96 128)
+    flags+=("${@:2}")                                        # given flags win
+fi
+
+"$PYTHON" "$REPOSITORY/train.py" --root "$ROOT" --save "$SAVE" --cont_training "${flags[@]}"
+"$PYTHON" "$REPOSITORY/evaluate.py" --checkpoint "$RUN" --eval_mode anomaly --save "$RUN/anomaly"
