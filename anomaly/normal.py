@@ -58,7 +58,7 @@ class Normal:
         for score in scores:
             if score.density is not None:
                 densities[score.name] = density = copy.deepcopy(score.density)
-                features = table.features[score.needs]
+                features = table.features[score.name]
                 more, note = extra_images(score, features, training)
                 notes += note
                 try:
@@ -97,7 +97,7 @@ class Normal:
         """The same table with the values of the scores that are densities, from its features, or sums."""
         for score in scores:
             if score.density is not None:
-                table.values[score.name] = self.densities[score.name].score(table.features[score.needs])
+                table.values[score.name] = self.densities[score.name].score(table.features[score.name])
         self.add_sums(table, scores)
         return table
 
@@ -172,7 +172,7 @@ def extra_images(score: Score, features: np.ndarray,
     """
     if training is None or not score.density.takes_training:
         return None, []
-    more, images = training.features[score.needs], f'{len(training)} training images'
+    more, images = training.features[score.name], f'{len(training)} training images'
     if are_alike(more, features):
         return more, [f"{score.name} has learned from {images} too: their features are distributed like "
                       f"those of validation images."]

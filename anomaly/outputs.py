@@ -3,7 +3,7 @@
 B images, C channels, *S = (H, W) or (D, H, W), L latent groups from the top (1) down to the image (L); D
 draws of the latents over which scores average, M importance samples of a bound, k groups nearest the image
 that a forward pass skips, that is, takes from the prior. Terms of a forward pass, all in nats: recon = -log
-p(x|z) (B,); kl (B, L); log_q, log_p (B,) of the drawn latents, to which skipped groups add nothing.
+p(x|z) (B,); kl (B, L), and kl_channels (B, L, Z) of the Z channels of each group; log_q, log_p (B,) of the drawn latents, to which skipped groups add nothing.
 """
 
 import hashlib
@@ -16,11 +16,12 @@ from scipy import ndimage
 from torch import Tensor
 
 from anomaly.scores import Scoring
-from distributions import RowNoise, log_mean_exp
+from distributions import LEAST_KL, RowNoise, log_mean_exp
 from utils import mix_seed
 
 Terms = dict[str, Tensor]
-TERMS = ('recon', 'kl', 'log_q', 'log_p')
+LEAST_SPREAD = 1e-2        # of a latent over positions, whose prior has a standard deviation of about 1
+TERMS = ('recon', 'kl', 'kl_channels', 'log_q', 'log_p')
 
 
 # ------------------------------------------------------------------------------------- functions of the terms
@@ -40,8 +41,8 @@ def log_weight(terms: Terms) -> Tensor:
 
 
 def as_float64(terms: Terms) -> Terms:
-    """Those of TERMS, in float64 on the CPU, without logits."""
-    return {name: terms[name].detach().cpu().double() for name in TERMS}
+    """Those of TERMS that there are, in float64 on the CPU, without logits."""
+    return {name: terms[name].detach().cpu().double() for name in TERMS if name in terms}
 
 
 # ------------------------------------------------------------------------------------------------------ noise
@@ -169,15 +170,31 @@ class Outputs:
         return {name: values.float() for name, values in self._ask('maps', skip=skip).items()}
 
     def likelihood_features(self) -> Tensor:
-        """-log p(x|z) and the KL of every group from the top down, nats: (B, 1 + L).
+        """-log p(x|z) and the KL of every group from the top down, nats: (B, 1 + L)."""
+        return self.feature(lambda terms: torch.cat([terms['recon'][:, None], terms['kl']], 1))
 
-        At the posterior means, where a group does not pay for the noise of those above it, or the mean over
-        the draws, as `density_features` says.
+    def log_kl(self, channels: bool = False) -> Tensor:
+        """Logarithms of the KL of every group (B, L), or where the terms tell `channels` apart, of every latent
+        channel of every group (B, L Z), each at least LEAST_KL nats: a KL spreads in proportion to its size.
         """
-        columns = lambda terms: torch.cat([terms['recon'][:, None], terms['kl']], 1)
+        kl = self.feature(lambda terms: terms['kl_channels' if channels and 'kl_channels' in terms else 'kl'])
+        return kl.clamp(min=LEAST_KL).log().flatten(1)
+
+    def latent_features(self) -> Tensor:
+        """What every latent channel says of an image, float64 on the CPU: (B, n). The logarithms of its KL, and
+        of the standard deviation of its posterior mean over the positions, which tells how much of the image
+        varies in what the channel describes.
+        """
+        spread = [z.double().cpu().flatten(2).std(2, correction=0) for z in self._ask('latents')]
+        return torch.cat([self.log_kl(channels=True), (torch.cat(spread, 1) + LEAST_SPREAD).log()], 1)
+
+    def feature(self, function: Callable[[Terms], Tensor]) -> Tensor:
+        """A function of the terms, from which a density learns: at the posterior means, where a group does
+        not pay for the noise of those above it, or the mean over the draws, as `density_features` says.
+        """
         if self.scoring.density_features == 'draws':
-            return self.mean(columns)
-        return columns(self.posterior_means())
+            return self.mean(function)
+        return function(self.posterior_means())
 
     def statistics(self) -> Tensor:
         """The model's statistics for DoSE, float64 on the CPU: (B, n). Score norms are computed once."""

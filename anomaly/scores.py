@@ -32,7 +32,7 @@ NEED_CAPTUM = ('guided', 'gradcam')
 CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstructions': 'reconstruct', 'maps': 'maps',
                 'encoder parameters': 'encoder_parameters', 'score norms': 'score_norms',
                 'ODE likelihood': 'log_likelihood', 'voxel densities': 'voxel_nll',
-                'statistics': 'statistics', 'inpainting': 'inpainting_map',
+                'statistics': 'statistics', 'latents': 'latents', 'inpainting': 'inpainting_map',
                 'restoration': 'restoration_map'}
 
 
@@ -249,11 +249,19 @@ def residual_scores() -> list[Score]:
               lambda outputs: highest_residual(outputs, 1.0).clamp(min=SMALLEST_RESIDUAL).log())]
 
 
-def likelihood_density(name: str, about: str, kind: str, **options: Any) -> Score:
-    """A density, a class of density.py, of -log p(x|z) and the KL of every group."""
+def likelihood_density(name: str, about: str, kind: str, features: Callable[[Outputs], Tensor],
+                       **options: Any) -> Score:
+    """A density, a class of density.py, of likelihood terms."""
     from anomaly import density
-    return Score(name, 'likelihood terms', about, features=lambda outputs: outputs.likelihood_features(),
-                 density=getattr(density, kind)(**options))
+    return Score(name, 'likelihood terms', about, features=features, density=getattr(density, kind)(**options))
+
+
+def latent_score() -> Score:
+    """A density of what the latent channels say, each counted alike."""
+    from anomaly.density import KNN
+    return Score('latent_knn', 'latents', "distance of the log KL and the log spread over positions of every "
+                 "latent channel to the 2nd nearest normal validation image",
+                 features=lambda outputs: outputs.latent_features(), density=KNN(k=2))
 
 
 def dose_scores() -> list[Score]:
@@ -336,16 +344,18 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
         'regret', 'encoder parameters', "likelihood regret: gain of the bound when the encoder is fitted to "
         "the image alone, nats", regret)],
     'typicality': lambda L: [likelihood_density(
-        'typicality', "|NELBO - mean NELBO of normal validation images|, nats", 'Typicality')],
+        'typicality', "|NELBO - mean NELBO of normal validation images|, nats", 'Typicality',
+        lambda outputs: outputs.likelihood_features())],
     'kl_profile': lambda L: [likelihood_density(
-        'kl_profile', "Mahalanobis distance of (recon, KL of every group) from normal validation images",
-        'Mahalanobis')] if L else [],
+        'kl_profile', "Mahalanobis distance of the log KL of every group from normal validation images",
+        'Mahalanobis', lambda outputs: outputs.log_kl())] if L else [],
     'kl_knn': lambda L: [likelihood_density(
-        'kl_knn', "distance of (recon, KL of every group) to the 5th nearest normal validation image",
-        'KNN', k=5)] if L else [],
+        'kl_knn', "distance of the log KL of every latent channel to the 5th nearest normal validation image",
+        'KNN', lambda outputs: outputs.log_kl(channels=True), k=5)] if L else [],
     'kl_gmm': lambda L: [likelihood_density(
-        'kl_gmm', "-log density of (recon, KL of every group) under a Gaussian mixture fitted to normal "
-        "validation images, nats", 'GMM')] if L else [],
+        'kl_gmm', "-log density of the log KL of every group under a Gaussian mixture fitted to normal "
+        "validation images, nats", 'GMM', lambda outputs: outputs.log_kl())] if L else [],
+    'latent_knn': lambda L: [latent_score()] if L else [],
     'dose': lambda L: dose_scores(),
     'msma': lambda L: msma_scores(),
     'inpainting': lambda L: [repair_score(

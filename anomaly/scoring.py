@@ -44,7 +44,7 @@ class Table:
     """What a model and the baselines say of N images: one row an image, one column a score."""
     entries: list[Any]                                 # N, each with id, class_name and label
     values: dict[str, np.ndarray]                      # score -> (N,) float64, larger = more anomalous
-    features: dict[str, np.ndarray] = field(default_factory=dict)   # of densities, by capability -> (N, D)
+    features: dict[str, np.ndarray] = field(default_factory=dict)   # of densities: score -> (N, D)
     maps: Maps | None = None                           # of images with known masks, on rank 0
     seconds: float = 0.0                               # that the model's scores took, summed over processes
     cases: list[Case] = field(default_factory=list)    # pictures, by falling primary score
@@ -104,12 +104,12 @@ def score_images(model: Any, batches: Batches, scores: Sequence[Score], scoring:
     rows, kept = [], []
     by_model = [score for score in scores if score.image and score.needs]
     others = [score for score in scores if score.image and not score.needs]
-    features = {s.needs: s.features for s in scores if s.features and s.needs}
+    features = {s.name: s.features for s in scores if s.features and s.needs}
     described = {s.name: s.features for s in scores if s.features and not s.needs}
     for entries, batch, outputs in model_outputs(model, batches, scoring, densities):
         started = time.perf_counter()
         values = {s.name: column(s.image(outputs)) for s in by_model}
-        learned = {needs: column(of(outputs)) for needs, of in features.items()}
+        learned = {name: column(of(outputs)) for name, of in features.items()}
         seconds = time.perf_counter() - started
         values |= {s.name: column(s.image(outputs)) for s in others}
         learned |= {name: column(of(outputs)) for name, of in described.items()}

@@ -183,7 +183,8 @@ def test_what_densities_learned_is_kept_and_read_again(finished):
     path, model = finished.run / 'thresholds.json', make_model()
     assert list(json.loads(path.read_text())['fitted']) == ['typicality', 'kl_profile', 'kl_knn', 'kl_gmm']
     normal = Normal.load(path, model, 'nothing')
-    table = scoring.Table([], {}, {'likelihood terms': np.array([[1.0, 2, 3], [4, 5, 6]])})
+    table = scoring.Table([], {}, {name: np.array([[1.0, 2, 3], [4, 5, 6]])[:, :width] for name, width in (
+        ('typicality', 3), ('kl_profile', 2), ('kl_knn', 2), ('kl_gmm', 2))})
     scores = normal.scores(('typicality', 'kl_profile', 'kl_knn', 'kl_gmm'), model)
     values = normal.apply(table, scores).values
     assert len(values) == 4 and all(np.isfinite(column).all() for column in values.values())

@@ -425,6 +425,24 @@ def test_densities_learn_from_posterior_means_or_from_draws():
     assert torch.equal(drawn.likelihood_features()[:, 0], mean)
 
 
+def test_latent_channels_are_described_by_the_logarithms_of_their_kl_and_of_their_spread():
+    class Model(LinearGaussian):
+        def forward(self, *args, **options):
+            kl = torch.tensor([[[1.0, 0.5], [0.0, 4.0]]]).expand(len(args[0]), -1, -1)
+            return super().forward(*args, **options) | {'kl': kl.sum(2), 'kl_channels': kl}
+
+        def latents(self, x):
+            coarse = torch.tensor([[[[2.0, 4.0]], [[3.0, 3.0]]]])                # (1, Z, 1, 2)
+            return [z.expand(len(x), -1, -1, -1) for z in (coarse, coarse[..., :1])]
+
+    outputs = outputs_of(Model(), images(2))
+    spread = [math.log(value + 0.01) for value in (1.0, 0.0, 0.0, 0.0)]
+    log_kl = [math.log(value) for value in (1.0, 0.5, 0.01, 4.0)]                # 0 counts as 0.01 nats
+    close(find('latent_knn').features(outputs), torch.tensor([log_kl + spread] * 2))
+    close(find('kl_knn').features(outputs), torch.tensor([log_kl] * 2))
+    close(find('kl_profile').features(outputs), torch.tensor([[math.log(1.5), math.log(4.0)]] * 2))
+
+
 def test_a_sum_of_scores_follows_its_terms():
     chosen, _ = choose_scores(('kl_knn+llr_1', 'nelbo'), LinearGaussian())
     assert [score.name for score in chosen] == ['nelbo', 'kl_knn', 'llr_1', 'kl_knn+llr_1']
