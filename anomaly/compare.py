@@ -15,7 +15,7 @@ from anomaly.choice import choose_primary, choose_scores, preset
 from anomaly.detect import Evaluated, Settings, evaluate
 from anomaly.judge import Judgement, join
 from anomaly.report import comparison
-from anomaly.scores import Score, Selection, check_used
+from anomaly.scores import Score, Selection
 from anomaly.scoring import Table
 from distributed import launch
 from readers.parts import SomeOf
@@ -141,10 +141,7 @@ def compare(runs: Sequence[Run], out: str | Path, settings: Settings,
 
 def evaluate_all(runs: Sequence[Run], ids: Sequence[str], chosen: Sequence[tuple[list[Score], str]],
                  settings: Settings) -> list[Evaluated]:
-    """All runs on the test images `ids`, with the scores and the primary score chosen for each. Raises UserError
-    for a flag that none of these scores depends on.
-    """
-    check_used(settings.scoring, [score.name for scores, _ in chosen for score in scores])
+    """All runs on the test images `ids`, with the scores and the primary score chosen for each."""
     found: list[Evaluated] = []
     for run, which in zip(runs, chosen):
         found.append(evaluate_on(run, ids, *which, settings, *found[:1]))

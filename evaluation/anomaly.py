@@ -4,15 +4,16 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import Any
 
 from anomaly.choice import choose_scores
-from anomaly.compare import Run, run_names
+from anomaly.compare import Run, choose_for_all, run_names
 from anomaly.compare import compare as compare_runs
 from anomaly.config import Audit, CompareConfig, OutOfDistribution
 from anomaly.detect import Settings, detect
-from anomaly.ensemble import detect_together
+from anomaly.ensemble import choose_terms, detect_together
 from anomaly.out_of_distribution import with_ood
-from anomaly.scores import Scoring, Selection, check_used
+from anomaly.scores import Score, Scoring, Selection, check_used
 from audit.audit import audit, sentences
 from datasets import Data
 from distributed import launch
@@ -62,6 +63,7 @@ def audit_findings(run: Evaluation, data: Data) -> list[str]:
 def together(run: Evaluation) -> None:
     """The same for several runs, whose scores are added up."""
     runs, batch_size = open_runs(run, run.args.together)
+    check_flags(run, choose_terms(runs, run.flags(Selection)))
     detect_together(runs, run.out, settings(run, batch_size), run.say,
                     audit_findings(run, runs[0].data))
 
@@ -69,7 +71,13 @@ def together(run: Evaluation) -> None:
 def compare(run: Evaluation) -> None:
     """Scores of several runs on the test images that all have. Only the run at work is on the device."""
     runs, batch_size = open_runs(run, run.flags(CompareConfig).compare)
+    check_flags(run, choose_for_all(runs, run.flags(Selection))[0])
     compare_runs(runs, run.out, settings(run, batch_size), run.say)
+
+
+def check_flags(run: Evaluation, chosen: Sequence[tuple[list[Score], Any]]) -> None:
+    """Raises UserError for a flag on which none of the scores depends that are chosen for several runs."""
+    check_used(run.flags(Scoring), [score.name for scores, _ in chosen for score in scores])
 
 
 def open_runs(run: Evaluation, paths: Sequence[str]) -> tuple[list[Run], int]:

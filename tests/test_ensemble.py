@@ -66,8 +66,7 @@ def test_further_scores_are_those_that_a_run_has(tmp_path):
     (make_data(train=range(20, 40), val=range(20)), {}, 'validation images differ'),
     (make_data(), {'primary_score': 'nobody/reconstruction'}, 'there is no run nobody'),
     (make_data(), {'primary_score': 'a/reconstruction'}, 'b: no score of this run'),
-    (make_data(), {'primary_score': 'nelbo'}, 'likelihood terms'),
-    (make_data(), {'llr_prior': 'draw'}, '--llr_prior does nothing')])
+    (make_data(), {'primary_score': 'nelbo'}, 'likelihood terms')])
 def test_runs_that_do_not_fit_together_are_refused(second, flags, said, tmp_path):
     with pytest.raises(UserError, match=said):
         together([run('a', Copy()), run('b', Copy(), second)], tmp_path, **flags)

@@ -25,4 +25,5 @@ for job in "${JOBS[@]}"; do wait "$job"; done
 JOBS=()
 
 "$PYTHON" "$REPOSITORY/evaluate.py" --checkpoint "$ROOT/eval-covid_nvae" "$ROOT/eval-covid_dae" --eval_mode anomaly \
-    --primary_score covid_nvae/latent_knn+covid_dae/residual_mean --scores nelbo kl_knn dose --match --save "$ROOT/covid"
+    --primary_score covid_nvae/latent_knn+covid_dae/residual_mean --scores nelbo kl_knn dose --match \
+    --max_train_images 3000 --save "$ROOT/covid"

@@ -29,6 +29,6 @@ PYTHONUNBUFFERED=1 run "${train[@]}" --model nvae --save demo_nvae \
 finish
 
 PYTHONUNBUFFERED=1 run evaluate.py --compare "$DAE" "$NVAE" --save "$ROOT/demo_comparison" --num_draws 1 \
-    --num_iw_samples 4 --batch_size 50 > >(named comparison) 2>&1
+    --batch_size 50 > >(named comparison) 2>&1
 run evaluate.py --checkpoint "$DAE/checkpoint.pt" --eval_mode anomaly --save "$DAE/anomaly" --batch_size 50
 finish
