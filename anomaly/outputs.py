@@ -1,9 +1,10 @@
 """Outputs of a model for one batch, each computed once and only if a score asks for it; bounds on log p(x).
 
-B images, C channels, *S = (H, W) or (D, H, W), L latent groups from the top (1) down to the image (L); D
-draws of the latents over which scores average, M importance samples of a bound, k groups nearest the image
-that a forward pass skips, that is, takes from the prior. Terms of a forward pass, all in nats: recon = -log
-p(x|z) (B,); kl (B, L), and kl_channels (B, L, Z) of the Z channels of each group; log_q, log_p (B,) of the drawn latents, to which skipped groups add nothing.
+B images, C channels, *S = (H, W) or (D, H, W), L latent groups from the top (1) down to the image (L), Z
+channels each; D draws of the latents over which scores average, M importance samples of a bound, k groups
+nearest the image that a forward pass skips, that is, takes from the prior. Terms of a forward pass, all in
+nats: recon = -log p(x|z) (B,); kl (B, L), in some families also kl_channels (B, L, Z); log_q, log_p (B,) of
+the drawn latents, to which skipped groups add nothing.
 """
 
 import hashlib
@@ -174,16 +175,16 @@ class Outputs:
         return self.feature(lambda terms: torch.cat([terms['recon'][:, None], terms['kl']], 1))
 
     def log_kl(self, channels: bool = False) -> Tensor:
-        """Logarithms of the KL of every group (B, L), or where the terms tell `channels` apart, of every latent
-        channel of every group (B, L Z), each at least LEAST_KL nats: a KL spreads in proportion to its size.
+        """Logarithms of the KL of every group (B, L), or where the terms tell `channels` apart, of every
+        latent channel (B, L Z), each at least LEAST_KL nats: a KL spreads in proportion to its size.
         """
         kl = self.feature(lambda terms: terms['kl_channels' if channels and 'kl_channels' in terms else 'kl'])
         return kl.clamp(min=LEAST_KL).log().flatten(1)
 
     def latent_features(self) -> Tensor:
-        """What every latent channel says of an image, float64 on the CPU: (B, n). The logarithms of its KL, and
-        of the standard deviation of its posterior mean over the positions, which tells how much of the image
-        varies in what the channel describes.
+        """What every latent channel says of an image, float64 on the CPU: (B, n). The logarithms of its KL,
+        and of the standard deviation of its posterior mean over the positions, which tells how much varies
+        over the image in what the channel describes.
         """
         spread = [z.double().cpu().flatten(2).std(2, correction=0) for z in self._ask('latents')]
         return torch.cat([self.log_kl(channels=True), (torch.cat(spread, 1) + LEAST_SPREAD).log()], 1)

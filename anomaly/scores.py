@@ -253,7 +253,8 @@ def likelihood_density(name: str, about: str, kind: str, features: Callable[[Out
                        **options: Any) -> Score:
     """A density, a class of density.py, of likelihood terms."""
     from anomaly import density
-    return Score(name, 'likelihood terms', about, features=features, density=getattr(density, kind)(**options))
+    return Score(name, 'likelihood terms', about, features=features,
+                 density=getattr(density, kind)(**options))
 
 
 def latent_score() -> Score:
