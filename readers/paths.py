@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from readers.images.masks import is_mask_folder, masks_beside
+from readers.images.masks import is_of_masks, masks_beside
 from readers.source import MOST_PIXELS, Unreadable
 from utils import UserError
 
@@ -138,7 +138,7 @@ def find_files(path: str | Path, without: str | Path = '') -> Found:
     if not os.path.isdir(root):
         return Found([printable(os.path.basename(root))], [root], {})
     unlisted: list[str] = []         # a folder that may not be listed takes the place of its files
-    found, passed = walk(root, lambda error: unlisted.append(error.filename), is_mask_folder, without)
+    found, passed = walk(root, lambda error: unlisted.append(error.filename), is_of_masks, without)
     named = {Path(os.path.relpath(f, root)).as_posix(): f for f in found + unlisted}
     if beside := masks_beside(named):
         pass_over(passed, MASKS, *beside)

@@ -28,6 +28,7 @@ PARTS = ('train', 'val', 'test')
 SPLIT = {'dataset': str, 'split_seed': int, 'normal_classes': list, 'anomalous_classes': list}
 FILE = ('id', 'class', 'part', 'sha256')
 SHOWN = 5          # files named in one line
+FEW = 20           # normal validation images: below, a threshold of 5 % cannot be placed
 
 
 # ------------------------------------------------------------------------------------------------------ split
@@ -59,7 +60,7 @@ def split_given(entries: Sequence[Entry], val_fraction: float, test_fraction: fl
                 seed: int) -> dict[str, str]:
     """As `split_parts`, but a part `val` that entries name stays too, and none that they name is filled up.
     """
-    named = {e.part for e in entries}
+    named = {e.part for e in entries if not e.label}         # a part of anomalous images needs normal ones
     val = {e.id: 'val' for e in entries if e.part == 'val' and not e.label}
     others = [e for e in entries if e.id not in val]
     return val | split_parts(others, 0 if 'val' in named else val_fraction,
@@ -318,12 +319,15 @@ def warnings(entries: Sequence[Entry], parts: Mapping[str, str],
                           f"({d['parts'][1]})" for d in pairs])
             lines.append(f"duplicates across parts: {count(len(pairs), 'pair')} of images are {words}: "
                          f"{named}")
+    val = [e.id for e in entries if parts[e.id] == 'val' and e.part == 'val' and not e.label]
+    if 0 < len(val) < FEW:
+        lines.append(f"the given validation part has {count(len(val), 'normal image')}: thresholds are "
+                     f"coarse. --val_fraction draws more, from the training part too")
     if contradicted := contradictions(entries):
         lines.append(f"{count(len(contradicted), 'file')} of the same content are labeled normal and "
                      f"anomalous: {some(contradicted)}")
     if spread := spread_patients(entries, parts):
-        lines.append(f"{count(len(spread), 'patient')} in more than one part of the stored split: "
-                     f"{some(spread)}")
+        lines.append(f"{count(len(spread), 'patient')} in more than one part as given: {some(spread)}")
     unmarked = [e.id for e in entries if not e.has_mask]
     if unmarked and any(e.mask_row >= 0 for e in entries):
         lines.append(f"{count(len(unmarked), 'anomalous image')} without a mask count in no pixel metric: "

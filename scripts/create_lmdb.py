@@ -138,7 +138,8 @@ def plan_arrays(config: DataConfig) -> Job:
     config = replace(config, anomalous_classes=())
     if row.dims == 2:
         own = row.size - 2 * row.padding
-        config = replace(config, normal_classes=(), image_size=config.image_size or own)
+        normal = config.normal_classes if row.normal else ()
+        config = replace(config, normal_classes=normal, image_size=config.image_size or own)
         if row.padding and config.image_size != own:
             raise UserError(f"--image_size {config.image_size}: images of {config.dataset} are stored "
                             f"without border, {own} x {own}: leave it out. Programs that read them make the "

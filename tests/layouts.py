@@ -74,7 +74,8 @@ LAYOUTS = {
          'chest_xray/chest_xray/test/NORMAL/{}.jpeg': 2},
         {('NORMAL', 'train'): 20, ('NORMAL', 'val'): 2, ('NORMAL', 'test'): 5, ('PNEUMONIA', 'test'): 7},
         said=('11 images of anomalous classes in a published part for training or validation left out',
-              'passed over: folders that are neither of a part nor of masks (1, such as chest_xray)')),
+              'passed over: folders that are neither of a part nor of masks (1, such as chest_xray)',
+              'the given validation part has 2 normal images: thresholds are coarse')),
     'oct2017': Published(
         {'OCT2017 /train/NORMAL/NORMAL-{}-1.jpeg': 20, 'OCT2017 /train/CNV/CNV-{}-1.jpeg': 3,
          **{f'OCT2017 /test/{name}/{name}-{{}}-2.jpeg': 2 for name in ('NORMAL', 'CNV', 'DME', 'DRUSEN')}},

@@ -190,6 +190,23 @@ def test_suffixes_do_not_decide_what_a_file_is(tmp_path):
     assert torch.equal(data.test.items([0]).y, torch.tensor([0]))
 
 
+def test_folders_of_other_masks_and_lone_masks_are_neither_images_nor_used(tmp_path):
+    root = tree(tmp_path / 'data', {'normal/{}.png': 8, 'sick/{}.png': 2, 'sick/lung masks/{}.png': 2,
+                                    'masks_png/sick/{}.png': 2, 'sick/odd_seg{}.png': 1})
+    data = read(root)
+    assert counts(data)[('sick', 'test')] == 3 and not mask_pixels(data)
+    assert said(data, 'masks and folders of masks (2, such as masks_png)')
+    assert said(data, '1 image with the name of a mask, of no image beside: sick/odd_seg0.png')
+    named = read(root, normal_classes=('normal',), anomalous_classes=('masks_png',))
+    assert counts(named)[('masks_png', 'test')] == 2, 'a class by its flag'
+
+
+def test_a_test_part_without_normal_images_gets_some(tmp_path):
+    root = tree(tmp_path / 'data', {'train/normal/{}.png': 20, 'test/sick/{}.png': 3})
+    assert counts(read(root)) == {('normal', 'train'): 13, ('normal', 'val'): 3, ('normal', 'test'): 4,
+                                  ('sick', 'test'): 3}
+
+
 def test_links_to_class_folders_are_followed(tmp_path):
     root = tree(tmp_path / 'data', {'normal/{}.png': 8, 'sick/{}.png': 1})
     (root / 'normal').rename(tmp_path / 'elsewhere')

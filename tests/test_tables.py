@@ -129,7 +129,7 @@ def test_medmnist_keeps_its_three_parts(tmp_path):
     many = tmp_path / 'chestmnist.npz'
     np.savez(many, train_images=images(0, 8), train_labels=np.uint8([[0, 0]] * 8), test_images=images(50, 2),
              test_labels=np.uint8([[0, 1], [1, 1]]))
-    assert set(read(many, normal_classes=('none',)).test.class_names) == {'0', '1'}
+    assert read(many, normal_classes=('none',)).anomalous_classes == ('0', '1')
     np.savez(many, train_images=np.zeros((2, 8, 8, 8), np.uint8), train_labels=np.zeros(2, np.uint8))
     with pytest.raises(UserError, match='expected images in 2D'):
         read(many, normal_classes=('0',))
@@ -220,6 +220,15 @@ def test_an_lmdb_is_made_of_a_table(listed):
     table = write(root / 'table.csv', *(','.join(row) for row in [[*rows[0]], *(r.values() for r in rows)]))
     pack(plan(FolderConfig(data=str(table))), root / 'all.lmdb', 1, False)
     assert counts(read(root / 'all.lmdb')) == counts(read(table))
+
+
+def test_an_lmdb_is_made_of_arrays(tmp_path):
+    path, labels = tmp_path / 'a.npz', np.uint8([0, 0, 0, 0, 1])
+    pixels = np.stack([image(i, 28, 28, 1)[..., 0] for i in range(5)])
+    np.savez(path, train_images=pixels, train_labels=labels, test_images=pixels, test_labels=labels)
+    flags = {'normal_classes': ('0',), 'image_size': 28}
+    pack(plan(FolderConfig(data=str(path), **flags)), tmp_path / 'a.lmdb', 1, False)
+    assert counts(read(tmp_path / 'a.lmdb', **flags)) == counts(read(path, **flags))
 
 
 def test_a_file_replaced_with_the_same_size_and_time_is_noticed(tmp_path):

@@ -55,9 +55,12 @@ def read_part_folders(config: ReaderConfig, row: DataSet, folders: Mapping[str, 
     for part in row.parts:
         place = root / folders[part]
         classes = [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []
-        files = [(folder, folder / name) for folder in classes for name in image_files(folder, passed)[0]]
-        found = [Item(path.relative_to(root).as_posix(), folder.name, part, path=str(path))
-                 for folder, path in files]
+        found = []
+        for folder in classes:
+            images, masks = image_files(folder, passed)
+            pass_over(passed, MASKS, *masks)
+            found += [Item((folder / name).relative_to(root).as_posix(), folder.name, part,
+                           path=str(folder / name)) for name in images]
         if not found:
             raise UserError(f"--data: {config.data!r} has no images in folders of classes in "
                             f"{folders[part]}. {row.where}")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from readers.images.decode import SUFFIXES, is_image_file
-from readers.images.masks import Placed, is_mask_folder, masks_beside
+from readers.images.masks import Placed, is_mask_folder, is_of_masks, masks_beside, without_ending
 from readers.items import Item
-from readers.paths import FOREIGN, Passed, pass_over, stop_at, subfolders, walk
-from readers.source import same_name
+from readers.paths import FOREIGN, MASKS, Passed, pass_over, stop_at, subfolders, walk
+from readers.source import plain_name, same_name
 from readers.split import count, some
 from utils import UserError
 
@@ -28,7 +28,7 @@ def image_files(folder: Path, passed: Passed) -> tuple[list[str], list[str]]:
     """The images and the masks below a folder, at any depth, each as sorted paths relative to it with '/';
     other files go to `passed`. Raises UserError for a folder that cannot be read.
     """
-    found, others = walk(folder, stop_at)
+    found, others = walk(folder, stop_at, lambda name: is_of_masks(name) and not is_mask_folder(name))
     names = {Path(path).relative_to(folder).as_posix(): is_image_file(path) for path in found}
     for kind, left in {**others, FOREIGN: [name for name, wanted in names.items() if not wanted]}.items():
         pass_over(passed, kind, *left)
@@ -47,6 +47,7 @@ class Layout:
     anomalous: Sequence[str]
     images: list[Placed] = field(default_factory=list)
     masks: list[Placed] = field(default_factory=list)
+    classes: dict[str, str] = field(default_factory=dict)        # as they are spelled first, by plain_name
     notes: list[str] = field(default_factory=list)
     passed: Passed = field(default_factory=dict)
 
@@ -55,6 +56,12 @@ class Layout:
 
     def read(self) -> None:
         """Finds all of it. Raises UserError for a class folder without images."""
+        self.read_parts()
+        if odd := [placed.item.id for placed in self.images if without_ending(placed.stem)]:
+            self.notes.append(f'{count(len(odd), "image")} with the name of a mask, of no image beside: '
+                              f'{some(odd)}')
+
+    def read_parts(self) -> None:
         subs = subfolders(self.root)
         if any(self.is_normal(sub.name) for sub in subs):
             self.read_classes(self.root, '')
@@ -66,11 +73,10 @@ class Layout:
             elif is_mask_folder(sub.name):
                 self.add_masks(sub, '')
             else:
-                pass_over(self.passed, APART, sub.name)
+                pass_over(self.passed, MASKS if is_of_masks(sub.name) else APART, sub.name)
         self.read_loose(self.root, '')
         if flat:
-            known = (placed.item.class_name for placed in self.images)
-            normal = next(filter(self.is_normal, known), self.normal[0])
+            normal = next(filter(self.is_normal, self.classes.values()), self.normal[0])
             self.images += [self.placed(self.root, name, 'train', normal) for name in flat]
             self.notes.append(f'{count(len(flat), "image")} in no class folder of the training part count as '
                               f'{normal}: {some(flat)}')
@@ -79,10 +85,12 @@ class Layout:
         """The class folders of a part, or of the root; returns training images that lie in none."""
         for sub in subfolders(place):
             named = any(same_name(sub.name, name) for name in (*self.normal, *self.anomalous))
-            if is_mask_folder(sub.name) and not named:
+            if named or not is_of_masks(sub.name):
+                self.read_class(sub, part)
+            elif is_mask_folder(sub.name):
                 self.add_masks(sub, part)
             else:
-                self.read_class(sub, part)
+                pass_over(self.passed, MASKS, self.named(sub))
         return self.read_loose(place, part)
 
     def read_class(self, folder: Path, part: str) -> None:
@@ -98,8 +106,7 @@ class Layout:
                                 f"({', '.join(SUFFIXES)}): fill it or remove it.")
             self.notes.append(f"folder {self.named(folder)} holds no {', '.join(SUFFIXES)} file: it is not "
                               f"taken for a class")
-        known = (placed.item.class_name for placed in self.images)
-        class_name = next((name for name in known if same_name(name, folder.name)), folder.name)
+        class_name = self.classes.setdefault(plain_name(folder.name), folder.name)
         self.images += [self.placed(folder, name, part, class_name) for name in images]
         self.masks += [self.placed(folder, name, part, class_name) for name in masks]
 

@@ -18,6 +18,7 @@ from readers.source import plain_name
 
 WORD = r'(?:masks?|gts?|ground[ _-]?truths?|seg(?:mentation)?s?|annotations?|labels?)'
 FOLDERS = re.compile(f'{WORD}$', re.IGNORECASE)
+MENTIONED = re.compile(rf'(.*[ _.-])?{WORD}([ _.-].*)?$', re.IGNORECASE)
 ENDING = re.compile(rf'[ _.-]+{WORD}(?P<rest>[ _.-]+.*|\d*)$', re.IGNORECASE)
 NUMBER = re.compile(r'[ _.-]*\d+$')             # of one mask among several of an image
 CHANNEL = re.compile(r'[ _.-](?:image|img|flair|t1(?:ce|gd|n|c|w)?|t2(?:f|w)?)(?=$|[ _.-])', re.IGNORECASE)
@@ -38,17 +39,24 @@ def is_mask_folder(name: str) -> bool:
     return FOLDERS.match(name) is not None
 
 
+def is_of_masks(name: str) -> bool:
+    """Whether a folder of this name holds masks, perhaps of something else: `lung masks`, `masks_png`."""
+    return MENTIONED.match(name) is not None
+
+
 def masks_beside(names: Iterable[str]) -> set[str]:
     """The files that are masks of others in their folder: `x_mask.png` and `x_mask_1.png` beside `x.png`."""
     stems = {name: fold(os.path.splitext(name)[0]) for name in names}
-    images, found = set(stems.values()), set()
-    for name, stem in stems.items():
-        folder, base = os.path.split(stem)
-        ending = ENDING.search(base)
-        if ending and NUMBER.fullmatch(ending['rest'] or '0') \
-                and os.path.join(folder, base[:ending.start()]) in images:
-            found.add(name)
-    return found
+    images = set(stems.values())
+    return {name for name, stem in stems.items() if (base := without_ending(stem)) and base in images}
+
+
+def without_ending(stem: str) -> str:
+    """'a/x' of 'a/x_mask' and of 'a/x_mask_1'; '' of a name that does not end like that of a mask."""
+    folder, base = os.path.split(stem)
+    ending = ENDING.search(base)
+    named = ending and NUMBER.fullmatch(ending['rest'] or '0')
+    return os.path.join(folder, base[:ending.start()]) if named else ''
 
 
 def fold(name: str) -> str:
