@@ -30,13 +30,13 @@ class Judging:
                              below=1, basic=True)
     target_pixel_fpr: float = flag(0.005, 'false-positive rate on pixels of normal images that sets the '
                                           'thresholds of maps', above=0, below=1)
-    density_images: str = flag('auto', 'normal images from which densities (dose, kl_knn, ...) learn: val, '
-                                       'validation images; auto, training images too, if the model treats '
-                                       'both alike', choices=('auto', 'val'))
+    density_images: str = flag('auto', 'normal images on which densities (dose, kl_knn, ...) are fitted: '
+                                       'val = validation images; auto = also training images, if the model '
+                                       'scores both alike', choices=('auto', 'val'))
     max_train_images: int = flag(1000, 'number of training images on which the baselines are '
                                        'fitted', least=3)
-    match: bool = flag(False, 'judge each anomalous class also without what exposure and frame tell: on its '
-                              'test images with a normal partner of the same histograms, against these')
+    match: bool = flag(False, 'also judge each anomalous class on matched pairs: its test images against '
+                              'normal ones of similar exposure and frame')
     num_bootstrap: int = flag(1000, 'bootstrap resamples for the 95 % intervals', least=1)
 
 
@@ -53,16 +53,16 @@ class Showing:
 @flags
 class Audit:
     """Audit of the data"""
-    audit_images: int = flag(100, 'images of each class and part that the audit in the report measures; '
+    audit_images: int = flag(100, 'number of images of each class and part that the audit measures; '
                                   '0 = no audit', least=0)
 
 
 @flags
 class OutOfDistribution:
     """Images from elsewhere"""
-    ood: tuple = flag((), 'sets of images to tell from the normal ones, each a class NAME, brought to the '
-                          'shape of the run. NAME is a data set of --dataset, of which the test part is '
-                          "taken, or any name with a folder of images or an LMDB; PATH 'test' is the run's "
+    ood: tuple = flag((), 'further sets of images, each an anomalous class NAME, brought to the shape of '
+                          'the run. NAME is a data set of --dataset, whose test part is '
+                          "used, or any name with a folder of images or an LMDB; PATH 'test' is the run's "
                           'own normal test images. A CHANGE is rot90, rot180, rot270, flip, invert, lesion, '
                           'tumour, or, of labeled test images, enhanced', metavar='NAME=PATH[:CHANGE]')
     max_ood: int = flag(0, 'largest number of images of each set of --ood, drawn by --seed; 0 = all', least=0,

@@ -213,10 +213,10 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, written: dict
         run.say(line)
     if len(table):
         promised = max(normal.judging.target_fpr, 1 / (num_normal + 1))              # see metrics.threshold
-        run.say(f"{anomalous} of {len(table)} are anomalous: {primary} above {threshold:.5g}, which at most "
-                f"{100 * promised:.3g} % of normal images like those of the run exceed")
+        run.say(f"{anomalous} of {len(table)} are anomalous: {primary} is above {threshold:.5g}. At most "
+                f"{100 * promised:.3g} % of normal images like those of the run exceed this threshold.")
     for kind, paths in written.items():
         if paths:
             run.say(f"{kind}s of the {len(paths)} most anomalous: {run.out / f'{kind}s'}")
-    unread = f"{len(files.errors)} could not be read" if files.errors else "none unreadable"
+    unread = f"{len(files.errors)} could not be read" if files.errors else "all readable"
     run.say(f"{len(table)} scored, {unread}: see {run.out / 'scores.csv'}")

@@ -110,8 +110,9 @@ def part_findings(comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> l
         not combined or severity(combined, 'parts') == 'fine')
     return [Finding(
         level, PART, f"The {TESTED} differ from the {LEARNED}, though an AUROC between them should be 0.5"
-        f"{': ' * bool(named)}{named}.{together} Of {count(len(rows), 'feature')} about {expected} would "
-        f"differ as much by chance.", "Nothing: chance explains it." if by_chance else
+        f"{': ' * bool(named)}{named}.{together} By chance, about {expected} "
+        f"of {count(len(rows), 'feature')} would differ as much.",
+        "Nothing: chance explains it." if by_chance else
         "If they come from another hospital or time, thresholds from validation images do not hold for them; "
         "else try another --split_seed, and name the patients.", max(map(strength, judged)))]
 

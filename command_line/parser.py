@@ -105,7 +105,7 @@ def parse_flags(argv: Sequence[str], about: str, classes: Sequence[type], *,
     group = parser.group('Help')
     group.add_argument('--config', metavar='FILE', help="take flags from this YAML or JSON file, such as a "
                                                         "run's args.json; the command line wins")
-    group.add_argument('-h', '--help', action='help', help='show the flags that most people need')
+    group.add_argument('-h', '--help', action='help', help='show the common flags')
     group.add_argument('--help_all', action='help', help='show all flags')
     given, unknown = parser.parse_known_args(with_config(argv))
     file = vars(given).pop('config', '')

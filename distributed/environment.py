@@ -26,15 +26,15 @@ LAUNCHERS = (   # the innermost first: name; rank, world size; local rank, local
 @flags
 class LaunchConfig:
     """Processes and devices"""
-    device: str = flag('auto', 'where to compute; auto = CUDA where there is any, else the CPU',
+    device: str = flag('auto', 'where to compute; auto = CUDA if it is available, else the CPU',
                        choices=('auto', 'cpu', 'cuda'), basic=True)
     num_process_per_node: int = flag(1, 'processes to start on this node, one per GPU', least=1, basic=True)
     num_proc_node: int = flag(1, 'number of nodes', least=1)
     node_rank: int = flag(0, 'index of this node', least=0)
-    global_rank: int = flag(0, 'index of this process among all, which its launcher knows', least=0)
-    local_rank: int = flag(0, 'the same among those of this node', least=0)
+    global_rank: int = flag(0, 'index of this process among all; launchers set it', least=0)
+    local_rank: int = flag(0, 'index of this process on its node; launchers set it', least=0)
     master_address: str = flag('127.0.0.1', 'address of node 0, as the other nodes reach it')
-    master_port: int = flag(0, f'port there; 0 = a free one on a single node, {PUBLISHED_PORT} on several',
+    master_port: int = flag(0, f'port of node 0; 0 = a free one on a single node, else {PUBLISHED_PORT}',
                             least=0, most=65535)
     timeout: float = flag(10.0, 'minutes without an answer after which a process counts as lost', above=0)
     deterministic: bool = flag(False, 'GPU: the same command gives the same bits; slower')

@@ -39,7 +39,7 @@ class Images:
 class Likelihood(Images, Batches, Noise):
     """Likelihood"""
     num_iw_samples: int = flag(1000, 'importance samples per image', least=1, basic=True)
-    max_images: int = flag(0, 'take only the first images, this many rounded up to whole batches; 0 = all',
+    max_images: int = flag(0, 'number of images to evaluate, rounded up to whole batches; 0 = all',
                            least=0, basic=True)
 
 

@@ -18,7 +18,8 @@ TEMPERATURES = (0.7, 0.8, 0.9, 1.0)         # of samples that training shows, un
 def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
     """Tiles images (N, C, H, W) in [0, 1] to one (C, rows * (H + 1), columns * (W + 1)), nearly square.
 
-    Of volumes (N, C, D, H, W) the middle slice; channels that are neither 1 nor 3 side by side, in grey.
+    Volumes (N, C, D, H, W) show their middle slice. Channels are shown side by side, in gray, unless there
+    are 1 or 3.
     """
     if images.ndim == 5:
         images = images[:, :, images.shape[2] // 2]

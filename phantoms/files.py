@@ -37,7 +37,7 @@ def write_set(root: Path, parameters: dict, note: str, files: Mapping[str, Calla
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """Writes values in [0, 1] as an 8-bit grey PNG: whole or not at all."""
+    """Writes values in [0, 1] as an 8-bit gray PNG: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     Image.fromarray(np.rint(np.asarray(image, np.float32) * 255).astype(np.uint8)).save(temporary, 'PNG')

@@ -4,13 +4,14 @@ import re
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
 import train
 from distributed import launch
 from utils import read_flags
 
-PAGES = sorted([*ROOT.glob('docs/*.md'), ROOT / 'README.md'])
+PAGES = sorted([*ROOT.glob('docs/*.md'), *ROOT.glob('*.md')])
 
 
 def test_the_python_page_runs_as_it_stands(train_flags, data_folder, tmp_path, monkeypatch):
@@ -36,3 +37,17 @@ def test_links_lead_somewhere(page):
     prose = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
     for target in re.findall(r'\]\((?!https?:)([^)#]+)', prose):
         assert (page.parent / target).exists(), f'{page.name} points to {target}'
+
+
+def test_workflow_and_containers_name_files_that_are_there():
+    jobs = yaml.safe_load((ROOT / '.github' / 'workflows' / 'ci.yml').read_text())['jobs']
+    steps = [step.get('run', '') for job in jobs.values() for step in job['steps']]
+    texts = [*steps, (ROOT / 'Dockerfile').read_text(), (ROOT / 'apptainer.def').read_text()]
+    files = r'(?:requirements[-\w]*|scripts/recipes/\w+)\.\w+'
+    named = {name for text in texts for name in re.findall(files, text)}
+    assert len(named) >= 4 and all((ROOT / name).exists() for name in named), named
+
+
+def test_the_version_is_that_of_the_newest_changes():
+    version = yaml.safe_load((ROOT / 'CITATION.cff').read_text())['version']
+    assert re.search(r'^## (\S+)', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE)[1] == version

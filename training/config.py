@@ -31,8 +31,9 @@ class RunConfig:
     save: str = flag('exp', 'name of this run, which is kept in <root>/eval-<save>', basic=True)
     cont_training: bool = flag(False, 'resume this run; start it if there is no checkpoint yet', basic=True)
     seed: int = flag(1, 'seed of everything random', basic=True)
-    wandb_project: str = flag('', "project of Weights & Biases that gets what TensorBoard gets; '' = none")
-    dry_run: bool = flag(False, 'take one step, report what the run would need, keep nothing', basic=True)
+    wandb_project: str = flag('', "also log to this project of Weights & Biases; '' = do not")
+    dry_run: bool = flag(False, 'take a few steps, report the memory and time that the run needs, and keep '
+                                'nothing', basic=True)
 
     @property
     def folder(self) -> Path:
@@ -42,15 +43,15 @@ class RunConfig:
 @flags
 class TrainConfig:
     """Optimization"""
-    batch_size: int = flag(200, 'images a batch, per process', least=1, basic=True)
-    accumulate: int = flag(1, 'batches a step, per process; their gradients are averaged', least=1)
+    batch_size: int = flag(200, 'images per batch and process', least=1, basic=True)
+    accumulate: int = flag(1, 'batches per step and process; their gradients are averaged', least=1)
     epochs: int = flag(200, 'passes over the training images', least=1, basic=True)
     max_steps: int = flag(0, 'end the run after this many steps, whatever the epochs; 0 = no limit', least=0)
     warmup_epochs: int = flag(5, 'epochs over which the learning rate rises from 0', least=0)
-    warmup_steps: int = flag(0, 'the same in steps; the longer of the two counts', least=0)
+    warmup_steps: int = flag(0, 'steps of that rise, if these are more', least=0)
     learning_rate: float = flag(1e-2, 'highest learning rate', least=0, basic=True)
     learning_rate_min: float = flag(1e-4, 'lowest learning rate, at the end of the schedule', least=0)
-    lr_schedule: str = flag('cosine', 'cosine, by epoch; step, times 0.3 every 40 % of the run; constant',
+    lr_schedule: str = flag('cosine', 'cosine = falls epoch by epoch; step = times 0.3 every 40 % of the run',
                             choices=tuple(DECAYS))
     optimizer: str = flag('adamax', 'optimizer', choices=('adamax', 'adam', 'adamw', 'radam'))
     beta1: float = flag(0.9, 'decay of the running mean of gradients', least=0, below=1)
@@ -66,8 +67,8 @@ class TrainConfig:
     ema_rampup_ratio: float = flag(0.0, 'limits --ema_halflife_kimg to this times the images seen so far; '
                                         '0 = no limit', least=0, needs='ema_halflife_kimg')
     init_from: str = flag('', "start from the weights of this run folder or checkpoint; '' = from scratch")
-    reptile_steps: int = flag(0, 'finetuning by Reptile: average the weights every this many steps only and '
-                                 'continue from the average; 0 = every step, without', least=0, needs=AVERAGE)
+    reptile_steps: int = flag(0, 'Reptile finetuning: steps between updates of the average, from which '
+                                 'training then continues; 0 = no Reptile', least=0, needs=AVERAGE)
     ema_bn_batches: int = flag(0, 'training batches to measure batch-norm statistics of the averaged weights '
                                   'on, before these are used; 0 = average these too', least=0, needs=AVERAGE)
     amp: str = flag('auto', 'network in bfloat16, likelihoods in float32; auto = on CUDA only',
@@ -76,8 +77,8 @@ class TrainConfig:
                                        'memory; auto = if needed', choices=('auto', 'on', 'off'))
     cuda_graph: bool = flag(False, 'one GPU: replay passes as one CUDA graph, faster with small batches')
     save_every: int = flag(0, 'steps between checkpoints; 0 = 1 % of the run, at least an epoch', least=0)
-    keep: int = flag(2, 'newest checkpoints to keep, of checkpoint.pt and of best.pt: an older one takes the '
-                        'place of a damaged one', least=1)
+    keep: int = flag(2, 'number of versions of checkpoint.pt and of best.pt to keep; an older one replaces a '
+                        'damaged one', least=1)
     log_every: int = flag(100, 'steps between lines of metrics', least=1)
     image_every: int = flag(1000, 'steps between pictures in TensorBoard; 0 = none', least=0)
     val_every: int = flag(0, 'epochs between validations; 0 = 1, or 20 in a run of over 50 epochs', least=0)

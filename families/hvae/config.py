@@ -94,7 +94,7 @@ class HVAEConfig:
     learn_prior: bool = flag(False, "learn the top stage's prior; else it is a standard normal")
     kl_anneal_portion: float = flag(0.2, 'fraction of the training in which the KL weight rises; 0 = it is 1 '
                                          'from the start', least=0, most=1, basic=True)
-    free_nats: float = flag(2.0, 'nats of KL that are free, of each dense latent and of each position of a '
+    free_nats: float = flag(2.0, 'free nats of KL for each dense latent and for each position of a '
                                  'convolutional one', least=0, basic=True)
     free_nats_portion: float = flag(0.4, 'fraction of the training after which no nats are free; they fade '
                                          'out in its second half; 0 = free to the end', least=0, most=1,

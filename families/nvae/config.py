@@ -67,15 +67,15 @@ class NVAEConfig:
     res_dist: bool = flag(False, 'residual posteriors: q is given as an offset from p', basic=True)
     kl_anneal_portion: float = flag(0.3, 'fraction of the training in which the KL weight rises; 0 = it is 1 '
                                          'from the start', least=0, most=1)
-    kl_const_portion: float = flag(1e-4, 'fraction of the training before that, at --kl_const_coeff',
+    kl_const_portion: float = flag(1e-4, 'fraction of the training before the rise, at --kl_const_coeff',
                                    least=0, most=1, needs='kl_anneal_portion')
     kl_const_coeff: float = flag(1e-4, 'smallest KL weight', least=0, most=1, needs='kl_anneal_portion')
     weight_decay_norm: float = flag(0.0, 'weight of the spectral and batch-norm regularizers; 0 = none',
                                     least=0)
-    weight_decay_norm_init: float = flag(10.0, 'with --weight_decay_norm_anneal: that weight at the start',
+    weight_decay_norm_init: float = flag(10.0, 'with --weight_decay_norm_anneal: the weight at the start',
                                          above=0, needs='weight_decay_norm_anneal')
-    weight_decay_norm_anneal: bool = flag(False, 'move that weight from --weight_decay_norm_init to '
-                                                 '--weight_decay_norm, geometrically',
+    weight_decay_norm_anneal: bool = flag(False, 'anneal the weight of the regularizers geometrically, '
+                                                 'from --weight_decay_norm_init to --weight_decay_norm',
                                           needs='weight_decay_norm')
     coarse_noise: float = flag(0.0, 'denoising: standard deviation of the coarse noise added to the input of '
                                     'the encoder in training, for images in [0, 1]; 0 = none',

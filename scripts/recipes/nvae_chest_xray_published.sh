@@ -3,7 +3,7 @@
 # Trains on the class Normal of the COVID-19 Radiography Database. No anomaly score, AUROC or split was published with
 # it, so there is no number to compare with; the split and the scores are this framework's.
 # Published cost of the same network on MNIST: 2 V100 GPUs for 21 hours. Without GPUs it starts as two CPU processes.
-# Here the X-rays are grey levels at 64 x 64 under a mixture of logistics; the published variant made them binary
+# Here the X-rays are gray levels at 64 x 64 under a mixture of logistics; the published variant made them binary
 # (--likelihood bernoulli).
 #
 #   DATA=path/to/COVID-19_Radiography_Dataset bash scripts/recipes/nvae_chest_xray_published.sh     from any folder
