@@ -129,8 +129,8 @@ class Trainer:
         say(f'{self.args.model}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters, '
             f'{getattr(self.model, "num_groups", "no")} latent groups, '
             f'images {" x ".join(map(str, data.shape))}, {data.pixels.likelihood} pixels')
-        say(f'{launch.world()} process(es) on {launch.device().type}, {schedule.joint_batch} images per step, '
-            f'{schedule.steps} steps per epoch, {schedule.total} steps in total')
+        say(f'{launch.world()} process(es) on {launch.device().type}, {schedule.joint_batch} images per '
+            f'step, {schedule.steps} steps per epoch, {schedule.total} steps in total')
         if schedule.batch_size < self.config.batch_size:
             say(f'the training part has {len(data.train)} images, too few for batches of '
                 f'{self.config.batch_size}: batches of {schedule.batch_size} are used')
