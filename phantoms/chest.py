@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 from scipy.ndimage import gaussian_filter, map_coordinates
 
@@ -21,7 +22,7 @@ from phantoms.shapes import broad_blur, dome, ellipse, ramp, smooth_noise
 from utils import UserError, write_csv
 
 SIZE = 128                 # pixels; formulas are in units of the image, blur and noise in pixels at this size
-VERSION = 2                # raise it when the drawing changes: phantoms of another version are then made anew
+VERSION = 3                # raise it when the drawing changes: phantoms of another version are then made anew
 NORMAL, FAINT, MODERATE, MARKED = CLASSES = 'Normal', 'Faint', 'Moderate', 'Marked'
 # Rise of the displayed image by the opacities, on average over their mask, of a range of 1. The borders are
 # near the terciles that opacities of one range of attenuation have.
@@ -358,29 +359,26 @@ def write_phantoms(folder: str | Path, normal: int, lesions: int | None = None, 
                   'version': VERSION}
     suffix = '' if confound == 'none' else f'-{confound}'
     root = Path(folder) / f'synthetic-{normal}-{lesions}-seed{seed}-v{VERSION}{suffix}'
-    known: dict[str, tuple[float, int]] = {}                # file -> mean rise, area
 
-    def draw(name: str, class_name: str, index: int) -> Phantom:
-        phantom = render(seed, class_name, index, confound=confound)
-        known[name] = phantom.mean_rise, int(phantom.mask.sum())
-        return phantom
+    def mask_of(path: Path) -> Path:
+        return path.parent.parent / 'masks' / path.name
 
     def write(path: Path, class_name: str, index: int) -> None:
-        phantom = draw(path.relative_to(root).as_posix(), class_name, index)
+        phantom = render(seed, class_name, index, confound=confound)
         if class_name != NORMAL:                 # the mask first: where there is an image, all of it is there
-            write_png(path.parent.parent / 'masks' / path.name, phantom.mask)
+            write_png(mask_of(path), phantom.mask, mean_rise=repr(phantom.mean_rise))
         write_png(path, phantom.image)
 
-    def write_table(path: Path) -> None:
-        for name, arguments in places.items():
-            if arguments[0] != NORMAL and name not in known:          # an earlier, stopped run wrote it
-                draw(name, *arguments)
-        write_csv(path, ('file', 'visibility', 'mean_rise', 'area'),
-                  ((name, visibility.lower(), *known[name]) for name, (visibility, _) in places.items()
-                   if visibility != NORMAL))
+    def row(name: str, class_name: str) -> tuple[str, str, float, int]:
+        with Image.open(mask_of(root / name)) as mask:
+            return name, class_name.lower(), float(mask.text['mean_rise']), int((np.asarray(mask) > 0).sum())
+
+    def write_table() -> None:
+        write_csv(root / 'lesions.csv', ('file', 'visibility', 'mean_rise', 'area'),
+                  (row(name, class_name) for name, (class_name, _) in places.items() if class_name != NORMAL))
 
     counts = {NORMAL: normal, **dict.fromkeys(VISIBILITIES, lesions)}
     places = {f'{name}/images/{name}-{i:05d}.png': (name, i)
               for name, number in counts.items() for i in range(number)}
     files = {name: partial(write, class_name=class_name, index=i) for name, (class_name, i) in places.items()}
-    return write_set(root, parameters, NOTE.format(**parameters), files | {'lesions.csv': write_table})
+    return write_set(root, parameters, NOTE.format(**parameters), files, write_table)
