@@ -15,15 +15,15 @@ from utils import UserError, temporary_name, write_atomically, write_json
 
 def write_set(root: Path, parameters: dict, note: str, files: Mapping[str, Callable[[Path], None]],
               table: Callable[[], None] = lambda: None) -> Path:
-    """Makes a folder of drawn files: each path below `root` by a function that is given it, then a `table` of
-    them. A killed run goes on where it was; a finished one is left alone. Programs that start at the same time
-    share the work. Raises UserError where the folder cannot be written.
+    """Makes a folder of drawn files: each path below `root` by a function that is given it, then a `table`
+    of them. A killed run goes on where it was; a finished one is left alone. Programs that start at the same
+    time share the work. Raises UserError where the folder cannot be written.
     """
     finished = root / FINISHED
     if finished.exists():
         return root
-    # Each program takes the files in an order of its own, and those that another has written are there. No
-    # lock is needed: a file depends on its name alone and appears whole, so that writing it twice does no harm.
+    # Each program takes the files in an order of its own, and leaves those that another has written. No lock
+    # is needed: a file depends on its name alone and appears whole, so that writing it twice does no harm.
     names = list(files)
     random.Random(os.getpid()).shuffle(names)
     try:

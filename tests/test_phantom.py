@@ -24,6 +24,7 @@ from phantoms.chest import (
     render,
     write_phantoms,
 )
+from phantoms.files import write_set
 from readers.config import ConfoundConfig
 from utils import UserError
 
@@ -130,6 +131,26 @@ def test_a_killed_generation_goes_on_and_a_finished_one_is_kept(tmp_path):
     assert {p: p.read_bytes() for p in before} == before
     assert kept.stat().st_mtime_ns == changed
     assert len({root, write_phantoms(tmp_path, 1, 1), write_phantoms(tmp_path, 3, 1, confound='noise')}) == 3
+
+
+def test_programs_that_start_together_share_the_drawing(tmp_path, monkeypatch):
+    drawn = {1: [], 2: []}
+
+    def write_as(program, stop):
+        monkeypatch.setattr('os.getpid', lambda: program)
+
+        def write(path):
+            if len(drawn[program]) == stop:
+                raise OSError('stopped')
+            drawn[program].append(path.name)
+            path.write_text(path.name)
+        return write_set(tmp_path / 'set', {}, '', dict.fromkeys('abcdefgh', write))
+
+    with pytest.raises(UserError, match='stopped'):
+        write_as(1, stop=3)
+    write_as(2, stop=None)
+    assert sorted(drawn[1] + drawn[2]) == list('abcdefgh') and len(drawn[1]) == 3
+    assert drawn[1] + drawn[2] != sorted(drawn[1]) + sorted(drawn[2])           # orders of their own
 
 
 def test_the_table_holds_the_visibility_of_each_image(tmp_path):
