@@ -42,13 +42,8 @@ def write_set(root: Path, parameters: dict, note: str, files: Mapping[str, Calla
     return root
 
 
-<<<<<<< HEAD
-def write_png(path: Path, image: np.ndarray) -> None:
-    """Writes values in [0, 1] as an 8-bit gray PNG: whole or not at all."""
-=======
 def write_png(path: Path, image: np.ndarray, **texts: str) -> None:
-    """Writes values in [0, 1] as an 8-bit grey PNG with `texts` in its header: whole or not at all."""
->>>>>>> 5803258 (Programs that start at the same time share the drawing of phantoms; what a mask shows stands in its header)
+    """Writes values in [0, 1] as an 8-bit gray PNG with `texts` in its header: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngImagePlugin.PngInfo()
     for name, text in texts.items():
