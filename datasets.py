@@ -19,6 +19,7 @@ from readers.config import (
     DataSet,
     FileConfig,
     FitConfig,
+    FrameConfig,
     PatientConfig,
     PhantomConfig,
     PixelConfig,
@@ -204,6 +205,7 @@ def data_flags(dataset: str) -> tuple[type, ...]:
     useful = {
         SplitConfig: True, FileConfig: True, ClassConfig: row.classes,
         ColorConfig: images and row.likelihood != 'bernoulli', FitConfig: images and row.folder is not None,
+        FrameConfig: images and row.folder is not None,
         PixelConfig: True, PatientConfig: row.folder is not None, PhantomConfig: row.phantoms > 0,
         TableConfig: row.tables,
         ConfoundConfig: row.confounds, VolumeConfig: not images,
@@ -248,7 +250,7 @@ def preparation(config: DataConfig, shape: Sequence[int], pixels: Pixels,
         loader = replace(VolumeLoader.of(config, row), shape=tuple(sides), usual=tuple(spacing))
     else:
         border = pixels.padding
-        loader = ImageLoader(sides[0] - 2 * border, channels, config.depth, config.fit, border)
+        loader = ImageLoader(sides[0] - 2 * border, channels, config.depth, config.fit, border, config.frames)
     return Preparation(loader, Transform(pixels, config.depth, dequantize=config.dequantize,
                                          invert=config.invert))
 

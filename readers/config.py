@@ -61,6 +61,15 @@ class FitConfig:
 
 
 @flags
+class FrameConfig:
+    """Frames"""
+    frames: str = flag('refuse', 'DICOM files of several frames, TIFF files of several pages: refuse them (of'
+                                 ' TIFF, take the first page), take each as an image, all of a file in one '
+                                 'part, or take the middle one',
+                       choices=('refuse', 'each', 'middle'))
+
+
+@flags
 class PixelConfig:
     """Pixels"""
     likelihood: str = flag('auto', 'gray levels, or binary pixels that are white with the gray value as '
@@ -175,8 +184,8 @@ def volume_flags(config: VolumeConfig, *without: str) -> dict[str, Any]:
 
 
 @flags
-class ReaderConfig(VolumeConfig, ConfoundConfig, PhantomConfig, TableConfig, PatientConfig, FitConfig,
-                   ColorConfig, ClassConfig, FileConfig):
+class ReaderConfig(VolumeConfig, ConfoundConfig, PhantomConfig, TableConfig, PatientConfig, FrameConfig,
+                   FitConfig, ColorConfig, ClassConfig, FileConfig):
     """All flags that readers look at."""
 
 

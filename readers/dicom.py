@@ -51,7 +51,10 @@ def decode_dicom(data: bytes, frame: int | None = None) -> np.ndarray:
         complete(dataset)
         frames = dataset.NumberOfFrames = num_frames(dataset)
         if frame is None and frames > 1:
-            raise Unreadable(f'is a DICOM file of {frames} frames: export each as a file of its own')
+            raise Unreadable(f'is a DICOM file of {frames} frames: train with --frames each or middle, or '
+                             f'export each as a file of its own')
+        if frame and frame >= frames:
+            raise Unreadable(f'is a DICOM file of {frames} frames: there is no frame {frame + 1}')
         take_look_of_frame(dataset, frame or 0)
         x = KINDS[dataset.PhotometricInterpretation](dataset, stored_values(dataset, frame or 0))
     except Unreadable:

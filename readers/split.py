@@ -223,7 +223,7 @@ def with_patients(entries: list[Entry], metadata: str, name_pattern: str, report
             return (match[1] or '') if match else ''
     else:
         return entries
-    entries = [replace(e, patient=patient(e.id)) for e in entries]
+    entries = [replace(e, patient=patient(re.sub(r'#\d+$', '', e.id))) for e in entries]     # of any frame
     unknown = [e.id for e in entries if not e.patient]
     if len(unknown) == len(entries):
         raise UserError(f"{flag_name} finds a patient for no file, for example not for {unknown[0]}: "

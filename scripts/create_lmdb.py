@@ -30,7 +30,7 @@ from datasets import DATASETS, DataConfig, check
 from readers.cache import stamp
 from readers.config import VolumeConfig
 from readers.images.decode import ImageLoader
-from readers.images.folder import find_items
+from readers.images.folder import find_items, with_frames
 from readers.images.tables import is_arrays
 from readers.items import Item
 from readers.lmdb.file import LmdbWriter, is_lmdb
@@ -42,11 +42,11 @@ from readers.split import count, left_out, some, with_patients
 from utils import UserError, flag, flags, read_flags, run_program
 
 MOST_ROWS, MOST_BYTES = 512, 32 << 20            # in a transaction: what a kill can lose
-DATA_FLAGS = ('dataset', 'data', 'image_size', 'channels', 'num_x_bits', 'fit', 'normal_classes',
-              'patient_pattern', 'patient_metadata', 'columns', 'class_columns', 'images', 'skip_corrupt',
-              'num_phantoms', 'phantom_confound', 'cache_dir',
+DATA_FLAGS = ('dataset', 'data', 'image_size', 'channels', 'num_x_bits', 'fit', 'frames',
+              'normal_classes', 'patient_pattern', 'patient_metadata', 'columns', 'class_columns', 'images',
+              'skip_corrupt', 'num_phantoms', 'phantom_confound', 'cache_dir',
               *(f.name for f in fields(VolumeConfig) if f.name != 'augment'))
-PIXEL_FLAGS = ('channels', 'num_x_bits', 'fit')  # do nothing to files that are stored as they are
+PIXEL_FLAGS = ('channels', 'num_x_bits', 'fit', 'frames')  # do nothing to files that are stored as they are
 
 
 @flags
@@ -110,9 +110,10 @@ def plan_files(config: DataConfig) -> Job:
     if config.image_size:
         settings |= {name: getattr(config, name) for name in PIXEL_FLAGS}
     loader = ImageLoader.of(config, row)
+    items = [framed for item in items for framed in with_frames(item, loader)]
 
     def load(number: int) -> Record:
-        return resized_record(items[number], loader) if config.image_size else file_record(items[number])
+        return (resized_record if config.image_size else file_record)(items[number])
 
     def state(number: int) -> Any:
         item = items[number]
@@ -123,9 +124,9 @@ def plan_files(config: DataConfig) -> Job:
     return Job(len(items), items.__getitem__, load, state, facts, settings, notes)
 
 
-def resized_record(item: Item, loader: ImageLoader) -> Record:
+def resized_record(item: Item) -> Record:
     """An image file as its reader hands it over. Raises Unreadable."""
-    loaded = loader.load(item.path, *item.masks)
+    loaded = item.load()
     mask = None if loaded.mask is None else loaded.mask[0] * np.uint8(255)                      # (S, S)
     return array_record(item, loaded.pixels, mask, {'sha256': loaded.sha256, 'num_bytes': loaded.num_bytes})
 

@@ -14,7 +14,7 @@ def test_a_data_set_takes_only_the_flags_that_do_something():
     every = set.intersection(*names.values())
     assert {'dataset', 'data', 'image_size', 'num_x_bits', 'val_fraction', 'invert', 'cache_dir'} <= every
     assert set.union(*names.values()) == {f.name for f in fields(DataConfig)}
-    assert names['folder'] - every == {'normal_classes', 'anomalous_classes', 'channels', 'fit',
+    assert names['folder'] - every == {'normal_classes', 'anomalous_classes', 'channels', 'fit', 'frames',
                                        'patient_pattern', 'patient_metadata', 'columns', 'class_columns',
                                        'images'}
     assert names['phantom'] - names['folder'] == {'num_phantoms', 'phantom_confound'}

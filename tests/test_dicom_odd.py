@@ -5,14 +5,17 @@ import io
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.uid import ExplicitVRBigEndian, JPEG2000Lossless, JPEGExtended12Bit
 from pytest import approx
 from test_dicom import RAMP, as_bytes, grey, made, table
 
+from datasets import DataConfig, load_data
 from readers.dicom import count_frames, decode_dicom
 from readers.headers import read_file_header
-from readers.images.decode import decode
+from readers.images.decode import ImageLoader, decode
 from readers.source import Unreadable
+from utils import UserError
 
 X = np.array([[0, 1024, 2048, 4095]])                    # of 12 bits
 WINDOW = {'WindowCenter': 2048, 'WindowWidth': 4096}
@@ -166,3 +169,60 @@ def test_each_frame_has_its_own_look(tmp_path):
     (tmp_path / 'picture.png').write_bytes(b'\x89PNG')
     assert count_frames(tmp_path / 'picture.png') == count_frames(tmp_path / 'nothing') == 1
     assert pydicom.dcmread(io.BytesIO(data)).NumberOfFrames == 2
+
+
+# ---------------------------------------------------------------------------------------------- in data sets
+
+def written(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def test_frames_are_images_of_one_part(tmp_path):
+    """3 frames of a file, 2 pages of another, and plain files."""
+    rng, data = np.random.default_rng(0), tmp_path / 'data'
+    cine = rng.integers(0, 4096, (24, 8))
+    written(data / 'normal' / 'cine.dcm', as_bytes(made(cine, NumberOfFrames=3, Rows=8)))
+    pages = [Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)) for _ in range(2)]
+    pages[0].save(data / 'normal' / 'pages.tif', save_all=True, append_images=pages[1:])
+    for k in range(8):
+        written(data / 'normal' / f'{k}.dcm', as_bytes(made(rng.integers(0, 4096, (8, 8)))))
+    flags = {'dataset': 'folder', 'image_size': 8, 'cache_dir': str(tmp_path / 'cache'), 'num_x_bits': 16}
+    with pytest.raises(UserError, match=r'cine\.dcm is a DICOM file of 3 frames: train with --frames each'):
+        load_data(DataConfig(data=str(data), **flags))
+    images = load_data(DataConfig(data=str(data), frames='each', patient_pattern=r'^(\w+)\.\w+$', **flags))
+    parts = {e.id: (part, e.patient) for part in ('train', 'val', 'test')
+             for e in getattr(images, part).entries}
+    assert len(parts) == 13
+    assert len({parts[f'normal/cine.dcm#{k}'] for k in (1, 2, 3)}) == 1
+    part, patient = parts['normal/pages.tif#2']
+    assert patient == 'pages'
+    entries = [e.id for e in getattr(images, part).entries]
+    x = getattr(images, part)[entries.index('normal/pages.tif#2')][0]
+    assert np.array_equal(np.rint(x[0].numpy() * 255), np.asarray(pages[1]))
+    middle = load_data(DataConfig(data=str(data), frames='middle', skip_corrupt=True, **flags))
+    assert sum(map(len, (middle.train, middle.val, middle.test))) == 10
+    first = load_data(DataConfig(data=str(data), skip_corrupt=True, **flags))
+    assert any(line.startswith('1 image of several pages, of which the first') for line in first.report)
+    loader = ImageLoader(8, 1, 16, frames='each')
+    found = loader.find(data)
+    assert len(found.ids) == 13
+    own = loader.load(found.paths[found.ids.index('normal/cine.dcm#2')]).pixels[0] / 65535
+    low, high = cine[8:16].min(), cine[8:16].max()
+    assert own == approx((cine[8:16] - low) / (high - low), abs=1e-4)
+
+
+@pytest.mark.parametrize('kind, words', [
+    ('constant', 'of a single gray level'), ('dark', 'look black'), ('hot', 'but for 1 % of the pixels'),
+    ('white', 'of a single gray level'), ('good', '')])
+def test_pictures_with_nothing_to_see_are_said(kind, words):
+    """As a file with a few pixels far from all others gives, or a window that lies elsewhere."""
+    ramp = np.arange(64 * 64).reshape(64, 64) / 4096
+    values = {'constant': ramp * 0 + 0.3, 'dark': ramp / 16, 'hot': ramp / 16, 'white': ramp * 0 + 1,
+              'good': ramp}
+    image = values[kind][..., None].astype(np.float32)
+    if kind == 'hot':
+        image[0, :20] = 1
+    for depth in (8, 16):
+        notes = ImageLoader(64, 1, depth, border=8).finish(image, None, '', 0).repairs
+        assert len(notes) == bool(words) and all(words in note for note in notes)

@@ -162,3 +162,12 @@ def test_their_library_is_named_where_it_is_missing(name, config, tmp_path, monk
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data' / name).write_bytes(ITK[name].encode())
     fails(config, r'need SimpleITK: pip install -r requirements-formats\.txt')
+
+
+def test_labels_that_no_flag_names_are_said_and_key_files_are_not(config, tmp_path):
+    for name in ('s0', 's1', 's0_seg', 's1_seg'):
+        save(tmp_path / 'data' / f'{name}.nii.gz', noise(seed=len(name)))
+    (tmp_path / 'data' / 'train_keys.txt').write_text('s0\ns1\n')
+    report = load_data(config).report
+    assert [line for line in report if 'passed over' in line] == [
+        'passed over: labels or masks that no flag names (2, such as s0_seg.nii.gz)']

@@ -6,7 +6,7 @@ H x W the size of the file, S the size that is asked for, C channels.
 import hashlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from readers.config import DataSet, ReaderConfig
 from readers.dicom import MAGIC, MAGIC_START, decode_dicom, is_dicom
+from readers.images.frames import Frame, num_pages, places
 from readers.items import Loaded
 from readers.paths import Found, file_content, find_files
 from readers.source import DTYPES, MOST_PIXELS, Unreadable
@@ -25,6 +26,11 @@ FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # of Pillow; decided by cont
 DARK = 1 / 15                                       # 4095 of 65535 is 1/16
 DARK_NOTE = ('with less than 1/15 of the gray scale in use look black (if these are 12-bit values in 16-bit '
              'files, rescale them)')
+CONSTANT = 'of a single gray level, with nothing to be seen in them'
+NARROW = ('with less than 1/15 of the gray scale in use, but for 1 % of the pixels, look empty (if a few '
+          'pixels or a wrong window take the scale, correct the files)')
+OUTLIERS = 0.005                                    # of the pixels, at either end
+FIRST_PAGE = 'of several pages, of which the first is taken (--frames each or middle takes others)'
 FULL_MASK = 'with a mask that marks every pixel (is its background 0?)'
 EMPTY_MASK = 'with a mask that marks nothing at this size'
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)               # ITU-R BT.601
@@ -46,21 +52,20 @@ def is_image_file(path: str) -> bool:
         return False
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, frame: int | None = None) -> np.ndarray:
     """The image in the bytes of a PNG, JPEG, TIFF, BMP or DICOM file: (H, W, C) float32 in [0, 1], C = 1 gray
-    or 3 RGB. Of DICOM see `decode_dicom`.
+    or 3 RGB; of several frames or pages this one, from 0 on. Of DICOM see `decode_dicom`.
 
     Full scale is white: 255, 65535, or what the bits of the TIFF allow. Integers beyond 16 bits and floats
     outside [0, 1] have no full scale: they are stretched from their smallest to their largest value.
-    Transparent pixels show black. EXIF orientation is applied; of several pages the first is read. Raises
-    Unreadable.
+    Transparent pixels show black. EXIF orientation is applied. Raises Unreadable.
     """
     if is_dicom(data):
-        return decode_dicom(data)
-    return _decoded(data, _values)
+        return decode_dicom(data, frame)
+    return _decoded(data, _values, frame)
 
 
-def decode_mask(data: bytes) -> np.ndarray:
+def decode_mask(data: bytes, frame: int | None = None) -> np.ndarray:
     """What the bytes of a mask file mark: (H, W, 1) bool, True where it is not background. Raises Unreadable.
 
     Background is 0, black, or transparent. A drawing that is black on transparent ground, and a palette
@@ -68,11 +73,12 @@ def decode_mask(data: bytes) -> np.ndarray:
     of JPEG, what is above a quarter of the largest value counts.
     """
     if is_dicom(data):
-        return (decode_dicom(data) > 0).any(-1, keepdims=True)
-    return _decoded(data, _marked)[..., None]
+        return (decode_dicom(data, frame) > 0).any(-1, keepdims=True)
+    return _decoded(data, _marked, frame)[..., None]
 
 
-def _decoded(data: bytes, read: Callable[[Image.Image, dict[int, object]], np.ndarray]) -> np.ndarray:
+def _decoded(data: bytes, read: Callable[[Image.Image, dict[int, object]], np.ndarray],
+             frame: int | None) -> np.ndarray:
     """What `read` makes of the picture in the bytes of a file, and of its TIFF tags. Raises Unreadable."""
     if not data:
         raise Unreadable('is empty (0 bytes)')
@@ -84,6 +90,8 @@ def _decoded(data: bytes, read: Callable[[Image.Image, dict[int, object]], np.nd
         if image.format == 'PNG':
             image.verify()                       # checksums, and that the file goes on to its end
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if frame and getattr(image, 'n_frames', 1) > 1:
+            image.seek(frame)
         tags = dict(getattr(image, 'tag_v2', {}))
         if image.format == 'JPEG':
             tags[TIFF_COMPRESSION] = TIFF_JPEG
@@ -143,6 +151,20 @@ def _marked(image: Image.Image, tags: dict[int, object]) -> np.ndarray:
     return marked
 
 
+def range_notes(image: np.ndarray, pixels: np.ndarray) -> Iterator[str]:
+    """What looks wrong in an image (H, W, C) in [0, 1], or in the `pixels` (C, S, S) that it became."""
+    low, high = image.min(), image.max()
+    if low == high:
+        yield CONSTANT
+    elif high < DARK:
+        yield DARK_NOTE
+    else:
+        levels = np.bincount((pixels >> 8 * (pixels.itemsize - 1)).ravel(), minlength=256).cumsum()
+        ends = np.searchsorted(levels, levels[-1] * np.array([OUTLIERS, 1 - OUTLIERS]))
+        if ends[1] - ends[0] < DARK * 255:
+            yield NARROW
+
+
 def to_channels(x: np.ndarray, channels: int) -> np.ndarray:
     """(H, W, 1 or 3) as (H, W, channels): luma of a color image, or gray three times over."""
     if x.shape[-1] == channels:
@@ -188,9 +210,9 @@ def mask_to_integers(mask: np.ndarray, size: int, fit: str) -> np.ndarray:
     return (to_size(mask.astype(np.float32), size, fit) >= 0.5).astype(np.uint8)
 
 
-def read_mask(path: str) -> np.ndarray:
-    """What a mask file marks: (H, W, 1) bool. Raises Unreadable."""
-    return decode_mask(file_content(path))
+def read_mask(path: str, frame: int | None = None) -> np.ndarray:
+    """What a mask file, or this frame of it, marks: (H, W, 1) bool. Raises Unreadable."""
+    return decode_mask(file_content(path), frame)
 
 
 def load_mask(read: Callable[[], np.ndarray], name: str, image: np.ndarray) -> np.ndarray:
@@ -217,13 +239,14 @@ class ImageLoader:
     depth: int
     fit: str = 'pad'
     border: int = 0
+    frames: str = 'refuse'                # what becomes of files of several: see FrameConfig
 
     @classmethod
     def of(cls, config: ReaderConfig, row: DataSet) -> 'ImageLoader':
         """As the flags say."""
         border = row.border(config)
         return cls((config.image_size or row.size) - 2 * border, config.channels or row.channels,
-                   config.depth, config.fit, border)
+                   config.depth, config.fit, border, config.frames)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -231,24 +254,30 @@ class ImageLoader:
         return self.channels, side, side
 
     def find(self, path: str | Path, without: str | Path = '') -> Found:
-        """All files below a folder but for the folder `without`, or the one file."""
-        return find_files(path, without)
+        """All files below a folder but for the folder `without`, or the one file; frames as --frames says."""
+        found = find_files(path, without)
+        pairs = [(name + mark, place) for name, file in zip(found.ids, found.paths, strict=True)
+                 for mark, place in places(file, self.frames)]
+        return found._replace(ids=[name for name, _ in pairs], paths=[place for _, place in pairs])
 
-    def load(self, path: str, *mask_paths: str) -> Loaded:
-        """An image file, and those of its masks. Raises Unreadable."""
+    def load(self, file: str | Frame, *mask_paths: str) -> Loaded:
+        """An image file, or one of its frames, and those of its masks. Raises Unreadable."""
+        path, frame = file if isinstance(file, Frame) else (file, None)
         data = file_content(path)
-        image, mask = decode(data), None                                                 # (H, W, C)
+        image, mask = decode(data, frame), None                                          # (H, W, C)
         for mask_path in mask_paths:
-            one = load_mask(partial(read_mask, mask_path), os.path.basename(mask_path), image)
+            one = load_mask(partial(read_mask, mask_path, frame), os.path.basename(mask_path), image)
             mask = one if mask is None else mask | one
-        return self.finish(image, mask, hashlib.sha256(data).hexdigest(), len(data))
+        loaded = self.finish(image, mask, hashlib.sha256(data).hexdigest(), len(data))
+        first = frame is None and num_pages(io.BytesIO(data)) > 1
+        return loaded._replace(repairs=(*loaded.repairs, FIRST_PAGE)) if first else loaded
 
     def finish(self, image: np.ndarray, mask: np.ndarray | None, sha256: str, num_bytes: int) -> Loaded:
         """An image (H, W, C) in [0, 1] and its mask (H, W, 1) bool."""
         around = ((0, 0), (self.border, self.border), (self.border, self.border))
-        pixels = np.pad(to_integers(image, self.size, self.channels, self.depth, self.fit), around)
-        notes = {DARK_NOTE: image.max() < DARK}
+        pixels = to_integers(image, self.size, self.channels, self.depth, self.fit)
+        notes = [*range_notes(image, pixels)]
         if mask is not None:
             whole, mask = mask.all(), np.pad(mask_to_integers(mask, self.size, self.fit), around)
-            notes |= {FULL_MASK: whole, EMPTY_MASK: not mask.any()}
-        return Loaded(pixels, mask, sha256, num_bytes, repairs=tuple(note for note in notes if notes[note]))
+            notes += [FULL_MASK] * bool(whole) + [EMPTY_MASK] * (not mask.any())
+        return Loaded(np.pad(pixels, around), mask, sha256, num_bytes, repairs=tuple(notes))

@@ -5,17 +5,18 @@
     <root>/train/<class>/...        <root>/test/<class>/...               parts as published
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig
 from readers.images.decode import ImageLoader
+from readers.images.frames import places
 from readers.images.layout import PART_FOLDERS, Layout, image_files
 from readers.images.masks import with_masks
 from readers.images.tables import is_arrays, is_table, read_npz, table_items
-from readers.items import Item, Listing, Loaded, import_items
+from readers.items import Item, Listing, import_items
 from readers.paths import MASKS, find_root, pass_over, passed_line, subfolders
 from readers.source import Source, same_name
 from readers.split import count, some
@@ -34,15 +35,20 @@ def read_folder(config: ReaderConfig, row: DataSet) -> Source:
 def read_images(items: Sequence[Item], loader: ImageLoader, config: ReaderConfig, row: DataSet,
                 name: str, near_duplicates: bool = True) -> Source:
     """Image files; `name` says in errors where their classes are."""
-    def read(item: Item) -> Loaded:
-        return loader.load(item.path, *item.masks)
-
-    items = [replace(item, read=read, stamp=[*map(stamp, (item.path, *item.masks))]) for item in items]
+    items = [framed for item in items for framed in with_frames(item, loader)]
     key = {'images': name, 'size': loader.size, 'channels': loader.channels, 'fit': loader.fit,
-           'border': loader.border,
+           'border': loader.border, 'frames': loader.frames,
            'files': [[item.id, item.class_name, item.part, *item.masks, item.stamp] for item in items]}
     return import_items(config, row, key, lambda: Listing(name, items, loader.shape,
                                                           near_duplicates=near_duplicates))
+
+
+def with_frames(item: Item, loader: ImageLoader) -> Iterator[Item]:
+    """An image file, or each of its frames that --frames takes, with the function that loads it."""
+    state = [*map(stamp, (item.path, *item.masks))]
+    for mark, place in places(item.path, loader.frames):
+        yield replace(item, id=item.id + mark, stamp=state,
+                      read=lambda item, place=place: loader.load(place, *item.masks))
 
 
 def read_part_folders(config: ReaderConfig, row: DataSet, folders: Mapping[str, str]) -> Source:

@@ -19,7 +19,7 @@ from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig, VolumeConfig, volume_flags
 from readers.items import Item, Listing, Loaded, import_items
 from readers.parallel import attempt
-from readers.paths import Found, Passed, files_below, find_root, pass_over, passed_line, printable
+from readers.paths import FOREIGN, Found, Passed, files_below, find_root, pass_over, passed_line, printable
 from readers.source import DTYPES, Source, Unreadable
 from readers.split import count, some
 from readers.volumes.nifti import SUFFIXES, Grid, Nifti, read_nifti, resample
@@ -29,6 +29,7 @@ from readers.volumes.subjects import (
     NORMAL,
     Subject,
     find_subjects,
+    is_label,
     key_files,
     owner,
     with_classes,
@@ -42,6 +43,7 @@ MOST_THREADS = 4                           # that read at once: of large volumes
 NO_PLACE = 'without a place in mm (neither sform nor qform): axes are taken to run as NIfTI says for these'
 NOT_FINITE = 'had voxels that were not finite: they are 0'
 CUT = 'larger than the model sees lose their ends'
+LABELS, CHANNELS = 'labels or masks that no flag names', 'volumes that are no channel of these subjects'
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,11 @@ def unused_files(root: Path, names: Sequence[str], ids: Collection[str], without
     """
     passed: Passed = {}
     files = files_below(root, SUFFIXES, without, passed)
-    pass_over(passed, "NIfTI files that are no channel of these volumes",
-              *(file for file in files if owner(file, names)[0] not in ids))
+    keys = {file.name for file in key_files(root)}
+    passed[FOREIGN] = [name for name in passed.get(FOREIGN, ()) if name not in keys]
+    for file in files:
+        if owner(file, names)[0] not in ids:
+            pass_over(passed, LABELS if is_label(file) else CHANNELS, file)
     return passed
 
 
