@@ -33,8 +33,8 @@ class Judging:
     density_images: str = flag('auto', 'normal images on which densities (dose, kl_knn, ...) are fitted: '
                                        'val = validation images; auto = also training images, if the model '
                                        'scores both alike', choices=('auto', 'val'))
-    max_train_images: int = flag(1000, 'number of training images on which the baselines are '
-                                       'fitted', least=3)
+    max_train_images: int = flag(1000, 'number of training images on which the baselines, and densities that '
+                                       'may learn from training images, are fitted', least=3)
     match: bool = flag(False, 'also judge each anomalous class on matched pairs: its test images against '
                               'normal ones of similar exposure and frame')
     num_bootstrap: int = flag(1000, 'bootstrap resamples for the 95 % intervals', least=1)
