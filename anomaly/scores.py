@@ -74,8 +74,8 @@ class Scoring:
                           choices=('separate', 'shared'), scores='llr')
     llr_prior: str = flag('mode', 'llr, lk: skipped groups at the mode of the prior, as published, or drawn '
                                   'from it', choices=('mode', 'draw'), scores='llr lk')
-    density_features: str = flag('means', 'typicality, kl_profile, kl_knn, kl_gmm, latent_knn: likelihood and '
-                                          'KL at the posterior means, or averaged over the draws',
+    density_features: str = flag('means', 'typicality, kl_profile, kl_knn, kl_gmm, latent_knn: likelihood '
+                                          'and KL at the posterior means, or averaged over the draws',
                                  choices=('means', 'draws'),
                                  scores='typicality kl_profile kl_knn kl_gmm latent_knn')
     residual_smoothing: float = flag(1.0, 'residual: standard deviation in pixels of the Gaussian that '
