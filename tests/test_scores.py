@@ -433,11 +433,11 @@ def test_latent_channels_are_described_by_the_logarithms_of_their_kl_and_of_thei
             return super().forward(*args, **options) | {'kl': kl.sum(2), 'kl_channels': kl}
 
         def latents(self, x):
-            coarse = torch.tensor([[[[2.0, 4.0]], [[3.0, 3.0]]]])                # (1, Z, 1, 2)
+            coarse = torch.tensor([[[[2.0, 6.0]], [[3.0, 3.0]]]])                # (1, Z, 1, 2)
             return [z.expand(len(x), -1, -1, -1) for z in (coarse, coarse[..., :1])]
 
     outputs = outputs_of(Model(), images(2))
-    spread = [math.log(value + 0.01) for value in (1.0, 0.0, 0.0, 0.0)]
+    spread = [math.log(value + 0.01) for value in (2.0, 0.0, 0.0, 0.0)]
     log_kl = [math.log(value) for value in (1.0, 0.5, 0.01, 4.0)]                # 0 counts as 0.01 nats
     close(find('latent_knn').features(outputs), torch.tensor([log_kl + spread] * 2))
     close(find('kl_knn').features(outputs), torch.tensor([log_kl] * 2))
