@@ -157,7 +157,8 @@ def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[s
     if name := not_finite(model.state_dict()):
         raise UserError(f"the checkpoint's weights have numbers that are not finite, first in {name}: "
                         f"nothing can be evaluated with them. Take an older one.")
-    return model.eval(), {'split': checkpoint.get('split', ''), **checkpoint['args']}
+    kept = {'split': checkpoint['split']} if 'split' in checkpoint else {}
+    return model.eval(), checkpoint['args'] | kept
 
 
 def open_model(path: str | Path, ema: bool = True) -> tuple[Model, dict[str, Any]]:
