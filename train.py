@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -71,11 +72,13 @@ def work(args: argparse.Namespace) -> int:
     from training.trainer import Trainer
 
     with alone_in(read_flags(RunConfig, args).folder):
+        started = time.perf_counter()
         trainer = Trainer(args)
         trainer.announce()
-        stop = StopSignal()
+        stop, read = StopSignal(), time.perf_counter()
         loop(trainer, stop)
         folder, optimization = trainer.folder, trainer.optimization
+        folder.say(f'reading took {read - started:.0f} s, training {time.perf_counter() - read:.0f} s')
         if finished := optimization.step >= trainer.schedule.end:
             trainer.validation(optimization)
             folder.say(f'done: {optimization.step} steps, {optimization.skipped} skipped; '

@@ -122,6 +122,7 @@ class Progress:
 
     def __init__(self, metric: str, step: int, end: int):
         self.metric, self.values, self.images, self.since = metric, [], 0, time.perf_counter()
+        self.means = ''
         self.bar = tqdm(total=end, initial=step, unit='step', dynamic_ncols=True,
                         disable=None if launch.is_main() else True)
 
@@ -129,6 +130,7 @@ class Progress:
         """Counts a step of this many images."""
         self.values.append(float(logs[f'train/{self.metric}_iter']))
         self.images += images
+        self.bar.set_postfix_str(f'{self.metric} {self.values[-1]:.5g}{self.means}', refresh=False)
         self.bar.update()
 
     def go_back(self, step: int) -> None:
@@ -146,7 +148,7 @@ class Progress:
         """The mean so far, and images a second since the last reading."""
         now = time.perf_counter()
         speed, self.images, self.since = self.images / (now - self.since), 0, now
-        self.bar.set_postfix_str(f'{self.metric} {self.mean():.5g}, {speed:.0f} images/s')
+        self.means = f', mean {self.mean():.5g}, {speed:.0f} images/s'
         return {f'train/{self.metric}_avg': self.mean(), 'train/images_per_second': speed}
 
     def end_epoch(self) -> dict[str, float]:
