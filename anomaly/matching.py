@@ -29,7 +29,7 @@ class Group(NamedTuple):
 
     @property
     def normal_name(self) -> str:
-        """Of its normal images."""
+        """Name of the group of its normal images."""
         return f'normal like {self.of}' if self.of else 'normal'
 
 

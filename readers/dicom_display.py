@@ -51,7 +51,7 @@ def word(value: int, signed: bool) -> int:
 
 
 class Table(NamedTuple):
-    """A lookup table: `entries` (N,) uint16 of the values from `first` on, of so many `bits`."""
+    """A lookup table: `entries` (N,) uint16 of the values from `first` on, of `bits` bits each."""
     entries: np.ndarray
     first: int
     bits: int

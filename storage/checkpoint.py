@@ -76,7 +76,7 @@ def _keep_older(path: Path, keep: int) -> None:
 
 
 def older(path: Path, number: int) -> Path:
-    """The name of the checkpoint that was saved so many before."""
+    """The name of the checkpoint that was saved that many before."""
     return path.with_name(f'{path.stem}-{number}{path.suffix}')
 
 

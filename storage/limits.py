@@ -22,8 +22,8 @@ def most_bytes() -> float:
 
 
 def excess(claimed: float, held: float = math.inf) -> str:
-    """Why a file of `held` bytes that claims so many bytes of memory is not decoded, as words that go on from
-    its name; '' if it may be.
+    """Why a file of `held` bytes that claims `claimed` bytes of memory is not decoded, as words that go on
+    from its name; '' if it may be.
     """
     most = min(most_bytes(), max(most_bytes() / FREE_PART, MOST_RATIO * held))
     if claimed <= most:

@@ -159,8 +159,8 @@ def localize(masks: np.ndarray, maps: np.ndarray, threshold: float, *, counted: 
 
 
 def split(mask: np.ndarray, values: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of one image, its lesion mask, its map and the pixels that count, (*S) each: the m values on lesions,
-    their weights, and the n values beside them.
+    """From the lesion mask, the map and the pixels that count of one image, (*S) each: the m values on
+    lesions, their weights, and the n values beside them.
     """
     lesion = ndimage.label(mask, neighbors(mask.ndim))[0][mask]
     return values[mask], 1 / np.bincount(lesion)[lesion], values[counted & ~mask]

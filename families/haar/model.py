@@ -53,8 +53,8 @@ def compose(ll: Tensor, details: Sequence[Tensor]) -> Tensor:
 def bounds(ll: Tensor, known: Sequence[Tensor], most: float) -> tuple[Tensor, Tensor]:
     """The interval of the next detail: smallest and largest value (B, C, h, w).
 
-    It is what `ll` and the details `known` leave to it if the four cells a b / c d lie in [0, most]. Of the
-    columns, the sums a + c = LL + D1 and b + d = LL - D1 lie in [0, 2 most]; the differences a - c = D2 + D3
+    It is what `ll` and the details `known` leave to it if the four cells a b / c d lie in [0, most]. The
+    sums of columns a + c = LL + D1 and b + d = LL - D1 lie in [0, 2 most]; the differences a - c = D2 + D3
     and b - d = D2 - D3 are at most as large as these sums, or what they lack to 2 most.
     """
     if not known:
@@ -100,7 +100,7 @@ class Mixture(NamedTuple):
         return (low + high) / 2
 
     def mean(self) -> Tensor:
-        """Of the mixture without truncation: (B, C, h, w)."""
+        """That of the mixture without truncation: (B, C, h, w)."""
         return (self.log_weights.exp() * self.means).sum(2)
 
     def log_scale(self) -> Tensor:

@@ -1,7 +1,7 @@
 """HVAE, LVAE and BIVA, as in "Hierarchical VAEs Know What They Don't Know" (Havtorn et al. 2021).
 
 B images, C channels, H x W pixels; L stages, stage 1 nearest the image, S draws of an image in training, N
-latent variables in all. Of stage i: u, h, b, t features of inference, d of generation, z latents, q posterior
+latent variables in all. Stage i has u, h, b, t features of inference, d of generation, z latents, q posterior
 and p prior; td and bu the top-down and bottom-up latents of BIVA (Maaloe et al. 2019). In an HVAE z_i is
 inferred from z_{i-1}, in an LVAE (Sonderby et al. 2016) from the features h_i and d_{i+1}, in BIVA there is
 one of each kind.
@@ -112,8 +112,8 @@ class HVAE(nn.Module):
         """Logits, and the latents of each stage from the top down.
 
         Without anything `kept` of images, the first stages from the top are `given` and the others drawn from
-        the prior. Of images, stages of which nothing is kept are drawn from it with noise that is scaled by
-        `prior_temperature` too.
+        the prior. For images, stages of which nothing is kept are drawn from it with noise that is also
+        scaled by `prior_temperature`.
         """
         d, skips, drawn = None, deque(), []
         for i, stage in reversed(list(enumerate(self.stages))):

@@ -1,6 +1,6 @@
 """The shapes of an HVAE, LVAE or BIVA that follow from its configuration and the size of the images.
 
-L stages, stage 1 nearest the image; shapes are (C, H, W). Of stage i: h_i are the features that inference
+L stages, stage 1 nearest the image; shapes are (C, H, W). In stage i, h_i are the features that inference
 leads to, u_i what it hands to stage i + 1, z_i the latents, d_i the features that generation leads to.
 """
 

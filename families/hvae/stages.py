@@ -1,6 +1,6 @@
 """Stages of HVAE, LVAE and BIVA: how latents are inferred on the way up and down, and how generation goes on.
 
-B images, L stages, stage 1 nearest the image. Of stage i: u what it hands up, h, b and t features of
+B images, L stages, stage 1 nearest the image. In stage i: u what it hands up, h, b and t features of
 inference, d of generation; z latents, q posterior and p prior; td and bu the top-down and bottom-up latents
 of BIVA.
 """

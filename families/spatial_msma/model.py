@@ -155,7 +155,7 @@ class SpatialMSMA(nn.Module):
     # ------------------------------------------------------------------------------------------- capabilities
 
     def _foreground_nll(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of each image the voxels (P,) of its foreground and -log p there, nats, float64: (P,)."""
+        """For each image the voxels (P,) of its foreground and -log p there, nats, float64: (P,)."""
         features, image_code, found = self.features(x), self.image_code(x), []
         for i, inside in enumerate(foreground(x).flatten(1)):
             voxels, row = inside.nonzero().squeeze(1), slice(i, i + 1)

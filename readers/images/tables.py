@@ -237,7 +237,8 @@ NONE = 'none'                               # the class of an image with several
 
 def read_npz(config: ReaderConfig, row: DataSet) -> Source:
     """The images of an npz file with `train_images`, `train_labels` and so on, as (N, C, S, S); classes are
-    the numbers in it. Of several labels of 0 and 1 the first 1 counts, and `none` is the class without any.
+    the numbers in it. If an image has several labels of 0 and 1, the first 1 counts; `none` is the class
+    without any.
     """
     path, loader = Path(config.data), ImageLoader.of(config, row)
 
