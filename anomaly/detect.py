@@ -31,6 +31,7 @@ from anomaly.report import page
 from anomaly.report.datacard import broken_promises, compare_normal, describe
 from anomaly.report.figures import read_history
 from anomaly.report.gallery import MOST_VOLUMES, choose_cases, spacing
+from anomaly.report.provenance import about_run, code_and_date
 from anomaly.scores import Score, Scoring, Selection
 from anomaly.scoring import Table, part_batches, pictures, score_images, select_maps
 from distributed import launch
@@ -84,8 +85,8 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
              first: Evaluated | None = None) -> Evaluated:
     """Scores validation and test images, learns from the former what is normal and judges the latter.
 
-    Resamples follow from the seed and the numbers of images: those of several models are paired. Of several
-    on the same test images only the `first` has the baselines, and the pairs of --match, which all share.
+    Resamples follow from the seed and the numbers of images: those of several models are paired. If several
+    models share test images, only the `first` has the baselines and the pairs of --match, which all share.
     Raises UserError if a part is empty or holds anomalous images that it should not.
     """
     check_parts(data)
@@ -192,6 +193,7 @@ def detect(model: Any, data: Any, out: str | Path, settings: Settings, run_folde
     own = preset(model, getattr(data.config, 'dataset', ''))
     primary = choose_primary(settings.selection.primary_score, own, [score.name for score in scores])
     found = evaluate(model, data, scores, primary, settings)
+    scored = time.perf_counter()
     shown = next(score for score in scores if score.name == primary)
     found.test.cases = draw_cases(model, data, shown, found, settings)
     if not launch.is_main():
@@ -199,8 +201,10 @@ def detect(model: Any, data: Any, out: str | Path, settings: Settings, run_folde
     found.normal.preparation = volume_preparation(data)
     found.normal.weights = fingerprint(model)
     result = summarize(data, found, settings, findings, left_out)
+    result['models'] = [about_run(model, run_folder)]
     result['seconds'] = round(time.perf_counter() - started, 1)
     write(out, result, found, settings, run_folder)
+    log(f'scoring took {scored - started:.0f} s, the report {time.perf_counter() - scored:.0f} s')
     for line in report_lines(out, result, found.judgement):
         log(line)
     return result
@@ -219,6 +223,7 @@ def summarize(data: Any, found: Evaluated, settings: Settings, findings: Sequenc
         'baselines_fitted_on': min(len(data.train), settings.judging.max_train_images),
         **describe(data), 'findings': list(findings), **judgement.as_json(),
         'warnings': [*left_out, *judgement.warnings, *broken_promises(judgement, normal_parts)],
+        'notes': [*left_out, *found.normal.notes], **code_and_date(),
         'verdict': [{**difference.as_json(), 'text': difference.text} for difference in verdict],
         'normal_parts': normal_parts})
 
@@ -256,7 +261,7 @@ def score_titles(names: Iterable[str]) -> list[str]:
 
 
 def score_columns(table: Table, normal: Normal, names: Iterable[str]) -> list[list[str]]:
-    """Of each score the values, their percentiles among normal validation images, and the calls: N cells
+    """The values, the percentiles among normal validation images and the calls of each score: N cells
     each.
     """
     columns = []

@@ -16,6 +16,7 @@ from anomaly.compare import Run, check_same_data, common_images, evaluate_all
 from anomaly.detect import Evaluated, Settings, draw_cases, report_lines, summarize, write
 from anomaly.judge import join, judge, unjudged
 from anomaly.normal import Normal
+from anomaly.report.provenance import about_run
 from anomaly.scores import Score, Selection
 from anomaly.scoring import Table
 from distributed import launch
@@ -44,7 +45,9 @@ def detect_together(runs: Sequence[Run], out: Path, settings: Settings, log: Cal
     if not launch.is_main():
         return {}
     result = summarize(data, joined, settings, findings, left_out) | {
-        'runs': {run.name: run.path for run in runs}, 'seconds': round(time.perf_counter() - started, 1)}
+        'runs': {run.name: run.path for run in runs},
+        'models': [about_run(run.model, run.path) for run in runs],
+        'seconds': round(time.perf_counter() - started, 1)}
     write(out, result, joined, settings, out)
     for line in report_lines(out, result, joined.judgement):
         log(line)

@@ -78,7 +78,7 @@ class Difference(NamedTuple):
     def text(self) -> str:
         """The result for a primary score and the best baseline, as a sentence."""
         ours, theirs = (row.auroc(self.group).value for row in (self.first, self.second))
-        verb = 'cannot be told from' if self.outcome == 'undecided' else f'is {self.outcome} than'
+        verb = 'cannot be distinguished from' if self.outcome == 'undecided' else f'is {self.outcome} than'
         title, unmatched = group_title(self.group), ''
         if self.of:
             found, images = (self.first.flagged[group].total for group in (self.group, self.of))
@@ -133,14 +133,16 @@ class Judgement:
         """Which test images are in a group."""
         return self.matched[group] if group in self.matched else members(test, group)
 
+    def best_baseline(self, group: str) -> ScoreRow | None:
+        """That with the AUROC farthest from 0.5, because a user may negate it; None without metrics."""
+        rows = [row for row in self.rows.values() if row.kind == 'baseline' and group in row.metrics]
+        return max(rows, key=lambda row: abs(row.auroc(group).value - 0.5), default=None)
+
     def differences(self, group: str) -> list[Difference]:
-        """Between all primary scores, and from each of them to the best baseline: that with the AUROC
-        farthest from 0.5, because a user may negate it. None where there are no metrics.
-        """
-        if not self.has_metrics:
+        """Between all primary scores, and from each to the best baseline; [] without metrics."""
+        best = self.best_baseline(group)
+        if not self.has_metrics or not best:
             return []
-        best = max((row for row in self.rows.values() if row.kind == 'baseline'),
-                   key=lambda row: abs(row.auroc(group).value - 0.5))
         turned = best.auroc(group).value < 0.5
         rival = best.auroc(group).negated if turned else best.auroc(group)
         of = self.matched[group].of if group in self.matched else ''
@@ -252,7 +254,7 @@ def validation_warnings(validation: Any, target_fpr: float) -> list[str]:
     """What limits the thresholds: too few normal validation images, and scores that are not finite."""
     n, least = len(validation.entries), smallest_sample(target_fpr)
     few = [] if n >= least else [
-        f"{n} normal validation images cannot promise a false-positive rate of {100 * target_fpr:g} %: "
-        f"that needs at least {least}. The thresholds are their largest scores, which promise "
+        f"{n} normal validation images cannot promise a false-positive rate of {100 * target_fpr:g} %, "
+        f"which needs at least {least}. The thresholds are their largest scores, which promise "
         f"{100 / (n + 1):.1f} %."]
     return few + not_finite('validation', validation)

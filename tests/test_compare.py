@@ -252,7 +252,8 @@ def test_the_primary_score_may_be_named(tmp_path):
 
 def test_the_files(finished):
     assert {p.relative_to(finished.out).as_posix() for p in finished.out.rglob('*') if p.is_file()} == {
-        'comparison.json', 'comparison.md', 'comparison.csv', 'figures/forest.png', 'figures/roc.png'}
+        'comparison.json', 'comparison.md', 'comparison.csv',
+        *(f'figures/{name}.{kind}' for name in ('forest', 'roc') for kind in ('png', 'svg'))}
     stored = json.loads((finished.out / 'comparison.json').read_text())
     assert stored == json.loads(json.dumps(finished.result))
 

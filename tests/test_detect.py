@@ -117,8 +117,9 @@ def finished(tmp_path_factory):
 
 def test_everything_is_written(finished):
     names = {p.relative_to(finished.out).as_posix() for p in finished.out.rglob('*') if p.is_file()}
-    assert names == {'scores.csv', 'metrics.json', 'thresholds.json', 'report.html', 'figures/roc.png',
-                     'figures/pr.png', 'figures/histograms.png', 'figures/levels.png', 'figures/cases.png'}
+    figures = {f'figures/{name}.{kind}' for name in ('roc', 'pr', 'histograms', 'levels', 'cases')
+               for kind in ('png', 'svg')}
+    assert names == {'scores.csv', 'metrics.json', 'thresholds.json', 'report.html', *figures}
     assert (finished.run / 'thresholds.json').read_text() == (finished.out / 'thresholds.json').read_text()
 
 

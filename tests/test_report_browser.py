@@ -171,6 +171,24 @@ def test_filters_filter(page, report):
     assert cards(page) == [] and find(page, 'status').text.startswith('0 of 20 cases; 0')
 
 
+def test_a_case_is_enlarged_with_its_map_on_and_off(page):
+    card = page.find_element(By.CSS_SELECTOR, '.case .pictures')
+    small = card.find_element(By.TAG_NAME, 'img').size['width']
+    card.send_keys(Keys.ENTER)
+    large = find(page, 'large')
+    image, heat = large.find_elements(By.TAG_NAME, 'img')
+    assert large.is_displayed() and image.size['width'] > 3 * small and image.rect == heat.rect
+    assert [picture.get_attribute('alt').split()[0] for picture in (image, heat)] == ['input', 'map']
+    find(page, 'with-map').click()
+    assert image.is_displayed() and not heat.is_displayed()
+    find(page, 'with-map').send_keys(Keys.ESCAPE)
+    assert not large.is_displayed()
+    card.click()
+    assert large.is_displayed()
+    large.find_element(By.TAG_NAME, 'button').click()
+    assert not large.is_displayed()
+
+
 def test_orders(page, report):
     scores = [float(row['nelbo']) for row in report.rows]
     threshold = report.thresholds['nelbo']['threshold']

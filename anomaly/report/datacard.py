@@ -49,7 +49,7 @@ def broken_promises(judgement: Judgement, normal_parts: dict[str, dict[str, floa
         if not low <= target <= high:
             lines.append(f"{row.name}: {100 * flagged.count / flagged.total:.1f} % of the normal test images "
                          f"are flagged (95 % interval {100 * low:.1f} to {100 * high:.1f} %), "
-                         f"{100 * target:g} % were asked for.")
+                         f"{100 * target:g} % is the target.")
         if not drift['low'] <= 0.5 <= drift['high']:
             side = 'higher' if drift['value'] > 0.5 else 'lower'
             lines.append(f"{row.name}: normal test images score {side} than normal validation images "

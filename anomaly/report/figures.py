@@ -23,6 +23,8 @@ from utils import write_atomically
 FIGURE_SCORES = ('reconstruction', 'complexity', 'kl_profile', 'kl', 'llr_1', 'iw', 'recon_nll')
 MOST_FIGURE_SCORES = 4
 FIGURE_BASELINES = ('trivial_knn', 'file_size', 'pca')
+MOST_FIGURE_BASELINES = 4
+BAND_RESAMPLES = 200                # behind the band around the ROC curve of a primary score
 MOST_LEVEL_CLASSES = 6              # columns of the figure of levels
 INK = '#1b2430'                     # becomes the color of the text in the report's SVG
 COLORS = ('#2f7fd1', '#e07b39', '#2a9d74', '#b455a0', '#c9a227', '#7a6ff0')
@@ -36,7 +38,7 @@ def new_figure(width: float, height: float, layout: str | None = 'constrained') 
 
 
 def keep(figure: Any, out: Path, name: str) -> str:
-    """Writes figures/NAME.png; returns the same as SVG whose ink is the color of the text around it."""
+    """Writes figures/NAME.png and NAME.svg; returns the SVG, its ink the color of the text around it."""
     import matplotlib
     (out / 'figures').mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -47,6 +49,7 @@ def keep(figure: Any, out: Path, name: str) -> str:
         figure.savefig(text, format='svg', transparent=True, dpi=150,
                        metadata={'Date': None, 'Creator': None})
     svg = text.getvalue()
+    write_atomically(out / 'figures' / f'{name}.svg', lambda path: path.write_text(svg, encoding='utf-8'))
     # the page shows it somewhat larger than its inches, and no larger
     svg = f'<svg style="--width: {7 * figure.get_figwidth():.1f}rem"' + svg[svg.index('<svg') + len('<svg'):]
     svg = svg.replace(INK, 'currentColor')
@@ -83,10 +86,24 @@ def panel_grid(count: int, size: tuple[float, float], margins: tuple[float, floa
 
 
 def figure_scores(judgement: Judgement) -> list[ScoreRow]:
-    """The primary scores, a few others and the baselines beside them, all fixed beforehand."""
+    """The primary scores and a few others, fixed beforehand; then baselines, the best of each group first."""
     known = lambda names: [judgement.rows[name] for name in names if name in judgement.rows]
     others = [row for row in known(FIGURE_SCORES) if not row.primary]
-    return [*judgement.primaries, *others[:MOST_FIGURE_SCORES - 1], *known(FIGURE_BASELINES)]
+    best = [row.name for group in judgement.shown_groups if (row := judgement.best_baseline(group))]
+    baselines = known(dict.fromkeys([*best, *FIGURE_BASELINES]))
+    return [*judgement.primaries, *others[:MOST_FIGURE_SCORES - 1], *baselines[:MOST_FIGURE_BASELINES]]
+
+
+def roc_band(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """False-positive rates, and the 2.5 and 97.5 percentiles of the true-positive rate at each of them, over
+    bootstrap resamples of the scores (n,) and (m,).
+    """
+    grid, tpr = np.linspace(0, 1, 101), []
+    drawn = Resamples.draw(len(normal), len(anomalous), BAND_RESAMPLES, seed=0)
+    for curves in roc_curves(normal, anomalous, drawn):
+        tpr += [np.interp(grid, *roc(Curves(*(counts[i:i + 1] for counts in curves[:4]), *curves[4:])))
+                for i in range(len(curves.positive))]
+    return grid, *np.percentile(tpr, [2.5, 97.5], axis=0)
 
 
 def roc(curves: Curves) -> tuple[np.ndarray, np.ndarray]:
@@ -117,8 +134,8 @@ def curve_figure(judgement: Judgement, test: Any, kind: str) -> Any:
     """ROC or precision-recall curves, one panel a group: model scores in color, trivial baselines dashed."""
     points, (x_label, y_label), chance = CURVES[kind]
     groups, rows = judgement.shown_groups, figure_scores(judgement)
-    figure, panels = panel_grid(len(groups), (3.5, 3.4), (1.7, 0.2))
-    dashes = iter(((4, 2), (1, 1.5), (6, 2, 1, 2)))
+    figure, panels = panel_grid(len(groups), (3.5, 3.4), (0.6, 0.9))
+    dashes = iter(((4, 2), (1, 1.5), (6, 2, 1, 2), (8, 3)))
     looks = [{'color': COLORS[i % len(COLORS)], 'lw': 2.2 if row.primary else 1.4} if row.kind == 'model' else
              {'color': INK, 'lw': 1.1, 'dashes': next(dashes), 'alpha': 0.75} for i, row in enumerate(rows)]
     for group, panel in zip(groups, panels):
@@ -128,17 +145,25 @@ def curve_figure(judgement: Judgement, test: Any, kind: str) -> Any:
             scores = make_finite(test.values[row.name])[0]
             curves, = roc_curves(scores[normal], scores[anomalous], once)
             panel.plot(*points(curves), label=row.name, solid_capstyle='round', **look)
+            if kind == 'roc' and row.primary:
+                grid, low, high = roc_band(scores[normal], scores[anomalous])
+                panel.fill_between(grid, low, high, color=look['color'], alpha=0.15, lw=0)
         prevalence = float(anomalous.sum() / (anomalous | normal).sum())
         panel.plot([0, 1], chance(prevalence), color=FAINT, lw=0.9, zorder=0, label='chance')
         panel.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect='equal', xlabel=x_label, ylabel=y_label)
         style(panel, group_title(group))
-    legend(figure, handles=panels[0].get_lines(), loc='outside right upper')
+        of_panel = lambda row, group=group: f'{row.name} {row.auroc(group).value:.3f}'
+        if kind == 'roc' and judgement.has_metrics:
+            panel.text(0.98, 0.03, '\n'.join(['AUROC', *map(of_panel, rows)]), color=INK, fontsize=7,
+                       ha='right', va='bottom', transform=panel.transAxes)
+    legend(figure, handles=panels[0].get_lines(), loc='outside lower center', ncols=3)
     return figure
 
 
 def histogram_figure(judgement: Judgement, validation: Any, test: Any) -> Any:
     """The distributions of normal and anomalous scores, with the threshold."""
-    rows = figure_scores(judgement)[:6]
+    best = [judgement.best_baseline(group) for group in judgement.shown_groups]
+    rows = sorted(figure_scores(judgement), key=lambda row: not (row.primary or row in best))[:6]
     figure, panels = panel_grid(len(rows), (3.5, 2.3), (0, 0.5))
     parts = {group: judgement.members(test, group).anomalous for group in judgement.classes}
     fewest = min([len(validation.entries), *(int(part.sum()) for part in parts.values())])

@@ -145,7 +145,7 @@ def scale_bar(look: dict[str, Any]) -> dict[str, str]:
 
 
 def picture_source(colors: np.ndarray) -> str:
-    """Colours (H, W, 3) in [0, 1] as the data address of a WebP picture, which holds nothing but pixels."""
+    """Colors (H, W, 3) in [0, 1] as the data address of a WebP picture, which holds nothing but pixels."""
     picture = as_picture(colors)
     picture.thumbnail((LARGEST, LARGEST))
     return data_address(picture, lossless=max(picture.size) <= LOSSLESS)

@@ -35,9 +35,9 @@ function percentile(value) {
 function wilson(count, total) {                       // 95 % interval of a proportion, per cent
   if (!total) return ['0.0', '100.0'];
   const z = 1.959963984540054, part = count / total, scale = 1 + z * z / total;
-  const centre = (part + z * z / (2 * total)) / scale;
+  const center = (part + z * z / (2 * total)) / scale;
   const half = z / scale * Math.sqrt(part * (1 - part) / total + z * z / (4 * total * total));
-  return [Math.max(0, centre - half), Math.min(1, centre + half)].map(end => tenths(100 * end));
+  return [Math.max(0, center - half), Math.min(1, center + half)].map(end => tenths(100 * end));
 }
 
 // ---------------------------------------------------------------------------------------------- threshold
@@ -131,6 +131,24 @@ function showCases() {
   element('status').textContent = `${shown} of ${cards.length} cases; ${inTest} such images in the test part`;
 }
 
+const large = element('large');
+
+function enlarge(card) {                                      // the input, and over it the map, if there is one
+  const frames = [...card.querySelectorAll('.frame')], map = frames.at(-1);
+  const layers = frames.length > 1 && map.querySelector('img').alt.startsWith('map') ? [frames[0], map] : [frames[0]];
+  large.querySelector('.layers').replaceChildren(...layers.map(layer => layer.cloneNode(true)));
+  for (const path of large.querySelectorAll('path[id]')) path.removeAttribute('id');
+  large.querySelector('label').hidden = layers.length < 2;
+  large.querySelector('.name').textContent = card.querySelector('.id').textContent;
+  showMap();
+  large.showModal();
+}
+
+function showMap() {
+  const [, map] = large.querySelectorAll('.frame');
+  if (map) map.hidden = !element('with-map').checked;
+}
+
 function showSlice(through) {
   const view = through.closest('.view'), columns = Number(view.dataset.columns);
   const place = (through.value - through.min) / through.step;
@@ -150,6 +168,19 @@ field.addEventListener('input', () => { if (field.value !== '') setThreshold(Num
 element('reset').addEventListener('click', () => setThreshold(data.scores[name].threshold ?? Infinity));
 element('score').addEventListener('change', event => chooseScore(event.target.value));
 element('filters')?.addEventListener('change', showCases);
+if (large) {
+  element('with-map').addEventListener('change', showMap);
+  for (const {card} of cards) {
+    const pictures = card.querySelector('.pictures');
+    Object.assign(pictures, {role: 'button', tabIndex: 0, ariaLabel: `enlarge ${card.querySelector('.id').textContent}`});
+    pictures.addEventListener('click', () => enlarge(card));
+    pictures.addEventListener('keydown', event => {
+      if (event.key !== 'Enter') return;
+      event.preventDefault();                            // else it reaches the dialog, and closes it
+      enlarge(card);
+    });
+  }
+}
 for (const through of document.querySelectorAll('.through')) {
   through.hidden = false;
   through.addEventListener('input', () => showSlice(through));

@@ -1,0 +1,38 @@
+"""What a report says of the model: its family, size and training, from the files of its run."""
+
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from anomaly.report.figures import read_history
+from model import family_name
+from utils import read_json
+
+NOT_OF_THE_MODEL = ('data', 'cache_dir', 'root', 'save', 'cont_training', 'dry_run', 'wandb_project')
+
+
+def about_run(model: Any, path: str | Path) -> dict[str, Any]:
+    """Name of the run, family and parameters of the model, epochs and steps that it was trained for, and its
+    flags, from its folder or a checkpoint in it; what the folder does not tell is left out.
+    """
+    run_folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    file, history = run_folder / 'args.json', read_history(run_folder)
+    flags = read_json(file) if file.exists() else {}
+    parameters = getattr(model, 'parameters', list)()
+    facts = {'run': run_folder.name.removeprefix('eval-'), 'family': family_name(model),
+             'parameters': sum(p.numel() for p in parameters),
+             'shape': list(getattr(model, 'shape', ())), 'epochs': flags.get('epochs'),
+             'steps': max((points[-1][0] for points in history.values()), default=None),
+             'flags': {name: value for name, value in flags.items() if name not in NOT_OF_THE_MODEL}}
+    return {name: value for name, value in facts.items() if value}
+
+
+def code_and_date() -> dict[str, str]:
+    """The day, in UTC, and the commit of the code, with a + if files differ from it; '' if it is unknown."""
+    git = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty=+', '--exclude=*']
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ''
+    return {'date': datetime.now(UTC).strftime('%Y-%m-%d'), 'commit': commit}
