@@ -1,5 +1,6 @@
 # make demo   train two small models on synthetic radiographs and compare what they find
 # make test   the test suite
+# make coverage   the same, and which lines no test runs
 # make notebook   the tutorial, run, as docs/tutorial.ipynb
 # Each does all the set-up: a .venv here, with uv and the dependencies. Python: make demo PYTHON=python3.12
 
@@ -7,13 +8,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint notebook clean
+.PHONY: demo test coverage lint notebook clean
 
 demo: $(VENV)/.installed
 	PYTHON=$(RUN) bash scripts/recipes/demo.sh
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n 2 --dist worksteal tests
+
+coverage: $(VENV)/.installed-dev
+	$(RUN) -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered tests
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

@@ -6,12 +6,14 @@ Names, flags and published settings of the families are known without PyTorch, w
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from storage.checkpoint import not_finite, read_checkpoint
+from storage.limits import excess
 from utils import UserError, read_flags
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ MODELS = Families({   # name: folder in families/, class in its model.py, flag c
     'score': ('score', 'ScoreModel', 'ScoreModelConfig'),
     'spatial_msma': ('spatial_msma', 'SpatialMSMA', 'SpatialMSMAConfig'),
 })
+MOST_TIMES, FREE_WEIGHTS = 4, 10_000        # weights that a model may have while it is built, by those stored
 # Memory format by device and axes of an image, where it is faster: up to twice on a CPU. Volumes on an H100
 # are slower with it.
 CHANNELS_LAST = {('cpu', 3): 'channels_last', ('cpu', 4): 'channels_last_3d', ('cuda', 3): 'channels_last'}
@@ -137,20 +140,21 @@ def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[s
     from families.nvae.official import is_official, read_official
     if is_official(checkpoint):
         return read_official(checkpoint)
-    if 'weights' not in checkpoint or 'description' not in checkpoint:
+    if not all(isinstance(checkpoint.get(key), dict) for key in ('weights', 'description', 'args')):
         raise UserError(f"not a checkpoint of this framework or of the published NVAE: its keys are "
-                        f"{sorted(checkpoint)[:6]}.")
-    description = checkpoint['description']
-    if description['model'] not in MODELS:
-        raise UserError(f"the checkpoint holds a model '{description['model']}'; known are "
-                        f"{', '.join(MODELS)}.")
-    name = description['model']
-    model = MODELS[name](shape=tuple(description['shape']),
-                         config=read_flags(family_config(name), description['config']),
-                         pixels=read_flags(Pixels, description['pixels']))
+                        f"{sorted(map(str, checkpoint))[:6]}.")
+    description, name = checkpoint['description'], checkpoint['description'].get('model')
+    if not isinstance(name, str) or name not in MODELS:
+        raise UserError(f"the checkpoint holds a model '{name}'; known are {', '.join(MODELS)}.")
     averaged = checkpoint.get('ema') if ema else None
     try:
+        model = build_described(description, averaged or checkpoint['weights'], Pixels)
         model.load_state_dict(averaged or checkpoint['weights'])
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"the checkpoint's description of its model is damaged ({type(error).__name__}: "
+                        f"{str(error)[:100]}).") from None
     except RuntimeError as error:
         raise UserError(f"the checkpoint's weights do not fit the model that it describes: another version "
                         f"wrote it. {' '.join(str(error).split())[:200]}") from None
@@ -159,6 +163,30 @@ def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[s
                         f"nothing can be evaluated with them. Take an older one.")
     kept = {'split': checkpoint['split']} if 'split' in checkpoint else {}
     return model.eval(), checkpoint['args'] | kept
+
+
+def build_described(description: dict[str, Any], weights: dict[str, Tensor], pixels: type) -> Model:
+    """The model that `describe` described. It is not built farther than these weights go: a file may claim
+    any size. Raises UserError, or whatever wrong values lead to.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+    name, most = description['model'], MOST_TIMES * sum(w.numel() for w in weights.values()) + FREE_WEIGHTS
+    shape, built = tuple(int(n) for n in description['shape']), [0, 0]
+
+    def count(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        built[0] += 1 if parameter is None else parameter.numel()
+        built[1] += 1
+        if built[0] > most or built[1] > MOST_TIMES * len(weights) + FREE_WEIGHTS:
+            raise UserError("the checkpoint's weights do not fit the larger model that it describes: it is "
+                            "damaged, or meant to exhaust memory.")
+    if not shape or min(shape) < 1 or excess(4 * math.prod(shape)):
+        raise UserError(f"the checkpoint describes images of shape {shape}: it is damaged.")
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        return MODELS[name](shape=shape, config=read_flags(family_config(name), description['config']),
+                            pixels=read_flags(pixels, description['pixels']))
+    finally:
+        hook.remove()
 
 
 def open_model(path: str | Path, ema: bool = True) -> tuple[Model, dict[str, Any]]:

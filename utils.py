@@ -91,9 +91,21 @@ def read_flags(config: type[T], values: argparse.Namespace | dict[str, Any]) -> 
     """The dataclass `config` from a namespace or dict: missing ones keep their default, others are left."""
     values = values if isinstance(values, dict) else vars(values)
     known = {f.name: f for f in dataclasses.fields(config)}
-    picked = {k: tuple(v) if isinstance(known[k].default, tuple) else v
+    picked = {k: tuple(v) if isinstance(known[k].default, tuple) and isinstance(v, list) else v
               for k, v in values.items() if k in known}
+    for name, value in picked.items():
+        check_kind(known[name], value)
     return config(**picked)
+
+
+def check_kind(field: dataclasses.Field, value: Any) -> None:
+    """Raises UserError for a value of another type than the default: files may hold anything."""
+    default = field.default
+    if value is None or default is None or isinstance(default, dataclasses._MISSING_TYPE):
+        return
+    kinds = (int, float) if type(default) is float else type(default)
+    if not isinstance(value, kinds) or (isinstance(value, bool) != isinstance(default, bool)):
+        raise UserError(f"--{field.name} {str(value)[:40]!r}: expected a {type(default).__name__}.")
 
 
 # ------------------------------------------------------------------------------------------------------ seeds
@@ -261,6 +273,7 @@ def read_line(line: bytes) -> dict[str, Any] | None:
 
 def read_text(path: str | Path) -> str:
     """The text of a file in UTF-8 or UTF-16, without its byte order mark. Raises UserError."""
+    check_regular(path)
     try:
         data = Path(path).read_bytes()
         wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

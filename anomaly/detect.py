@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +37,7 @@ from distributed import launch
 from readers.config import volume_flags
 from readers.parts import SomeOf
 from storage.checkpoint import fingerprint
+from storage.provenance import versions
 from utils import UserError, finite, mix_seed, read_flags, read_json, write_csv, write_json
 
 
@@ -62,12 +62,6 @@ class Settings:
         """What results state of how they were made."""
         return {**asdict(self.scoring), **asdict(self.maps), **asdict(self.judging),
                 'batch_size': self.batch_size, 'command': self.command, 'versions': versions()}
-
-
-def versions() -> dict[str, str]:
-    import sklearn
-    return {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__,
-            'scikit-learn': sklearn.__version__}
 
 
 # ------------------------------------------------------------------------------------------------- evaluation

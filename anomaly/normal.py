@@ -26,6 +26,7 @@ from anomaly.scoring import Table
 from storage.checkpoint import fingerprint
 from utils import UserError, finite, read_flags, read_json, write_json
 
+MOST_COUNT = 10 ** 7                      # of anything that thresholds.json counts: draws, resamples, images
 SECTIONS = {'scoring': Scoring, 'maps': MapConfig, 'judging': Judging}      # of thresholds.json
 
 
@@ -140,6 +141,20 @@ class Normal:
         if kept['weights'] != fingerprint(model):
             raise UserError(f"{path} belongs to other weights of the model (training went on, or --no_ema "
                             f"differs). Create it again: {remedy}")
+        try:
+            return cls._restored(kept, model)
+        except UserError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:120]}). Create it again: "
+                            f"{remedy}") from None
+
+    @classmethod
+    def _restored(cls, kept: dict[str, Any], model: Any) -> Normal:
+        """From the content of thresholds.json. Raises UserError, or whatever wrong values lead to."""
+        for name, value in ((n, v) for section in SECTIONS for n, v in kept[section].items()):
+            if isinstance(value, int) and name != 'seed' and value > MOST_COUNT:
+                raise ValueError(f'{name} is {value}')
         sections = {name: read_flags(config, kept[name]) for name, config in SECTIONS.items()}
         number = lambda value: math.inf if value is None else value        # JSON has no infinity
         normal = cls(

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils import UserError, check_value, read_json
+from utils import UserError, check_regular, check_value, read_json
 
 HELP_WIDTH = 110            # characters of a line of a help page
 MOST_CHOICES = 6            # that stand beside the name of a flag; more stand in its help
@@ -141,6 +141,9 @@ def with_config(argv: Sequence[str]) -> list[str]:
     for name, value in _read_config(Path(path)).items() if path else ():
         if isinstance(value, bool):
             words.append(f'--{name}' if value else f'--no-{name}')
+        elif isinstance(value, dict) or (isinstance(value, list) and any(
+                isinstance(one, list | dict) for one in value)):
+            raise UserError(f"--config {path}: {name} holds more than values of a flag.")
         elif isinstance(value, list):
             words += [f'--{name}', *map(str, value)] if value else []
         elif value is not None:
@@ -154,8 +157,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     else:
         import yaml
         try:
+            check_regular(path)
             content = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} holds no flags: expected lines such as 'epochs: 20'.")

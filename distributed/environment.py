@@ -8,6 +8,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
+from storage.limits import DEFAULT_GB
 from utils import UserError, flag, flags
 
 PUBLISHED_PORT = 6020        # where the nodes of a published run meet
@@ -37,6 +38,8 @@ class LaunchConfig:
     master_port: int = flag(0, f'port of node 0; 0 = a free one on a single node, else {PUBLISHED_PORT}',
                             least=0, most=65535)
     timeout: float = flag(10.0, 'minutes without an answer after which a process counts as lost', above=0)
+    max_gb: float = flag(DEFAULT_GB, 'GB of memory that one input file may take, by what its header claims',
+                         above=0)
     deterministic: bool = flag(False, 'GPU: the same command gives the same bits; slower')
     num_threads: int = flag(0, 'CPU threads per process; 0 = $OMP_NUM_THREADS, else an even share', least=0)
 

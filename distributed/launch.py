@@ -20,6 +20,7 @@ from multiprocessing.util import _run_finalizers
 from typing import TYPE_CHECKING, Any
 
 from distributed.environment import Environment, LaunchConfig, integer, resolve
+from storage.limits import allow
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def _run(work: Callable, argument: Any, config: LaunchConfig, here: Environment,
         _run_finalizers(0)              # gives semaphores back, which Python would complain of later
         os._exit(LOST_STATUS)           # at once: this may be another thread, and the main one may hang
 
+    allow(config.max_gb)
     _here, _device = here, choose_device(config.device, here)
     torch.set_num_threads(config.num_threads or _share_of_cores(here))
     if _device.type == 'cuda':

@@ -29,6 +29,7 @@ from evaluation.run import Evaluation
 from evaluation.sampling import SAMPLE_BATCH, prepare, samples
 from readers.batches import eval_batches
 from readers.parts import Part
+from storage.arrays import read_npz
 from utils import UserError, write_npz
 
 INCEPTION_URL = ('https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
@@ -322,9 +323,9 @@ def read_statistics(folder: str, config: DataConfig, features: Features, shape: 
     """
     path = statistics_file(folder, config.dataset)
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            mu, sigma = (torch.from_numpy(np.asarray(stored[name], np.float64)) for name in ('mu', 'sigma'))
-            made_of = json.loads(str(stored['made_of'])) if 'made_of' in stored.files else {}
+        stored = read_npz(path)
+        mu, sigma = (torch.from_numpy(np.asarray(stored[name], np.float64)) for name in ('mu', 'sigma'))
+        made_of = json.loads(str(stored['made_of'])) if 'made_of' in stored else {}
     except FileNotFoundError:
         raise UserError(f"there is no {path}. Make it: {_command(folder, config, features)}") from None
     except Exception as error:                # a damaged file can mislead the reader into any of them

@@ -18,6 +18,7 @@ from evaluation.config import Decoding, Interpolation, Traversal
 from evaluation.pictures import NUM_SHOWN, image_grid, save_gif, save_png
 from evaluation.run import Evaluation
 from evaluation.sampling import temperature
+from storage.arrays import read_npz
 from utils import UserError, seed_noise, write_npz
 
 
@@ -37,9 +38,8 @@ def read_latents(path: str | Path, model: Any) -> Iterator[tuple[str, list[Tenso
         raise UserError(f"--latents {path} holds no npz file: name what --eval_mode latents wrote.")
     for file in files:
         try:
-            with np.load(file) as content:
-                groups = {name: content[name] for name in content.files if name.startswith('group_')}
-        except (OSError, ValueError) as error:
+            groups = read_npz(file, 'group_')
+        except (OSError, UserError) as error:
             raise UserError(f"--latents {file} cannot be read ({error}): name what --eval_mode latents "
                             f"wrote.") from None
         number = len(groups)

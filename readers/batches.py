@@ -88,4 +88,16 @@ def _load(part: Part, keys: Iterator[list[tuple[int, int]]], workers: int) -> It
         return map(part.__getitems__, keys)
     loader = DataLoader(_ErrorsAsValues(part), batch_sampler=keys, num_workers=workers,
                         collate_fn=default_convert)
-    return map(_or_raise, loader)
+    return map(_or_raise, _with_all_workers(loader))
+
+
+def _with_all_workers(loader: DataLoader) -> Iterator[Batch | UserError]:
+    """The batches of a loader. Raises UserError if one of its processes is killed."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        reason = str(error).split('. ')[0]
+        raise UserError(f"a process that prepares batches has ended ({reason}): often memory has run out. "
+                        f"Lower --num_workers; training goes on with --cont_training.") from None

@@ -5,15 +5,18 @@ elements, so that nothing of a patient gets into an image, an error or a log. H 
 """
 
 import io
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from readers.dicom_display import COLORS, KINDS, number, text
-from readers.source import MOST_PIXELS, Unreadable
+from readers.source import Unreadable, check_pixels
+from storage.limits import unpack
 
 MAGIC_START, MAGIC = 128, b'DICM'
+DEFLATED, MOST_META = b'1.2.840.10008.1.2.1.99', 4096       # transfer syntax, and where it stands
 BARE = (b'\x08\0', b'\0\x08', b'\2\0')        # the first group, where there is no preamble: old archives
 FULL = 65535                                  # results lie on its grid: an LMDB keeps them as 16-bit integers
 PIXELS = ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData')
@@ -45,10 +48,12 @@ def decode_dicom(data: bytes, frame: int | None = None) -> np.ndarray:
     stretched from the smallest to the largest. Padding around a round image is black.
     """
     try:
+        check_deflated(data)
         dataset = read_dataset(io.BytesIO(data), ELEMENTS)
         if not any(name in dataset for name in PIXELS):
             raise Unreadable('is a DICOM file without pixel data')
         complete(dataset)
+        check_pixels(dataset.Rows * dataset.Columns, len(data))
         frames = dataset.NumberOfFrames = num_frames(dataset)
         if frame is None and frames > 1:
             raise Unreadable(f'is a DICOM file of {frames} frames: train with --frames each or middle, or '
@@ -64,6 +69,22 @@ def decode_dicom(data: bytes, frame: int | None = None) -> np.ndarray:
     if not np.isfinite(x).all():
         raise Unreadable('is a DICOM file with pixels that are not finite')
     return (np.rint(x.clip(0, 1) * FULL) / FULL).astype(np.float32).reshape(*x.shape[:2], -1)
+
+
+def check_deflated(data: bytes) -> None:
+    """Raises Unreadable for a packed file that unpacks to much more than its size: pydicom does it unasked.
+    """
+    from pydicom.filebase import DicomBytesIO
+    from pydicom.filereader import _read_file_meta_info, read_preamble
+    if DEFLATED not in data[:MOST_META]:
+        return
+    file = DicomBytesIO(data)
+    read_preamble(file, force=True)
+    _read_file_meta_info(file)
+    try:
+        unpack(data[file.tell():], wbits=-zlib.MAX_WBITS)
+    except ValueError as error:
+        raise Unreadable(f'is a DICOM file that is meant to exhaust memory: {error}') from None
 
 
 def read_dataset(file: Any, elements: list[str], **options: Any) -> Any:
@@ -95,8 +116,6 @@ def complete(dataset: Any) -> None:
     pixels = dataset.Rows * dataset.Columns
     if not pixels:
         raise Unreadable('is a DICOM file without pixels: its height or width is 0')
-    if pixels > MOST_PIXELS:
-        raise Unreadable(f'has more than {MOST_PIXELS:,} pixels: make it smaller')
     samples = 1 if kind.startswith('MONOCHROME') or kind == 'PALETTE COLOR' else 3
     usual = {'SamplesPerPixel': samples, 'PlanarConfiguration': 0, 'PixelRepresentation': 0,
              'BitsStored': dataset.BitsAllocated}

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,10 +93,17 @@ def files_below(root: str | Path, suffixes: Sequence[str], without: str | Path =
     files, others = walk(root, stop_at, without=without)
     names = sorted(Path(f).relative_to(root).as_posix() for f in files)
     found = [name for name in names if name.lower().endswith(tuple(suffixes))]
+    check_names(found, root)
     if passed is not None:
         for kind, left in {**others, FOREIGN: sorted({*names} - {*found})}.items():
             pass_over(passed, kind, *left)
     return found
+
+
+def check_names(names: Iterable[str], root: str | Path) -> None:
+    """Raises UserError for a name that is no UTF-8, as the id of a file of a run has to be."""
+    if odd := next((name for name in names if printable(name) != name), None):
+        raise UserError(f"the file name {printable(odd)} in {root} is no UTF-8: rename it.")
 
 
 def stop_at(error: OSError) -> None:

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from storage.limits import excess
+
 CLASSES_SHOWN = 20     # named in an error
-MOST_PIXELS = 100_000_000     # of an image; a larger one is a decompression bomb or a whole slide
+MOST_PIXELS = 100_000_000     # of an image, which sets how large a file may be
+PIXEL_BYTES = 30              # of memory that decoding takes for each pixel, at most
 
 DTYPES = {8: 'uint8', 16: 'uint16'}                # of pixels, by the bits of a gray level
 
@@ -22,6 +25,12 @@ if TYPE_CHECKING:
 
 class Unreadable(ValueError):
     """Why a file is no image: words that go on from its name."""
+
+
+def check_pixels(pixels: int, num_bytes: int) -> None:
+    """Raises Unreadable for more pixels than --max_gb allows, or than a file of this size can hold."""
+    if words := excess(PIXEL_BYTES * pixels, num_bytes):
+        raise Unreadable(f'has {pixels:,} pixels and {words}')
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ A checkpoint is a zip, as torch.save writes it, whose comment is the SHA-256 of 
 """
 
 import argparse
-import contextlib
 import hashlib
 import os
 import pickle
@@ -16,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from storage.limits import excess
+from storage.limits import FREE_UNPACKED
 from utils import UserError, check_regular, sync, temporary_name, write_atomically
 
 if TYPE_CHECKING:       # PyTorch is imported where it is used: a program answers --help without it
@@ -102,7 +101,7 @@ def read_checkpoint(path: str | Path, say: Callable[[str], None] | None = None) 
     problem = None
     for one in copies(path) or [path]:
         try:
-            content = _read_one(one)
+            content = read_one(one)
         except Damaged as error:
             problem = problem or error
             continue
@@ -114,7 +113,8 @@ def read_checkpoint(path: str | Path, say: Callable[[str], None] | None = None) 
     raise problem
 
 
-def _read_one(path: Path) -> dict[str, Any]:
+def read_one(path: Path) -> dict[str, Any]:
+    """As `read_checkpoint`, of this file alone. Raises Damaged, or UserError if it holds code."""
     import torch
     check_regular(path)
     try:
@@ -147,23 +147,30 @@ def why_damaged(file: BinaryIO) -> str:
     A file without our seal, such as a published one, has the checksums of its zip, if it is one.
     """
     size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    packed = file.read(4) == b'PK\x03\x04'
+    if packed and (claimed := _unpacked_size(file)) > FREE_UNPACKED:
+        return f'has data that unpack to {claimed:,} bytes, and torch.save packs none: it may be meant to ' \
+               f'exhaust memory'
     sealed = size - SEAL_LENGTH
     file.seek(max(0, sealed - END_LENGTH))
     tail = file.read()
     if sealed > END_LENGTH and tail.startswith(END) and tail[END_LENGTH:].startswith(SEAL):
         whole = _digest(file, sealed).encode() == tail[END_LENGTH + len(SEAL):]
         return '' if whole else 'is damaged: its SHA-256 is not that of what was saved'
-    file.seek(0)
-    if file.read(4) != b'PK\x03\x04':
+    if not packed:
         return ''
     if not tail[-END_LENGTH:].startswith(END):                # torch.save writes no comment
         return 'is damaged: its end is missing, or is another one than was saved'
     with zipfile.ZipFile(file) as archive:
-        if words := excess(sum(member.file_size for member in archive.infolist()), held=size):
-            return words
-        with contextlib.suppress(NotImplementedError):        # a compression that torch does not write either
-            return 'is damaged: its checksums differ' if archive.testzip() else ''
-    return 'is packed in an unknown way'
+        return 'is damaged: its checksums differ' if archive.testzip() else ''
+
+
+def _unpacked_size(file: BinaryIO) -> int:
+    """Bytes that the packed members of a zip claim to unpack to; others are there in the file."""
+    with zipfile.ZipFile(file) as archive:
+        return sum(member.file_size for member in archive.infolist()
+                   if member.compress_type != zipfile.ZIP_STORED)
 
 
 def _digest(file: BinaryIO, size: int) -> str:

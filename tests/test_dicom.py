@@ -215,7 +215,7 @@ UNREADABLE = {
     'NumberOfFrames is no number': lambda: as_bytes(made(RAMP, NumberOfFrames=11)).replace(
         b'IS\2\x0011', b'IS\2\x001A'),
     'height or width is 0': lambda: as_bytes(made(RAMP, Rows=0)),
-    'more than 100,000,000 pixels': lambda: as_bytes(made(RAMP, Rows=20000, Columns=20000)),
+    'has 400,000,000 pixels and claims': lambda: as_bytes(made(RAMP, Rows=20000, Columns=20000)),
     'kind of color that is not read': lambda: as_bytes(made(RAMP, NAME)),
     'compressed as JPEG-LS Lossless': uncompressible,
     'unknown transfer syntax': lambda: as_bytes(made(RAMP)).replace(

@@ -190,7 +190,7 @@ BROKEN = {      # name -> content, words of the reason
     'cut.jpg': (saved(GREY, 'JPEG')[:-100], 'cannot be decoded'),
     'text.png': (b'not a picture', 'is not a PNG, JPEG, TIFF, BMP or DICOM image'),
     'notes.txt': (b'hello', 'is not a PNG'),
-    'bomb.png': (png(60_000, 60_000), 'more than 100,000,000 pixels'),
+    'bomb.png': (png(60_000, 60_000), 'has 3,600,000,000 pixels and claims'),
     'flat.png': (png(0, 5), 'is not a PNG'),
     'nan.tif': (saved(NOT_A_NUMBER, 'TIFF'), 'has pixels that are not finite'),
     'cut.dcm': (as_bytes(made(np.zeros((30, 30))))[:-99], 'is a DICOM file that is damaged or cut off'),

@@ -24,6 +24,7 @@ from neural_operations import activation_bytes, checkpoint_activations
 from readers.batches import eval_batches, steps_per_epoch, train_batches
 from readers.split import read_split, split_digest, why_other_split
 from storage.checkpoint import copies, not_finite, read_checkpoint
+from storage.provenance import add_start
 from training.config import RunConfig, Schedule, TrainConfig
 from training.optimization import Optimization, capture_passes, check_graph
 from training.run_folder import RunFolder, begun_mark, read_resumable
@@ -140,6 +141,7 @@ class Trainer:
             write_json(self.folder.folder / 'args.json', vars(self.args))
             if not (split := self.folder.folder / 'split.json').exists():
                 write_json(split, data.split)
+            add_start(self.folder.folder, self.run.seed, data.split, self.optimization.step)
         if mark := begun_mark():
             mark.touch()
 

@@ -19,7 +19,7 @@ from readers.dicom import MAGIC, MAGIC_START, decode_dicom, is_dicom
 from readers.images.frames import Frame, num_pages, places
 from readers.items import Loaded
 from readers.paths import Found, file_content, find_files
-from readers.source import DTYPES, MOST_PIXELS, Unreadable
+from readers.source import DTYPES, Unreadable, check_pixels
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.tif', '.tiff', '.bmp', '.dcm', '.dicom')
 FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # of Pillow; decided by content, not by suffix
@@ -33,6 +33,7 @@ OUTLIERS = 0.005                                    # of the pixels, at either e
 FIRST_PAGE = 'of several pages, of which the first is taken (--frames each or middle takes others)'
 FULL_MASK = 'with a mask that marks every pixel (is its background 0?)'
 EMPTY_MASK = 'with a mask that marks nothing at this size'
+Image.MAX_IMAGE_PIXELS = None                       # check_pixels takes its place, whose limit can be raised
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)               # ITU-R BT.601
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 TIFF_COMPRESSION, TIFF_JPEG = 259, 7
@@ -84,9 +85,7 @@ def _decoded(data: bytes, read: Callable[[Image.Image, dict[int, object]], np.nd
         raise Unreadable('is empty (0 bytes)')
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MOST_PIXELS:
-            raise Unreadable(f'has {image.width} x {image.height} pixels, over {MOST_PIXELS:,}: make it '
-                             f'smaller')
+        check_pixels(image.width * image.height, len(data))
         if image.format == 'PNG':
             image.verify()                       # checksums, and that the file goes on to its end
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -101,8 +100,6 @@ def _decoded(data: bytes, read: Callable[[Image.Image, dict[int, object]], np.nd
         raise
     except Image.UnidentifiedImageError:
         raise Unreadable(f'is not a {", ".join(FORMATS)} or DICOM image') from None
-    except Image.DecompressionBombError:
-        raise Unreadable(f'has more than {MOST_PIXELS:,} pixels: make it smaller') from None
     except Exception as error:           # on damaged bytes decoders raise anything: SyntaxError, struct.error
         raise Unreadable(f'cannot be decoded '
                          f'({" ".join(str(error).split()) or type(error).__name__})') from None

@@ -36,6 +36,8 @@ def is_lmdb(path: str | Path) -> bool:
     """Whether there is an LMDB at `path`: a folder with data.mdb, or a file that begins like one."""
     path = Path(path)
     file = path / 'data.mdb' if path.is_dir() else path
+    if not file.is_file():
+        return False
     try:
         with file.open('rb') as f:
             return f.read(20)[16:20] == bytes.fromhex('dec0efbe')       # the magic number of its first page

@@ -4,9 +4,9 @@ Files are those of torchvision, or of the page that publishes a set, packed with
 H x W as the files have them, C channels, S x S pixels as the model sees them, border included.
 """
 
-import gzip
 import hashlib
 import io
+import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,11 @@ from readers.images.png import png_bytes
 from readers.items import Item, Listing, Loaded, import_items
 from readers.paths import find_root
 from readers.source import Source
-from utils import UserError
+from storage.limits import FREE_UNPACKED, excess, unpack
+from utils import UserError, check_regular
 
 T = TypeVar('T')
+MAT_HEADER, MAT_PACKED = 128, 15                  # bytes of the header, and the type of a packed element
 Labeled = tuple[np.ndarray, np.ndarray]           # images (N, H, W) or (N, H, W, 3) uint8, labels (N,)
 
 
@@ -104,18 +106,37 @@ def read_file(path: Path, what: str, decode: Callable[[bytes], T]) -> T:
     Raises UserError that names a damaged file, and says `what` it should be.
     """
     try:
+        check_regular(path)
         data = path.read_bytes()
-        return decode(gzip.decompress(data) if path.suffix == '.gz' else data)
+        return decode(unpack(data) if path.suffix == '.gz' else data)
     except Exception as error:             # on damaged bytes gzip, pickle and SciPy raise anything
         reason = f'no {error}' if isinstance(error, KeyError) else ' '.join(str(error).split())
         raise UserError(f"{path} is not {what} ({reason}): fetch it again.") from None
 
 
 def matlab(data: bytes, *names: str) -> list[np.ndarray]:
-    """The matrices of these names in the bytes of a MATLAB file."""
+    """The matrices of these names in the bytes of a MATLAB file. Raises ValueError if they are too large."""
     import scipy.io
+    claimed = sum(math.prod(shape) * 8 for name, shape, _ in scipy.io.whosmat(io.BytesIO(data)))
+    if words := excess(claimed) or excess(mat_bytes(data, claimed)):
+        raise ValueError(f'it {words}')
     file = scipy.io.loadmat(io.BytesIO(data), variable_names=names)
     return [np.asarray(file[name]) for name in names]
+
+
+def mat_bytes(data: bytes, claimed: int) -> float:
+    """To how many bytes the packed elements of a MATLAB file unpack; infinite if it is more than they claim.
+    """
+    place, total = MAT_HEADER, 0
+    while place + 8 <= len(data):
+        kind, length = np.frombuffer(data[place:place + 8], '<u4').tolist()
+        if kind == MAT_PACKED:
+            try:
+                total += len(unpack(data[place + 8:place + 8 + length], claimed + FREE_UNPACKED))
+            except ValueError:
+                return math.inf
+        place += 8 + length
+    return total
 
 
 # ----------------------------------------------------------------------------------------- MNIST and its like

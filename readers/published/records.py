@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from readers.lmdb.file import Lmdb
-from readers.source import Array, Entry
-from utils import UserError
+from readers.source import Array, Entry, check_pixels
+from utils import UserError, check_regular
 
 FORMATS = ('JPEG', 'PNG', 'WEBP')              # decided by content; LSUN is in WebP
 MODES = {1: 'L', 3: 'RGB'}                   # number of channels -> Pillow's mode; 'L' is luma, ITU-R BT.601
@@ -78,6 +78,7 @@ class FileStore:
     def read(self, index: int) -> bytes:
         path = Path(self.path, self.name(index))
         try:
+            check_regular(path)
             return path.read_bytes()
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror or error}). Restore the file.") from None
@@ -152,6 +153,7 @@ class Decoding:
         """The image in `data`. Raises ValueError or, for damaged bytes, whatever Pillow does."""
         if self.encoded:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+            check_pixels(image.width * image.height, len(data))
             image.load()
         else:
             side = math.isqrt(len(data) // 3)

@@ -6,6 +6,7 @@ right, to the front and upwards (RAS+). An affine (4, 4) takes the index of a vo
 
 import gzip
 import hashlib
+import math
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,11 +21,11 @@ from scipy.ndimage import affine_transform, gaussian_filter
 from readers.paths import file_content
 from readers.source import Unreadable
 from readers.volumes.itk import IMAGE_IO, ItkImage, is_itk
-from utils import UserError, write_atomically
+from storage.limits import excess, most_bytes, unpack
+from utils import UserError, check_regular, write_atomically
 
 SUFFIXES = ('.nii', '.nii.gz', '.mgh', '.mgz', '.mha', '.nrrd')
-MOST_VOXELS = 1 << 29              # 2 GiB of float32: a larger one is damaged, or no medical volume
-MOST_FILE = 16 * MOST_VOXELS       # bytes
+AFTER_HEADER = 1 << 20             # bytes that extensions may take between header and voxels
 LONGEST_HEADER = 540               # bytes, of NIfTI-2
 PACKED = b'\x1f\x8b'               # how gzip files begin
 MGH = b'\0\0\0\1'                 # how FreeSurfer's files begin
@@ -164,7 +165,7 @@ def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
     A file that does not say where it lies takes the place of `like`, where that has the same shape.
     """
     nib = nibabel()
-    data = file_content(path, MOST_FILE)
+    data = file_content(path, most_bytes())
     content = _unpacked(data)
     try:
         image = ItkImage(path, content) if is_itk(path, content) else _kind(content).from_bytes(content)
@@ -212,6 +213,7 @@ class VolumeHeader(NamedTuple):
 
 def read_header(path: str | Path) -> VolumeHeader:
     """The header of a file. Raises Unreadable, OSError, UserError."""
+    check_regular(path)
     with open(path, 'rb') as file:
         packed = file.read(2) == PACKED
     with (gzip.open if packed else open)(path, 'rb') as file:
@@ -260,9 +262,25 @@ def _unpacked(data: bytes) -> bytes:
     if not data:
         raise Unreadable('is empty (0 bytes)')
     try:
-        return gzip.decompress(data) if data[:2] == PACKED else data
-    except (EOFError, OSError, zlib.error) as error:
-        raise Unreadable(f'is cut off or damaged ({error})') from None
+        if data[:2] != PACKED:
+            return data
+        start = zlib.decompressobj(zlib.MAX_WBITS + 32).decompress(data, LONGEST_HEADER)
+        return unpack(data, AFTER_HEADER + (_claim(start) if len(start) == LONGEST_HEADER else 0))
+    except Unreadable:
+        raise
+    except Exception as error:                   # of a damaged header nibabel raises anything
+        raise Unreadable(f'is cut off or damaged ({" ".join(str(error).split())})') from None
+
+
+def _claim(start: bytes) -> int:
+    """The bytes of the voxels after this header. Raises Unreadable if they are more than --max_gb allows."""
+    kind = _kind(start).header_class
+    size = kind.template_dtype.itemsize
+    header = kind(start[:MGH_START].ljust(size, b'\0') if start[:4] == MGH else start[:size])
+    voxels = math.prod(int(n) for n in header.get_data_shape())
+    if words := excess(max(4, header.get_data_dtype().itemsize) * voxels):
+        raise Unreadable(words)
+    return header.get_data_dtype().itemsize * voxels
 
 
 def _expect_volume(image: Any) -> None:
@@ -270,7 +288,7 @@ def _expect_volume(image: Any) -> None:
     shape = tuple(int(n) for n in image.shape)
     if len(shape) < 3 or sum(n > 1 for n in shape[3:]) > 1 or min(shape) < 1:
         raise Unreadable(f'has the shape {shape}: expected (X, Y, Z), or one more axis of channels')
-    if np.prod(shape, dtype=np.float64) > MOST_VOXELS:
-        raise Unreadable(f'has {shape} voxels, over {MOST_VOXELS:,}: resample it')
+    if words := excess(max(4, image.get_data_dtype().itemsize) * math.prod(shape)):
+        raise Unreadable(words)
     if image.get_data_dtype().kind not in 'iuf':
         raise Unreadable(f'has voxels of type {image.get_data_dtype()}: expected numbers')

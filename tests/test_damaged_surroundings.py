@@ -1,0 +1,107 @@
+"""What a run meets: a full disk, a folder that may not be written, odd names, workers that are killed."""
+
+import errno
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from test_train import run
+from torch.utils.data import Dataset
+
+import utils
+from distributed import launch
+from readers.batches import _load
+from readers.images.layout import image_files
+from storage.checkpoint import copies, read_checkpoint
+from storage.provenance import starts
+from utils import RunLog, UserError, read_flags
+
+
+class Full:
+    """os.write on a disk that is full for the first calls, half of whose bytes still fit."""
+
+    def __init__(self, times):
+        self.times, self.real = times, os.write
+
+    def __call__(self, descriptor, data):
+        self.times -= 1
+        return self.real(descriptor, data[:len(data) // 2] if self.times >= 0 else data)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(utils, 'WAIT_FOR_ROOM', 0.3)
+    monkeypatch.setattr(utils, 'ROOM_PAUSE', 0.05)
+
+
+def test_a_log_waits_for_room_and_has_whole_lines(tmp_path, impatient, monkeypatch, capsys):
+    log = RunLog(tmp_path, tensorboard=False)
+    monkeypatch.setattr(os, 'write', Full(2))
+    log.metrics(1, {'loss': 1.0})
+    log.metrics(2, {'loss': 2.0})
+    assert [utils.read_line(line)['step'] for line in (tmp_path / 'metrics.jsonl').open('rb')] == [1, 2]
+    assert 'No space left on device. Make room there' in capsys.readouterr().err
+    monkeypatch.setattr(os, 'write', Full(1000))
+    with pytest.raises(OSError) as error:
+        log.metrics(3, {'loss': 3.0})
+    assert error.value.errno == errno.ENOSPC
+    assert (tmp_path / 'metrics.jsonl').read_text().count('\n') == 2
+
+
+def test_a_run_on_a_full_disk_ends_with_one_line_and_keeps_its_checkpoint(train_flags, tmp_path, impatient,
+                                                                         monkeypatch):
+    folder, real = run(train_flags, tmp_path, 'a', '--max_steps', '2'), torch.save
+
+    def full(content, file):
+        real(content, file)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'checkpoint.pt')
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, 'save', full)
+        with pytest.raises(UserError, match=r'checkpoint.pt: No space left on device\. Make room there'):
+            run(train_flags, tmp_path, 'a', '--max_steps', '3', '--cont_training')
+    assert read_checkpoint(folder)['step'] == 2 and not list(folder.glob('.*'))
+    run(train_flags, tmp_path, 'a', '--max_steps', '3', '--cont_training')
+    assert read_checkpoint(folder)['step'] == 3 and len(copies(folder / 'checkpoint.pt')) == 2
+    assert [(start['step'], start['seed'], len(start['data'])) for start in starts(folder)] == [
+        (0, 1, 64), (2, 1, 64), (2, 1, 64)]
+
+
+def test_errors_of_the_file_system_are_one_line():
+    def read_only(_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), '/runs/eval-a')
+    config = read_flags(launch.LaunchConfig, {'device': 'cpu', 'num_threads': 1})
+    with pytest.raises(UserError, match=r'/runs/eval-a: Read-only file system. Name a folder'):
+        launch.launch(read_only, None, config)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems have no such names')
+def test_a_file_name_that_is_no_utf_8_is_named(tmp_path):
+    Image.new('L', (4, 4)).save(os.fsencode(tmp_path) + b'/a\xff.png', 'PNG')
+    with pytest.raises(UserError, match=r'the file name a\\xff.png .* rename it'):
+        image_files(tmp_path, {})
+
+
+class Deadly(Dataset):
+    def __getitems__(self, keys):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(UserError, match=r'a process that prepares batches has ended .*Lower --num_workers'):
+        next(_load(Deadly(), iter([[(0, 0)]] * 3), 1))
+
+
+def test_a_run_is_verified_and_what_is_damaged_is_named(train_flags, tmp_path, program):
+    folder = run(train_flags, tmp_path, 'a', '--max_steps', '1')
+    done = program('scripts/verify_run.py', folder)
+    assert done.stdout.count('ok ') == 8 and '60 images unchanged' in done.stdout, done.stdout
+    path = folder / 'checkpoint.pt'
+    path.write_bytes(path.read_bytes()[:-1])
+    (folder / 'metrics.jsonl').write_text('{"step"')
+    done = program('scripts/verify_run.py', folder, check=False)
+    failed = [line for line in done.stdout.splitlines() if line.startswith('FAILED')]
+    assert done.returncode == 1 and [line.split()[1] for line in failed] == [
+        'checkpoint.pt', 'metrics.jsonl', 'split.json'], done.stdout + done.stderr
