@@ -246,7 +246,8 @@ def test_an_unreadable_file_is_a_row_with_its_reason_and_the_rest_go_on(trained,
         assert row.pop('id') == name and not any(row.values()), "no score, no percentile, no call, no picture"
     said = capfd.readouterr().out.splitlines()
     assert said[-1] == f"10 scored, 14 could not be read: see {tmp_path / 'scores.csv'}"
-    assert said[0] == ('passed over: links to folders (1, such as again); masks and folders of masks (1, '
+    assert said[0].startswith('1 image of several pages') and said[0].endswith(': pages.tif')
+    assert said[1] == ('passed over: links to folders (1, such as again); masks and folders of masks (1, '
                        'such as masks); hidden files and folders (1, such as .hidden.png)')
     kept = json.loads((tmp_path / 'metrics.json').read_text())['predict']
     assert (kept['num_files'], kept['num_scored'], kept['num_unreadable']) == (24, 10, 14)

@@ -156,9 +156,9 @@ def range_notes(image: np.ndarray, pixels: np.ndarray) -> Iterator[str]:
     elif high < DARK:
         yield DARK_NOTE
     else:
-        levels = np.bincount((pixels >> 8 * (pixels.itemsize - 1)).ravel(), minlength=256).cumsum()
-        ends = np.searchsorted(levels, levels[-1] * np.array([OUTLIERS, 1 - OUTLIERS]))
-        if ends[1] - ends[0] < DARK * 255:
+        few = int(OUTLIERS * pixels.size)
+        levels = np.partition(pixels, (few, pixels.size - 1 - few), axis=None)
+        if int(levels[-1 - few]) - int(levels[few]) < DARK * np.iinfo(pixels.dtype).max:
             yield NARROW
 
 
