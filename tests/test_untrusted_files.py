@@ -10,6 +10,8 @@ import pytest
 from evaluation.run import Evaluation
 from readers.cache import cache_folder, cached_files, is_cache
 from readers.published import arrays
+from readers.source import Unreadable
+from readers.volumes.nifti import read_nifti
 from storage.locks import locked, open_lock
 from utils import UserError, write_csv
 
@@ -133,6 +135,18 @@ def test_an_entry_that_was_changed_is_made_anew(tmp_path):
     for number, change in enumerate(changes, 2):
         change()
         assert use() == (folder, {'n': 3}) and len(made) == number
+
+
+# ---------------------------------------------------------------------------------------------------- volumes
+
+def test_an_axis_that_gets_lost_is_a_singular_affine(tmp_path):
+    nibabel = pytest.importorskip('nibabel')
+    affine = np.eye(4)
+    affine[:2, :2] = [[1e20, 1e20], [0, 1e-15]]                          # its determinant is 1e5
+    image = nibabel.Nifti1Image(np.zeros((3, 3, 3), np.float32), affine)
+    image.to_filename(tmp_path / 'a.nii')
+    with pytest.raises(Unreadable, match='singular affine'):
+        read_nifti(tmp_path / 'a.nii')
 
 
 # ----------------------------------------------------------------------------------------------------- tables

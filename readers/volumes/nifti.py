@@ -181,9 +181,10 @@ def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
     own = Grid(values.shape[:3], affine)
     if not placed and like and like.own.shape == own.shape:
         own, placed = like.own, like.placed
-    if not np.isfinite(own.affine).all() or abs(np.linalg.det(own.affine[:3, :3])) < SMALLEST_VOLUME:
+    whole = np.isfinite(own.affine).all() and abs(np.linalg.det(own.affine[:3, :3])) >= SMALLEST_VOLUME
+    turn = nib.io_orientation(own.affine) if whole else np.full((3, 2), np.nan)
+    if np.isnan(turn).any():                     # or axes of such different lengths that one gets lost
         raise Unreadable('has a singular affine: its voxels lie in no space. Set its sform or qform')
-    turn = nib.io_orientation(own.affine)
     values = nib.apply_orientation(values, turn)
     affine = own.affine @ nib.orientations.inv_ornt_aff(turn, own.shape)
     finite = np.isfinite(values)
