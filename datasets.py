@@ -37,6 +37,7 @@ from readers.split import (
     count_table,
     find_duplicates,
     left_out,
+    nothing_to_train_on,
     part_counts,
     split_by_name,
     split_given,
@@ -224,17 +225,6 @@ def _pixels(config: DataConfig, row: DataSet) -> Pixels:
     return Pixels(likelihood, 1 if likelihood == 'bernoulli' else config.num_x_bits, row.border(config))
 
 
-def nothing_to_train_on(parts: dict[str, Sequence[Entry]], row: DataSet) -> str:
-    """Why no image is left for training, and what to do."""
-    kind, number = 'subject' if row.dims == 3 else 'image', sum(map(len, parts.values()))
-    if any(not entry.label for entries in parts.values() for entry in entries):
-        return (f"{count(number, kind)} leave none to train on: add normal {kind}s, or lower --val_fraction "
-                f"and --test_fraction.")
-    ways = (', raise --lesion_load (ml of lesion that still count as normal), or train on healthy patches, '
-            'which scripts/cut_patches.py cuts out (docs/data.md, Patches)') if row.dims == 3 else ''
-    return f"none of the {count(number, kind)} is normal, and models train on normal ones: add some{ways}."
-
-
 def preparation(config: DataConfig, shape: Sequence[int], pixels: Pixels,
                 spacing: Sequence[float] = ()) -> Preparation:
     """What the run with these flags, and a model of this shape and these pixels, does to an image file or to
@@ -327,7 +317,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
                         f"knows: give the data of the run, or train anew.")
     entries, stored = (_part_records if are_records else _part_files)(config, row, source, split, report)
     if not len(entries['train']):
-        raise UserError(nothing_to_train_on(entries, row))
+        raise UserError(nothing_to_train_on(entries, 'subject' if row.dims == 3 else 'image'))
     config = read_flags(DataConfig, vars(config) | source.flags)
     pixels = _pixels(config, row)
     flip = {'auto': row.flip, 'on': True, 'off': False}[config.flip]

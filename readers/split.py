@@ -95,6 +95,17 @@ def split_by_name(entries: Sequence[Entry], val_fraction: float, test_fraction: 
     return dict(zip(normal, parts)) | dict.fromkeys(anomalous[:test], 'test')
 
 
+def nothing_to_train_on(parts: Mapping[str, Sequence[Entry]], kind: str) -> str:
+    """Why no image is left for training, and what to do."""
+    number = sum(map(len, parts.values()))
+    if any(not entry.label for entries in parts.values() for entry in entries):
+        return (f"{count(number, kind)} leave none to train on: add normal {kind}s, or lower --val_fraction "
+                f"and --test_fraction.")
+    ways = (', raise --lesion_load (ml of lesion that still count as normal), or train on healthy patches, '
+            'which scripts/cut_patches.py cuts out (docs/data.md, Patches)') if kind == 'subject' else ''
+    return f"none of the {count(number, kind)} is normal, and models train on normal ones: add some{ways}."
+
+
 def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
     """Images that belong together, directly or over others: the same patient or the same content. Sorted by
     id.
