@@ -153,9 +153,9 @@ def range_notes(image: np.ndarray, pixels: np.ndarray) -> Iterator[str]:
     low, high = image.min(), image.max()
     if low == high:
         yield CONSTANT
-    elif high < DARK:
+    if high < DARK:
         yield DARK_NOTE
-    else:
+    elif low < high:
         few = int(OUTLIERS * pixels.size)
         levels = np.partition(pixels, (few, pixels.size - 1 - few), axis=None)
         if int(levels[-1 - few]) - int(levels[few]) < DARK * np.iinfo(pixels.dtype).max:
