@@ -52,7 +52,10 @@ def test_the_first_screen_names_model_findings_baseline_and_numbers(made):
     assert 'run mine' in first and '7 epochs' in first and '8 steps' in first and made.result['date'] in first
     assert 'Serious: the file size.' in first and 'Fine: the rest.' not in first
     assert first.index('Serious') < first.index('AUROC, ')
-    assert 'Best trivial baseline: ' in first and 'Sensitivity at the threshold: ' in first
+    for verdict in made.result['verdict']:
+        name, value = re.search(r'best trivial baseline, (.*?) \((.*?)\)', verdict['text']).groups()
+        assert f'Best trivial baseline: {name}, {value}.' in first
+    assert 'Sensitivity at the threshold: ' in first
     assert str(sum(made.result['counts']['test'].values())) in first
     assert page.open == [] and '/secret' not in made.source and 'learning_rate' in text
 
