@@ -1,14 +1,15 @@
 """What a report says of the model: its family, size and training, from the files of its run."""
 
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from anomaly.report.figures import read_history
 from model import family_name
+from storage.provenance import commit
 from utils import read_json
 
+SHORT = 10                      # digits of a commit
 NOT_OF_THE_MODEL = ('data', 'cache_dir', 'root', 'save', 'cont_training', 'dry_run', 'wandb_project')
 
 
@@ -29,10 +30,9 @@ def about_run(model: Any, path: str | Path) -> dict[str, Any]:
 
 
 def code_and_date() -> dict[str, str]:
-    """The day, in UTC, and the commit of the code, with a + if files differ from it; '' if it is unknown."""
-    git = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty=+', '--exclude=*']
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ''
-    return {'date': datetime.now(UTC).strftime('%Y-%m-%d'), 'commit': commit}
+    """The day, in UTC, and the commit of the code, shortened, with a + if files differ from it; '' if it is
+    unknown.
+    """
+    known = commit()
+    return {'date': datetime.now(UTC).strftime('%Y-%m-%d'),
+            'commit': known[:SHORT] + '+' * known.endswith('+')}
