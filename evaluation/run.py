@@ -100,9 +100,10 @@ class Evaluation:
         if not is_cache(stored.get('cache_dir', '')):
             stored = stored | {'cache_dir': ''}
         config = read_flags(DataConfig, stored | vars(self.args))
-        drawn, named = phantom_place(config.data, config.dataset), 'data' in vars(self.args)
-        if DATASETS[config.dataset].phantoms and not (named or (drawn / FINISHED).exists()):
-            raise UserError(f"there are no phantoms in {drawn}, where the run had them: name the folder in "
+        folder, number = phantom_place(config.data, config.dataset), DATASETS[config.dataset].phantoms
+        drawn = folder.glob(f'synthetic-{config.num_phantoms or number}-*/{FINISHED}')
+        if number and 'data' not in vars(self.args) and not any(drawn):
+            raise UserError(f"there are no phantoms in {folder}, where the run had them: name the folder in "
                             f"which to draw them with --data.")
         return config
 

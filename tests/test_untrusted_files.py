@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from evaluation.run import Evaluation
+from phantoms.chest import write_phantoms
 from readers.cache import cache_folder, cached_files, is_cache
 from readers.published import arrays
 from readers.source import Unreadable
@@ -87,6 +88,11 @@ def test_a_checkpoint_draws_no_phantoms(tmp_path):
     assert not (tmp_path / 'victim').exists()
     given = {'data': str(tmp_path / 'mine')}
     assert opened(tmp_path, given, **stored).data_config.data == str(tmp_path / 'mine')
+    write_phantoms(tmp_path / 'drawn', 3)                                # by the run itself
+    drawn = stored | {'data': str(tmp_path / 'drawn')}
+    assert opened(tmp_path, **drawn).data_config.num_phantoms == 3
+    with pytest.raises(UserError, match='no phantoms'):
+        opened(tmp_path, **drawn | {'num_phantoms': 10 ** 9}).data_config  # noqa: B018
 
 
 # -------------------------------------------------------------------------------------------------- the cache
