@@ -14,6 +14,7 @@ from utils import UserError
 Passed = dict[str, list[str]]
 HIDDEN, LINKS, OWN = 'hidden files and folders', 'links to folders', 'folders of results'
 MASKS, FOREIGN = 'masks and folders of masks', 'files of other kinds'
+UNSEEN = ('.', '__MACOSX')                           # how names begin of what no user put there
 MOST_BYTES = 8 * MOST_PIXELS                        # of an image file: the largest image as doubles
 
 
@@ -37,7 +38,7 @@ def find_root(data: str, where: str, holds: Callable[[Path], bool] = lambda _: T
 def subfolders(folder: Path) -> list[Path]:
     """The folders in `folder`, sorted, without hidden ones."""
     try:
-        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__MACOSX')))
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(UNSEEN))
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be read ({error.strerror}): check its "
                         f"permissions.") from None
@@ -64,7 +65,7 @@ def walk(root: str | Path, unlisted: Callable[[OSError], None], skip: Callable[[
 
 def _kind(path: str, name: str, skip: Callable[[str], bool], own: str) -> str:
     """Why a folder is not entered; '' if it is."""
-    if name.startswith('.'):
+    if name.startswith(UNSEEN):
         return HIDDEN
     if os.path.islink(path):
         return LINKS

@@ -162,6 +162,7 @@ def test_what_is_passed_over_is_counted_with_an_example(tmp_path):
     os.symlink(tmp_path / 'store', root / 'sick' / 'site2')
     (root / 'sick' / 'notes.txt').write_text('x')
     (root / 'normal' / '.DS_Store').write_text('x')
+    (root / '__MACOSX').mkdir()
     (root / 'sick' / 'IM0001').write_bytes(bytes(128) + b'DICM')                    # cut off, and named
     with pytest.raises(UserError, match='sick/IM0001 is a DICOM file'):
         read(root)
@@ -169,7 +170,7 @@ def test_what_is_passed_over_is_counted_with_an_example(tmp_path):
     line = next(line for line in data.report if line.startswith('passed over'))
     for words in ('links to folders (1, such as sick/site2)',
                   'files of other kinds (1, such as sick/notes.txt)',
-                  'hidden files and folders (1, such as normal/.DS_Store)',
+                  'hidden files and folders (2, such as __MACOSX)',
                   'images in no class folder (2, such as lost0.png)',
                   'images outside the folder images of their class (10, such as normal/0.jfif)'):
         assert words in line

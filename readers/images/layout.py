@@ -4,14 +4,25 @@ B images; names are relative to the root, with '/'.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from readers.images.decode import SUFFIXES, is_image_file
 from readers.images.masks import Placed, is_mask_folder, is_of_masks, masks_beside, without_ending
 from readers.items import Item
-from readers.paths import FOREIGN, MASKS, Passed, check_names, pass_over, stop_at, subfolders, walk
+from readers.paths import (
+    FOREIGN,
+    HIDDEN,
+    MASKS,
+    UNSEEN,
+    Passed,
+    check_names,
+    pass_over,
+    stop_at,
+    subfolders,
+    walk,
+)
 from readers.source import plain_name, same_name
 from readers.split import count, some
 from utils import UserError
@@ -29,14 +40,15 @@ def image_files(folder: Path, passed: Passed) -> tuple[list[str], list[str]]:
     other files go to `passed`. Raises UserError for a folder that cannot be read.
     """
     found, others = walk(folder, stop_at, lambda name: is_of_masks(name) and not is_mask_folder(name))
-    names = {Path(path).relative_to(folder).as_posix(): is_image_file(path) for path in found}
+    start = len(os.path.join(folder, ''))
+    names = {path[start:].replace(os.sep, '/'): is_image_file(path) for path in found}
     for kind, left in {**others, FOREIGN: [name for name, wanted in names.items() if not wanted]}.items():
         pass_over(passed, kind, *left)
     wanted = sorted(name for name in names if names[name])
     check_names(wanted, folder)
     beside = masks_beside(wanted)
     masks = {name for name in wanted
-             if name in beside or any(map(is_mask_folder, PurePosixPath(name).parts[:-1]))}
+             if name in beside or any(map(is_mask_folder, name.split('/')[:-1]))}
     return [name for name in wanted if name not in masks], sorted(masks)
 
 
@@ -78,7 +90,7 @@ class Layout:
         self.read_loose(self.root, '')
         if flat:
             normal = next(filter(self.is_normal, self.classes.values()), self.normal[0])
-            self.images += [self.placed(self.root, name, 'train', normal) for name in flat]
+            self.images += self.placed(self.root, flat, 'train', normal)
             self.notes.append(f'{count(len(flat), "image")} in no class folder of the training part count as '
                               f'{normal}: {some(flat)}')
 
@@ -98,9 +110,9 @@ class Layout:
         images, masks = self.files(folder)
         of_images = any(sub.name.lower() == IMAGES for sub in subfolders(folder))
         if of_images:
-            inside = [name for name in images if name.split('/')[0].lower() == IMAGES]
-            pass_over(self.passed, OUTSIDE, *(self.named(folder, n) for n in images if n not in {*inside}))
-            images = inside
+            apart = [name for name in images if name.split('/')[0].lower() != IMAGES]
+            pass_over(self.passed, OUTSIDE, *(self.named(folder, name) for name in apart))
+            images = [name for name in images if name.split('/')[0].lower() == IMAGES]
         if not images:
             if of_images or self.is_normal(folder.name) or not any(folder.iterdir()):
                 raise UserError(f"class folder {folder / IMAGES if of_images else folder} holds no image "
@@ -108,18 +120,22 @@ class Layout:
             self.notes.append(f"folder {self.named(folder)} holds no {', '.join(SUFFIXES)} file: it is not "
                               f"taken for a class")
         class_name = self.classes.setdefault(plain_name(folder.name), folder.name)
-        self.images += [self.placed(folder, name, part, class_name) for name in images]
-        self.masks += [self.placed(folder, name, part, class_name) for name in masks]
+        self.images += self.placed(folder, images, part, class_name)
+        self.masks += self.placed(folder, masks, part, class_name)
 
     def add_masks(self, folder: Path, part: str) -> None:
         """All images in a folder of masks that stands beside the classes or the parts."""
-        self.masks += [self.placed(folder, name, part, '') for names in self.files(folder) for name in names]
+        for names in self.files(folder):
+            self.masks += self.placed(folder, names, part, '')
 
     def read_loose(self, place: Path, part: str) -> list[str]:
         """Files that lie in no class folder; returns the images if they are of the training part."""
-        loose = [p for p in sorted(place.iterdir()) if p.is_file() and not p.name.startswith('.')]
+        everything = sorted(place.iterdir())
+        hidden = [p for p in everything if p.name.startswith(UNSEEN)]
+        loose = [p for p in everything if p.is_file() and p not in hidden]
         images = [p for p in loose if is_image_file(str(p))]
-        pass_over(self.passed, FOREIGN, *(self.named(p) for p in loose if p not in images))
+        pass_over(self.passed, HIDDEN, *map(self.named, hidden))
+        pass_over(self.passed, FOREIGN, *map(self.named, sorted({*loose} - {*images})))
         if part == 'train':
             return [self.named(p) for p in images]
         pass_over(self.passed, LOOSE, *(self.named(p) for p in images))
@@ -133,13 +149,16 @@ class Layout:
         return found
 
     def named(self, folder: Path, name: str = '') -> str:
-        return (folder / name).relative_to(self.root).as_posix()
+        return '/'.join(step for step in (folder.relative_to(self.root).as_posix(), name)
+                        if step not in ('', '.'))
 
-    def placed(self, folder: Path, name: str, part: str, class_name: str) -> Placed:
-        """A file below a class folder, or below a folder of masks of no one class."""
-        *folders, base = PurePosixPath(name).parts
-        if folders and not (part or class_name) and (own := PART_FOLDERS.get(folders[0].lower())):
-            part, folders = own, folders[1:]                                  # masks/test/<class>/x.png
-        steps = [step for step in folders if step.lower() not in IMAGE_FOLDERS and not is_mask_folder(step)]
-        item = Item(self.named(folder, name), class_name, part=part, path=str(folder / name))
-        return Placed(item, part, (*([class_name] if class_name else []), *steps), os.path.splitext(base)[0])
+    def placed(self, folder: Path, names: Sequence[str], part: str, class_name: str) -> Iterator[Placed]:
+        """Files below a class folder, or below a folder of masks of no one class."""
+        above, place, first = self.named(folder), os.path.join(folder, ''), [class_name] * bool(class_name)
+        for name in names:
+            *folders, base = name.split('/')
+            own = PART_FOLDERS.get(folders[0].lower()) if folders and not (part or class_name) else None
+            steps = [step for step in folders[bool(own):]                     # of masks/test/<class>/x.png
+                     if step.lower() not in IMAGE_FOLDERS and not is_mask_folder(step)]
+            item = Item(f'{above}/{name}' if above else name, class_name, own or part, path=place + name)
+            yield Placed(item, item.part, (*first, *steps), os.path.splitext(base)[0])

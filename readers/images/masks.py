@@ -60,7 +60,7 @@ def without_ending(stem: str) -> str:
 
 
 def fold(name: str) -> str:
-    return unicodedata.normalize('NFC', name).casefold()
+    return (name if name.isascii() else unicodedata.normalize('NFC', name)).casefold()
 
 
 def keys(stem: str) -> Iterator[str]:
@@ -80,6 +80,8 @@ def with_masks(images: Sequence[Placed], masks: Sequence[Placed],
     The folders of a mask are the last ones of its image, without those of classes that it does not have; of
     several such images the anomalous one counts, then the one that is spelled alike.
     """
+    if not masks:
+        return [image.item for image in images], []
     by_name, by_rest = defaultdict(list), defaultdict(list)
     for image in images:
         by_name[fold(image.stem)].append(image)
