@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 @flags
 class FileConfig:
     """Files"""
-    data: str = flag('', 'data folder, tar or table of images (CSV, JSON, npz), or LMDB made by '
-                         'scripts/create_lmdb.py (phantoms: where to draw them, data/NAME by default)',
+    data: str = flag('', 'folder, tar, table (CSV, JSON, npz) or LMDB of the images; where to draw phantoms',
                      basic=True)
     image_size: int = flag(0, "height and width in pixels, and depth of volumes; 0 = the data set's own",
                            least=0, basic=True)

@@ -286,7 +286,7 @@ def test_what_cannot_be_read_is_a_row_and_what_was_put_right_is_said(world, tmp_
         assert row['error'].startswith(reasons.get(name, '')) and bool(row['error']) == (name in reasons)
         assert bool(row['reconstruction']) == bool(row['map']) == (name not in reasons)
     said = capfd.readouterr().out
-    for words in ('passed over: NIfTI files that are no channel',
+    for words in ('volumes that are no channel of these subjects',
                   '1 subject had voxels that were not finite: they are 0: nan',
                   '1 subject larger than the model sees lose their ends: wide',
                   'without a place in mm (neither sform nor qform)', '4 scored, 4 could not be read'):

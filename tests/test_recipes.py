@@ -54,7 +54,7 @@ def recorder(tmp_path_factory):
     """A python that writes down its arguments instead of running."""
     path = tmp_path_factory.mktemp('bin') / 'python'
     path.write_text(f'#!/bin/sh\nexec {sys.executable} -c '
-                    f'"import json, sys; print(json.dumps(sys.argv[1:]))" "$@"\n')
+                    f'"import json, os, sys; os.write(1, (json.dumps(sys.argv[1:]) + chr(10)).encode())" "$@"\n')
     path.chmod(0o755)
     return path
 
