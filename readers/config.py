@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @flags
 class FileConfig:
     """Files"""
-    data: str = flag('', 'folder, tar, table (CSV, JSON, npz) or LMDB of the images; where to draw phantoms',
+    data: str = flag('', 'folder, tar, table or LMDB of the images; of phantoms, where to draw them',
                      basic=True)
     image_size: int = flag(0, "height and width in pixels, and depth of volumes; 0 = the data set's own",
                            least=0, basic=True)

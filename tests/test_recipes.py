@@ -53,8 +53,8 @@ FEW_SCORES = '--num_bootstrap 10 --num_cases 0 --num_gallery 0 --batch_size 4 --
 def recorder(tmp_path_factory):
     """A python that writes down its arguments instead of running."""
     path = tmp_path_factory.mktemp('bin') / 'python'
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -c '
-                    f'"import json, os, sys; os.write(1, (json.dumps(sys.argv[1:]) + chr(10)).encode())" "$@"\n')
+    line = 'import json, os, sys; os.write(1, (json.dumps(sys.argv[1:]) + chr(10)).encode())'       # at once
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{line}" "$@"\n')
     path.chmod(0o755)
     return path
 
