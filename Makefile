@@ -1,6 +1,7 @@
 # make demo   train two small models on synthetic radiographs and compare what they find
 # make test   the test suite
-# make coverage   the same, and which lines no test runs
+# make test-slow   the few tests that show once more, by another way, what a faster one shows
+# make coverage   the suite, and which lines no test runs
 # make notebook   the tutorial, run, as docs/tutorial.ipynb
 # Each does all the set-up: a .venv here, with uv and the dependencies. Python: make demo PYTHON=python3.12
 
@@ -8,13 +9,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test coverage lint notebook clean
+.PHONY: demo test test-slow coverage lint notebook clean
 
 demo: $(VENV)/.installed
 	PYTHON=$(RUN) bash scripts/recipes/demo.sh
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n 2 --dist worksteal tests
+
+test-slow: $(VENV)/.installed-dev
+	$(RUN) -m pytest -n 2 --dist worksteal -m slow tests
 
 coverage: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered tests

@@ -26,6 +26,7 @@ LAUNCHERS = {
     'torchrun': [*TORCHRUN, '--nproc_per_node', '2', 'tests/equal_noise.py'],
     'mpirun': [*MPIRUN, '-np', '2', sys.executable, 'tests/equal_noise.py', '--master_port', '{port}'],
 }
+MARKS = {'mpirun': needs_mpirun, 'torchrun': pytest.mark.slow}         # of torchrun, the tests below tell
 
 
 @pytest.fixture(scope='module')
@@ -38,8 +39,7 @@ def one_process(train_flags, tmp_path_factory):
     return saved(folder / 'eval-exp')
 
 
-@pytest.mark.parametrize('name', [name if name != 'mpirun' else pytest.param(name, marks=needs_mpirun)
-                                  for name in LAUNCHERS])
+@pytest.mark.parametrize('name', [pytest.param(name, marks=MARKS.get(name, ())) for name in LAUNCHERS])
 def test_two_processes_come_to_the_weights_of_one(name, one_process, train_flags, tmp_path):
     """DDP, Adamax, warm-up, regularizers, KL balancing and initialization from data: to rounding."""
     words = [word.format(port=free_port()) for word in LAUNCHERS[name]]
@@ -103,8 +103,9 @@ def test_bounds_do_not_depend_on_the_number_of_processes(launcher, undisturbed, 
 @pytest.mark.parametrize('mode, files', [
     (['--eval_mode', 'sample', '--num_samples', '7', '--batch_size', '3'],
      ['samples_0.npz', 'samples_1.npz', 'samples_2.npz', 'samples.png', 'metrics.json']),
-    (['--eval_mode', 'anomaly', '--num_iw_samples', '2', '--batch_size', '3', '--num_bootstrap', '20'],
-     ['scores.csv', 'thresholds.json'])], ids=['sample', 'anomaly'])
+    pytest.param(['--eval_mode', 'anomaly', '--num_iw_samples', '2', '--batch_size', '3', '--num_bootstrap',
+                  '20'], ['scores.csv', 'thresholds.json'], marks=pytest.mark.slow)],
+    ids=['sample', 'anomaly'])
 def test_two_processes_leave_the_files_of_one(mode, files, undisturbed, tmp_path, forked_processes):
     checkpoint = tmp_path / 'run' / 'checkpoint.pt'            # a run folder of its own: thresholds go there
     checkpoint.parent.mkdir()
@@ -135,6 +136,7 @@ def child_of(parent, rank):
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='finds the processes of torchrun in /proc')
+@pytest.mark.slow          # tests/test_hosts.py kills a whole host
 def test_torchrun_goes_on_after_a_process_was_killed(undisturbed, tmp_path, same_weights):
     """Without --cont_training: what is restarted goes on from its checkpoint, to the same bits."""
     flags, whole = undisturbed

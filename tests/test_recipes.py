@@ -178,8 +178,9 @@ def test_published_score_networks(name, number, recorder):
 
 @pytest.mark.parametrize('name, env', [
     ('score_biggan', {}), ('score_toy', {}), ('score_biggan_highres', {}), ('score_finetune', {}),
-    ('score_matryoshka', {}), ('score_matryoshka', {'FROZEN': '1'}), ('score_phantom_cpu', {}),
-    ('spatial_msma gmm', {}), ('spatial_msma v2', {}), ('spatial_msma ve', {}),
+    ('score_matryoshka', {}), ('score_phantom_cpu', {}),
+    pytest.param('score_matryoshka', {'FROZEN': '1'}, marks=pytest.mark.slow), ('spatial_msma gmm', {}),
+    ('spatial_msma v2', {}), ('spatial_msma ve', {}),
     ('spatial_msma matryoshka_gmm', {})])
 def test_score_models_take_a_step_and_are_scored(name, env, score_run):
     base, = score_run('score_biggan')
