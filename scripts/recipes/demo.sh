@@ -18,7 +18,7 @@ named() { trap '' INT; while IFS= read -r line; do echo "$1: $line"; done; }
 trap 'kill ${JOBS[@]+"${JOBS[@]}"} 2>/dev/null || true; wait' EXIT
 
 train=(train.py --dataset phantom --num_phantoms 1800 --root "$ROOT" --cont_training --batch_size 16 --image_every 0)
-run "${train[@]}" --model dae --save demo_dae --val_every 10 "$@"
+run "${train[@]}" --model dae --save demo_dae --epochs 17 --val_every 17 "$@"
 PYTHONUNBUFFERED=1 run "${train[@]}" --model nvae --save demo_nvae \
     --epochs 10 --warmup_epochs 1 --learning_rate 5e-3 --fast_adamax \
     --arch_instance res_bnswish --use_se --res_dist --weight_decay_norm 1e-2 --weight_decay_norm_anneal \
