@@ -1,7 +1,7 @@
 """Damaged files of every kind that a program reads: each gives a value, or one line that says what is wrong.
 
     python tests/fuzz.py --seconds 600 --seed 0              inputs for 10 minutes, in turn for each reader
-    python tests/fuzz.py --inputs 10000 --only png nifti     so many of some readers
+    python tests/fuzz.py --inputs 10000 --only png nifti     10,000 inputs for each of two readers
 
 An input is a whole file with bits flipped, bytes set to extremes, parts cut out, repeated or exchanged. A
 reader must not crash, take more than 5 s or 1 GB, or raise anything but UserError and Unreadable. What fails

@@ -1,4 +1,4 @@
-"""An evaluation is whole or not there; a split that was lost or changed is said."""
+"""Results are complete or absent, and a run reports a split that was lost or changed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Kills, damaged files, full disks and lost processes, many of each: what is lost, and what is said.
+"""Kills runs, damages files, fills disks and stops processes, and checks that nothing is lost unreported.
 
     python tests/torture.py                                   100 kills, and 20 of each other kind
     python tests/torture.py --kills 10 --damaged 5 --full 2 --lost 2 --seed 3
