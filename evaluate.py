@@ -76,6 +76,8 @@ MODES = {
                     (PredictConfig, Selection, config.Batches), data=False),
     'compare': Mode(imported('evaluation.anomaly:compare'), 'several runs on the same test images',
                     (CompareConfig, *SCORED)),
+    'export': Mode(imported('evaluation.export:export'), 'a program of score and map that runs without this '
+                   'project', (config.ExportConfig,), data=False),
     'evaluate': Mode(imported('evaluation.likelihood:evaluate'), 'NELBO and importance-weighted bound',
                      (config.Likelihood,), needs=('num_groups',)),
     'evaluate_fid': Mode(imported('evaluation.fid:evaluate_fid'), 'FID between samples and training images',

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from storage.checkpoint import not_finite, read_checkpoint
 from storage.limits import excess
-from utils import UserError, read_flags
+from utils import UserError, read_flags, read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +92,7 @@ MODELS = Families({   # name: folder in families/, class in its model.py, flag c
     'score': ('score', 'ScoreModel', 'ScoreModelConfig'),
     'spatial_msma': ('spatial_msma', 'SpatialMSMA', 'SpatialMSMAConfig'),
 })
+PRETRAINED_WEIGHTS, PRETRAINED_CONFIG = 'model.safetensors', 'model.json'
 MOST_TIMES, FREE_WEIGHTS = 4, 10_000        # weights that a model may have while it is built, by those stored
 # Memory format by device and axes of an image, where it is faster: up to twice on a CPU. Volumes on an H100
 # are slower with it.
@@ -195,8 +197,36 @@ def open_model(path: str | Path, ema: bool = True) -> tuple[Model, dict[str, Any
     A run folder of the published HVAE, LVAE or BIVA will do too. Raises UserError as `load_model` does.
     """
     from families.hvae.official import official_folder, read_official
+    if (Path(path) / PRETRAINED_WEIGHTS).exists():
+        return restore(read_pretrained(Path(path)))
     folder = official_folder(path)
     return read_official(folder) if folder else restore(read_checkpoint(path), ema)
+
+
+def save_pretrained(model: Model, folder: str | Path, args: dict[str, Any] | None = None) -> None:
+    """Writes model.safetensors, the weights, and model.json, what builds the model: `load_model` reads the
+    folder. Of the flags `args` of its run, no path is kept. Raises ImportError without safetensors.
+    """
+    from safetensors.torch import save_file
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    kept = {name: value for name, value in (args or {}).items() if os.sep not in str(value)}
+    write_atomically(Path(folder) / PRETRAINED_WEIGHTS, lambda path: save_file(weights, path))
+    write_json(Path(folder) / PRETRAINED_CONFIG, {'description': describe(model), 'args': kept})
+
+
+def read_pretrained(folder: Path) -> dict[str, Any]:
+    """What `save_pretrained` wrote, as a checkpoint for `restore`. Raises UserError."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{folder} holds safetensors: pip install safetensors.") from None
+    try:
+        weights = load_file(folder / PRETRAINED_WEIGHTS)
+    except SafetensorError as error:
+        raise UserError(f"{folder / PRETRAINED_WEIGHTS} is damaged ({error}). Take another copy.") from None
+    kept = read_json(folder / PRETRAINED_CONFIG)
+    return {**(kept if isinstance(kept, dict) else {}), 'weights': weights}
 
 
 def load_model(path: str | Path, device: str | torch.device = 'cpu', ema: bool = True) -> Model:

@@ -81,9 +81,13 @@ class Normal:
 
     def z_score(self, table: Table, name: str) -> np.ndarray:
         """A score in standard deviations from its mean over finite validation scores: (N,)."""
+        mean, std = self.moments(name)
+        return (table.values[name] - mean) / std
+
+    def moments(self, name: str) -> tuple[float, float]:
+        """Mean and standard deviation, or 1 for 0, of a score over finite validation scores."""
         known = self.validation[name][np.isfinite(self.validation[name])]
-        std = known.std() if len(known) else 0.0
-        return (table.values[name] - (known.mean() if len(known) else 0.0)) / (std if std > 0 else 1.0)
+        return (float(known.mean()), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)
 
     def fit_pixels(self, table: Table) -> None:
         """Sets the thresholds of maps from those of normal validation images alone; for volumes from where

@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from scipy import ndimage
 from torch import Tensor
 
+from anomaly.maps.postprocessing import gaussian_blur
 from anomaly.scores import Scoring
 from distributions import LEAST_KL, RowNoise, log_mean_exp
 from utils import mix_seed
@@ -158,10 +158,8 @@ class Outputs:
         By a Gaussian of `residual_smoothing` pixels, the residual mirrored at the edges of the image.
         """
         def make() -> Tensor:
-            residual, sigma = self.residual(), self.scoring.residual_smoothing
-            axes = tuple(range(2, residual.ndim))
-            smooth = ndimage.gaussian_filter(residual.cpu().numpy(), sigma, axes=axes)         # 0 = none
-            return torch.from_numpy(smooth).abs().mean(1, keepdim=True).to(residual.device)
+            smooth = gaussian_blur(self.residual(), self.scoring.residual_smoothing)
+            return smooth.abs().mean(1, keepdim=True)
         return self.once(('smooth_residual',), make)
 
     def maps(self, skip: int = 0) -> dict[str, Tensor] | None:

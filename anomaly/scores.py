@@ -198,10 +198,13 @@ def foreground_mean(values: Tensor, outputs: Outputs) -> Tensor:
     return ((values.flatten(1).double() * inside).sum(1) / inside.sum(1)).cpu()
 
 
-def highest(values: Tensor, inside: Tensor, fraction: float) -> Tensor:
-    """Mean of the highest values (B, 1, *S), this fraction of those `inside`: (B,) float64 on the CPU."""
+def highest(values: Tensor, inside: Tensor | None, fraction: float) -> Tensor:
+    """Mean of the highest values (B, 1, *S), this fraction of those `inside`, None = all: (B,) float64 on the
+    CPU.
+    """
     import torch
-    chosen = [value[where].double() for value, where in zip(values, inside)]
+    chosen = [value.double() for value in (
+        values.flatten(1) if inside is None else [value[where] for value, where in zip(values, inside)])]
     return torch.stack([one.topk(max(1, round(fraction * len(one)))).values.mean().cpu() for one in chosen])
 
 
@@ -212,13 +215,9 @@ def highest_voxels(outputs: Outputs, fraction: float) -> Tensor:
 
 def highest_residual(outputs: Outputs, fraction: float) -> Tensor:
     """Mean of the largest smoothed residuals, this fraction of an image, of a volume's foreground: (B,)."""
-    import torch
-
     from neural_operations import foreground
-    values = outputs.smooth_residual()
     is_volume = outputs.x.ndim == 5                         # most of its voxels are air, where nothing is
-    inside = foreground(outputs.x) if is_volume else torch.ones_like(values, dtype=torch.bool)
-    return highest(values, inside, fraction)
+    return highest(outputs.smooth_residual(), foreground(outputs.x) if is_volume else None, fraction)
 
 
 def msma_map(name: str, outputs: Outputs) -> Tensor | None:

@@ -92,6 +92,15 @@ class Latents(Images, Batches):
 
 
 @flags
+class ExportConfig:
+    """Export"""
+    primary_score: str = flag('', "score to export, of those with a threshold; '' = the primary score of the "
+                                  "evaluation", basic=True)
+    thresholds: str = flag('', "thresholds.json of an anomaly evaluation; '' = that of the last evaluation "
+                               "of the run")
+
+
+@flags
 class Decoding(Batches, Noise):
     """Latents"""
     latents: str = flag('', 'npz file written by the mode latents, as it is or edited, or a folder of such '

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from scipy import ndimage
+from torch import Tensor
 
 from anomaly.config import MapConfig
 from readers.body import body
@@ -46,6 +48,18 @@ def postprocess(maps: np.ndarray, sigma: float, inside: np.ndarray | None) -> np
     if sigma:
         maps = ndimage.gaussian_filter(maps, sigma, axes=tuple(range(1, maps.ndim)))
     return maps if inside is None else np.where(inside, maps, np.zeros_like(maps))
+
+
+def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
+    """(B, C, *S) smoothed by a Gaussian of `sigma` pixels, 0 = none; mirrored at the edges.
+
+    A product of matrices for each axis: operations on tensors alone, so that a score can be exported.
+    """
+    for axis in range(2, x.ndim) if sigma else ():
+        kernel = ndimage.gaussian_filter1d(np.eye(x.shape[axis]), sigma, axis=0)
+        smooth = x.double().movedim(axis, -1) @ torch.from_numpy(kernel.T.copy()).to(x.device)
+        x = smooth.movedim(-1, axis).to(x.dtype)
+    return x
 
 
 def pixel_threshold(maps: np.ndarray, target_fpr: float, counted: np.ndarray | None = None) -> float:
