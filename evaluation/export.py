@@ -145,6 +145,7 @@ def export(run: Evaluation) -> None:
         'pixel_threshold': normal.pixel_threshold(mapped.name) if mapped else None,
         'input': about_input, 'target_fpr': normal.judging.target_fpr, **code_and_date()})
     write_json(run.out / 'export.json', facts)
+    run.write_metrics('export', facts)
     normal.save(run.out / 'thresholds.json')
     shutil.copyfile(EXAMPLE, run.out / 'example.py')
     card = model_card(run, facts, score)

@@ -40,8 +40,10 @@ if __name__ == '__main__':
     model = torch.export.load(here / 'model.pt2').module()
     with torch.no_grad():
         score, *maps = model(load(sys.argv[1], **about['input']))          # (1,), and the map (1, 1, H, W)
-    call = 'anomalous' if score.item() > about['threshold'] else 'normal'
-    print(f"{about['score']} {score.item():.7g}, threshold {about['threshold']:.7g}: {call}")
+    limit, pixel_limit = (float('inf') if about[name] is None else about[name]
+                          for name in ('threshold', 'pixel_threshold'))
+    call = 'anomalous' if score.item() > limit else 'normal'
+    print(f"{about['score']} {score.item():.7g}, threshold {limit:.7g}: {call}")
     for values in maps:
-        print(f"map of {about['map']}: {(values > about['pixel_threshold']).float().mean():.2%} of the "
-              f"pixels are anomalous")
+        share = (values > pixel_limit).float().mean()
+        print(f"map of {about['map']}: {share:.2%} of the pixels are anomalous")

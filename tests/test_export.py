@@ -95,8 +95,8 @@ def test_a_score_that_draws_is_refused_with_those_that_do_not(exported, tmp_path
 @pytest.mark.parametrize('exported', ['ae'], indirect=True)
 def test_the_example_runs_without_the_project(exported, tmp_path):
     folder, _, _, values, _ = exported
-    done = subprocess.run([sys.executable, '-I', folder / 'out' / 'example.py', folder / 'images' / '000.png'],
-                          cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, '-I', folder / 'out' / 'example.py', folder / 'images' / '000.png']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f'reconstruction {values[0]:.7g}' in done.stdout and 'of the pixels are anomalous' in done.stdout
 
