@@ -272,10 +272,11 @@ class DiscretizedLogisticMixture:
         color = pick(color) if color is not None else None
         u = torch.rand_like(means).clamp(1e-5, 1 - 1e-5)
         noise = torch.exp(log_scales) * (torch.log(u) - torch.log1p(-u))
-        x = (means + noise).clamp(-1, 1)
-        for _ in range(self.channels - 1):
-            x = (self._condition(means, color, x) + noise).clamp(-1, 1)
-        return to_levels((x.squeeze(2) + 1) / 2, None if self.official else self.bits)
+        x = means                              # red is drawn at once, then green given red, then blue
+        for channel in range(self.channels):
+            x = self._condition(means, color, x) if channel else x
+            x = to_levels(((x + noise).clamp(-1, 1) + 1) / 2, None if self.official else self.bits) * 2 - 1
+        return (x.squeeze(2) + 1) / 2
 
 
 def to_levels(x: Tensor, bits: int | None) -> Tensor:

@@ -83,16 +83,22 @@ class Features:
         return {'kind': self.kind, 'sha256': self.sha256, 'dimensions': self.dimensions}
 
 
-def load_features(config: NetworkConfig, shape: tuple[int, ...], device: torch.device) -> Features:
+def load_features(config: NetworkConfig, shape: tuple[int, ...], device: torch.device,
+                  folder: str = '') -> Features:
     """The network that the flags name, tried on noise of the `shape` (C, H, W) of the model's images.
 
-    Nothing is downloaded. Raises UserError if the file is missing or of another kind, or if the network does
-    not give each image its own row of finite features.
+    Without a flag it is the Inception network in `folder`, --fid_dir, if it is there. Nothing is downloaded.
+    Raises UserError if the file is missing or of another kind, or if the network does not give each image its
+    own row of finite features.
     """
+    kept = Path(folder, INCEPTION_URL.rpartition('/')[2])
+    if folder and kept.is_file() and not config.fid_features:
+        config = replace(config, inception_weights=config.inception_weights or str(kept))
     given = [name for name in NETWORKS if getattr(config, name)]
     if len(given) != 1:
+        place = f', or put that into {folder}' if folder else ''
         raise UserError(f"FID needs one network, {len(given)} are given: --inception_weights FILE, with the "
-                        f"file from {INCEPTION_URL}, or --fid_features FILE, your own.")
+                        f"file from {INCEPTION_URL}{place}, or --fid_features FILE, your own.")
     path = getattr(config, given[0])
     try:
         content = Path(path).read_bytes()     # read once: what is hashed is what is loaded
@@ -371,7 +377,7 @@ def evaluate_fid(run: Evaluation) -> None:
     """Frechet distance between the features of drawn images and of training images."""
     config = run.flags(FidConfig)
     batch_size = config.batch_size or SAMPLE_BATCH
-    features = load_features(config, run.model.shape, launch.device())
+    features = load_features(config, run.model.shape, launch.device(), config.fid_dir)
     if config.fid_dir:
         reference = read_statistics(config.fid_dir, run.data_config, features, run.model.shape)
     else:

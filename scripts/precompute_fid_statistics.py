@@ -64,7 +64,7 @@ def work(args: argparse.Namespace) -> int:
     say = print if launch.is_main() else (lambda line: None)
     for line in data.report:
         say(line)
-    features = load_features(read_flags(NetworkConfig, args), data.shape, launch.device())
+    features = load_features(read_flags(NetworkConfig, args), data.shape, launch.device(), config.fid_dir)
     statistics = measure_part(data, features, config.batch_size, config.max_samples)
     if launch.is_main():
         write_statistics(path, statistics, features, data)

@@ -156,6 +156,21 @@ def test_colour_channels_depend_on_those_before_them():
     assert (2 * mean - 1).tolist() == approx([red, green, blue], abs=1e-6)
 
 
+@pytest.mark.parametrize('bits', [1, 2])
+def test_samples_of_a_color_mixture_follow_its_likelihood(bits):
+    """Total variation over all colors: green and blue are drawn given the gray levels before them."""
+    likelihood, levels, number = DiscretizedLogisticMixture(3, bits, num_mixture=2), 2 ** bits, 1_000_000
+    torch.manual_seed(0)
+    logits = torch.randn(1, likelihood.num_params, 1, 1)
+    colors = torch.cartesian_prod(*[torch.arange(levels)] * 3)                   # (K^3, 3)
+    expected = likelihood.log_prob(logits.expand(len(colors), -1, 1, 1),
+                                   colors[..., None, None] / (levels - 1)).exp().flatten()
+    drawn = (likelihood.sample(logits.expand(1, -1, number, 1)) * (levels - 1)).round().long()
+    place = (drawn[0, ..., 0] * torch.tensor([[levels ** 2], [levels], [1]])).sum(0)
+    counts = torch.bincount(place, minlength=len(colors))
+    assert (counts / number - expected).abs().sum() / 2 < 0.005
+
+
 def test_bernoulli_by_hand():
     logits, x = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1), torch.ones(2, 1, 1, 1)
     expected = [math.log(0.5), -math.log(1 + math.exp(-2))]

@@ -15,6 +15,7 @@ from distributions import Pixels
 from families.spatial_msma.config import SpatialMSMAConfig
 from families.spatial_msma.flow import BASES, ConditionalFlow
 from families.spatial_msma.model import SpatialMSMA
+from families.spatial_msma.official import BASE, from_official, official_name
 from families.spatial_msma.patches import PositionCode, pool
 from model import describe, load_model, place
 from neural_operations import checkpoint_activations, foreground
@@ -122,6 +123,36 @@ def test_training_approaches_a_known_density():
     assert torch.allclose(drawn.mean(0), torch.tensor([0.5, 0.5]), atol=0.2)
     # 0.15 nats allow standard deviations that are off by a third: KL is about (ratio - 1)^2.
     assert torch.allclose(drawn.T.cov(), factor @ factor.T, atol=0.4)
+
+
+def published(model, **base):
+    """The weights of a model under their published names, with such parameters of the base distribution."""
+    layers = len(model.flow.layers)
+    weights = {official_name(name, layers): value for name, value in model.state_dict().items()
+               if not name.startswith(('score_model.', 'flow.base.'))}
+    return weights | {prefix + name: value for name, value in base.items() for prefix in (BASE, 'flow.q0.')}
+
+
+@torch.no_grad()
+def test_published_flows_with_a_full_and_a_standard_normal_as_base():
+    model = build(base_distribution='multivariate_normal')
+    mean, diagonal = torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([1.0, 0.5, -1.0, 2.0])
+    below = torch.arange(6.0) - 2
+    weights = published(model, mean=mean, cov_diag=diagonal, cov_factor=below)
+    model.load_state_dict(from_official(model, weights))
+    factor = torch.diag(torch.nn.functional.softplus(diagonal + 1e-5)).double()
+    for value, cell in zip(below, [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)], strict=True):
+        factor[cell] = value
+    base = model.flow.base()
+    assert torch.allclose(base.scale_tril, factor) and torch.equal(base.loc, mean.double())
+    model = build(base_distribution='standard')
+    zeros = torch.zeros(1, 4)
+    changed = {name: value + 1 for name, value in published(model).items()}
+    loaded = from_official(model, changed | published(model, loc=zeros, log_scale=zeros) | changed)
+    assert all(torch.equal(loaded[name], value + 1) for name, value in model.state_dict().items()
+               if not name.startswith('score_model.'))
+    with pytest.raises(UserError, match='left over'):
+        from_official(model, published(model, loc=zeros + 1, log_scale=zeros))
 
 
 # ----------------------------------------------------------------------------------- what it sees of an image

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from families.score.official import renamed
@@ -16,6 +18,7 @@ CONTEXT = ((r'^global_context\.(conv_init|conv_pooler)\.', r'\1.conv.'),
            (r'^global_context\.project\.', 'global_attention.proj.'),
            (r'^global_context\.norm_out\.', 'global_attention.normout.'),
            (r'^global_context\.', 'global_attention.'), (r'^flow\.base\.', 'base_distribution.'))
+BASE = 'base_distribution.'
 LINEAR = ('lower_entries', 'upper_entries', 'unconstrained_upper_diag', 'bias')
 # Published besides: repetitions, and what follows from the sizes.
 SURPLUS = re.compile(r'flow\.q0\.|global_pooler\.|local_pooler\.|position_encoder\.|.*\.(mask|degrees)$|'
@@ -62,4 +65,19 @@ def from_official(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Ten
     names = {name: official_name(name, len(model.flow.layers)) for name in own
              if not name.startswith('score_model.')}
     weights = {name: value for name, value in weights.items() if not SURPLUS.match(name)}
-    return own | renamed(own, names, weights)
+    return own | renamed(own, names, with_our_base(weights))
+
+
+def with_our_base(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights with the parameters that our base distributions have: of the full normal a triangular
+    factor, with logarithms on its diagonal, of the standard normal none.
+    """
+    base = {name.removeprefix(BASE): value for name, value in weights.items() if name.startswith(BASE)}
+    if 'cov_diag' in base:
+        factor = F.softplus(base['cov_diag'].double() + 1e-5).log().diag()
+        factor[*torch.tril_indices(*factor.shape, -1)] = base['cov_factor'].double()         # row by row
+        base = {'loc': base['mean'], 'factor': factor}
+    elif 'weight_scores' not in base and not any(value.any() for value in base.values()):
+        base = {}
+    others = {name: value for name, value in weights.items() if not name.startswith(BASE)}
+    return others | {BASE + name: value for name, value in base.items()}
