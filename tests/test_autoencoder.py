@@ -379,6 +379,9 @@ def test_a_run_logs_its_loss_and_keeps_the_best(trained):
     validated = [line['val/nelbo' if hasattr(model, 'num_groups') else 'val/loss'] for line in logs
                  if 'val/nelbo' in line or 'val/loss' in line]
     assert len(validated) == 2
+    for line in (line for line in logs if 'val/kl_per_latent' in line):
+        loss = line['val/error'] + model.config.kl_weight * line['val/kl_per_latent']
+        assert line['val/loss'] == approx(loss) and hasattr(model, 'num_groups')
     best = torch.load(trained[0] / 'best.pt', weights_only=True)
     assert best['validation'] == approx(min(validated)) and best['args']['optimizer'] == 'adam'
     assert load_model(trained[0] / 'best.pt').config == model.config

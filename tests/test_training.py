@@ -89,6 +89,8 @@ def test_what_is_due_after_which_step():
         3: {'log'}, 4: {'epoch', 'save'}, 5: {'show'}, 6: {'log'}, 8: {'epoch', 'save', 'validate'},
         9: {'log'}, 10: {'log', 'save'}}
     assert 'save' not in Schedule(TrainConfig(epochs=3, save_every=3), 4).due(4)
+    often = Schedule(TrainConfig(epochs=3, val_steps=3), 4)
+    assert [step for step in range(1, 13) if 'validate' in often.due(step)] == [3, 6, 9]
 
 
 def test_what_averages_keep():

@@ -82,6 +82,7 @@ class TrainConfig:
     log_every: int = flag(100, 'steps between lines of metrics', least=1)
     image_every: int = flag(1000, 'steps between pictures in TensorBoard; 0 = none', least=0)
     val_every: int = flag(0, 'epochs between validations; 0 = 1, or 20 in a run of over 50 epochs', least=0)
+    val_steps: int = flag(0, 'steps between validations; 0 = as --val_every says', least=0)
     val_iw_samples: int = flag(10, 'importance samples of a validation', least=1)
     keep_best: bool = flag(False, 'also keep best.pt, the model of the lowest validation NELBO (or loss)')
 
@@ -122,6 +123,7 @@ class Schedule:
         config = self.config
         every = {'log': config.log_every, 'show': config.image_every, 'epoch': self.steps,
                  'save': config.save_every or self.steps * math.ceil(config.epochs / 100),
-                 'validate': self.steps * (config.val_every or (1 if config.epochs <= 50 else 20))}
+                 'validate': config.val_steps or self.steps * (config.val_every or (
+                     1 if config.epochs <= 50 else 20))}
         due = {name for name, steps in every.items() if steps and step % steps == 0}
         return due - {'show', 'validate'} | {'log', 'save'} if step == self.end else due

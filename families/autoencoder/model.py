@@ -254,6 +254,12 @@ class VAE(AE):
 
     # ------------------------------------------------------------------------------------------- capabilities
 
+    def diagnose(self, x: Tensor) -> dict[str, Tensor]:
+        """What validations log besides the bound: the published loss and its parts, of each image (B,)."""
+        terms = self(x)
+        error, kl = terms['error'], terms['kl'].sum(1) / self.config.latent_dim
+        return {'loss': error + self.config.kl_weight * kl, 'error': error, 'kl_per_latent': kl}
+
     def maps(self, x: Tensor, skip: int = 0) -> dict[str, Tensor]:
         """Where the bound is lost, nats a pixel at the posterior means: recon (B, 1, *S), kl (B, 1, *S).
 
