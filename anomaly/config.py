@@ -64,7 +64,8 @@ class OutOfDistribution:
                           'the run. NAME is a data set of --dataset, whose test part is '
                           "used, or any name with a folder of images or an LMDB; PATH 'test' is the run's "
                           'own normal test images. A CHANGE is rot90, rot180, rot270, flip, invert, lesion, '
-                          'tumour, or, of labeled test images, enhanced', metavar='NAME=PATH[:CHANGE]')
+                          'tumour, of labeled test images enhanced, or inlier: the set takes the place of '
+                          "the run's normal test images", metavar='NAME=PATH[:CHANGE]')
     max_ood: int = flag(0, 'largest number of images of each set of --ood, drawn by --seed; 0 = all', least=0,
                         needs='ood')
 

@@ -13,13 +13,13 @@ from readers.out_of_distribution import (
     OWN,
     Changed,
     Wanted,
-    as_anomalies,
+    as_class,
     drawn,
     parse,
     read_folder,
     with_sizes,
 )
-from readers.parts import JoinedPart, Part
+from readers.parts import JoinedPart, Part, SomeOf
 from readers.published.records import Records
 from readers.source import Source
 from readers.split import count, left_out, some
@@ -32,6 +32,7 @@ __all__ = ['with_ood']
 
 def with_ood(data: Data, sets: Sequence[str], most: int = 0, seed: int = 0) -> Data:
     """The same with more anomalous images in the part `test`, a class for each of `sets`: NAME=PATH[:CHANGE].
+    Sets of inliers take the place of the run's own normal images.
 
     They are brought to the shape, the bits and the likelihood of `data`. At most `most` images of each set,
     drawn by `seed`; 0 = all. Raises UserError. What the run stores of its split does not change.
@@ -47,8 +48,12 @@ def with_ood(data: Data, sets: Sequence[str], most: int = 0, seed: int = 0) -> D
             raise UserError(f"--ood {one.name}: there is no image in {one.path} to take.")
         changed = f", {', '.join(one.changes)}" if one.changes else ''
         report.append(f'out of distribution: {one.name}, {count(len(part), "image")} of {one.path}{changed}')
+    if not all(one.label for one in wanted):
+        parts[''] = SomeOf(data.test, [e.id for e in data.test.entries if e.label])
+    anomalous, normal = ([one.name for one in wanted if one.label == label] for label in (1, 0))
     return replace(data, test=JoinedPart(list(parts.values())), report=report,
-                   anomalous_classes=(*data.anomalous_classes, *(one.name for one in wanted)))
+                   normal_classes=(*data.normal_classes, *normal),
+                   anomalous_classes=(*data.anomalous_classes, *anomalous))
 
 
 def _own_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
@@ -130,6 +135,6 @@ def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
 def _ood_part(data: Data, wanted: Wanted, images: Changed, invert: bool) -> Part:
     # A size that only one side has would be a perfect baseline.
     known = len(data.test) and data.test.entries[0].file_bytes
-    entries = as_anomalies(list(images.entries.values()), wanted.name, wanted.gives_masks)
+    entries = as_class(list(images.entries.values()), wanted)
     source = Source(with_sizes(entries, images if known else None), images, images.masks, (), (wanted.name,))
     return Part(source.entries, source, replace(data.test.transform, invert=invert))

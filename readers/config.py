@@ -91,20 +91,27 @@ class PatientConfig:
                                      "FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' = patients are unknown")
 
 
-COLUMNS = ('path', 'class', 'part', 'mask', 'patient', 'label')
+BOXES = (('x', 'y', 'width', 'height'), ('x_min', 'y_min', 'x_max', 'y_max'))      # columns of a box
+COLUMNS = ('path', 'class', 'part', 'mask', 'patient', 'label', *BOXES[0], *BOXES[1])
 
 
 @flags
 class TableConfig:
     """Tables"""
     columns: tuple = flag((), 'columns of the table --data that have other names than path, class, part, '
-                              'mask, patient or label, as NAME=COLUMN')
+                              'mask, patient, label, x, y, width, height, x_min, y_min, x_max or y_max, as '
+                              'NAME=COLUMN')
+    tables: tuple = flag((), 'further tables, as FILE, or as PART=FILE with the part of their images; those '
+                             'of --data are then of the part train')
     class_columns: tuple = flag((), 'columns of 0 and 1, one a class: the first that is 1 is the class of an '
                                     'image; none given = one column names it')
     images: str = flag('', "folder of the images that the table names; '' = that of the table")
 
     def check_columns(self) -> None:
         """Raises UserError for --columns that say nothing."""
+        for pair in self.tables:
+            if '=' in pair and pair.split('=')[0] not in ('train', 'val', 'test'):
+                raise UserError(f"--tables {pair}: expected FILE, or PART=FILE with train, val or test.")
         for pair in self.columns:
             name, _, column = pair.partition('=')
             if name not in COLUMNS or not column:
@@ -153,6 +160,8 @@ class VolumeConfig:
                               type=float, nargs=2, metavar='PERCENT', least=0, most=100)
     window: tuple = flag((), 'intensities that become 0 and 1 in all volumes, such as -100 400 in CT; none '
                              'given = --percentiles', type=float, nargs=2, metavar='INTENSITY')
+    dicom_series: bool = flag(False, 'read DICOM too: the slices in a folder are one volume, and so are the '
+                                     'frames of a file')
     augment: bool = flag(False, 'augment training volumes: intensity shift and scale, histogram shift, '
                                 'rotation and translation, spike, Rician noise, Gibbs ringing, each with '
                                 'probability 0.1')

@@ -4,8 +4,10 @@ Only elements that say what the pixels mean are read (`ELEMENTS`), and reasons a
 elements, so that nothing of a patient gets into an image, an error or a log. H x W pixels, C channels.
 """
 
+import contextlib
 import io
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +49,42 @@ def decode_dicom(data: bytes, frame: int | None = None) -> np.ndarray:
     Gray values go through the file's rescale and its first window or lookup table; without one they are
     stretched from the smallest to the largest. Padding around a round image is black.
     """
-    try:
-        check_deflated(data)
-        dataset = read_dataset(io.BytesIO(data), ELEMENTS)
-        if not any(name in dataset for name in PIXELS):
-            raise Unreadable('is a DICOM file without pixel data')
-        complete(dataset)
-        check_pixels(dataset.Rows * dataset.Columns, len(data))
-        frames = dataset.NumberOfFrames = num_frames(dataset)
+    with without_words():
+        dataset = open_dataset(data)
+        frames = dataset.NumberOfFrames
         if frame is None and frames > 1:
             raise Unreadable(f'is a DICOM file of {frames} frames: train with --frames each or middle, or '
                              f'export each as a file of its own')
         if frame and frame >= frames:
             raise Unreadable(f'is a DICOM file of {frames} frames: there is no frame {frame + 1}')
-        take_look_of_frame(dataset, frame or 0)
+        take_groups(dataset, frame or 0, FRAME_LOOK)
         x = KINDS[dataset.PhotometricInterpretation](dataset, stored_values(dataset, frame or 0))
-    except Unreadable:
-        raise
-    except Exception:                                    # its words may hold values of the file
-        raise Unreadable('is a DICOM file that is damaged or cut off') from None
     if not np.isfinite(x).all():
         raise Unreadable('is a DICOM file with pixels that are not finite')
     return (np.rint(x.clip(0, 1) * FULL) / FULL).astype(np.float32).reshape(*x.shape[:2], -1)
+
+
+@contextlib.contextmanager
+def without_words() -> Iterator[None]:
+    """Raises Unreadable for any error of the library, whose words may hold values of the file."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Exception:
+        raise Unreadable('is a DICOM file that is damaged or cut off') from None
+
+
+def open_dataset(data: bytes, more: Sequence[str] = ()) -> Any:
+    """The ELEMENTS, and `more`, of the bytes of a DICOM file, as a pydicom Dataset. Raises Unreadable."""
+    check_deflated(data)
+    dataset = read_dataset(io.BytesIO(data), [*ELEMENTS, *more])
+    if not any(name in dataset for name in PIXELS):
+        raise Unreadable('is a DICOM file without pixel data')
+    complete(dataset)
+    check_pixels(dataset.Rows * dataset.Columns, len(data))
+    dataset.NumberOfFrames = num_frames(dataset)
+    return dataset
 
 
 def check_deflated(data: bytes) -> None:
@@ -144,11 +160,11 @@ def count_frames(path: str | Path) -> int:
         return 1
 
 
-def take_look_of_frame(dataset: Any, frame: int) -> None:
-    """Puts rescale and window of a frame of an enhanced object where other objects have theirs."""
+def take_groups(dataset: Any, frame: int, names: Sequence[str]) -> None:
+    """Puts what these groups say of a frame of an enhanced object where other objects have it."""
     for groups, index in {SHARED: 0, PER_FRAME: frame}.items():
         for group in (dataset.get(groups) or [])[index:index + 1]:
-            for name in FRAME_LOOK:
+            for name in names:
                 for item in (group.get(name) or [])[:1]:
                     dataset.update(item)
 
@@ -175,6 +191,9 @@ def stored_values(dataset: Any, frame: int) -> np.ndarray:
         if in_part and 'pylibjpeg' not in decoder.available_plugins:
             raise Unreadable(f'is compressed as {syntax.name} in a form that Pillow does not decode: '
                              f'{INSTALL}') from None
+        if syntax.is_encapsulated:
+            raise Unreadable(f'is compressed as {syntax.name}, and no decoder installed here can read it: it '
+                             f'is damaged or cut off, or of an odd form') from None
         raise
     dataset.BitsStored -= low
     return values >> low if low else values

@@ -17,6 +17,7 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 from readers.dicom import MAGIC, MAGIC_START, complete, is_dicom, read_dataset
 from readers.images.decode import FORMATS
 from readers.volumes.nifti import SUFFIXES, read_header
+from readers.volumes.series import members
 from utils import UserError, check_regular
 
 ZLIB_LEVELS = ('0 or 1', '2 to 5', '6', '7 to 9')      # RFC 1950, FLEVEL: what a compressor says
@@ -55,6 +56,7 @@ def read_file_header(path: str | Path) -> Header:
     try:
         if str(path).lower().endswith(SUFFIXES):
             return _volume(path)
+        path = members(path)[0]                        # of a folder of DICOM slices the first
         check_regular(path)
         with open(path, 'rb') as file:
             if is_dicom(file.read(MAGIC_START + len(MAGIC))):

@@ -43,15 +43,14 @@ class Item:
     part: str = ''                               # 'train', 'val' or 'test' where the data set says so
     patient: str = ''
     path: str = ''                               # '' where it is not a file
-    mask: str = ''                               # path or name of its mask; '' = it has none
-    more_masks: tuple[str, ...] = ()             # paths of further ones, which mark more of it
+    masks: tuple[Any, ...] = ()                  # paths, names or boxes (images/masks.py) of what marks it
     stamp: Any = ()                              # another one after the content has changed
     read: Callable[['Item'], Loaded] | None = None
 
     @property
-    def masks(self) -> tuple[str, ...]:
-        """All masks of it."""
-        return (self.mask, *self.more_masks) if self.mask else ()
+    def files(self) -> list[str]:
+        """The paths of its file and of those of its masks."""
+        return [self.path, *(mask for mask in self.masks if isinstance(mask, str))]
 
     def load(self) -> Loaded:
         """The image, as the model sees it. Raises Unreadable."""
@@ -159,13 +158,13 @@ def chosen_items(listing: Listing, normal: Sequence[str], anomalous: Sequence[st
         if row.dims == 3:
             return item if item.class_name in (*normal, *anomalous) else None
         if item.class_name in anomalous:
-            return None if item.part in LEARNED else item if row.masks else replace(item, mask='')
-        return replace(item, mask='') if item.class_name in normal else None
+            return None if item.part in LEARNED else item if row.masks else replace(item, masks=())
+        return replace(item, masks=()) if item.class_name in normal else None
 
     items = [taken for item in listing.items if (taken := as_taken(item))]
     if row.dims == 2:
         left = [item.id for item in listing.items if item.class_name in anomalous and item.part in LEARNED]
-        spare = [item.id for item in listing.items if item.class_name in normal and item.mask and row.masks]
+        spare = [item.id for item in listing.items if item.class_name in normal and item.masks and row.masks]
         listing.notes += [f'{count(len(ids), "image")} {words}: {some(ids)}' for ids, words in (
             (left, 'of anomalous classes in a published part for training or validation left out'),
             (spare, 'of normal classes with a mask, which is not used')) if ids]
@@ -187,7 +186,7 @@ def write_pixels(items: list[Item], listing: Listing, target: Path, depth: int) 
         shape, items = listing.measure(items)
     if not items:
         return {'entries': []}
-    with_mask = {item.id: i for i, item in enumerate(item for item in items if item.mask)}
+    with_mask = {item.id: i for i, item in enumerate(item for item in items if item.masks)}
     pixels_shape, masks_shape = (len(items), *shape), (len(with_mask), 1, *shape[1:])
     check_room(target, int(np.prod(pixels_shape)) * depth // 8 + int(np.prod(masks_shape)))
     new = np.lib.format.open_memmap

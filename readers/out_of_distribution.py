@@ -26,6 +26,7 @@ from utils import UserError, mix_seed
 
 OWN = 'test'               # in place of a path: the run's own normal test images
 INVERT = 'invert'          # light for dark: a Part does it, before it makes an image binary
+INLIER = 'inlier'          # the images of the set are the normal ones of the test
 ENHANCED = 'enhanced'      # of the run's own images with known lesions; the other changes are of normal ones
 # of (B, C, *S); the two axes are as long as each other where a quarter is turned
 TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -34,7 +35,7 @@ TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     'rot270': lambda x: np.rot90(x, 3, (2, 3)),
     'flip': lambda x: np.flip(x, LEFT_RIGHT[x.ndim]),          # left for right
 }
-CHANGES = (*TURNS, *SIMULATIONS, INVERT)
+CHANGES = (*TURNS, *SIMULATIONS, INVERT, INLIER)
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,15 @@ class Wanted:
 
     @property
     def of_pixels(self) -> tuple[str, ...]:
-        return tuple(c for c in self.changes if c != INVERT)
+        return tuple(c for c in self.changes if c not in (INVERT, INLIER))
 
     @property
     def gives_masks(self) -> bool:
         return any(c in SIMULATIONS for c in self.changes)
+
+    @property
+    def label(self) -> int:
+        return int(INLIER not in self.changes)
 
     @property
     def inverted(self) -> bool:
@@ -107,11 +112,12 @@ def drawn(items: Sequence[Any], most: int, seed: int) -> list[Any]:
     return [items[i] for i in sorted(chosen)]
 
 
-def as_anomalies(entries: Sequence[Entry], name: str, masks: bool = False) -> list[Entry]:
-    """The entries as images of the anomalous class `name`, under ids of their own; masks are where images are
+def as_class(entries: Sequence[Entry], wanted: Wanted) -> list[Entry]:
+    """The entries as images of the class that is wanted, under ids of their own; masks are where images are
     (see Changed), of all or of those that have one.
     """
-    return [replace(e, id=f'{name}/{e.id}', class_name=name, label=1, part=OWN,
+    name, masks = wanted.name, wanted.gives_masks
+    return [replace(e, id=f'{name}/{e.id}', class_name=name, label=wanted.label, part=OWN,
                     mask_row=e.row if masks or e.mask_row >= 0 else -1) for e in entries]
 
 

@@ -117,7 +117,7 @@ def plan_files(config: DataConfig) -> Job:
 
     def state(number: int) -> Any:
         item = items[number]
-        return [*map(stamp, (item.path, *item.masks))]
+        return [item.masks, *map(stamp, item.files)]
 
     facts = {'dataset': config.dataset, 'classes': sorted({item.class_name for item in items}),
              'near_duplicates': True, 'made_from': root.name}

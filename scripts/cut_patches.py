@@ -63,7 +63,8 @@ def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[lis
     root = Path(config.data)
     if not config.data or not root.is_dir():
         raise UserError(f"--data: the folder {config.data!r} does not exist. {ROW.where}")
-    found, bad = find_subjects(root, config.modalities, labels, config.volume_mask)
+    found, bad = find_subjects(root, config.modalities, labels, config.volume_mask,
+                               dicom=config.dicom_series)
     notes += left_out(bad, len(found), config.skip_corrupt, 'subject')
     subjects = with_keys(with_classes(found, ROW.normal, ROW.where), Path(config.key_files or root), notes)
     if not any(s.label for s in subjects):

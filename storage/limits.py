@@ -47,5 +47,5 @@ def unpack(data: bytes, most: float = 0, wbits: int = zlib.MAX_WBITS + 32) -> by
             raise ValueError(f'it unpacks to more than {most:,.0f} bytes')
         if not member.eof:
             raise EOFError('its packed data are cut off')
-        rest = member.unused_data
+        rest = member.unused_data if wbits > 0 else b''          # without a header there is one member
     return b''.join(parts)

@@ -53,6 +53,14 @@ LAYOUTS = {
          'bottle/ground_truth/hole/{:03d}_mask.png': 2},
         {('good', 'train'): 17, ('good', 'val'): 3, ('good', 'test'): 4, ('crack', 'test'): 3,
          ('hole', 'test'): 2}, masks=5),
+    'mvtec_loco': Published(
+        {'bag/train/good/{:03d}.png': 20, 'bag/validation/good/{:03d}.png': 4, 'bag/test/good/{:03d}.png': 5,
+         'bag/test/logical_anomalies/{:03d}.png': 3, 'bag/test/structural_anomalies/{:03d}.png': 2,
+         'bag/ground_truth/logical_anomalies/{:03d}/000.png': 3,
+         'bag/ground_truth/logical_anomalies/000/{:03d}.png': 2,
+         'bag/ground_truth/structural_anomalies/{:03d}/000.png': 2},
+        {('good', 'train'): 20, ('good', 'val'): 4, ('good', 'test'): 5, ('logical_anomalies', 'test'): 3,
+         ('structural_anomalies', 'test'): 2}, masks=5),
     'bmad_brain': Published(
         {'Brain/train/good/img/{:05d}_60.png': 20, 'Brain/valid/good/img/{:05d}_61.png': 5,
          'Brain/valid/Ungood/img/{:05d}_62.png': 4, 'Brain/valid/Ungood/label/{:05d}_62.png': 4,

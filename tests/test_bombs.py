@@ -170,6 +170,7 @@ def test_packed_data_are_unpacked_up_to_the_limit():
     whole = gzip.compress(b'a' * 1000) + gzip.compress(b'b' * 1000) + b'\0\0'
     assert limits.unpack(whole) == limits.unpack(whole, 2000) == b'a' * 1000 + b'b' * 1000
     assert limits.unpack(gzip.compress(b'')) == b''
+    assert limits.unpack(packed(1, -15) + b'checksum', wbits=-15) == limits.unpack(packed(1, -15), wbits=-15)
     with pytest.raises(ValueError, match='more than 1,999 bytes'):
         limits.unpack(whole, 1999)
     for cut in (whole[:20], whole[:40]):

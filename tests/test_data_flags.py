@@ -16,7 +16,7 @@ def test_a_data_set_takes_only_the_flags_that_do_something():
     assert set.union(*names.values()) == {f.name for f in fields(DataConfig)}
     assert names['folder'] - every == {'normal_classes', 'anomalous_classes', 'channels', 'fit', 'frames',
                                        'patient_pattern', 'patient_metadata', 'columns', 'class_columns',
-                                       'images'}
+                                       'images', 'tables'}
     assert names['phantom'] - names['folder'] == {'num_phantoms', 'phantom_confound'}
     assert names['celeba_64'] - every == {'channels'}
     assert names['mnist'] - every == {'normal_classes', 'anomalous_classes'}

@@ -94,6 +94,17 @@ def test_changes_by_hand(change, by_hand, config):
     assert set(change.split(':')) <= set(CHANGES)
 
 
+def test_a_set_of_inliers_takes_the_place_of_the_runs_normal_images(config):
+    given = load_data(config('svhn', anomalous_classes=('3',)))
+    data = with_ood(given, [f'cifar10={config("cifar10").data}:inlier', 'turned=test:rot90'])
+    classes = {e.class_name: (e.label, e.has_mask) for e in data.test.entries}
+    assert classes == {'3': (1, False), 'cifar10': (0, True), 'turned': (1, False)}
+    assert data.normal_classes[-1] == 'cifar10' and data.anomalous_classes == ('3', 'turned')
+    assert data.test.items(range(len(data.test))).y.tolist() == data.test.labels.tolist()
+    inverted = with_ood(given, [f'cifar10={config("cifar10").data}:invert:inlier'])
+    assert torch.allclose(of_class(inverted, 'cifar10'), 1 - of_class(data, 'cifar10'))
+
+
 def test_inverting_a_run_does_not_invert_what_is_told_from_it(config):
     data = load_data(config('kmnist', invert=True, likelihood='discretized'))
     mnist = f'mnist={config("mnist").data}'

@@ -41,14 +41,25 @@ def dicom(path: Path, seed: int) -> None:
 # ------------------------------------------------------------------------------------------ published tables
 
 def test_rsna_dicom_files_with_several_rows_an_image(tmp_path):
-    rows = []
+    rows, boxes = [], []
     for i in range(14):
         dicom(tmp_path / 'data' / 'stage_2_train_images' / f'{i:04d}-ab.dcm', i)
         name = 'Normal' if i < 10 else 'Lung Opacity' if i < 13 else 'No Lung Opacity / Not Normal'
         rows += [f'{i:04d}-ab,{name}'] * (2 if name == 'Lung Opacity' else 1)       # one for each box
+        ill = name == 'Lung Opacity'
+        found = ['1.0,2.0,3.0,4.0,1', '10,12,6.0,4,1'] if ill else [',,,,0']
+        boxes += [f'{i:04d}-ab,{box}' for box in found]
     table = write(tmp_path / 'data' / 'stage_2_detailed_class_info.csv', 'patientId,class', *rows)
+    more = write(tmp_path / 'data' / 'stage_2_train_labels.csv', 'patientId,x,y,width,height,Target', *boxes)
     data = read(table, images=str(tmp_path / 'data' / 'stage_2_train_images'), columns=('path=patientId',),
-                normal_classes=('Normal',))
+                normal_classes=('Normal',), tables=(str(more),))
+    assert set(mask_pixels(data).values()) == {3 * 4 + 6 * 4}, "both boxes, of 16 x 16 pixels"
+    places = data.test.items([next(i for i, e in enumerate(data.test.entries) if e.mask_row >= 0)]).mask[0, 0]
+    assert places[2:6, 1:4].all() and places[12:, 10:].all()
+    packed = tmp_path / 'rsna.lmdb'
+    pack(plan(FolderConfig(**vars(data.config))), packed, 1, False)
+    assert mask_pixels(load_data(DataConfig(dataset='folder', data=str(packed), image_size=SIDE,
+                                            normal_classes=('Normal',)))) == mask_pixels(data)
     assert counts(data) == {('Normal', 'train'): 6, ('Normal', 'val'): 2, ('Normal', 'test'): 2,
                             ('Lung Opacity', 'test'): 3, ('No Lung Opacity / Not Normal', 'test'): 1}
     assert data.split['files'][0]['id'] == '0000-ab.dcm' and not said(data, 'passed over')
@@ -58,10 +69,13 @@ def test_vindr_three_readers_an_image(tmp_path):
     rows = []
     for i in range(12):
         dicom(tmp_path / 'data' / 'train' / f'{i:04d}.dicom', i)
-        rows += [f'{i:04d},{"No finding" if i < 9 or k == 0 else "Mass"},R{k},' for k in range(3)]
-    table = write(tmp_path / 'data' / 'train.csv', 'image_id,class_name,rad_id,x_min', *rows)
+        rows += [f'{i:04d},No finding,R{k},nan,,,' if i < 9 or k == 0 else f'{i:04d},Mass,R{k},2,{k},7,9'
+                 for k in range(3)]
+    columns = 'image_id,class_name,rad_id,x_min,y_min,x_max,y_max'
+    table = write(tmp_path / 'data' / 'train.csv', columns, *rows)
     data = read(table, columns=('path=image_id', 'class=class_name'), normal_classes=('No finding',))
     assert data.anomalous_classes == ('Mass',) and data.test.labels.sum() == 3
+    assert set(mask_pixels(data).values()) == {5 * 8}, "the union of two readers' boxes"
     assert said(data, '3 images of several classes count as their first anomalous one: train/0009.dicom')
 
 
@@ -182,12 +196,34 @@ def test_a_label_of_0_makes_an_image_normal(listed):
     (['path,class,part', 'all/0.png,good,fold 3'], {}, "row 1: the part 'fold 3' is none of train"),
     (['path,label', 'all/0.png,maybe'], {}, "row 1: the label 'maybe' is none of 0"),
     (['path,class,mask', 'all/0.png,good,no.png'], {}, "there is no mask 'no.png'"),
-    (['path,class,part', 'all/0.png,good,train', 'all/0.png,good,test'], {}, 'another part or patient'),
+    (['path,class,part', 'all/0.png,good,train', 'all/0.png,good,test'], {}, 'rows of different parts'),
+    (['path,class,x,y,width,height', 'all/0.png,good,1,2,3,'], {}, "width, height are '1', '2', '3', ''"),
+    (['path,class', 'all/0.png,good'], {'tables': ('fold=a.csv',)}, 'with train, val or test'),
 ])
 def test_a_mistake_in_a_table_is_one_clear_line(listed, lines, flags, words):
     with pytest.raises(UserError, match=words) as error:
         read(write(listed[0] / 'table.csv', *lines), **flags)
     assert '\n' not in str(error.value)
+
+
+def test_a_box_beyond_the_image_is_of_another_size(listed):
+    root, rows = listed
+    table = write(root / 'table.csv', 'path,class,x,y,width,height,part',
+                  *(f"{row['path']},good,,,,,train" for row in rows[:20]),
+                  f"{rows[24]['path']},crack,4,4,20,4,test")
+    with pytest.raises(UserError, match=r'is 16 x 16 pixels, its box of 20 x 4 at \(4, 4\) is empty'):
+        read(table)
+
+
+def test_tables_of_the_parts(listed):
+    root, rows = listed
+    first = write(root / 'train.csv', 'path,class,width,height',
+                  *(f"{r['path']},good,9,9" for r in rows[:20]))
+    last = write(root / 'last.csv', 'path,class', *(f"{r['path']},{r['class']}" for r in rows[20:]))
+    data = read(first, tables=(f'test={last}',))
+    assert counts(data) == {('good', 'train'): 17, ('good', 'val'): 3, ('good', 'test'): 4,
+                            ('crack', 'test'): 6}
+    assert not mask_pixels(data), "a width and a height without a place are no box"
 
 
 def test_flags_of_tables_do_nothing_for_folders(tmp_path):

@@ -99,7 +99,7 @@ def test_key_files_of_any_encoding_and_name(encoding, name, config, tmp_path):
         save(tmp_path / 'data' / f'sü{k}.nii.gz', noise((6, 7, 8, 1, 2)))
     (tmp_path / 'data' / 'abcd-test.txt').write_text('sü2\n', 'utf-8')
     (tmp_path / 'data' / 'README.txt').write_text('no key file\n')
-    (tmp_path / 'data' / name).write_bytes('sü1\r\n\r\nsü0.nii.gz\r\n'.encode(encoding))
+    (tmp_path / 'data' / name).write_bytes('sü1\r\n\r\ns_ü0.nii.gz\r\n'.encode(encoding))
     flags = {'modalities': ('t1', 't2')}
     if encoding == 'utf-16-le':                                                           # without its mark
         return fails(DataConfig(**vars(config) | flags), f'{name} is no text in UTF-8')

@@ -6,7 +6,7 @@ H x W the size of the file, S the size that is asked for, C channels.
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from readers.config import DataSet, ReaderConfig
 from readers.dicom import MAGIC, MAGIC_START, decode_dicom, is_dicom
 from readers.images.frames import Frame, num_pages, places
+from readers.images.masks import Box
 from readers.items import Loaded
 from readers.paths import Found, file_content, find_files
 from readers.source import DTYPES, Unreadable, check_pixels
@@ -212,16 +213,26 @@ def read_mask(path: str, frame: int | None = None) -> np.ndarray:
     return decode_mask(file_content(path), frame)
 
 
-def load_mask(read: Callable[[], np.ndarray], name: str, image: np.ndarray) -> np.ndarray:
+def load_masks(masks: Sequence[str | Box], shape: Sequence[int],
+               frame: int | None = None) -> np.ndarray | None:
+    """What any of these files and boxes marks of an image of this shape (H, W, ...): (H, W, 1) bool; None
+    without one. Raises Unreadable.
+    """
+    marked = [mask.marked(shape) if isinstance(mask, Box) else
+              load_mask(partial(read_mask, mask, frame), os.path.basename(mask), shape) for mask in masks]
+    return np.any(marked, axis=0) if marked else None
+
+
+def load_mask(read: Callable[[], np.ndarray], name: str, shape: Sequence[int]) -> np.ndarray:
     """The mask (H, W, 1) bool that `read` gives. Raises Unreadable if it cannot be read or has another size
-    than the image.
+    than an image of this shape (H, W, ...).
     """
     try:
         mask = read()
     except Unreadable as error:
         raise Unreadable(f'has a mask {name} that {error}') from None
-    if mask.shape[:2] != image.shape[:2]:
-        raise Unreadable(f'is {image.shape[1]} x {image.shape[0]} pixels, its mask {name} {mask.shape[1]} x '
+    if mask.shape[:2] != tuple(shape[:2]):
+        raise Unreadable(f'is {shape[1]} x {shape[0]} pixels, its mask {name} {mask.shape[1]} x '
                          f'{mask.shape[0]}')
     return mask
 
@@ -257,14 +268,12 @@ class ImageLoader:
                  for mark, place in places(file, self.frames)]
         return found._replace(ids=[name for name, _ in pairs], paths=[place for _, place in pairs])
 
-    def load(self, file: str | Frame, *mask_paths: str) -> Loaded:
+    def load(self, file: str | Frame, masks: Sequence[str | Box] = ()) -> Loaded:
         """An image file, or one of its frames, and those of its masks. Raises Unreadable."""
         path, frame = file if isinstance(file, Frame) else (file, None)
         data = file_content(path)
-        image, mask = decode(data, frame), None                                          # (H, W, C)
-        for mask_path in mask_paths:
-            one = load_mask(partial(read_mask, mask_path, frame), os.path.basename(mask_path), image)
-            mask = one if mask is None else mask | one
+        image = decode(data, frame)                                                      # (H, W, C)
+        mask = load_masks(masks, image.shape, frame)
         loaded = self.finish(image, mask, hashlib.sha256(data).hexdigest(), len(data))
         first = frame is None and num_pages(io.BytesIO(data)) > 1
         return loaded._replace(repairs=(*loaded.repairs, FIRST_PAGE)) if first else loaded

@@ -45,10 +45,10 @@ def read_images(items: Sequence[Item], loader: ImageLoader, config: ReaderConfig
 
 def with_frames(item: Item, loader: ImageLoader) -> Iterator[Item]:
     """An image file, or each of its frames that --frames takes, with the function that loads it."""
-    state = [*map(stamp, (item.path, *item.masks))]
+    state = [*map(stamp, item.files)]
     for mark, place in places(item.path, loader.frames):
         yield replace(item, id=item.id + mark, stamp=state,
-                      read=lambda item, place=place: loader.load(place, *item.masks))
+                      read=lambda item, place=place: loader.load(place, item.masks))
 
 
 def read_part_folders(config: ReaderConfig, row: DataSet, folders: Mapping[str, str]) -> Source:
@@ -86,7 +86,7 @@ def find_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], li
     config.check_columns()
     if row.tables and is_table(config.data):
         return table_items(config, row)
-    if given := [name for name in ('columns', 'class_columns', 'images') if getattr(config, name)]:
+    if given := [name for name in ('columns', 'class_columns', 'images', 'tables') if getattr(config, name)]:
         raise UserError(f"--{given[0]}: it says how to read a table, and --data {config.data} is none: "
                         f"leave it out.")
     root = find_class_root(row.folder(config, row), config.normal_classes or row.normal, row.where)

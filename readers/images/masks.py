@@ -1,6 +1,7 @@
 """Masks of images: which files they are, which image each belongs to.
 
     masks/x.png   x_mask.png   masks/x_seg.png   ground_truth/x_mask.png   annotation/x_GT.png   x_mask_1.png
+    ground_truth/x/000.png     ground_truth/x/001.png
 
 Names are compared without regard to case, and é is é however it is written (NFC or NFD).
 """
@@ -13,15 +14,37 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from readers.items import Item
-from readers.source import plain_name
+from readers.source import Unreadable, plain_name
 
 WORD = r'(?:masks?|gts?|ground[ _-]?truths?|seg(?:mentation)?s?|annotations?|labels?)'
 FOLDERS = re.compile(f'{WORD}$', re.IGNORECASE)
 MENTIONED = re.compile(rf'(.*[ _.-])?{WORD}([ _.-].*)?$', re.IGNORECASE)
 ENDING = re.compile(rf'[ _.-]+{WORD}(?P<rest>[ _.-]+.*|\d*)$', re.IGNORECASE)
 NUMBER = re.compile(r'[ _.-]*\d+$')             # of one mask among several of an image
-CHANNEL = re.compile(r'[ _.-](?:image|img|flair|t1(?:ce|gd|n|c|w)?|t2(?:f|w)?)(?=$|[ _.-])', re.IGNORECASE)
+START = re.compile(rf'{WORD}[ _.-]+', re.IGNORECASE)              # mask_1.png of 1.png or image_1.png
+CHANNEL = re.compile(r'(?:^|[ _.-])(?:image|img|flair|t1(?:ce|gd|n|c|w)?|t2(?:f|w)?)(?=$|[ _.-])',
+                     re.IGNORECASE)
+
+
+class Box(NamedTuple):
+    """A rectangle of an image that is marked, in its pixels, from the upper left corner."""
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def marked(self, shape: Sequence[int]) -> np.ndarray:
+        """The mask (H, W, 1) bool of an image (H, W, ...). Raises Unreadable if it is empty or outside."""
+        edges = np.rint([self.y, self.y + self.height, self.x, self.x + self.width]).astype(int)
+        mask = np.zeros((*shape[:2], 1), bool)
+        mask[slice(*edges[:2].clip(0)), slice(*edges[2:].clip(0))] = True
+        if not mask.any() or min(edges) < -1 or edges[1] > shape[0] + 1 or edges[3] > shape[1] + 1:
+            raise Unreadable(f'is {shape[1]} x {shape[0]} pixels, its box of {self.width:g} x '
+                             f'{self.height:g} at ({self.x:g}, {self.y:g}) is empty or reaches beyond')
+        return mask
 
 
 class Placed(NamedTuple):
@@ -66,6 +89,8 @@ def fold(name: str) -> str:
 def keys(stem: str) -> Iterator[str]:
     """The names that the image of a mask `stem` may have, the likeliest first."""
     yield stem
+    if start := START.match(stem):
+        yield stem[start.end():]
     for found in ENDING.finditer(stem):
         yield stem[:found.start()] + found['rest']
         if NUMBER.fullmatch(found['rest']):
@@ -85,18 +110,22 @@ def with_masks(images: Sequence[Placed], masks: Sequence[Placed],
     by_name, by_rest = defaultdict(list), defaultdict(list)
     for image in images:
         by_name[fold(image.stem)].append(image)
-        by_rest[fold(CHANNEL.sub('', image.stem))].append(image)         # x_flair.png has the mask x_seg.png
+        rest = CHANNEL.sub('', image.stem).lstrip(' _.-')
+        by_rest[fold(rest)].append(image)                                # x_flair.png has the mask x_seg.png
     found, lost = defaultdict(list), []
     for mask in masks:
         names = [fold(key) for key in keys(mask.stem)]
         places = [by_name.get(name, ()) for name in names] + [by_rest.get(name, ()) for name in names[1:]]
         owner = next((owner for images in places if (owner := _owner(mask, images, is_normal))), None)
+        if mask.steps and not owner:                     # one of several in a folder of the image's name
+            inside = mask._replace(steps=mask.steps[:-1], stem=mask.steps[-1])
+            owner = _owner(inside, by_name.get(fold(inside.stem), ()), is_normal)
         if owner:
             found[owner.item.id].append(mask.item.path)
         else:
             lost.append(mask.item.id)
-    return [replace(item, mask=found[item.id][0], more_masks=tuple(found[item.id][1:]))
-            if item.id in found else item for item, *_ in images], lost
+    return [replace(item, masks=tuple(found[item.id])) if item.id in found else item
+            for item, *_ in images], lost
 
 
 def _owner(mask: Placed, images: Iterable[Placed], is_normal: Callable[[str], bool]) -> Placed | None:

@@ -1,6 +1,6 @@
 """Data sets that one file describes: a table of images, or the images themselves as arrays.
 
-    path,class,part,mask,patient,label                       CSV or TSV; columns of other names: --columns
+    path,class,part,mask,patient,label,x,y,width,height      CSV or TSV; columns of other names: --columns
     [{"path": "a.png", "class": "normal"}, ...]              JSON: such rows, or
     {"train": {"0": ["a.png"]}, "test": {"1": ["b.png"]}}    files by part and label (MedIAnomaly)
     train_images, train_labels, val_images, ...              npz (MedMNIST)
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from readers.cache import stamp
-from readers.config import COLUMNS, DataSet, ReaderConfig
+from readers.config import BOXES, COLUMNS, DataSet, ReaderConfig
 from readers.images.decode import SUFFIXES, ImageLoader
 from readers.images.layout import PART_FOLDERS
-from readers.images.masks import fold
+from readers.images.masks import Box, fold
 from readers.items import Item, Listing, import_items
 from readers.paths import Passed, pass_over, passed_line, stop_at, walk
 from readers.published.arrays import prepare, read_file
@@ -49,19 +49,21 @@ def is_arrays(path: str) -> bool:
 
 
 def table_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], list[str]]:
-    """The images that the table --data names, with class, part, masks and patient: (root, items, notes).
+    """The images that --data and --tables name, with class, part, masks and patient: (root, items, notes).
 
     Raises UserError for a table that cannot be read, and for images that are not there unless --skip_corrupt.
     """
-    table = Path(config.data)
-    files = Files([Path(config.images or table.parent), table.parent])
-    found, lost, empty = by_image(table, config, config.normal_classes or row.normal, files)
+    table, more = Path(config.data), [pair.rpartition('=') for pair in config.tables]
+    parts = {table: 'train' if any(part for part, _, _ in more) else ''}
+    parts |= {Path(path): part for part, _, path in more}
+    files = Files([Path(config.images or table.parent), *dict.fromkeys(path.parent for path in parts)])
+    found, lost, empty = by_image(parts, config, config.normal_classes or row.normal, files)
     if (lost and not config.skip_corrupt) or not found:
         raise UserError(f"{table}: {count(len(lost), 'row')} of images that are not below {files.roots[0]}"
                         f"{', such as ' + lost[0] if lost else ''}. Name their folder with --images, or pass "
                         f"--skip_corrupt to leave them out.")
     items = [one_image(rows, config.normal_classes or row.normal) for rows in found.values()]
-    mixed = [name for name, rows in found.items() if len({item.class_name for item in rows}) > 1]
+    mixed = [name for name, rows in found.items() if len({item.class_name for item in rows} - {''}) > 1]
     notes = [f'{words}: {some(names)}' for words, names in (
         (f'left out: {count(len(lost), "row")} of images that are not there', lost),
         (f'left out: {count(len(empty), "row")} without an image or a class', empty),
@@ -72,38 +74,61 @@ def table_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], l
     return files.roots[0].resolve(), sorted(items, key=lambda item: item.id), notes + passed_line(passed)
 
 
-def by_image(table: Path, config: ReaderConfig, normal: Sequence[str],
+def by_image(tables: Mapping[Path, str], config: ReaderConfig, normal: Sequence[str],
              files: 'Files') -> tuple[dict[str, list[Item]], list[str], list[str]]:
-    """The rows of each image, the paths of rows whose image is not there, and the numbers of rows that say
-    nothing. Raises UserError for a row that contradicts itself or another.
+    """The rows of each image in tables of these parts, the paths of rows whose image is not there, and the
+    numbers of rows that say nothing. Raises UserError for a row that contradicts itself or another.
+
+    A row without a class, as of a table of masks or boxes, adds to the other rows of its image.
     """
     found: dict[str, list[Item]] = {}
     lost, empty = [], []
-    for number, values in enumerate(read_rows(table, config), 1):
-        where = f'{table}, row {number}'
-        class_name, path = class_of(values, normal, where), files.find(values['path'])
-        mask = files.find(values['mask'])
-        if not (values['path'] and class_name):
-            empty.append(f'row {number}')
-        elif not path:
-            lost.append(values['path'])
-        elif values['mask'] and not mask:
-            raise UserError(f"{where}: there is no mask {values['mask']!r} below {files.roots[0]}.")
-        else:
-            part = part_of(values['part'], where)
-            item = Item(files.id_of(path), class_name, part, values['patient'], path, mask)
-            rows = found.setdefault(item.id, [])
-            rows.append(item)
-            if (rows[0].part, rows[0].patient) != (item.part, item.patient):
-                raise UserError(f"{where}: {item.id} has another part or patient in a row above.")
+    for table, part in tables.items():
+        for number, values in enumerate(read_rows(table, config), 1):
+            where = f'{table}, row {number}'
+            class_name, path = class_of(values, normal, where), files.find(values['path'])
+            mask = files.find(values['mask']) or box_of(values, where)
+            if not (values['path'] and (class_name or mask)):
+                empty.append(f'row {number} of {table.name}')
+            elif not path:
+                lost.append(values['path'])
+            elif values['mask'] and not mask:
+                raise UserError(f"{where}: there is no mask {values['mask']!r} below {files.roots[0]}.")
+            else:
+                item = Item(files.id_of(path), class_name, part_of(values['part'], where) or part,
+                            values['patient'], path, (mask,) if mask else ())
+                found.setdefault(item.id, []).append(item)
+    for name, rows in list(found.items()):
+        full = [item for item in rows if item.class_name]
+        if len({(item.part, item.patient) for item in full}) > 1:
+            raise UserError(f"{config.data}: {name} has rows of different parts or patients.")
+        if not full:
+            empty.append(name)
+            del found[name]
     return found, lost, empty
 
 
 def one_image(rows: Sequence[Item], normal: Sequence[str]) -> Item:
-    """An image of which a table has several rows: the first anomalous class, and all masks."""
-    ill = (item for item in rows if not any(same_name(item.class_name, name) for name in normal))
-    masks = tuple(dict.fromkeys(item.mask for item in rows if item.mask))
-    return replace(next(ill, rows[0]), mask=next(iter(masks), ''), more_masks=masks[1:])
+    """An image of which tables have several rows: the first anomalous class, and all masks."""
+    full = [item for item in rows if item.class_name]
+    ill = (item for item in full if not any(same_name(item.class_name, name) for name in normal))
+    masks = dict.fromkeys(mask for item in rows for mask in item.masks)
+    return replace(next(ill, full[0]), masks=tuple(masks))
+
+
+def box_of(values: Row, where: str) -> Box | None:
+    """The box that a row names; None if it names none. Raises UserError for one that is incomplete."""
+    for names in BOXES:
+        words = [values[name].lower().replace('nan', '') for name in names]
+        if any(words):
+            try:
+                left, top, right, bottom = map(float, words)
+            except ValueError:
+                raise UserError(f"{where}: {', '.join(names)} are {', '.join(map(repr, words))}: expected "
+                                f"four numbers, or none.") from None
+            return Box(left, top, right, bottom) if names == BOXES[0] else \
+                Box(left, top, right - left, bottom - top)
+    return None
 
 
 def class_of(values: Row, normal: Sequence[str], where: str) -> str:
@@ -169,12 +194,17 @@ def json_rows(found: Any) -> Iterator[dict[str, Any]]:
 def columns(config: ReaderConfig, names: Sequence[str], table: Path) -> dict[str, str]:
     """The column of the table that holds each of COLUMNS, '' if none does. Raises UserError."""
     wanted = dict(pair.split('=', 1) for pair in config.columns)
+    first = str(table) == config.data                    # further tables may have fewer columns
     for name in (*wanted.values(), *config.class_columns):
-        if name not in names:
+        if name not in names and first:
             raise UserError(f"--data: {table} has no column {name!r}: found {', '.join(names) or 'none'}.")
     own = {name: next((place for place in names if place.lower() == name), '') for name in COLUMNS}
-    places = own | wanted
-    if not places['path'] or not (places['class'] or places['label'] or config.class_columns):
+    places = own | {name: place for name, place in wanted.items() if place in names}
+    for box in BOXES:                                    # width and height alone are those of the image
+        if not all(places[name] for name in box):
+            places |= dict.fromkeys(box, '')
+    classed = places['class'] or places['label'] or config.class_columns or not first
+    if not (places['path'] and classed):
         raise UserError(f"--data: {table} has no column of {'a class' if places['path'] else 'paths'}: found "
                         f"{', '.join(names) or 'none'}. Say which with --columns path=... class=...")
     return places

@@ -9,6 +9,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Self
 
 import lmdb
 from tqdm import tqdm
@@ -107,7 +108,17 @@ class Lmdb:
             yield from cursor.iternext(keys=True, values=False)
 
 
-class LmdbWriter:
+class Closing:
+    """Closed at the end of a `with` block."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LmdbWriter(Closing):
     """Puts records into a new or existing LMDB; what a finished `put` wrote survives a kill."""
 
     def __init__(self, path: str | Path, subdir: bool = True):
@@ -142,12 +153,6 @@ class LmdbWriter:
     def close(self) -> None:
         self.environment.sync(True)
         self.environment.close()
-
-    def __enter__(self) -> 'LmdbWriter':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def unfinished(path: str | Path) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from readers.dicom import FULL, is_dicom
-from readers.images.decode import FORMATS, decode, decode_mask, read_mask
+from readers.images.decode import FORMATS, decode, decode_mask, load_masks
 from readers.items import Item
 from readers.paths import file_content
 from readers.source import Unreadable
@@ -122,17 +122,17 @@ def file_record(item: Item) -> Record:
     data, facts = read_encoded(item.path)
     if not item.masks:
         return Record(facts_of(item) | facts, data)
-    drawn = []
-    for path in item.masks:
+    if len(item.masks) == 1 and isinstance(item.masks[0], str):
+        name = Path(item.masks[0]).name
         try:
-            drawn.append(read_encoded(path) if len(item.masks) == 1 else read_mask(path))
+            mask, mask_facts = read_encoded(item.masks[0])
         except Unreadable as error:
-            raise Unreadable(f'has a mask {Path(path).name} that {error}') from None
-    if len(drawn) > 1:                               # of several, what any of them marks
-        union = np.any(drawn, 0)[..., 0].astype(np.uint8) * np.uint8(255)                          # (H, W)
-        drawn = [(union.tobytes(), payload(union.tobytes(), 'raw', union.shape, 'uint8'))]
-    mask, mask_facts = drawn[0]
-    return Record(facts_of(item) | facts | {'mask': {'name': Path(item.mask).name, **mask_facts}}, data, mask)
+            raise Unreadable(f'has a mask {name} that {error}') from None
+    else:
+        name, marked = 'union', load_masks(item.masks, facts['shape'])                          # (H, W, 1)
+        mask = (marked[..., 0] * np.uint8(255)).tobytes()
+        mask_facts = payload(mask, 'raw', marked.shape[:2], 'uint8')
+    return Record(facts_of(item) | facts | {'mask': {'name': name, **mask_facts}}, data, mask)
 
 
 def read_encoded(path: str) -> tuple[bytes, dict[str, Any]]:
@@ -163,7 +163,7 @@ def array_record(item: Item, pixels: np.ndarray, mask: np.ndarray | None, origin
     if mask is None:
         return Record(info, data)
     drawn = mask.tobytes()
-    facts = {'name': Path(item.mask).name, **payload(drawn, 'raw', mask.shape, 'uint8')}
+    facts = {'name': 'mask', **payload(drawn, 'raw', mask.shape, 'uint8')}
     return Record(info | {'mask': facts}, data, drawn)
 
 

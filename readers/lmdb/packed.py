@@ -18,7 +18,7 @@ from readers.config import DataSet, ReaderConfig, volume_flags
 from readers.images.decode import ImageLoader, load_mask
 from readers.items import Item, Listing, Loaded, import_items
 from readers.lmdb import child as lmdb_child
-from readers.lmdb.file import is_lmdb
+from readers.lmdb.file import Closing, is_lmdb
 from readers.lmdb.format import (
     FACTS,
     FORMAT,
@@ -46,7 +46,7 @@ MOST_ENDS = 20                 # reading processes that a damaged file may end b
 FREE_FLAGS = ('augment', 'key_files')      # of volumes: they do not say what is stored, or say it by a path
 
 
-class GuardedLmdb:
+class GuardedLmdb(Closing):
     """The values of an LMDB, fetched by a child process: a damaged file may end that. For any threads."""
 
     def __init__(self, path: str | Path):
@@ -89,12 +89,6 @@ class GuardedLmdb:
             self._child.communicate()              # takes it off the table of processes, closes the pipes
             self._child = None
 
-    def __enter__(self) -> 'GuardedLmdb':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def read_meta(records: GuardedLmdb) -> dict[str, Any]:
     """The facts of a whole LMDB, finished or not. Raises UserError."""
@@ -108,7 +102,7 @@ def read_meta(records: GuardedLmdb) -> dict[str, Any]:
     return meta
 
 
-class Packed:
+class Packed(Closing):
     """A finished packed LMDB; `len` is the number of its images."""
 
     def __init__(self, path: str | Path):
@@ -154,13 +148,14 @@ class Packed:
         info = self.info(number)
         data, facts = self.payload('data', number, info), info.get('mask')
         original = info.get('original', info)
-        drawn = self.payload('mask', number, facts) if item.mask else None
+        drawn = self.payload('mask', number, facts) if item.masks else None
         if loader is None:
             mask = None if drawn is None else (raw_of(drawn, facts) > 0)[None]
             return Loaded(raw_of(data, info), mask, original['sha256'], original['num_bytes'],
                           tuple(map(Grid.from_json, info['grids'])))
         image = values_of(data, info)
-        mask = None if drawn is None else load_mask(lambda: marked_by(drawn, facts), facts['name'], image)
+        mask = None if drawn is None else load_mask(lambda: marked_by(drawn, facts), facts['name'],
+                                                    image.shape)
         return loader.finish(image, mask, original['sha256'], original['num_bytes'])
 
     def examine(self, number: int) -> tuple[dict[str, Any] | None, list[tuple[bytes, str]]]:
@@ -183,12 +178,6 @@ class Packed:
 
     def close(self) -> None:
         self.records.close()
-
-    def __enter__(self) -> 'Packed':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def is_packed(path: str | Path) -> bool:
@@ -266,8 +255,8 @@ def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, An
         seen.add(info['id'])
         if volumes:
             listing.shape = tuple(info['shape'])
-        mask = key_of('mask', number).decode() if 'mask' in info else ''
-        listing.items.append(Item(info['id'], info['class'], info['part'], info['patient'], mask=mask,
+        masks = (key_of('mask', number).decode(),) if 'mask' in info else ()
+        listing.items.append(Item(info['id'], info['class'], info['part'], info['patient'], masks=masks,
                                   read=lambda item, number=number: packed.load(number, item, loader)))
     return listing
 

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.ndimage import affine_transform, gaussian_filter
 
+from readers.dicom import is_dicom
 from readers.paths import file_content
 from readers.source import Unreadable
 from readers.volumes.itk import IMAGE_IO, ItkImage, is_itk
+from readers.volumes.series import DicomSeries, members
 from storage.limits import excess, most_bytes, unpack
 from utils import UserError, check_regular, write_atomically
 
@@ -142,7 +144,7 @@ def spacing(entry: Any) -> np.ndarray:
 
 def stem(path: str) -> str:
     """A path without the suffix of a volume."""
-    return re.sub(rf"({'|'.join(map(re.escape, SUFFIXES))})$", '', path, flags=re.IGNORECASE)
+    return re.sub(rf"({'|'.join(map(re.escape, (*SUFFIXES, '.dcm')))})$", '', path, flags=re.IGNORECASE)
 
 
 class Nifti(NamedTuple):
@@ -160,15 +162,14 @@ class Nifti(NamedTuple):
 
 
 def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
-    """A file of a volume, packed or not, by its content. Raises Unreadable.
+    """A file of a volume, packed or not, by its content, or a folder of DICOM slices. Raises Unreadable.
 
     A file that does not say where it lies takes the place of `like`, where that has the same shape.
     """
     nib = nibabel()
-    data = file_content(path, most_bytes())
-    content = _unpacked(data)
+    contents = [file_content(file, most_bytes()) for file in members(path)]
     try:
-        image = ItkImage(path, content) if is_itk(path, content) else _kind(content).from_bytes(content)
+        image = DicomSeries(contents) if is_dicom(contents[0]) else _opened(path, _unpacked(contents[0]))
         _expect_volume(image)
         values = np.asarray(image.dataobj, np.float32)
     except (Unreadable, UserError):
@@ -190,8 +191,15 @@ def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
     finite = np.isfinite(values)
     repaired = values.size - int(finite.sum())
     values = np.where(finite, values, np.float32(0)) if repaired else values
+    digest = hashlib.sha256()
+    for data in contents:
+        digest.update(data)
     return Nifti(np.moveaxis(values, -1, 0), Grid(values.shape[:3], affine), own, placed, repaired,
-                 hashlib.sha256(data).hexdigest(), len(data))
+                 digest.hexdigest(), sum(map(len, contents)))
+
+
+def _opened(path: str | Path, content: bytes) -> Any:
+    return ItkImage(path, content) if is_itk(path, content) else _kind(content).from_bytes(content)
 
 
 def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
@@ -223,9 +231,7 @@ def read_header(path: str | Path) -> VolumeHeader:
         image = ItkImage(path, start)
         name = 'NRRD' if start[:4] in IMAGE_IO else 'MetaImage'
         return VolumeHeader(name, image.shape, tuple(image.spacing), str(image.get_data_dtype()))
-    kind = _kind(start).header_class
-    length = kind.template_dtype.itemsize
-    header = kind(start[:MGH_START].ljust(length, b'\0') if start[:4] == MGH else start[:length])
+    header = _header(start)
     shape, dtype = header.get_data_shape(), str(header.get_data_dtype())
     if start[:4] == MGH:
         return VolumeHeader('MGH', shape, header.get_zooms()[:3], dtype)
@@ -259,6 +265,13 @@ def _kind(start: bytes) -> Any:
     raise Unreadable(f"is not a NIfTI file, nor another of {', '.join(SUFFIXES)}")
 
 
+def _header(start: bytes) -> Any:
+    """The header in the first LONGEST_HEADER bytes of a NIfTI or MGH file."""
+    kind = _kind(start).header_class
+    length = kind.template_dtype.itemsize
+    return kind(start[:MGH_START].ljust(length, b'\0') if start[:4] == MGH else start[:length])
+
+
 def _unpacked(data: bytes) -> bytes:
     if not data:
         raise Unreadable('is empty (0 bytes)')
@@ -275,9 +288,7 @@ def _unpacked(data: bytes) -> bytes:
 
 def _claim(start: bytes) -> int:
     """The bytes of the voxels after this header. Raises Unreadable if they are more than --max_gb allows."""
-    kind = _kind(start).header_class
-    size = kind.template_dtype.itemsize
-    header = kind(start[:MGH_START].ljust(size, b'\0') if start[:4] == MGH else start[:size])
+    header = _header(start)
     voxels = math.prod(int(n) for n in header.get_data_shape())
     if words := excess(max(4, header.get_data_dtype().itemsize) * voxels):
         raise Unreadable(words)

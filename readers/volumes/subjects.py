@@ -4,6 +4,7 @@
     <data>/t1/<subject>.nii.gz      <data>/flair/<subject>.nii.gz                     --modalities t1 flair
     <data>/<subject>/t1.nii.gz      <data>/<subject>/<subject>_t1.nii.gz              the same
     <data>/<class>/...              any of these, in class folders
+    <data>/<subject>/t1/*.dcm                                  the same, with --dicom_series
     <data>/imagesTr/<subject>.nii.gz      <data>/labelsTr/<subject>.nii.gz            --labels labelsTr
     <data>/train_keys.txt           subjects of the part `train`, one a line; val_keys.txt, test_keys.txt; the
                                     same of NAME-train.txt, NAME-val.txt and NAME-test.txt
@@ -18,10 +19,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from readers.paths import files_below
+from readers.paths import FOREIGN, Passed, files_below, pass_over
 from readers.source import same_name
 from readers.split import PARTS, count, some
 from readers.volumes.nifti import SUFFIXES, stem
+from readers.volumes.series import series_in
 from utils import UserError, read_text
 
 NORMAL = 'normal'                   # the class of a subject of which no folder and no key file says more
@@ -69,15 +71,28 @@ def is_label(path: str) -> bool:
     return LABEL_FILE.match(name) is not None or any(LABEL_FOLDER.match(folder) for folder in folders)
 
 
-def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str, without: str | Path = ''
-                  ) -> tuple[list[Subject], list[tuple[str, str]]]:
-    """The subjects below `root`, but for the folder `without`, and (id, reason) of those that lack a file.
-    Raises UserError if there are none.
+def volume_files(root: Path, dicom: bool, without: str | Path = '',
+                 passed: Passed | None = None) -> list[str]:
+    """The volumes below `root` but for the folder `without`, as paths relative to it: files, and with `dicom`
+    folders of slices. What is passed over goes to `passed`.
+    """
+    left: Passed = {}
+    found = files_below(root, SUFFIXES, without, left)
+    series, slices = series_in(root, left.get(FOREIGN, ())) if dicom else ([], ())
+    for kind, names in left.items() if passed is not None else ():
+        pass_over(passed, kind, *(name for name in names if name not in slices))
+    return sorted([*found, *series])
+
+
+def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str, without: str | Path = '',
+                  dicom: bool = False) -> tuple[list[Subject], list[tuple[str, str]]]:
+    """The subjects below `root`, but for the folder `without`, and (id, reason) of those that lack a file;
+    `dicom` as in `volume_files`. Raises UserError if there are none.
     """
     body = '' if body == AUTO else body
     names = [*modalities, *(name for name in (labels, body) if name)]
     table: dict[str, dict[str, str]] = {}
-    for path in files_below(root, SUFFIXES, without=without):
+    for path in volume_files(root, dicom, without):
         subject, name = owner(path, names)
         if not name and is_label(path):
             continue
@@ -104,7 +119,8 @@ def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str,
     if not subjects:
         found = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())[:10]) or 'no folders'
         raise UserError(f"--data: {root} holds no {', '.join(SUFFIXES)} file of "
-                        f"{', '.join(modalities) or 'a volume'}: found {found}.")
+                        f"{', '.join(modalities) or 'a volume'}: found {found}."
+                        + ' --dicom_series reads DICOM too.' * (not dicom))
     return subjects, bad
 
 
@@ -132,7 +148,8 @@ def with_keys(subjects: list[Subject], folder: Path, notes: list[str]) -> list[S
     for file, group in files.items():
         for line in filter(None, map(str.strip, read_text(file).splitlines())):
             key = stem(line)
-            if len(found := by_name.get(key, [])) != 1:
+            found = by_name.get(key) or by_name.get(key.replace('_', ''), [])        # SADE's key files have _
+            if len(found) != 1:
                 raise UserError(f"{file} names {key!r}, which {len(found) or 'no'} "
                                 f"subject{'s have' if found else ' has'}: correct it, or check --data.")
             if found[0] in named:

@@ -19,10 +19,11 @@ from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig, VolumeConfig, volume_flags
 from readers.items import Item, Listing, Loaded, import_items
 from readers.parallel import attempt
-from readers.paths import FOREIGN, Found, Passed, files_below, find_root, pass_over, passed_line, printable
+from readers.paths import FOREIGN, Found, Passed, find_root, pass_over, passed_line, printable
 from readers.source import DTYPES, Source, Unreadable
 from readers.split import count, some
-from readers.volumes.nifti import SUFFIXES, Grid, Nifti, read_nifti, resample
+from readers.volumes.nifti import Grid, Nifti, read_nifti, resample
+from readers.volumes.series import members, series_in
 from readers.volumes.subjects import (
     AUTO,
     KEYS,
@@ -32,6 +33,7 @@ from readers.volumes.subjects import (
     is_label,
     key_files,
     owner,
+    volume_files,
     with_classes,
     with_keys,
 )
@@ -76,15 +78,16 @@ class VolumeLoader:
         names = [*self.modalities, *(name for name in (self.labels, mask) if name)]
         if not root.exists():
             raise UserError(f"--data: {root} does not exist. Give a folder of NIfTI files, or one file.")
-        if not root.is_dir():
+        if not root.is_dir() or (self.config.dicom_series and '.' in series_in(root, os.listdir(root))[0]):
             self._expect_all_in(root, mask)
             return Found([printable(owner(root.name, names)[0])], [Subject(root.name, (str(root),))], {})
-        subjects, bad = find_subjects(root, self.modalities, self.labels, mask, without)
+        subjects, bad = find_subjects(root, self.modalities, self.labels, mask, without,
+                                      self.config.dicom_series)
         found = sorted([(s.id, s) for s in subjects] + [(name, Unreadable(why)) for name, why in bad],
                        key=lambda pair: pair[0])
         return Found([printable(name) for name, _ in found],
                      [replace(s, label='') if isinstance(s, Subject) else s for _, s in found],
-                     unused_files(root, names, {name for name, _ in found}, without))
+                     unused_files(root, names, {name for name, _ in found}, self.config, without))
 
     def _expect_all_in(self, file: Path, mask: str) -> None:
         """Raises UserError if a subject is more than one such file; whether that can be read shows later."""
@@ -168,10 +171,7 @@ class VolumeLoader:
         if self.config.volume_mask == AUTO:
             values = first.values[0]
             return body(values[None, None], otsu(values), largest=True)[0].astype(np.uint8), first.grid
-        if not subject.body:
-            return None
-        mask = self._read(subject.body, first)
-        return (mask.values > 0).any(0).astype(np.uint8), mask.grid
+        return self._marked(subject.body, first)
 
     def _scaled(self, values: np.ndarray, source: Grid, grid: Grid, inside: np.ndarray) -> np.ndarray:
         """One channel (*S) as integers; percentiles are over all voxels, as published, the padding's too."""
@@ -189,17 +189,21 @@ class VolumeLoader:
         """What is labeled as lesion (X, Y, Z) uint8 0 or 1 with its grid, None without a label; `first` is
         the first file of the subject. Raises Unreadable.
         """
-        if not subject.label:
+        return self._marked(subject.label, first)
+
+    def _marked(self, path: str, first: Nifti) -> tuple[np.ndarray, Grid] | None:
+        if not path:
             return None
-        label = self._read(subject.label, first)
-        return (label.values > 0).any(0).astype(np.uint8), label.grid
+        file = self._read(path, first)
+        return (file.values > 0).any(0).astype(np.uint8), file.grid
 
 
-def unused_files(root: Path, names: Sequence[str], ids: Collection[str], without: str | Path = '') -> Passed:
+def unused_files(root: Path, names: Sequence[str], ids: Collection[str], config: VolumeConfig,
+                 without: str | Path = '') -> Passed:
     """What lies below `root` and belongs to no subject of these ids; `names` are those of channels and masks.
     """
     passed: Passed = {}
-    files = files_below(root, SUFFIXES, without, passed)
+    files = volume_files(root, config.dicom_series, without, passed)
     keys = {file.name for file in key_files(root)}
     passed[FOREIGN] = [name for name in passed.get(FOREIGN, ()) if name not in keys]
     for file in files:
@@ -215,8 +219,9 @@ def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
     root, loader, notes = find_root(row.folder(config, row), row.where), VolumeLoader.of(config, row), []
     subjects, bad, by_label = find_all(root, config, row, loader, notes)
     loader = replace(loader, by_label=by_label)
-    items = [Item(s.id, s.class_name, s.part, path=s.files[0], mask=s.label,
-                  stamp=[(path, *stamp(path)) for path in s.all_files]) for s in subjects]
+    items = [Item(s.id, s.class_name, s.part, path=s.files[0], masks=(s.label,) * bool(s.label),
+                  stamp=[(file, *stamp(file)) for path in s.all_files for file in members(path)])
+             for s in subjects]
     side = config.image_size or row.size
     key = {'volumes': str(root.resolve()), **volume_flags(config, 'augment'), 'channels': loader.modalities,
            'label': loader.labels, 'side': side,
@@ -229,7 +234,8 @@ def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
 
     source = import_items(config, row, key, read)
     names = [name for name in (*loader.modalities, loader.labels, config.volume_mask) if name]
-    notes += passed_line(unused_files(root, names, {*(s.id for s in subjects), *(name for name, _ in bad)}))
+    ids = {*(s.id for s in subjects), *(name for name, _ in bad)}
+    notes += passed_line(unused_files(root, names, ids, config))
     return replace(source, notes=notes + source.notes, bad=bad + source.bad)
 
 
@@ -238,7 +244,8 @@ def find_all(root: Path, config: ReaderConfig, row: DataSet, loader: VolumeLoade
     """The subjects below `root` with their classes and parts, (id, reason) of those that lack a file, and
     whether labels decide who is normal: no folder says so.
     """
-    found, bad = find_subjects(root, loader.modalities, loader.labels, config.volume_mask)
+    found, bad = find_subjects(root, loader.modalities, loader.labels, config.volume_mask,
+                               dicom=config.dicom_series)
     subjects = with_classes(found, config.normal_classes or row.normal, row.where)
     in_folders = subjects is not found
     if config.labels and not any(s.label for s in subjects):

@@ -1,0 +1,135 @@
+"""Volumes of DICOM files: the slices in a folder, or the frames of a file, each at the place that it names.
+
+The world of DICOM runs to the left and the back (LPS), as that of ITK. X, Y, Z voxels along the rows, along
+the columns and from slice to slice.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from readers.dicom import (
+    MAGIC,
+    MAGIC_START,
+    count_frames,
+    is_dicom,
+    open_dataset,
+    stored_values,
+    take_groups,
+    without_words,
+)
+from readers.dicom_display import is_padding, rescaled
+from readers.source import Unreadable
+from readers.volumes.itk import TO_RAS
+from storage.limits import excess
+
+PLACE = ('ImagePositionPatient', 'ImageOrientationPatient', 'PixelSpacing', 'SeriesInstanceUID')
+FRAME_PLACE = ('PlanePositionSequence', 'PlaneOrientationSequence', 'PixelMeasuresSequence',
+               'PixelValueTransformationSequence')
+UNEVEN, LEAST = 0.02, 0.02         # of the step from slice to slice, and mm: differences that rounding makes
+
+
+def members(path: str | Path) -> list[str]:
+    """The DICOM files of a folder of slices, sorted; of a file itself."""
+    if not os.path.isdir(path):
+        return [str(path)]
+    return [str(Path(path, name)) for name in sorted(os.listdir(path)) if starts_as_dicom(Path(path, name))]
+
+
+def starts_as_dicom(path: Path) -> bool:
+    try:
+        with path.open('rb') as file:
+            return path.is_file() and path.name.upper() != 'DICOMDIR' and is_dicom(
+                file.read(MAGIC_START + len(MAGIC)))
+    except OSError:
+        return False
+
+
+def series_in(root: Path, names: Iterable[str]) -> tuple[list[str], set[str]]:
+    """The volumes among files of these names relative to `root`: folders of slices, '.' for `root`, and files
+    of several frames; and the names of all DICOM files.
+    """
+    slices = {name for name in names if starts_as_dicom(root / name)}
+    several = {name for name in slices if count_frames(root / name) > 1}
+    folders = {os.path.dirname(name) or '.' for name in slices - several}
+    return sorted(folders | several), slices
+
+
+class Slice(NamedTuple):
+    """A slice: its values (X, Y), padding as nan; the place of its first pixel (3,) and the steps of its axes
+    (2, 3) in mm; the series that it is of.
+    """
+    values: np.ndarray
+    place: np.ndarray
+    steps: np.ndarray
+    series: str
+
+
+def read_slices(data: bytes, number: int) -> Iterator[Slice]:
+    """The slices in one of `number` DICOM files, in the unit of the modality. Raises Unreadable."""
+    dataset = open_dataset(data, PLACE)
+    if not dataset.PhotometricInterpretation.startswith('MONOCHROME'):
+        raise Unreadable('is a DICOM file in color: volumes are gray')
+    if words := excess(4 * dataset.Rows * dataset.Columns * dataset.NumberOfFrames * number):
+        raise Unreadable(words)
+    for frame in range(dataset.NumberOfFrames):
+        take_groups(dataset, frame, FRAME_PLACE)
+        if absent := [name for name in PLACE[:3] if not dataset.get(name)]:
+            raise Unreadable(f'is a DICOM file without {absent[0]}')
+        place, turn, size = (np.array(dataset.get(name), np.float64) for name in PLACE[:3])
+        stored = stored_values(dataset, frame)                                             # (Y, X)
+        values = np.where(is_padding(dataset, stored), np.nan, rescaled(dataset, stored)[0])
+        yield Slice(values.T, place, turn.reshape(2, 3) * size[::-1, None], str(dataset.get(PLACE[3])))
+
+
+class DicomSeries:
+    """A volume, as nibabel has its images: `shape` (X, Y, Z), `affine` (4, 4) to mm, RAS+, and `dataobj`."""
+
+    def __init__(self, contents: Sequence[bytes]):
+        """From the bytes of its files. Raises Unreadable if their slices are no straight stack."""
+        with without_words():
+            slices = [piece for data in contents for piece in read_slices(data, len(contents))]
+            slices, step = stacked(slices)
+        values = np.stack([piece.values for piece in slices], axis=-1)                     # (X, Y, Z)
+        self.dataobj = np.where(np.isnan(values), np.nanmin(values), values).astype(np.float32)
+        self.shape, self.affine = values.shape, np.eye(4)
+        self.affine[:3] = np.column_stack([*slices[0].steps, step, slices[0].place])
+        self.affine = TO_RAS @ self.affine
+
+    def get_data_dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+
+def stacked(slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray]:
+    """The slices in their order along the normal, and the step (3,) from one to the next in mm. Raises
+    Unreadable for slices that are no straight, even stack.
+    """
+    first = slices[0]
+    if len(slices) == 1:
+        raise Unreadable('holds a single DICOM slice: a volume has two or more')
+    if (number := len({piece.series for piece in slices})) > 1:
+        raise Unreadable(f'holds {number} DICOM series: put each into a folder of its own')
+    if any(piece.values.shape != first.values.shape or not np.allclose(piece.steps, first.steps, atol=1e-3)
+           for piece in slices):
+        raise Unreadable('holds DICOM slices of different sizes, spacings or directions')
+    normal = np.cross(*first.steps)
+    normal /= np.linalg.norm(normal)
+    slices = sorted(slices, key=lambda piece: piece.place @ normal)
+    moves = np.diff([piece.place for piece in slices], axis=0)                             # (Z - 1, 3)
+    gaps = moves @ normal
+    usual, rounding = float(np.median(gaps)), max(LEAST, UNEVEN * float(np.median(gaps)))
+    if gaps.min() < LEAST:
+        raise Unreadable('holds several DICOM slices at one place: take apart its phases or echoes')
+    if gaps.max() - usual > rounding:
+        raise Unreadable(f'lacks a DICOM slice: they are {usual:.4g} mm apart, two of them '
+                         f'{gaps.max():.4g} mm')
+    if usual - gaps.min() > rounding:
+        raise Unreadable(f'holds DICOM slices unevenly apart, {gaps.min():.4g} to {gaps.max():.4g} mm')
+    if (aside := math.dist(moves.mean(0), gaps.mean() * normal)) > rounding:
+        raise Unreadable(f'is a DICOM series with a tilted gantry: from slice to slice the image moves by '
+                         f'{aside:.3g} mm aside. Resample it to a straight grid')
+    return slices, moves.mean(0)
