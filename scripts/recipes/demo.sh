@@ -17,10 +17,10 @@ named() { trap '' INT; while IFS= read -r line; do echo "$1: $line"; done; }
 # Where one job fails, or Ctrl-C comes, the other ends too: a training writes its checkpoint.
 trap 'kill ${JOBS[@]+"${JOBS[@]}"} 2>/dev/null || true; wait' EXIT
 
-train=(train.py --dataset phantom --num_phantoms 1800 --root "$ROOT" --cont_training --batch_size 16 --image_every 0)
-run "${train[@]}" --model dae --save demo_dae --epochs 17 --val_every 17 "$@"
+train=(train.py --dataset phantom --num_phantoms 1800 --root "$ROOT" --cont_training --image_every 0)
+run "${train[@]}" --model dae --save demo_dae --batch_size 8 --coarse_noise 0.16 --epochs 17 --val_every 17 "$@"
 PYTHONUNBUFFERED=1 run "${train[@]}" --model nvae --save demo_nvae \
-    --epochs 10 --warmup_epochs 1 --learning_rate 5e-3 --fast_adamax \
+    --batch_size 16 --epochs 10 --warmup_epochs 1 --learning_rate 5e-3 --fast_adamax \
     --arch_instance res_bnswish --use_se --res_dist --weight_decay_norm 1e-2 --weight_decay_norm_anneal \
     --num_latent_scales 1 --num_groups_per_scale 3 --num_latent_per_group 4 \
     --num_channels_enc 8 --num_preprocess_blocks 3 --num_preprocess_cells 1 \
