@@ -280,10 +280,14 @@ class ImageLoader:
 
     def finish(self, image: np.ndarray, mask: np.ndarray | None, sha256: str, num_bytes: int) -> Loaded:
         """An image (H, W, C) in [0, 1] and its mask (H, W, 1) bool."""
-        around = ((0, 0), (self.border, self.border), (self.border, self.border))
         pixels = to_integers(image, self.size, self.channels, self.depth, self.fit)
         notes = [*range_notes(image, pixels)]
         if mask is not None:
-            whole, mask = mask.all(), np.pad(mask_to_integers(mask, self.size, self.fit), around)
+            whole, mask = mask.all(), self.framed(mask_to_integers(mask, self.size, self.fit))
             notes += [FULL_MASK] * bool(whole) + [EMPTY_MASK] * (not mask.any())
-        return Loaded(np.pad(pixels, around), mask, sha256, num_bytes, repairs=tuple(notes))
+        return Loaded(self.framed(pixels), mask, sha256, num_bytes, repairs=tuple(notes))
+
+    def framed(self, x: np.ndarray) -> np.ndarray:
+        """x (C, S, S) with its border."""
+        around = (self.border, self.border)
+        return np.pad(x, ((0, 0), around, around)) if self.border else x
