@@ -1,6 +1,7 @@
 # make demo   train two small models on synthetic radiographs and compare what they find
 # make test   the test suite
 # make test-slow   the few tests that show once more, by another way, what a faster one shows
+# make bench   how long a training step, an evaluation and a start take (docs/performance.md)
 # make coverage   the suite, and which lines no test runs
 # make notebook   the tutorial, run, as docs/tutorial.ipynb
 # Each does all the set-up: a .venv here, with uv and the dependencies. Python: make demo PYTHON=python3.12
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow coverage lint notebook clean
+.PHONY: demo test test-slow bench coverage lint notebook clean
 
 demo: $(VENV)/.installed
 	PYTHON=$(RUN) bash scripts/recipes/demo.sh
@@ -19,6 +20,9 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n 2 --dist worksteal -m slow tests
+
+bench: $(VENV)/.installed
+	for name in train_step; do $(RUN) -m benchmarks.$$name --json bench_$$name.json || exit 1; done
 
 coverage: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered tests

@@ -1,6 +1,7 @@
 """Layers: shapes, weight normalization, initialization from data, singular values."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,19 +9,19 @@ import torch.nn.functional as F
 from pytest import approx
 from torch import nn
 
+from families.nvae import regularizers
 from families.nvae.flows import FlowCell, autoregressive_mask
-from neural_operations import (
+from families.nvae.layers import (
     RESIDUAL_OPS,
     Cell,
-    SpectralRegularizer,
+    Conv2d,
     SqueezeExcite,
     WeightNormConv2d,
-    activation_bytes,
-    batch_norm_regularizer,
-    checkpoint_activations,
-    effective_weights,
+    depthwise_filter_gradient,
     initialize_from_data,
 )
+from families.nvae.regularizers import SpectralRegularizer, batch_norm_regularizer, filters
+from neural_operations import Conv3d, ConvTranspose3d, activation_bytes, checkpoint_activations
 
 OPS = [*RESIDUAL_OPS, 'mconv_e6k5g0', 'mconv_e3k5g8', 'mconv_e6k11g0', 'mconv_e6k9g0']
 SHAPES = {'normal': (2, 8, 12, 12), 'down': (2, 16, 6, 6), 'up': (2, 4, 24, 24)}
@@ -105,14 +106,56 @@ def test_spectral_regularizer_finds_the_sum_of_largest_singular_values():
 
 
 def test_filters_of_convolutions_of_a_shape_are_those_of_each():
-    """Three kinds of groups: weight-normalized, one of them masked; plain; and mixed."""
     torch.manual_seed(2)
     mask = (torch.rand(4, 3, 3, 3) > 0.5).float()
     normed = [WeightNormConv2d(3, 4, 3), WeightNormConv2d(3, 4, 3, mask=mask)]
-    plain = [nn.Conv2d(3, 4, 3, bias=False) for _ in range(2)]
-    for convs in (normed, plain, [normed[0], plain[0]]):
-        each = [conv.effective_weight() if conv in normed else conv.weight for conv in convs]
-        torch.testing.assert_close(effective_weights(convs), torch.stack(each).flatten(2))
+    weight, factor = filters(normed)
+    each = torch.stack([conv.effective_weight() for conv in normed]).flatten(2)
+    torch.testing.assert_close(weight * factor, each)
+    assert filters([nn.Conv2d(3, 4, 3)])[1] is None
+
+
+def test_singular_values_do_not_depend_on_how_many_matrices_the_cache_holds(monkeypatch):
+    torch.manual_seed(2)
+    convs = [WeightNormConv2d(3, 4, 3) for _ in range(3)] + [nn.Conv2d(3, 4, 3), WeightNormConv2d(3, 4, 3)]
+    whole, parts = SpectralRegularizer(convs), SpectralRegularizer(convs)
+    parts.load_state_dict(whole.state_dict())
+    value = whole()
+    monkeypatch.setattr(regularizers, 'IN_CACHE', 2 * convs[0].weight.numel())
+    torch.testing.assert_close(parts(), value)
+    for name, buffer in whole.named_buffers():
+        torch.testing.assert_close(buffer, parts.get_buffer(name))
+
+
+@pytest.mark.parametrize(('kernel', 'stride', 'size'),
+                         [(5, 1, 8), (3, 2, 9), (5, 2, 8), (9, 1, 4), (1, 1, 3)])
+def test_filters_of_depthwise_convolutions_get_the_gradient_of_pytorch(kernel, stride, size):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, size, size + 1).double()
+    w = torch.randn(4, 1, kernel, kernel).double().requires_grad_()
+    y = F.conv2d(x, w, None, stride, kernel // 2, groups=4)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    ours = depthwise_filter_gradient(x.float(), gradient.float(), kernel, stride, kernel // 2)
+    torch.testing.assert_close(ours.double(), w.grad, rtol=1e-5, atol=1e-5 * float(w.grad.abs().max()))
+
+
+@pytest.mark.parametrize('amp', [False, True])
+def test_a_depthwise_convolution_trains_as_that_of_pytorch(amp):
+    torch.manual_seed(0)
+    ours = Conv2d(6, 6, 5, padding=2, groups=6, bias=False)
+    plain, x = nn.Conv2d(6, 6, 5, padding=2, groups=6, bias=False), torch.randn(2, 6, 8, 8)
+    plain.load_state_dict(ours.state_dict())
+    found = []
+    for conv in (ours, plain):
+        image = x.clone(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=amp):
+            y = conv(image)
+        assert 'Depthwise' in type(y.grad_fn).__name__ or conv is plain
+        y.float().square().sum().backward()
+        found.append((y, image.grad, conv.weight.grad))
+    for ours, expected in zip(*found):
+        torch.testing.assert_close(ours, expected, rtol=2e-2 if amp else 1e-5, atol=0.2 if amp else 1e-4)
 
 
 def test_gradient_of_the_largest_singular_value_is_the_outer_product_of_its_vectors():
@@ -187,3 +230,26 @@ def test_weight_norm_is_taken_after_masking():
         atol=1e-4,
     )
     assert F.conv2d(torch.ones(1, 1, 3, 3), conv.effective_weight()).shape == (1, 6, 1, 1)
+
+
+@pytest.mark.parametrize(('kernel', 'stride', 'dilation', 'planes'),
+                         [(3, 1, 1, 6), (3, 2, 1, 7), (3, 1, 2, 5), (1, 1, 1, 3), (3, 2, 1, 2), (4, 2, 1, 8)])
+def test_a_single_volume_is_convolved_as_one_of_two(kernel, stride, dilation, planes):
+    torch.manual_seed(0)
+    ours = Conv3d(2, 3, kernel, stride, padding=dilation * (kernel - 1) // 2, dilation=dilation)
+    x = torch.randn(2, 2, planes, 6, 5)
+    found = []
+    for conv, volumes in ((ours.forward, x[:1]), (partial(nn.Conv3d.forward, ours), x)):
+        volumes = volumes.clone().requires_grad_()
+        y = conv(volumes)[:1]
+        y.square().sum().backward()
+        found.append((y, volumes.grad[:1], ours.weight.grad.clone(), ours.bias.grad.clone()))
+        ours.zero_grad()
+    for one, of_two in zip(*found):
+        torch.testing.assert_close(one, of_two, rtol=1e-5, atol=1e-4)
+
+
+def test_a_single_volume_is_enlarged_as_one_of_two():
+    torch.manual_seed(0)
+    conv, x = ConvTranspose3d(2, 3, 2, stride=2), torch.randn(2, 2, 3, 3, 3)
+    torch.testing.assert_close(conv(x[:1]), nn.ConvTranspose3d.forward(conv, x)[:1])

@@ -9,8 +9,8 @@ import torch
 from pytest import approx
 
 from families.nvae.model import balance_coefficients, balanced_kl
+from families.nvae.regularizers import SpectralRegularizer, batch_norm_regularizer
 from model import load_model, restore
-from neural_operations import SpectralRegularizer, batch_norm_regularizer, effective_weights
 from storage.checkpoint import read_checkpoint
 
 PARITY = Path(os.environ.get('PARITY_DIR', Path(__file__).parents[2] / 'shared' / 'parity'))
@@ -65,9 +65,8 @@ def test_prior_mean(name):
 def test_regularizer(name):
     model, answers = model_and_answers(name)
     convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    exact = sum(
-        torch.linalg.svdvals(effective_weights([c])[0].detach().double())[0].item() for c in convs
-    )
+    applied = [c.effective_weight() if hasattr(c, 'effective_weight') else c.weight for c in convs]
+    exact = sum(torch.linalg.svdvals(w.detach().flatten(1).double())[0].item() for w in applied)
     expected = answers['regulariser']
     assert len(convs) == expected['num_conv']
     assert exact == approx(expected['sum_of_top_singular_values_exact'], rel=1e-5)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distributions import EIGHT_BITS, Normal, Pixels, Terms, full_precision
 from families.autoencoder.config import AEConfig, VAEConfig
-from neural_operations import check_latents, coarse_noise
+from neural_operations import Conv3d, ConvTranspose3d, check_latents, coarse_noise
 from utils import UserError
 
 # ------------------------------------------------------------------------------------------------------- loss
@@ -72,7 +72,7 @@ class Layers(NamedTuple):
 
 
 LAYERS = {2: Layers(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d),                       # by the axes of S
-          3: Layers(nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d)}
+          3: Layers(Conv3d, ConvTranspose3d, nn.BatchNorm3d)}
 
 
 def halve(layers: Layers, c_in: int, c_out: int) -> nn.Sequential:

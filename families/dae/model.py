@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from distributions import EIGHT_BITS, Pixels, Terms, full_precision
 from families.dae.config import GROUPS, DAEConfig
-from neural_operations import coarse_noise
+from neural_operations import CONV, coarse_noise
 from utils import UserError
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}                    # by the axes of S
-POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
+POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}           # by the axes of S
 
 
 def space_to_depth(x: Tensor) -> Tensor:

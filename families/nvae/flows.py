@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neural_operations import WeightNormConv2d
+from families.nvae.layers import WeightNormConv2d
 
 HIDDEN_FACTOR = 6
 

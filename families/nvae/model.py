@@ -24,15 +24,9 @@ from distributions import (
 )
 from families.nvae.config import ARCHITECTURES, NVAEConfig
 from families.nvae.flows import FlowCell
-from neural_operations import (
-    Cell,
-    SpectralRegularizer,
-    WeightNormConv2d,
-    batch_norm_regularizer,
-    check_latents,
-    coarse_noise,
-    initialize_from_data,
-)
+from families.nvae.layers import Cell, WeightNormConv2d, initialize_from_data
+from families.nvae.regularizers import SpectralRegularizer, batch_norm_regularizer
+from neural_operations import check_latents, coarse_noise
 from utils import UserError
 
 ACTIVE_KL = 0.1        # nats per image; a latent channel with less is counted as unused

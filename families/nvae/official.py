@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from distributions import Pixels
 from families.nvae.config import NVAEConfig
+from families.nvae.layers import Cell, WeightNormConv2d
 from families.nvae.model import NVAE
-from neural_operations import Cell, WeightNormConv2d
 from utils import UserError, read_flags
 
 # Flags that old checkpoints lack, at the values they had before they were flags.

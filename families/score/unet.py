@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from distributions import full_precision
 from families.score.config import ATTENTION_GROUPS
 from families.score.sde import expand
+from neural_operations import CONV
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 LINEAR_INTERPOLATION = {2: 'bilinear', 3: 'trilinear'}
 AVERAGE = {2: F.avg_pool2d, 3: F.avg_pool3d}
 DROPOUT = {2: nn.Dropout2d, 3: nn.Dropout3d}                         # of whole channels
