@@ -12,9 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from families.nvae.layers import Conv2d, WeightNormConv2d
 from families.nvae.regularizers import SpectralRegularizer, is_normed
+from neural_operations import Conv3d, ConvTranspose3d
+from utils import seed_noise
 
 
 class PlainWeightNorm(WeightNormConv2d):
@@ -38,7 +41,8 @@ class PlainSpectral(SpectralRegularizer):
         return total
 
 
-PLAIN = {Conv2d: nn.Conv2d, WeightNormConv2d: PlainWeightNorm, SpectralRegularizer: PlainSpectral}
+PLAIN = {Conv2d: nn.Conv2d, WeightNormConv2d: PlainWeightNorm, SpectralRegularizer: PlainSpectral,
+         Conv3d: nn.Conv3d, ConvTranspose3d: nn.ConvTranspose3d}
 
 
 def plain_model(model: Any) -> Any:
@@ -47,6 +51,26 @@ def plain_model(model: Any) -> Any:
     for module in model.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
     return model
+
+
+class OrderedNoise(TorchFunctionMode):
+    """Within the block noise does not depend on the memory format of the tensors that it is drawn for."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function is torch.randn_like:
+            return torch.randn(args[0].shape, device=args[0].device, dtype=args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+def loss_and_gradient(model: Any, x: Tensor) -> Tensor:
+    """The loss of a batch and the norm of its gradient, in float64: (2,). Gradients are cleared."""
+    seed_noise(0)
+    with OrderedNoise():
+        loss, _ = model.objective(model(x), 0.0)
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return torch.stack([loss.detach(), norm]).double()
 
 
 def plain_step(model: Any, optimizer: torch.optim.Optimizer, progress: float) -> Callable[[Tensor], Tensor]:

@@ -3,7 +3,7 @@
     python -m benchmarks.train_step [nvae_mnist:16 ...] [--clock cpu] [--json FILE]
 
 `overhead` is the step divided by its convolutions alone, forward and backward, of the same shapes; `speedup`
-is the plain step of benchmarks/plain.py divided by ours; `difference` the relative one of the two losses.
+is the plain step of benchmarks/plain.py divided by ours; `difference` the relative one of losses and gradients.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import alternate, milliseconds, peak_memory, ratio, run
-from benchmarks.plain import plain_model, plain_step
+from benchmarks.plain import loss_and_gradient, plain_model, plain_step
 from train import parse_args, train_step
 from training.trainer import Trainer
 from utils import UserError, seed_noise
@@ -35,7 +35,7 @@ CASES = {
     'score_32:1': ('score_phantom_cpu', 1, '--volume_shape 32 32 32'),
     'score_32:2': ('score_phantom_cpu', 2, '--volume_shape 32 32 32'),
 }
-ALIKE = 1e-4        # largest relative difference of the losses of two ways to compute a step
+ALIKE = 1e-4        # largest relative difference of losses, and of norms of gradients
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -85,7 +85,11 @@ def measure(trainer: Trainer, rounds: int, clock: str) -> dict[str, Any]:
     """The columns of a case's row."""
     images = next(trainer.steps(0, 0))
     trainer.start_step(images)
-    baseline = plain_step(plain_model(trainer.model), trainer.optimization.optimizer, progress=0.0)
+    model = plain_model(trainer.model)
+    found, expected = (loss_and_gradient(m, images[0]) for m in (trainer.model, model))
+    if not (difference := float((found / expected - 1).abs().max())) < ALIKE:
+        raise UserError(f"our loss or gradient and those of the plain step differ by {difference:.1e} of them.")
+    baseline = plain_step(model, trainer.optimization.optimizer, progress=0.0)
 
     def plain() -> Tensor:
         seed_noise(trainer.run.seed, 'train', 0, 0)
@@ -94,8 +98,6 @@ def measure(trainer: Trainer, rounds: int, clock: str) -> dict[str, Any]:
     def ours() -> Tensor:
         return train_step(trainer, images)['train/loss_iter']
 
-    if not (difference := abs(float(ours()) / float(plain()) - 1)) < ALIKE:
-        raise UserError(f"our loss and that of the plain step differ by {difference:.1e} of it.")
     steps = {'step': ours, 'plain': plain}
     memory = {name: peak_memory(step) for name, step in steps.items()}
     steps['convolutions'] = convolutions_of(trainer.model, images[0])

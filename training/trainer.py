@@ -27,6 +27,7 @@ from storage.checkpoint import copies, not_finite, read_checkpoint
 from storage.provenance import add_start
 from training.config import RunConfig, Schedule, TrainConfig
 from training.optimization import Optimization, capture_passes, check_graph
+from training.precision import choose_bf16
 from training.run_folder import RunFolder, begun_mark, read_resumable
 from utils import UserError, mix_seed, read_flags, seed_noise, write_json
 
@@ -63,7 +64,9 @@ class Trainer:
         self.model = self._build_model(initial=not saved)
         # What progress and validations show: the bound of a likelihood model, the loss of another.
         self.metric = 'nelbo' if hasattr(self.model, 'num_groups') else 'loss'
-        self.amp = self.config.amp == 'bf16' or (self.config.amp == 'auto' and launch.device().type == 'cuda')
+        # None: the first step chooses. A run that goes on keeps what it has chosen, and so its numbers.
+        auto = True if launch.device().type == 'cuda' else saved.get('amp') if saved else None
+        self.amp = {'bf16': True, 'off': False, 'auto': auto}[self.config.amp]
         self.optimization = Optimization(self.model, self.schedule)
         if saved:
             self.optimization.load_state_dict(saved)
@@ -148,7 +151,7 @@ class Trainer:
     def save(self) -> bool:
         """Writes the checkpoint. False if a number in it is not finite on any process: then none is written.
         """
-        state = self.optimization.state_dict()
+        state = self.optimization.state_dict() | {'amp': self.amp}
         if launch.any_rank(bool(not_finite({key: state[key] for key in ('weights', 'ema', 'optimizer')}))):
             return False
         self.folder.save('checkpoint.pt', self.model, state)
@@ -170,6 +173,10 @@ class Trainer:
             self.model.initialize(torch.cat(images))
             self.optimization.weights_changed()
         self.model.train()
+        if self.amp is None:
+            seed_noise(self.run.seed, 'precision', launch.rank())
+            self.amp, line = choose_bf16(self.model, images[0])
+            self.folder.say(line)
         if self.config.cuda_graph and not self.captured:
             self.captured = True
             capture_passes(self.model, images[0], self.amp)
