@@ -297,13 +297,13 @@ def pixel_likelihood(pixels: Pixels, channels: int, num_mixture: int, official: 
 
 class RowNoise(TorchFunctionMode):
     """Inside `with RowNoise(seeds)`, each row of what `torch.randn_like` or `rand_like` draws follows from a
-    seed of its own, and not from the other rows. All that is drawn has as many rows as there are seeds.
+    seed of its own, and not from the other rows. All that is drawn has `rows` rows for each of the seeds.
     """
     FILL = {torch.randn_like: torch.Tensor.normal_, torch.rand_like: torch.Tensor.uniform_}
 
-    def __init__(self, seeds: Sequence[int]):
+    def __init__(self, seeds: Sequence[int], rows: int = 1):
         super().__init__()
-        self.seeds, self.generators = seeds, []
+        self.seeds, self.rows, self.generators = seeds, rows, []
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
@@ -312,6 +312,6 @@ class RowNoise(TorchFunctionMode):
         drawn = torch.empty_like(*args, **(kwargs or {}))
         if not self.generators:
             self.generators = [torch.Generator(drawn.device).manual_seed(seed) for seed in self.seeds]
-        for row, generator in zip(drawn, self.generators, strict=True):
-            self.FILL[function](row, generator=generator)
+        for rows, generator in zip(drawn.split(self.rows), self.generators, strict=True):
+            self.FILL[function](rows, generator=generator)
         return drawn

@@ -140,6 +140,11 @@ def _saved_bytes(run: Callable[[], object], part: nn.Module) -> int:
     return total
 
 
+def repeated(x: Tensor, draws: int) -> Tensor:
+    """All of x (B, ...) as often as there are draws: (draws B, ...), draw by draw."""
+    return torch.cat([x] * draws) if draws > 1 else x
+
+
 def check_latents(latents: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
     """Raises UserError unless these are latents of the top groups, one or more, of these shapes (Z, h, w)."""
     given = [tuple(z.shape[1:]) for z in latents]

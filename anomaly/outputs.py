@@ -8,7 +8,7 @@ the drawn latents, to which skipped groups add nothing.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +22,7 @@ from utils import mix_seed
 
 Terms = dict[str, Tensor]
 LEAST_SPREAD = 1e-2        # of a latent over positions, whose prior has a standard deviation of about 1
+SUITABLE_BATCH = {'cpu': 64, 'cuda': 512}       # images of a pass, where several draws may be one batch
 TERMS = ('recon', 'kl', 'kl_channels', 'log_q', 'log_p')
 
 
@@ -46,7 +47,23 @@ def as_float64(terms: Terms) -> Terms:
     return {name: terms[name].detach().cpu().double() for name in TERMS if name in terms}
 
 
-# ------------------------------------------------------------------------------------------------------ noise
+# ------------------------------------------------------------------------------------------ passes and noise
+
+def passes(model: Any, x: Tensor, seeds: Sequence[Sequence[int]], most: int = 0,
+           **options: Any) -> Iterator[Terms]:
+    """Those of TERMS that a forward pass of images x (B, C, *S) gives with each of the `seeds`: one for the
+    noise of all images, or one an image. A model that takes several draws at once encodes an image once for
+    them; `most` images pass at once, repeated ones counted, 0 = as many as suit the device.
+    """
+    most = most or SUITABLE_BATCH.get(x.device.type, 0)
+    together = max(1, most // len(x)) if getattr(model, 'takes_draws', False) else 1
+    for some in (seeds[first:first + together] for first in range(0, len(seeds), together)):
+        with RowNoise([seed for draw in some for seed in draw], rows=len(x) // len(some[0])):
+            terms = model(x, **options, **({'draws': len(some)} if len(some) > 1 else {}))
+        terms = {name: terms[name].unflatten(0, (len(some), -1)) for name in TERMS if name in terms}
+        yield from ({name: values[draw] for name, values in terms.items()} for draw in range(len(some)))
+
+
 
 def content_id(image: Tensor) -> str:
     """32 hexadecimal digits that identify the values of an image (C, *S), wherever its file lies."""
@@ -93,16 +110,27 @@ class Outputs:
         """Context in which all noise follows from the seed, the purpose and each image."""
         return RowNoise([mix_seed(self.scoring.seed, *purpose, i) for i in self.ids])
 
-    def forward(self, number: int, skip: int = 0) -> Terms:
-        """Terms of forward pass `number` in float64 on the CPU, without logits."""
+    def forward(self, numbers: Sequence[int], skip: int = 0) -> Iterator[Terms]:
+        """Terms of these forward passes in float64 on the CPU, without logits."""
         separate = skip and self.scoring.llr_noise == 'separate'
         prior = {'prior_temperature': float(self.scoring.llr_prior == 'draw')} if skip else {}
-        with self.noise(*(('skip', skip) if separate else ()), number):
-            return as_float64(self.model(self.x, skip=skip, **prior))
+        purpose = ('skip', skip) if separate else ()
+        seeds = [[mix_seed(self.scoring.seed, *purpose, number, i) for i in self.ids] for number in numbers]
+        return map(as_float64, passes(self.model, self.x, seeds, skip=skip, **prior))
 
     def terms(self, draw: int = 0, skip: int = 0) -> Terms:
         """Terms of one of the D draws: recon, kl, log_q, log_p."""
-        return self.once(('terms', draw, skip), lambda: self.forward(draw, skip))
+        together = getattr(self.model, 'takes_draws', False)
+        self._keep('terms', range(self.scoring.num_draws) if together else [draw], skip, lambda terms: terms)
+        return self._made['terms', draw, skip]
+
+    def _keep(self, name: str, numbers: Sequence[int], skip: int, function: Callable[[Terms], Any]) -> None:
+        """Makes those of these forward passes that are still to be made, and keeps a function of their terms.
+        """
+        missing = [number for number in numbers if (name, number, skip) not in self._made]
+        with torch.no_grad():
+            for number, terms in zip(missing, self.forward(missing, skip)):
+                self._made[name, number, skip] = function(terms)
 
     def posterior_means(self) -> Terms:
         """Terms of a pass that takes every latent at the mean of its posterior."""
@@ -117,16 +145,16 @@ class Outputs:
         """Negative ELBO, mean over the draws, nats: (B,)."""
         return -self.mean(elbo)
 
-    def log_weight(self, number: int, skip: int = 0) -> Tensor:
-        """Log weight of forward pass `number`, nats: (B,). The first D passes are the draws."""
-        def make() -> Tensor:
-            is_draw = number < self.scoring.num_draws
-            return log_weight(self.terms(number, skip) if is_draw else self.forward(number, skip))
-        return self.once(('log_weight', number, skip), make)
+    def log_weights(self, numbers: Sequence[int], skip: int = 0) -> Tensor:
+        """Log weights of these forward passes, nats: (M, B). The first D passes are the draws."""
+        draws = self.scoring.num_draws
+        self._keep('log_weight', [number for number in numbers if number >= draws], skip, log_weight)
+        return torch.stack([log_weight(self.terms(number, skip)) if number < draws
+                            else self._made['log_weight', number, skip] for number in numbers])
 
     def iw_bound(self, numbers: Sequence[int], skip: int = 0) -> Tensor:
         """Importance-weighted bound (Burda et al. 2016, eq. 8) from forward passes `numbers`, nats: (B,)."""
-        return log_mean_exp(torch.stack([self.log_weight(number, skip) for number in numbers]), 0)
+        return log_mean_exp(self.log_weights(numbers, skip), 0)
 
     def bound(self, skip: int = 0) -> Tensor:
         """L, or with `skip=k` L>k, from M importance samples, mean over D such draws: (B,) nats.

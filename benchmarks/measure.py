@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distributed import launch
 from distributed.launch import LaunchConfig
@@ -79,6 +80,15 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(of, to))
 
 
+def compared(steps: Mapping[str, Callable[[], Tensor]], flags: argparse.Namespace) -> dict[str, float]:
+    """Columns of a table for ours and the plain way to compute the same numbers."""
+    ours, plain = (steps[name]().double() for name in ('ours', 'plain'))
+    seconds = alternate(steps, flags.rounds, flags.clock)
+    return {**milliseconds(seconds), 'speedup': ratio(seconds['plain'], seconds['ours']),
+            **{f'{name} MB': peak_memory(step) for name, step in steps.items()},
+            'difference': float((ours - plain).abs().max())}
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [columns, *([show(row.get(name, '')) for name in columns] for row in rows)]
@@ -93,7 +103,7 @@ def show(value: Any) -> str:
 
 
 def run(rows: Callable[[argparse.Namespace], Iterable[dict[str, Any]]], about: str,
-        choices: Mapping[str, Any], argv: Sequence[str] | None = None) -> int:
+        choices: Iterable[str], argv: Sequence[str] | None = None) -> int:
     """The program of a benchmark: reads the flags, prints the table of `rows(flags)` and writes it as JSON.
 
     `choices` name the cases, all of which are measured if none is named.

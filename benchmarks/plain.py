@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from distributions import RowNoise
 from families.nvae.layers import Conv2d, WeightNormConv2d
 from families.nvae.regularizers import SpectralRegularizer, is_normed
 from neural_operations import Conv3d, ConvTranspose3d
@@ -48,6 +49,7 @@ PLAIN = {Conv2d: nn.Conv2d, WeightNormConv2d: PlainWeightNorm, SpectralRegulariz
 def plain_model(model: Any) -> Any:
     """A copy of a model that computes without any trick."""
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    model.takes_draws = False
     for module in model.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
     return model
@@ -57,8 +59,8 @@ class OrderedNoise(TorchFunctionMode):
     """Within the block noise does not depend on the memory format of the tensors that it is drawn for."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if function is torch.randn_like:
-            return torch.randn(args[0].shape, device=args[0].device, dtype=args[0].dtype)
+        if function in (*RowNoise.FILL, torch.empty_like):               # RowNoise fills an empty tensor
+            args = (args[0].new_empty(args[0].shape), *args[1:])
         return function(*args, **(kwargs or {}))
 
 

@@ -39,6 +39,8 @@ class Images:
 class Likelihood(Images, Batches, Noise):
     """Likelihood"""
     num_iw_samples: int = flag(1000, 'importance samples per image', least=1, basic=True)
+    iw_batch: int = flag(0, 'images that pass at once, each repeated for several importance samples; 0 = as '
+                            'suits the device', least=0)
     max_images: int = flag(0, 'number of images to evaluate, rounded up to whole batches; 0 = all',
                            least=0, basic=True)
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomaly.outputs import elbo, log_weight
+from anomaly.outputs import elbo, log_weight, passes
 from distributed import launch
 from distributions import bits_per_dim, log_mean_exp
 from evaluation.config import Likelihood
 from readers.parts import Batch
-from utils import UserError, seed_noise
+from utils import UserError, mix_seed, seed_noise
 
 Batches = Iterable[tuple[int, Batch]]        # with the number of each
 
@@ -32,21 +32,20 @@ def over_batches(model: Any, batches: Batches, measure: Callable[[int, Batch], A
 
 
 def evaluate_likelihood(model: Any, batches: Batches, *, num_iw_samples: int, seed: int,
-                        num_dims: int) -> dict[str, float]:
+                        num_dims: int, iw_batch: int = 0) -> dict[str, float]:
     """Mean NELBO and importance-weighted negative log-likelihood of all images of `batches`, over all ranks.
 
     The NELBO is averaged over the same `num_iw_samples` draws. Returns nats and bits per dimension, standard
-    errors over images, and the number of images. Noise is a function of seed, batch number and draw, so the
+    errors over images, and the number of images. `iw_batch` images pass at once, repeated for several draws;
+    0 = as many as suit the device. Noise is a function of seed, batch number and draw, so the
     numbers do not depend on how many processes share the batches. Where there are both, 'normal' and
     'anomalous' hold the same of these images alone. Raises UserError if there are no images.
     """
     def bounds(number: int, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        x, elbos, weights = batch.x.to(launch.device(), non_blocking=True), [], []
-        for draw in range(num_iw_samples):
-            seed_noise(seed, 'likelihood', number, draw)
-            terms = model(x)
-            elbos.append(elbo(terms).double())
-            weights.append(log_weight(terms).double())
+        x = batch.x.to(launch.device(), non_blocking=True)
+        seeds = [[mix_seed(seed, 'likelihood', number, draw)] for draw in range(num_iw_samples)]
+        elbos, weights = zip(*((elbo(terms).double(), log_weight(terms).double())
+                               for terms in passes(model, x, seeds, iw_batch)))
         nelbo, neg_log_p = -torch.stack(elbos).mean(0), -log_mean_exp(torch.stack(weights))
         return nelbo.cpu().numpy(), neg_log_p.cpu().numpy(), batch.y.numpy()
 
@@ -102,6 +101,7 @@ def evaluate(run: Any) -> None:
     config, data = run.flags(Likelihood), run.data()
     result = evaluate_likelihood(run.model, run.batches(data, config.max_images),
                                  num_iw_samples=config.num_iw_samples, seed=config.seed,
+                                 iw_batch=config.iw_batch,
                                  num_dims=count_dims(data.shape, data.pixels.padding))
     result |= {'part': run.part, 'seed': config.seed}
     run.write_metrics('likelihood', result)

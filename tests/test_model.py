@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 
 import train
+from anomaly.outputs import passes
 from distributions import Pixels, RowNoise
 from families.autoencoder import config as autoencoder
 from families.autoencoder.model import LOG_NORMALIZERS, LOSSES
@@ -175,6 +176,21 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(name):
         for key, value in alone.items():
             torch.testing.assert_close(value, together[key][rows], rtol=1e-6, atol=1e-6,
                                        msg=lambda told, key=key: f'{key}: {told}')
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('skip', [0, 1])
+def test_several_draws_at_once_are_those_of_several_passes(name, skip):
+    model, x = build(name).double(), images().double()
+    if not getattr(model, 'takes_draws', False):
+        pytest.skip(f'{name} takes one draw at a time')
+    assert model.num_groups
+    seeds = [[10, 11, 12], [20, 21, 22]]
+    one_by_one = list(passes(model, x, seeds, most=3, skip=skip))
+    for alone, together in zip(one_by_one, passes(model, x, seeds, most=6, skip=skip), strict=True):
+        for key, value in alone.items():
+            torch.testing.assert_close(together[key], value, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(one_by_one[0]['recon'], one_by_one[1]['recon'])
 
 
 @torch.no_grad()

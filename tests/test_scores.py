@@ -150,7 +150,7 @@ def test_with_the_exact_posterior_every_log_weight_is_log_p_of_x():
     model, x = LinearGaussian(), images()
     outputs = outputs_of(model, x, num_draws=2, num_iw_samples=3)
     for number in range(3):
-        torch.testing.assert_close(outputs.log_weight(number), model.log_prob(x), rtol=0, atol=1e-9)
+        torch.testing.assert_close(outputs.log_weights([number])[0], model.log_prob(x), rtol=0, atol=1e-9)
     torch.testing.assert_close(image('iw', outputs), -model.log_prob(x))
 
 
@@ -158,7 +158,7 @@ def test_iw_bound_of_a_wrong_posterior_converges_from_below():
     model, x = LinearGaussian(spread=2.0), images()
     truth = model.log_prob(x)
     outputs = outputs_of(model, x.repeat(300, 1, 1, 1))
-    weights = torch.stack([outputs.log_weight(number) for number in range(10)]).view(-1, 3)
+    weights = outputs.log_weights(range(10)).view(-1, 3)
     assert (log_mean_exp(weights) - truth).abs().max() < 0.1
     assert (weights.mean(0) < truth - 0.3).all()                          # the ELBO is far below
     assert log_mean_exp(weights[:5]).mean() < log_mean_exp(weights).mean()
@@ -209,7 +209,7 @@ def test_one_sample_of_a_bound_is_the_elbo_and_several_are_log_weights():
     model, x = LinearGaussian(spread=1.5), images()
     outputs = outputs_of(model, x, num_draws=2, iw_samples_elbo=3, iw_samples_lk=1)
     assert torch.equal(outputs.bound(1), outputs.mean(elbo, 1))
-    weights = torch.stack([log_weight(outputs.forward(number)) for number in range(6)])
+    weights = torch.stack([log_weight(terms) for terms in outputs.forward(range(6))])
     # draws 0 and 1 have samples 0, 2, 4 and 1, 3, 5: each draw is among its own samples
     expected = (log_mean_exp(weights[::2]) + log_mean_exp(weights[1::2])) / 2
     torch.testing.assert_close(outputs.bound(), expected)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distributions import EIGHT_BITS, Normal, Pixels, Terms, full_precision
 from families.autoencoder.config import AEConfig, VAEConfig
-from neural_operations import Conv3d, ConvTranspose3d, check_latents, coarse_noise
+from neural_operations import Conv3d, ConvTranspose3d, check_latents, coarse_noise, repeated
 from utils import UserError
 
 # ------------------------------------------------------------------------------------------------------- loss
@@ -203,6 +203,7 @@ class VAE(AE):
     primary_score = VAEConfig.primary_score
     code_parts = 2                       # means and log variances
     num_groups = 1
+    takes_draws = True
 
     def __init__(self, shape: tuple[int, ...], config: VAEConfig, pixels: Pixels = EIGHT_BITS):
         super().__init__(shape, config, pixels)
@@ -220,17 +221,20 @@ class VAE(AE):
         return Normal(mean, torch.ones_like(mean))
 
     def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0,
-                prior_temperature: float = 1.0) -> Terms:
+                prior_temperature: float = 1.0, draws: int = 1) -> Terms:
         """Terms of the bound for images x (B, C, *S) in [0, 1], in nats.
 
         recon (B,) = -log p(x|z); kl (B, 1), analytic; log_q, log_p (B,) of the drawn latents; kl_channels
         (B, 1, Z), the KL of each latent; logits (B, C, *S), which are y; error (B,), the mean error.
         `skip=1` draws the latents from the prior; `temperature` scales the noise, 0 is none, and
-        `prior_temperature` that of the prior once more.
+        `prior_temperature` that of the prior once more. Of several `draws` the terms are (draws B, ...), draw
+        by draw, and the encoder is passed once.
         """
         if skip not in (0, 1):
             raise UserError(f"skip {skip}: give 0 or 1, this model has one latent group.")
         posterior, kl = self._posterior(x)
+        posterior = Normal(repeated(posterior.mean, draws), repeated(posterior.std, draws))
+        x, kl = repeated(x, draws), repeated(kl, draws)
         prior = self._prior(len(x))
         drawn_from, scale = (prior, temperature * prior_temperature) if skip else (posterior, temperature)
         z = drawn_from.sample(scale)                                                     # (B, Z)

@@ -21,7 +21,7 @@ from families.hvae.layers import GaussianLatent, centered, initialize_layers
 from families.hvae.likelihoods import PixelHead, choose_likelihood
 from families.hvae.shapes import Shape, stage_specs
 from families.hvae.stages import BidirectionalStage, Drawn, LadderStage, Stage
-from neural_operations import check_latents
+from neural_operations import check_latents, repeated
 from utils import UserError
 
 # Parts of a stage that serve inference alone; the others generate.
@@ -45,6 +45,7 @@ class HVAE(nn.Module):
 
     Config = HVAEConfig
     stage_class: type[Stage] = Stage
+    takes_draws = True
 
     def __init__(self, shape: tuple[int, ...], config: HVAEConfig, pixels: Pixels = EIGHT_BITS):
         """`shape` (C, H, W) of an image, its border of `pixels.padding` included, which no layer sees.
@@ -97,13 +98,15 @@ class HVAE(nn.Module):
 
     # ----------------------------------------------------------------------------------------- the two passes
 
-    def _up(self, x: Tensor, skip: int, temperature: float) -> list[Any]:
-        """What each stage keeps of images x (B, C, *inner), stage 1 first; None of skipped stages."""
+    def _up(self, x: Tensor, skip: int, temperature: float, draws: int = 1) -> list[Any]:
+        """What each stage keeps of images x (B, C, *inner), stage 1 first; None of skipped stages. What
+        stage 1 infers before it draws is repeated for several draws.
+        """
         x = F.pad(x, centered(self.inner[1:], self.padded[1:]))
         carried = (x, x, None) if self.stage_class.is_bidirectional else (x, None)
         kept = []
         for i, stage in enumerate(self.stages):
-            carried, own = stage.up(carried, i < skip, temperature)
+            carried, own = stage.up(carried, i < skip, temperature, 1 if i else draws)
             kept.append(None if i < skip else own)
         return kept
 
@@ -135,7 +138,7 @@ class HVAE(nn.Module):
         return self.pixels.inside(x)
 
     def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0,
-                prior_temperature: float = 1.0) -> Terms:
+                prior_temperature: float = 1.0, draws: int = 1) -> Terms:
         """Terms of the bound for images x (B, C, H, W) in [0, 1], in nats.
 
         recon (B,) = -log p(x|z); kl (B, L) from the top stage down; log_q, log_p (B,) of the drawn latents;
@@ -147,12 +150,13 @@ class HVAE(nn.Module):
 
         `skip` stages nearest the image are drawn from the prior; where inference passes through their
         latents, it takes the posterior means. `temperature` scales the noise, 0 is none, and
-        `prior_temperature` that of the skipped stages once more.
+        `prior_temperature` that of the skipped stages once more. Of several `draws` the terms are (draws B,
+        ...), draw by draw.
         """
         number = self.config.train_samples if self.training else 1
         x = self._inner(x, skip).repeat_interleave(number, dim=0)                           # (B S, C, *inner)
-        logits, drawn = self._down(len(x), self._up(x, skip, temperature), temperature,
-                                   prior_temperature=prior_temperature)
+        kept, x = self._up(x, skip, temperature, draws), repeated(x, draws)
+        logits, drawn = self._down(len(x), kept, temperature, prior_temperature=prior_temperature)
         by_draw = lambda value: value.unflatten(0, (-1, number))                            # to (B, S, ...)
         recon = by_draw(-per_image(self.likelihood.log_prob(logits, x)))
         latents = [z for stage in drawn for z in stage]

@@ -17,6 +17,7 @@ from distributions import Normal
 from families.hvae.config import Block, ConvLatent, HVAEConfig
 from families.hvae.layers import Chain, Dense, GaussianLatent, ResBlock
 from families.hvae.shapes import Shape, StageSpec
+from neural_operations import repeated
 from utils import UserError
 
 
@@ -128,10 +129,13 @@ class Stage(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ passing
 
-    def up(self, carried: tuple[Tensor, ...], skipped: bool, temperature: float) -> tuple[tuple, Any]:
-        """What the stage below handed up, to what this one hands up, and what it keeps for the way down."""
+    def up(self, carried: tuple[Tensor, ...], skipped: bool, temperature: float,
+           draws: int) -> tuple[tuple, Any]:
+        """What the stage below handed up, to what this one hands up, and what it keeps for the way down. Its
+        features are repeated for this many draws.
+        """
         u, below = carried
-        h = self.encode(u, below)
+        h = repeated(self.encode(u, below), draws)
         q, z = infer(self.latent.posterior(h), skipped, temperature)
         return (z if self.spec.top else self.lift(z), h), (q, z)
 
@@ -158,9 +162,9 @@ class LadderStage(Stage):
         self.merge = self.merge_block()
         self.latent = self.new_latent()
 
-    def up(self, carried, skipped, temperature):
+    def up(self, carried, skipped, temperature, draws):
         u, below = carried
-        h = self.encode(u, below)
+        h = repeated(self.encode(u, below), draws)
         return (h, h), h
 
     def down(self, d, batch, kept, given, temperature):
@@ -193,10 +197,10 @@ class BidirectionalStage(Stage):
             self.merge = self.merge_block()
             self.td_latent, self.bu_latent = self.new_latent(), self.new_latent()
 
-    def up(self, carried, skipped, temperature):
+    def up(self, carried, skipped, temperature, draws):
         u, t_below, b_below = carried
         b = self.bottom_up(u, torch.cat([b_below, t_below], dim=1) if b_below is not None else None)
-        t = self.top_down(t_below, b)
+        t, b = (repeated(features, draws) for features in (self.top_down(t_below, b), b))
         if self.spec.top:
             inferred = infer(self.latent.posterior(self.join(torch.cat([b, t], dim=1))), skipped, temperature)
             return (), inferred

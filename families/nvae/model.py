@@ -26,7 +26,7 @@ from families.nvae.config import ARCHITECTURES, NVAEConfig
 from families.nvae.flows import FlowCell
 from families.nvae.layers import Cell, WeightNormConv2d, initialize_from_data
 from families.nvae.regularizers import SpectralRegularizer, batch_norm_regularizer
-from neural_operations import check_latents, coarse_noise
+from neural_operations import check_latents, coarse_noise, repeated
 from utils import UserError
 
 ACTIVE_KL = 0.1        # nats per image; a latent channel with less is counted as unused
@@ -94,6 +94,7 @@ class NVAE(nn.Module):
     """The contract's model; terms are those of a likelihood family."""
 
     Config = NVAEConfig
+    takes_draws = True
 
     def __init__(self, shape: tuple[int, ...], config: NVAEConfig, pixels: Pixels = EIGHT_BITS):
         """`shape` (C, H, W) of an image. Raises UserError for a size that the scales cannot halve."""
@@ -221,18 +222,19 @@ class NVAE(nn.Module):
         return full_precision(self.image_head(self.post_process(d)))
 
     def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0,
-                prior_temperature: float = 1.0) -> Terms:
+                prior_temperature: float = 1.0, draws: int = 1) -> Terms:
         """Terms of the bound for images x (B, C, H, W) in [0, 1], in nats.
 
         recon (B,) = -log p(x|z); kl (B, L) from the top group down; log_q, log_p (B,) of the drawn latents;
         logits; kl_channels (B, L, Z), the KL of each latent channel.
         `skip` groups nearest the image are drawn from the prior; `temperature` scales the noise, 0 is none,
-        and `prior_temperature` that of the skipped groups once more.
+        and `prior_temperature` that of the skipped groups once more. Of several `draws` the terms are
+        (draws B, ...), draw by draw, and the encoder is passed once.
         """
         if not 0 <= skip <= self.num_groups:
             raise UserError(f"skip {skip}: give 0 to {self.num_groups}, the number of groups.")
-        d, groups = self._decode(len(x), self._encode(x), skip, temperature,
-                                 prior_temperature=prior_temperature)
+        features, x = [repeated(s, draws) for s in self._encode(x)], repeated(x, draws)
+        d, groups = self._decode(len(x), features, skip, temperature, prior_temperature=prior_temperature)
         logits = self._logits(d)
         log_px = self.pixels.inside(self.likelihood.log_prob(logits, x))    # (B, 1, H, W)
         kl = torch.stack([kl.flatten(2).sum(2) for kl, *_ in groups], dim=1)             # (B, L, Z)
