@@ -112,7 +112,8 @@ def _load(folder: Path, load: Callable[[Path, dict], T]) -> T | None:
     try:
         sealed = json.loads((folder / 'index.json').read_text())
         fields = sealed['fields']
-        if sealed != seal(fields) or fields.pop('files') != _contents(folder):
+        whole = sealed == {'fields': fields, 'sha256': checksum_of(fields)}
+        if not whole or fields.pop('files') != _contents(folder):
             return None
         return load(folder, fields)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -122,7 +123,12 @@ def _load(folder: Path, load: Callable[[Path, dict], T]) -> T | None:
 def seal(fields: dict) -> dict:
     """The fields of an entry with their own checksum: {'fields': ..., 'sha256': ...}."""
     fields = json.loads(json.dumps(finite(fields)))                      # as they will be read
-    return {'fields': fields, 'sha256': hashlib.sha256(json.dumps(fields).encode()).hexdigest()}
+    return {'fields': fields, 'sha256': checksum_of(fields)}
+
+
+def checksum_of(fields: dict) -> str:
+    """SHA-256 of fields as they are read."""
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
 def _contents(folder: Path) -> dict[str, int]:
