@@ -21,7 +21,7 @@ from benchmarks.recipes import trainer_of
 from distributions import log_mean_exp
 
 DRAWS = 100
-CASES = ('nvae_mnist_cpu:16', 'nvae_xray:4', 'hvae_mnist_cpu:16', 'vae_mednist:16')
+CASES = ('nvae_mnist_cpu:16', 'nvae_xray:4', 'hvae_fashion:16', 'vae_mednist:16')
 
 
 @torch.no_grad()

@@ -19,11 +19,11 @@ CASES = {
     'nvae_cifar10:4': ('nvae_cifar10', 4, ''),
     'nvae_xray:4': ('nvae_chest_xray_cpu', 4, ''),
     'nvae_mnist_cpu:16': ('nvae_mnist_cpu', 16, ''),
-    'hvae_mnist_cpu:16': ('hvae_mnist_cpu', 16, ''),
+    'hvae_fashion:16': ('hvae_fashion_mnist', 16, ''),
     'vae_mednist:16': ('vae_mednist', 16, ''),
     'hvae_fashion:128': ('hvae_fashion_mnist', 128, ''),
-    'score_32:1': ('score_phantom_cpu', 1, '--volume_shape 32 32 32'),
-    'score_32:2': ('score_phantom_cpu', 2, '--volume_shape 32 32 32'),
+    'score_32:1': ('score_phantom_cpu', 1, ''),
+    'score_32:2': ('score_phantom_cpu', 2, ''),
 }
 
 

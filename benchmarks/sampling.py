@@ -17,7 +17,7 @@ from benchmarks.plain import OrderedNoise, plain_model
 from benchmarks.recipes import trainer_of
 from utils import seed_noise
 
-CASES = ('nvae_mnist_cpu:16', 'nvae_xray:32', 'hvae_mnist_cpu:16')
+CASES = ('nvae_mnist_cpu:16', 'nvae_xray:32', 'hvae_fashion:16')
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from benchmarks.plain import OrderedNoise, plain_model
 from benchmarks.recipes import trainer_of
 
 CASES = {   # name: scores
-    'nvae_mnist_cpu:16': 'all', 'nvae_xray:4': 'all', 'hvae_mnist_cpu:16': 'all', 'score_32:1': 'msma_gmm',
+    'nvae_mnist_cpu:16': 'all', 'nvae_xray:4': 'all', 'hvae_fashion:16': 'all', 'score_32:1': 'msma_gmm',
     'score_32:2': 'msma_gmm'}
 
 

@@ -130,7 +130,7 @@ class Stage(nn.Module):
     # ------------------------------------------------------------------------------------------------ passing
 
     def up(self, carried: tuple[Tensor, ...], skipped: bool, temperature: float,
-           draws: int) -> tuple[tuple, Any]:
+           draws: int = 1) -> tuple[tuple, Any]:
         """What the stage below handed up, to what this one hands up, and what it keeps for the way down. Its
         features are repeated for this many draws.
         """
@@ -162,7 +162,7 @@ class LadderStage(Stage):
         self.merge = self.merge_block()
         self.latent = self.new_latent()
 
-    def up(self, carried, skipped, temperature, draws):
+    def up(self, carried, skipped, temperature, draws=1):
         u, below = carried
         h = repeated(self.encode(u, below), draws)
         return (h, h), h
@@ -197,7 +197,7 @@ class BidirectionalStage(Stage):
             self.merge = self.merge_block()
             self.td_latent, self.bu_latent = self.new_latent(), self.new_latent()
 
-    def up(self, carried, skipped, temperature, draws):
+    def up(self, carried, skipped, temperature, draws=1):
         u, t_below, b_below = carried
         b = self.bottom_up(u, torch.cat([b_below, t_below], dim=1) if b_below is not None else None)
         t, b = (repeated(features, draws) for features in (self.top_down(t_below, b), b))
