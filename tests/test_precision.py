@@ -32,17 +32,10 @@ class Timed(nn.Module):
 def test_the_faster_precision_is_chosen_and_nothing_else_changes(monkeypatch, float32, bfloat16, chosen):
     model = Timed(float32, bfloat16)
     monkeypatch.setattr(precision, 'time', model)
-    monkeypatch.setattr(precision, 'multiplies_bf16', lambda: True)
     faster, line = precision.choose_bf16(model, torch.ones(2, 1))
     assert faster is chosen and ('bfloat16,' if chosen else 'float32,') in line
     assert f'{float32:.2f} s in float32 and {bfloat16:.2f} s in bfloat16' in line
     assert model.passes.item() == 0 and model.weight.item() == 1 and model.now > 0
-
-
-def test_emulated_bfloat16_is_not_even_tried(monkeypatch):
-    model = Timed(2, 1)
-    monkeypatch.setattr(precision, 'multiplies_bf16', lambda: False)
-    assert not precision.choose_bf16(model, torch.ones(2, 1))[0] and model.now == 0
 
 
 @pytest.mark.parametrize(('names', 'known'), [({'avx2': True, 'avx512_bf16': False}, False),

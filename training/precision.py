@@ -13,16 +13,15 @@ ROUNDS = 3               # measurements of each precision, by turns, after one t
 
 
 def multiplies_bf16() -> bool:
-    """Whether this processor has instructions for bfloat16, which without them is many times slower."""
-    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith('bf16'))
+    """Whether all processors of the run have instructions for bfloat16; without, it is many times slower."""
+    capabilities = torch.cpu.get_capabilities().items()
+    return not launch.any_rank(not any(has for name, has in capabilities if name.endswith('bf16')))
 
 
 def choose_bf16(model: Any, x: Tensor) -> tuple[bool, str]:
     """Whether forward and backward passes of a training batch x (B, C, *S) on a CPU are faster in bfloat16,
     and a line that says so. Gradients are left behind, buffers stay as they are. All processes decide alike.
     """
-    if launch.any_rank(not multiplies_bf16()):
-        return False, '--amp auto: float32, as this processor has no instructions for bfloat16'
     seconds: dict[bool, list[float]] = {False: [], True: []}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     for number in range(ROUNDS + 1):

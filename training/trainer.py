@@ -27,7 +27,7 @@ from storage.checkpoint import copies, not_finite, read_checkpoint
 from storage.provenance import add_start
 from training.config import RunConfig, Schedule, TrainConfig
 from training.optimization import Optimization, capture_passes, check_graph
-from training.precision import choose_bf16
+from training.precision import choose_bf16, multiplies_bf16
 from training.run_folder import RunFolder, begun_mark, read_resumable
 from utils import UserError, mix_seed, read_flags, seed_noise, write_json
 
@@ -67,6 +67,9 @@ class Trainer:
         # None: the first step chooses. A run that goes on keeps what it has chosen, and so its numbers.
         auto = True if launch.device().type == 'cuda' else saved.get('amp') if saved else None
         self.amp = {'bf16': True, 'off': False, 'auto': auto}[self.config.amp]
+        if self.amp is None and not multiplies_bf16():
+            self.amp = False
+            self.notes.append('--amp auto: float32, as this processor has no instructions for bfloat16')
         self.optimization = Optimization(self.model, self.schedule)
         if saved:
             self.optimization.load_state_dict(saved)
