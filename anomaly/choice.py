@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from anomaly.scores import ON_REQUEST, SCORES, Score, check_capability, has_capability
+from anomaly.scores import ON_REQUEST, SCORES, Score, Scoring, check_capability, has_capability
 from datasets import DATASETS
 from model import family_name
 from utils import UserError
@@ -75,6 +75,16 @@ def choose_primary(name: str, preset: str, computed: list[str]) -> str:
     if name and name not in computed:
         raise UserError(f"--primary_score {name} is not among the computed scores: {', '.join(computed)}.")
     return name or next((s for s in (preset, 'nelbo') if s in computed), computed[0])
+
+
+def choose_map(primary: str, scores: Sequence[Score], model: Any, scoring: Scoring) -> Score | None:
+    """The score whose map is shown: the primary one, or where it has none for this model, the first that has.
+    """
+    def has_map(score: Score) -> bool:
+        if score.density is not None:
+            return scoring.msma_map != 'none' and hasattr(model, 'score_norm')
+        return score.map is not None and (score.needs != 'likelihood terms' or hasattr(model, 'maps'))
+    return next(filter(has_map, sorted(scores, key=lambda score: score.name != primary)), None)
 
 
 def sum_score(name: str, scores: Sequence[Score]) -> Score:

@@ -15,6 +15,7 @@ from anomaly.choice import choose_primary, choose_scores, preset
 from anomaly.detect import Evaluated, Settings, evaluate
 from anomaly.judge import Judgement, join
 from anomaly.report import comparison
+from anomaly.report.provenance import code_and_date
 from anomaly.scores import Score, Selection
 from anomaly.scoring import Table
 from distributed import launch
@@ -126,7 +127,7 @@ def compare(runs: Sequence[Run], out: str | Path, settings: Settings,
     judgement, test = join_runs(runs, found)
     warnings += judgement.warnings
     result = finite({
-        'dataset': runs[0].data.config.dataset, **settings.facts(),
+        'dataset': runs[0].data.config.dataset, **settings.facts(), **code_and_date(),
         'counts': Counter(entry.class_name for entry in test.entries), 'left_out': left_out,
         'runs': {run.name: describe(run, one) for run, one in zip(runs, found)},
         'primary_scores': [row.name for row in judgement.primaries], **judgement.as_json(),
@@ -134,7 +135,7 @@ def compare(runs: Sequence[Run], out: str | Path, settings: Settings,
                         for difference in judgement.differences(group)], 'warnings': warnings})
     comparison.write(Path(out), result, judgement, test)
     for line in [*comparison.text_tables(result, judgement), *left_out, *warnings,
-                 f"comparison: {Path(out) / 'comparison.md'}"]:
+                 f"comparison: {Path(out) / 'comparison.html'}"]:
         log(line)
     return result
 

@@ -19,7 +19,7 @@ import torch
 
 from anomaly import metrics
 from anomaly.baselines import EXPOSURE, fit_baselines
-from anomaly.choice import choose_primary, choose_scores, preset
+from anomaly.choice import choose_map, choose_primary, choose_scores, preset
 from anomaly.config import Judging, MapConfig, Showing
 from anomaly.judge import Judgement, judge, unjudged, validation_warnings
 from anomaly.maps import segmentation
@@ -29,7 +29,7 @@ from anomaly.normal import Normal
 from anomaly.report import page
 from anomaly.report.datacard import broken_promises, compare_normal, describe
 from anomaly.report.figures import read_history
-from anomaly.report.gallery import MOST_VOLUMES, choose_cases, spacing
+from anomaly.report.gallery import MOST_VOLUMES, choose_cases, original, spacing
 from anomaly.report.provenance import about_run, code_and_date
 from anomaly.scores import Score, Scoring, Selection
 from anomaly.scoring import Table, part_batches, pictures, score_images, select_maps
@@ -73,6 +73,7 @@ class Evaluated(NamedTuple):
     test: Table
     scores: list[Score]                  # of the model
     judgement: Judgement | None          # None on ranks above 0
+    shown: Score | None                  # whose map is shown
 
 
 def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings: Settings,
@@ -86,6 +87,7 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
     check_parts(data)
     baselines = [] if first else fit_baselines(training_images(data.train, settings))
     every, scoring, judging, warnings = [*scores, *baselines], settings.scoring, settings.judging, []
+    shown = choose_map(primary, scores, model, scoring)
 
     def score(part: Any, title: str, scores: Sequence[Score], densities: dict[str, Any]) -> Table:
         maps, lines = select_maps(part.entries, every, settings.maps, math.prod(data.shape[1:]), scoring.seed)
@@ -105,7 +107,7 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
         mapped = [replace(s, features=None) for s in scores if s.density and s.map]
         late = score(data.val, 'val, maps', mapped, normal.densities).maps
         validation.maps = validation.maps.merged(late) if validation.maps else late
-    normal.fit_pixels(validation)
+    normal.fit_pixels(validation, shown.name if shown else '')
     validation.maps = None                               # their memory is needed for the test part
     described = [EXPOSURE] if settings.judging.match and not first else []
     test = normal.apply(score(data.test, 'test', [*every, *described], normal.densities), scores)
@@ -120,7 +122,7 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
                                                  *judgement.warnings, *dict.fromkeys(warnings),
                                                  *normal.notes])
     test.maps = None
-    return Evaluated(normal, validation, test, scores, judgement)
+    return Evaluated(normal, validation, test, scores, judgement, shown)
 
 
 def check_parts(data: Any) -> None:
@@ -156,18 +158,22 @@ def training_images(part: Any, settings: Settings) -> torch.Tensor:
                       for i in range(0, len(rows), settings.batch_size)])
 
 
-def draw_cases(model: Any, data: Any, score: Score, found: Evaluated, settings: Settings) -> list[Any]:
-    """The pictures of the test images that are shown, by falling primary score, with the map of a score of
-    the model; on every rank.
+def draw_cases(model: Any, data: Any, found: Evaluated, settings: Settings) -> list[Any]:
+    """The pictures of the test images that are shown, by falling primary score, with the map that is shown;
+    on rank 0.
     """
-    name, showing = found.normal.primary_score, settings.showing
+    normal, showing = found.normal, settings.showing
     most = showing.num_gallery if len(data.shape) == 3 else min(showing.num_gallery, MOST_VOLUMES)
-    places = choose_cases(found.test.values[name], found.test.labels, showing.num_cases, most)
+    places = choose_cases(found.test.values[normal.primary_score], found.test.labels, showing.num_cases, most)
     ids = [found.test.entries[place].id for place in places]
     batches = part_batches(SomeOf(data.test, ids), settings.batch_size, 'pictures')
-    drawn = pictures(model, batches, score, settings.scoring, settings.maps, found.normal.densities)
+    drawn = pictures(model, batches, found.shown, normal)
     cases = dict(launch.gather([(entry.id, case) for entry, case in drawn]))
-    return [cases[i]._replace(place=place) for i, place in zip(ids, places)]
+    if not launch.is_main():
+        return []
+    paths = [getattr(found.test.entries[place], 'path', '') for place in places]
+    return [cases[i]._replace(place=place, original=original(path, data.shape, data.config))
+            for i, place, path in zip(ids, places, paths)]
 
 
 # ----------------------------------------------------------------------------------------------------- mode
@@ -188,13 +194,13 @@ def detect(model: Any, data: Any, out: str | Path, settings: Settings, run_folde
     primary = choose_primary(settings.selection.primary_score, own, [score.name for score in scores])
     found = evaluate(model, data, scores, primary, settings)
     scored = time.perf_counter()
-    shown = next(score for score in scores if score.name == primary)
-    found.test.cases = draw_cases(model, data, shown, found, settings)
+    found.test.cases = draw_cases(model, data, found, settings)
     if not launch.is_main():
         return {}
     found.normal.preparation = volume_preparation(data)
     found.normal.weights = fingerprint(model)
     result = summarize(data, found, settings, findings, left_out)
+    result['map_score'] = found.shown.name if found.shown else ''
     result['models'] = [about_run(model, run_folder)]
     result['seconds'] = round(time.perf_counter() - started, 1)
     write(out, result, found, settings, run_folder)
@@ -244,7 +250,7 @@ def write(out: Path, result: dict[str, Any], found: Evaluated, settings: Setting
     write_json(path, {**(read_json(path) if path.exists() else {}), 'anomaly': result})
     page.write(out, result, judgement, found.validation, found.test, settings.showing.num_cases,
                read_history(run_folder))
-    write_cases(out / 'maps', found.test.cases, found.test.entries, normal.primary_score)
+    write_cases(out / 'maps', found.test.cases, found.test.entries, found.shown.name if found.shown else '')
     for folder in {out, run_folder} if os.access(run_folder, os.W_OK) else {out}:
         normal.save(folder / 'thresholds.json')
 
@@ -261,7 +267,7 @@ def score_columns(table: Table, normal: Normal, names: Iterable[str]) -> list[li
     columns = []
     for name in names:
         values, validation = table.values[name], normal.validation[name]
-        columns += [[repr(v) for v in values.tolist()],
+        columns += [[f'{v:.6g}' for v in values.tolist()],
                     [f'{p:.2f}' for p in metrics.percentile(values, validation)],
                     [str(int(c)) for c in ~np.isfinite(values) | (values > normal.thresholds[name])]]
     return columns
@@ -269,7 +275,7 @@ def score_columns(table: Table, normal: Normal, names: Iterable[str]) -> list[li
 
 def write_scores(path: Path, parts: dict[str, Table], normal: Normal) -> None:
     """scores.csv: id, class, label, part; value, percentile and call of each score."""
-    names = list(normal.thresholds)
+    names = sorted(normal.thresholds, key=lambda name: name != normal.primary_score)      # it stands first
     rows = [[entry.id, entry.class_name, entry.label, part, *cells] for part, table in parts.items()
             for entry, *cells in zip(table.entries, *score_columns(table, normal, names), strict=True)]
     write_csv(path, ['id', 'class', 'label', 'part', *score_titles(names)], rows)

@@ -41,10 +41,11 @@ def detect_together(runs: Sequence[Run], out: Path, settings: Settings, log: Cal
     joined = join_evaluated(found, [(run.name, name) for run, (_, own) in zip(runs, chosen) for name in own],
                             settings)
     data = replace(runs[0].data, test=SomeOf(runs[0].data.test, ids))
-    joined.test.cases = draw_first_maps(runs, chosen, joined, settings)
+    joined.test.cases = draw_first_maps(runs, joined, settings)
     if not launch.is_main():
         return {}
     result = summarize(data, joined, settings, findings, left_out) | {
+        'map_score': joined.shown.name if joined.shown else '',
         'runs': {run.name: run.path for run in runs},
         'models': [about_run(run.model, run.path) for run in runs],
         'seconds': round(time.perf_counter() - started, 1)}
@@ -124,6 +125,10 @@ def join_evaluated(found: Mapping[str, Evaluated], terms: Sequence[tuple[str, st
     normal = Normal.fit(validation, [total], total.name, settings.scoring, settings.maps, settings.judging)
     normal.pixel_thresholds = {f'{name}/{score}': value for name, one in found.items()
                                for score, value in one.normal.pixel_thresholds.items()}
+    normal.spreads = {f'{name}/{score}': spread for name, one in found.items()
+                      for score, spread in one.normal.spreads.items()}
+    shown = next((replace(one.shown, name=f'{name}/{one.shown.name}') for name, one in found.items()
+                  if one.shown), None)
     normal.apply(test, [total])
     judgement = None
     if launch.is_main():
@@ -133,16 +138,14 @@ def join_evaluated(found: Mapping[str, Evaluated], terms: Sequence[tuple[str, st
                        list(of_runs.matched.values()))
         others = {name: replace(row, primary=False) for name, row in of_runs.rows.items()}
         judgement = replace(of_runs, rows={**judged.rows, **others})
-    return Evaluated(normal, validation, test, [total], judgement)
+    return Evaluated(normal, validation, test, [total], judgement, shown)
 
 
-def draw_first_maps(runs: Sequence[Run], chosen: Sequence[tuple[list[Score], list[str]]], joined: Evaluated,
-                    settings: Settings) -> list[Any]:
-    """Pictures of the cases, with the map of the first of the added scores that has one."""
-    pairs = [(run, score) for run, (scores, own) in zip(runs, chosen) for score in scores
-             if score.name in own]
-    run, score = next((pair for pair in pairs if pair[1].map), pairs[0])
+def draw_first_maps(runs: Sequence[Run], joined: Evaluated, settings: Settings) -> list[Any]:
+    """Pictures of the cases, with the map of the first run that has one."""
+    name = joined.shown.name.rpartition('/')[0] if joined.shown else runs[0].name
+    run = next(run for run in runs if run.name == name)
     try:
-        return draw_cases(run.model.to(launch.device()), run.data, score, joined, settings)
+        return draw_cases(run.model.to(launch.device()), run.data, joined, settings)
     finally:
         run.model.cpu()

@@ -20,13 +20,15 @@ from anomaly.baselines import BASELINES
 from anomaly.choice import choose_scores
 from anomaly.config import Judging, MapConfig
 from anomaly.density import Density, are_alike, cross_fit
-from anomaly.maps.postprocessing import pixel_threshold
+from anomaly.maps.postprocessing import Spread, pixel_threshold
 from anomaly.scores import Score, Scoring
-from anomaly.scoring import Table
+from anomaly.scoring import Case, Table
+from storage.arrays import read_npz
 from storage.checkpoint import fingerprint
-from utils import UserError, finite, read_flags, read_json, write_json
+from utils import UserError, finite, read_flags, read_json, write_json, write_npz
 
 MOST_COUNT = 10 ** 7                      # of anything that thresholds.json counts: draws, resamples, images
+SPREADS = 'normal_maps.npz'               # beside thresholds.json
 SECTIONS = {'scoring': Scoring, 'maps': MapConfig, 'judging': Judging}      # of thresholds.json
 
 
@@ -41,6 +43,7 @@ class Normal:
     thresholds: dict[str, float]                 # score -> above it an image is anomalous; may be infinite
     pixel_thresholds: dict[str, float]           # the same for the pixels of its map, where it has one
     densities: dict[str, Density] = field(default_factory=dict)            # score -> what it has learned
+    spreads: dict[str, Spread] = field(default_factory=dict)               # score -> of its map's pixels
     weights: str = ''                            # fingerprint of the model
     preparation: dict[str, Any] = field(default_factory=dict)              # of volumes: spacing, flags
     notes: list[str] = field(default_factory=list)                         # what densities have learned from
@@ -89,14 +92,16 @@ class Normal:
         known = self.validation[name][np.isfinite(self.validation[name])]
         return (float(known.mean()), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)
 
-    def fit_pixels(self, table: Table) -> None:
+    def fit_pixels(self, table: Table, shown: str) -> None:
         """Sets the thresholds of maps from those of normal validation images alone; for volumes from where
-        segmentations may begin.
+        segmentations may begin. Of the score whose map is `shown`, learns what each pixel is like too.
         """
         if table.maps is not None:
             counted = table.maps.counted if table.maps.inside is None else table.maps.inside
             self.pixel_thresholds = {name: pixel_threshold(values, self.judging.target_pixel_fpr, counted)
                                      for name, values in table.maps.values.items()}
+            self.spreads = {name: Spread.of(values) for name, values in table.maps.values.items()
+                            if name == shown}
 
     def apply(self, table: Table, scores: Sequence[Score]) -> Table:
         """The same table with the values of the scores that are densities, from its features, or sums."""
@@ -109,6 +114,12 @@ class Normal:
     def pixel_threshold(self, name: str) -> float:
         """Above which a pixel of the map of a score is anomalous; infinite where there is no threshold."""
         return self.pixel_thresholds.get(name, math.inf)
+
+    def with_map(self, case: Case, name: str, values: np.ndarray) -> Case:
+        """A case with the map (*S) of a score: as it is, and where normal images are known, beside theirs."""
+        spread = self.spreads.get(name)
+        return case._replace(map=values, relative=spread and spread.relative(values),
+                             above=values > self.pixel_threshold(name))
 
     # ------------------------------------------------------------------------------------------------- file
 
@@ -126,7 +137,11 @@ class Normal:
                        for name, density in self.densities.items()}})
 
     def save(self, path: Path) -> None:
+        """Writes thresholds.json, and beside it what the pixels of a map are like."""
         write_json(path, self.state())
+        write_npz(path.with_name(SPREADS), weights=np.array(self.weights), **{
+            f'{field} {name}': values.astype(np.float32) for name, spread in self.spreads.items()
+            for field, values in spread._asdict().items()})
 
     @classmethod
     def load(cls, path: Path, model: Any, remedy: str) -> Normal:
@@ -146,7 +161,9 @@ class Normal:
             raise UserError(f"{path} belongs to other weights of the model (training went on, or --no_ema "
                             f"differs). Create it again: {remedy}")
         try:
-            return cls._restored(kept, model)
+            normal = cls._restored(kept, model)
+            normal.read_spreads(path.with_name(SPREADS), model.shape[1:])
+            return normal
         except UserError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -172,6 +189,15 @@ class Normal:
             if score.density is not None:
                 normal.densities[score.name] = load_density(score, kept['fitted'])
         return normal
+
+    def read_spreads(self, path: Path, size: tuple[int, ...]) -> None:
+        """What `save` wrote beside thresholds.json, if it is there and of these weights and this size."""
+        found = read_npz(path) if path.exists() else {}
+        if str(found.pop('weights', '')) == self.weights:
+            names = dict.fromkeys(key.split(' ', 1)[1] for key in found)
+            spreads = {name: Spread(found[f'mean {name}'], found[f'std {name}']) for name in names}
+            self.spreads = {name: spread for name, spread in spreads.items()
+                            if all(values.shape == tuple(size) for values in spread)}
 
     def scores(self, names: Sequence[str], model: Any) -> list[Score]:
         """The scores of the model with a threshold, or those of them that `names` choose. Raises UserError.

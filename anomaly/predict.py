@@ -7,19 +7,27 @@ run's seed, not from its name, other files, or how many processes share the work
 
 import dataclasses
 import math
+import re
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
-from anomaly.choice import choose_primary
+from anomaly.choice import choose_map, choose_primary
 from anomaly.config import PredictConfig
 from anomaly.detect import score_columns, score_titles
 from anomaly.maps.nifti import file_names, plain, remove_maps, write_map
 from anomaly.maps.overlays import map_scale, overlay
 from anomaly.maps.segmentation import segment
+from anomaly.metrics import percentile
 from anomaly.normal import Normal
+from anomaly.report import predictions
+from anomaly.report.gallery import MOST_BYTES, case_pictures, original
+from anomaly.report.provenance import about_run, code_and_date
 from anomaly.scores import Score, Selection
 from anomaly.scoring import Batches, Case, Table, pictures, score_images
 from datasets import DataConfig, preparation
@@ -27,9 +35,10 @@ from distributed import launch
 from readers.parallel import in_order
 from readers.paths import passed_line
 from readers.split import count, some
-from utils import UserError, read_flags, write_atomically, write_csv
+from utils import UserError, finite, read_flags, write_atomically, write_csv
 
 SOME_UNREADABLE_STATUS = 3        # exit status: all that could be read is scored, but some files could not
+ENDING = re.compile(r'(\.nii\.gz|\.\w{1,6})$')
 VOLUME_FOLDERS = {'map': 'maps', 'segmentation': 'segmentations'}
 SCALE_IMAGES = 16                 # most anomalous images that set the color scale of all overlays
 MAX_THREADS = 2                   # that decode at once: an image takes 30 bytes a pixel of its file meanwhile
@@ -96,11 +105,17 @@ def predict(run: Any) -> int:
     table = score_images(run.model, files.batches(files.ids, 'predict'), scores, normal.scoring)
     table = normal.apply(table, scores)
     files.gather()
-    score = next(score for score in scores if score.name == primary)
-    written = draw(run, files, table, score, normal, config.num_overlays)
+    shown = choose_map(primary, scores, run.model, normal.scoring)
+    names = [primary, *(name for name in names if name != primary)]
+    drawn = draw(run, files, table, primary, shown, normal)
     if launch.is_main():
-        write_predictions(run.out / 'scores.csv', files, table, written, normal, names)
-        summarize(run, found, files, table, written, normal, primary)
+        write_predictions(run.out / 'scores.csv', files, table, drawn.written, normal, names)
+        result = summarize(run, found, files, table, drawn.written, normal, primary)
+        about = {'about': next(score.about for score in scores if score.name == primary),
+                 'map_score': shown.name if shown else '', 'models': [about_run(run.model, run.run_folder)],
+                 'command': 'python ' + shlex.join(sys.argv), **code_and_date()}
+        predictions.write(run.out, result | about, sorted_files(table, normal, primary), files.errors,
+                          drawn.cards, drawn.look)
     return SOME_UNREADABLE_STATUS if files.errors else 0
 
 
@@ -118,11 +133,18 @@ def new_files(run: Any, normal: Normal) -> tuple[Any, NewFiles]:
 
 # --------------------------------------------------------------------------------------------------- pictures
 
-def draw(run: Any, files: NewFiles, table: Table, score: Score, normal: Normal,
-         number: int) -> dict[str, dict[str, str]]:
-    """Draws the `number` most anomalous images, -1 = all, and writes map and segmentation of volumes.
+class Drawn(NamedTuple):
+    """What `draw` leaves: for each kind of file {id: name below the output folder}, and for the page a card
+    by id and the colors of the maps.
+    """
+    written: dict[str, dict[str, str]]
+    cards: dict[str, dict[str, Any]]
+    look: dict[str, Any]
 
-    Returns for each kind of file {id: name below the output folder}; every rank has all.
+
+def draw(run: Any, files: NewFiles, table: Table, primary: str, shown: Score | None, normal: Normal) -> Drawn:
+    """Draws the --num_overlays most anomalous images with the map of the score `shown`, and writes map and
+    segmentation; every rank has all that it returns.
     """
     if launch.is_main():
         for old in (run.out / 'overlays').glob('[0-9]*_*.png'):     # of an earlier call
@@ -130,38 +152,49 @@ def draw(run: Any, files: NewFiles, table: Table, score: Score, normal: Normal,
         for name in VOLUME_FOLDERS.values():
             remove_maps(run.out / name)
     launch.barrier()
-    order = {entry.id: -value if math.isfinite(value) else -math.inf
-             for entry, value in zip(table.entries, table.values[score.name].tolist())}
-    chosen = sorted(sorted(order), key=order.get)[:None if number < 0 else number]
+    number = run.args.num_overlays
+    chosen = [file.id for file in sorted_files(table, normal, primary)][:None if number < 0 else number]
     names = {i: picture_name(rank, len(chosen), i) for rank, i in enumerate(chosen, 1)}
     plain_names = dict(zip(sorted(chosen), file_names(sorted(chosen))))
 
     def cases(ids: Sequence[str], title: str) -> Iterator[tuple[NewFile, Case]]:
-        return pictures(run.model, files.batches(ids, title), score, normal.scoring, normal.maps,
-                        normal.densities)
+        return pictures(run.model, files.batches(ids, title), shown, normal)
     # One color scale for all, that of the most anomalous.
     most_anomalous = chosen[:SCALE_IMAGES]
-    first = launch.gather([case.map for _, case in cases(most_anomalous, 'colors')])
-    scale = map_scale([m for m in first if m is not None])
-    threshold, written = normal.pixel_threshold(score.name), []
+    look = map_scale(launch.gather([case.shown for _, case in cases(most_anomalous, 'colors')]))
+    written, cards = [], []
     for file, case in cases(chosen, 'overlays'):
         name = f'overlays/{names[file.id]}'
         spacing = file.grids[0].spacing if file.grids else (1, 1)
-        picture = overlay(case.image, case.reconstruction, case.map, scale, threshold, spacing)
+        picture = overlay(case, look, spacing)
         write_atomically(run.out / name, lambda path, picture=picture: picture.save(path, 'PNG'))
         written.append((file.id, 'overlay', name))
+        case = case._replace(original=original(files.paths[file.id], run.model.shape, run.data_config))
+        cards.append((file.id, case_pictures(case, look, np.array(spacing), MOST_BYTES / len(chosen))))
         if file.grids and case.map is not None:
-            volumes = write_volumes(run.out, plain_names[file.id], file, case, normal, score.name)
+            volumes = write_volumes(run.out, plain_names[file.id], file, case, normal, shown.name)
             written += [(file.id, *one) for one in volumes]
     written = launch.gather(written)
     kinds = [*(VOLUME_FOLDERS if len(run.model.shape) == 4 else ()), 'overlay']
-    return {kind: {i: path for i, k, path in sorted(written) if k == kind} for kind in kinds}
+    return Drawn({kind: {i: path for i, k, path in sorted(written) if k == kind} for kind in kinds},
+                 dict(launch.gather(cards)), look)
+
+
+def sorted_files(table: Table, normal: Normal, primary: str) -> list[predictions.Prediction]:
+    """The files that could be read, the most anomalous first; scores that are not finite count as the
+    largest.
+    """
+    values = table.values[primary]
+    percentiles = percentile(values, normal.validation[primary])
+    files = [predictions.Prediction(entry.id, float(value), float(share),
+                                    not value <= normal.thresholds[primary])
+             for entry, value, share in zip(table.entries, values, percentiles)]
+    return sorted(files, key=lambda file: (-file.score if math.isfinite(file.score) else -math.inf, file.id))
 
 
 def picture_name(rank: int, number: int, name: str) -> str:
-    """'007_ward_scan.dcm.png': the rank tells apart names that only differ in the characters left out here.
-    """
-    return f'{rank:0{len(str(number))}d}_{plain(name)}.png'
+    """'007_ward_scan.png': the rank tells apart names that only differ in what is left out here."""
+    return f'{rank:0{len(str(number))}d}_{plain(ENDING.sub("", name))}.png'
 
 
 def write_volumes(out: Path, name: str, file: NewFile, case: Case, normal: Normal,
@@ -195,16 +228,18 @@ def write_predictions(path: Path, files: NewFiles, table: Table, written: dict[s
 
 
 def summarize(run: Any, found: Any, files: NewFiles, table: Table, written: dict[str, dict[str, str]],
-              normal: Normal, primary: str) -> None:
-    """Says what became of the files, and keeps it in metrics.json."""
+              normal: Normal, primary: str) -> dict[str, Any]:
+    """Says what became of the files; keeps it in metrics.json, and returns it."""
     threshold, num_normal = normal.thresholds[primary], len(normal.validation[primary])
     anomalous = sum(not value <= threshold for value in table.values[primary].tolist())
-    run.write_metrics('predict', {
+    promised = max(normal.judging.target_fpr, 1 / (num_normal + 1))                  # see metrics.threshold
+    result = finite({
         'data': run.args.data, 'num_files': len(files.ids), 'num_scored': len(table),
         'num_unreadable': len(files.errors), 'passed_over': sum(map(len, found.passed_over.values())),
-        'primary_score': primary, 'threshold': threshold, 'num_flagged': anomalous,
+        'primary_score': primary, 'threshold': threshold, 'num_flagged': anomalous, 'promised': promised,
         **dataclasses.asdict(normal.scoring), **dataclasses.asdict(normal.maps),
         **dataclasses.asdict(normal.judging)})
+    run.write_metrics('predict', result)
     for repair in dict.fromkeys(repair for file in files.read.values() for repair in file.repairs):
         ids = sorted(i for i, file in files.read.items() if repair in file.repairs)
         kind = 'subject' if len(run.model.shape) == 4 else 'image'
@@ -212,7 +247,6 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, written: dict
     for line in passed_line(found.passed_over):
         run.say(line)
     if len(table):
-        promised = max(normal.judging.target_fpr, 1 / (num_normal + 1))              # see metrics.threshold
         run.say(f"{anomalous} of {len(table)} are anomalous: {primary} is above {threshold:.5g}. At most "
                 f"{100 * promised:.3g} % of normal images like those of the run exceed this threshold.")
     for kind, paths in written.items():
@@ -220,3 +254,4 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, written: dict
             run.say(f"{kind}s of the {len(paths)} most anomalous: {run.out / f'{kind}s'}")
     unread = f"{len(files.errors)} could not be read" if files.errors else "all readable"
     run.say(f"{len(table)} scored, {unread}: see {run.out / 'scores.csv'}")
+    return result

@@ -37,6 +37,14 @@ class Case(NamedTuple):
     reconstruction: np.ndarray | None    # (C, *S)
     map: np.ndarray | None               # (*S)
     mask: np.ndarray | None              # (*S), bool
+    relative: np.ndarray | None = None   # (*S), the map in standard deviations above normal images
+    above: np.ndarray | None = None      # (*S) bool, where the map is above the threshold of pixels
+    original: np.ndarray | None = None   # (C, S, S) in [0, 1], the file's own resolution
+
+    @property
+    def shown(self) -> np.ndarray | None:
+        """The map as it is drawn: (*S)."""
+        return self.map if self.relative is None else self.relative
 
 
 @dataclass
@@ -129,19 +137,17 @@ def column(values: torch.Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
 
 
-def pictures(model: Any, batches: Batches, score: Score, scoring: Scoring, config: MapConfig,
-             densities: Mapping[str, Any] | None = None) -> Iterator[tuple[Any, Case]]:
-    """The entry of each image, and its pictures: the image, its reconstruction, the map of the score, its
-    mask.
+def pictures(model: Any, batches: Batches, score: Score | None, normal: Any) -> Iterator[tuple[Any, Case]]:
+    """The entry of each image, and its pictures: the image, its reconstruction, the map of the score if there
+    is one, its mask. `normal` is what normal images have taught (normal.py).
     """
-    for entries, batch, outputs in model_outputs(model, batches, scoring, densities):
-        maps, _ = final_maps(outputs, [score], config)
+    for entries, batch, outputs in model_outputs(model, batches, normal.scoring, normal.densities):
+        maps, _ = final_maps(outputs, [score] if score else [], normal.maps)
         rebuilt = outputs.reconstruction().cpu().numpy() if hasattr(model, 'reconstruct') else None
         for i, entry in enumerate(entries):
-            yield entry, Case(
-                -1, batch.x[i].cpu().numpy(), None if rebuilt is None else rebuilt[i],
-                maps[score.name][i] if maps else None,
-                None if batch.mask is None else batch.mask[i, 0].cpu().numpy() > 0)
+            case = Case(-1, batch.x[i].cpu().numpy(), None if rebuilt is None else rebuilt[i], None,
+                        None if batch.mask is None else batch.mask[i, 0].cpu().numpy() > 0)
+            yield entry, normal.with_map(case, score.name, maps[score.name][i]) if maps else case
 
 
 # ---------------------------------------------------------------------------------------------------- batches

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from anomaly.choice import choose_primary
+from anomaly.choice import choose_map, choose_primary
 from anomaly.judge import group_title
 from anomaly.maps.postprocessing import gaussian_blur
 from anomaly.normal import Normal
@@ -94,12 +94,6 @@ def draws_nothing(model: Any, normal: Normal, score: Score) -> bool:
     return True
 
 
-def choose_map(model: Any, scores: Sequence[Score], score: Score) -> Score | None:
-    """The score itself if it has a map for this model, else the first that has one."""
-    outputs = Noiseless(model, probe(model))
-    return next((s for s in (score, *scores) if s.map and s.map(outputs) is not None), None)
-
-
 def trace(scorer: Scorer) -> torch.export.ExportedProgram:
     """The program of a score. Raises UserError for a score that is more than operations on tensors."""
     try:
@@ -133,7 +127,7 @@ def export(run: Evaluation) -> None:
         others = [one.name for one in scores if draws_nothing(model, normal, one)]
         raise UserError(f"score {score.name} averages over random draws, which an exported program cannot "
                         f"repeat. Name one that has none with --primary_score: {', '.join(others)}.")
-    mapped = choose_map(model, scores, score)
+    mapped = choose_map(score.name, scores, model, normal.scoring)
     scorer = Scorer(model, normal, score, mapped)
     program = trace(scorer)
     write_atomically(run.out / 'model.pt2', lambda path: torch.export.save(program, path))

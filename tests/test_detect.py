@@ -12,7 +12,7 @@ import torch
 from test_scores import LinearGaussian, seeded
 
 from anomaly import scoring
-from anomaly.config import MapConfig
+from anomaly.config import Judging, MapConfig
 from anomaly.detect import Settings, detect
 from anomaly.metrics import threshold
 from anomaly.normal import Normal
@@ -407,9 +407,11 @@ def test_pictures_are_those_of_the_scores():
     """A second look at a few images shows what the first pass over all of them saw."""
     data, model, score = make_data(masks=True), make_model(), SCORES['nelbo'](2)[0]
 
+    known = Normal('nelbo', Scoring(), MapConfig(), Judging(), {}, {}, {})
+
     def look(part, batch_size):
         batches = scoring.part_batches(part, batch_size, 'pictures')
-        found = scoring.pictures(model, batches, score, Scoring(), MapConfig())
+        found = scoring.pictures(model, batches, score, known)
         return {entry.id: case for entry, case in found}
     every, few = look(data.test, 8), look(Part(data.test.x[33:], ['Other'] * 3, data.test.masks[33:]), 2)
     assert len(every) == 36
@@ -426,4 +428,4 @@ def test_scores_do_not_depend_on_the_batch_size(finished, tmp_path, batch_size):
     rows, known = (rows_of(folder / 'scores.csv') for folder in (tmp_path, finished.out))
     for one, other in zip(rows, known, strict=True):
         for name, value in other.items():
-            assert one[name] == value or float(one[name]) == pytest.approx(float(value), rel=1e-6), name
+            assert one[name] == value or float(one[name]) == pytest.approx(float(value), rel=1e-5), name

@@ -186,7 +186,7 @@ def test_slices_are_left_out_until_a_volume_fits_but_not_the_starting_one():
 
 def test_an_overlay_of_a_volume_has_three_slices_a_row():
     case, times = one_case(), round(256 / 12)
-    picture = np.asarray(overlay(case.image, case.reconstruction, case.map, LOOK, threshold=0.5), int)
+    picture = np.asarray(overlay(case._replace(mask=None, above=case.map > 0.5), LOOK), int)
     # axial 12 x 10, coronal 8 x 10 and sagittal 8 x 12; rows of input, reconstruction and map
     assert picture.shape == (3 * 12 * times + 8, (10 + 10 + 12) * times + 8, 3)
     left, middle = 0, times // 2
@@ -201,7 +201,7 @@ def test_an_overlay_of_a_volume_has_three_slices_a_row():
 def test_pictures_show_millimetres():
     """Slices 2 mm thick of pixels of 1 mm: a coronal or sagittal picture is twice as high as its voxels."""
     case, mm = one_case(), (1.0, 1.0, 2.0)
-    picture = np.asarray(overlay(case.image, None, None, LOOK, spacing=mm))
+    picture = np.asarray(overlay(Case(0, case.image, None, None, None), LOOK, spacing=mm))
     times = round(256 / 16)
     assert picture.shape == (16 * times, (10 + 10 + 12) * times + 8, 3), "12 x 10, 16 x 10 and 16 x 12 mm"
     grid = [SHAPE, np.diag([*mm, 1]).tolist()]
@@ -209,7 +209,7 @@ def test_pictures_show_millimetres():
                            cases=[case], values={'nelbo': np.ones(1)})
     panel = case_figure(NELBO, test, test, 1).axes[0]
     assert np.array_equal(panel.images[0].get_array(), np.asarray(overlay(
-        case.image, case.reconstruction, case.map, map_scale([case.map]), spacing=mm, mask=case.mask)))
+        case, map_scale([case.map]), spacing=mm)))
 
 
 def test_the_figure_of_cases_shows_overlays_with_lesions_and_a_color_scale():
@@ -220,8 +220,7 @@ def test_the_figure_of_cases_shows_overlays_with_lesions_and_a_color_scale():
     figure = case_figure(NELBO, test, test, 1)
     most, least, bar = figure.axes
     for panel in (most, least):
-        assert np.array_equal(panel.images[0].get_array(), np.asarray(overlay(
-            case.image, case.reconstruction, case.map, map_scale([case.map]), mask=case.mask)))
+        assert np.array_equal(panel.images[0].get_array(), np.asarray(overlay(case, map_scale([case.map]))))
     assert bar.get_ylabel() == 'nelbo map'
 
 
@@ -229,7 +228,7 @@ def test_lesions_are_outlined_in_the_input_and_in_the_map_of_an_overlay():
     image = np.zeros((1, 8, 8), np.float32)
     mask = np.zeros((8, 8), bool)
     mask[2:5, 2:5] = True
-    picture = np.asarray(overlay(image, image, image[0], LOOK, mask=mask))
+    picture = np.asarray(overlay(Case(0, image, image, image[0], mask), LOOK))
     cyan = (picture == (0x39, 0xe0, 0xd0)).all(-1)
     first, second, third = cyan[:, :256], cyan[:, 260:516], cyan[:, 520:]
     assert first.any() and np.array_equal(first, third) and not second.any()

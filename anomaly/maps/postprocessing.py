@@ -15,6 +15,8 @@ from anomaly.config import MapConfig
 from readers.body import body
 from utils import UserError
 
+PRIOR = 5        # images
+
 
 class Maps(NamedTuple):
     """The postprocessed maps of N images whose lesions are known, and the masks to compare them with."""
@@ -27,6 +29,26 @@ class Maps(NamedTuple):
     def merged(self, other: 'Maps | None') -> 'Maps':
         """These maps and those that `other` has of the same images."""
         return self if other is None else self._replace(values=self.values | other.values)
+
+
+class Spread(NamedTuple):
+    """What maps of normal images are like, pixel by pixel."""
+    mean: np.ndarray                     # (*S)
+    std: np.ndarray                      # (*S)
+
+    @classmethod
+    def of(cls, maps: np.ndarray) -> 'Spread':
+        """From maps (N, *S). The variance of a pixel is mixed with the mean one, as if it stood for PRIOR
+        images: few images tell it badly, and in a constant background it is 0.
+        """
+        maps = np.where(np.isfinite(maps), maps, 0).astype(np.float64)
+        variance = maps.var(0)
+        mixed = (len(maps) * variance + PRIOR * variance.mean()) / (len(maps) + PRIOR)
+        return cls(maps.mean(0), np.sqrt(mixed) if mixed.any() else np.ones_like(mixed))
+
+    def relative(self, values: np.ndarray) -> np.ndarray:
+        """A map (*S) in standard deviations above the mean of normal images, 0 below it."""
+        return np.maximum((values - self.mean) / self.std, 0)
 
 
 def final_maps(outputs: Any, scores: Iterable[Any],

@@ -10,12 +10,14 @@ from typing import Any
 
 from anomaly.judge import Difference, Judgement, group_title
 from anomaly.maps import localization
-from anomaly.metrics import METRICS
+from anomaly.metrics import METRICS, Estimate
 from anomaly.report.figures import COLORS, FAINT, INK, curve_figure, keep, panel_grid, style
+from anomaly.report.html import write_page
 from anomaly.report.page import MATCH_NOTE, MOST_TABLES, PIXEL_NOTE, pixel_table
 from anomaly.report.tables import (
     MISSING,
     Column,
+    Label,
     ReportTable,
     as_markdown,
     as_text,
@@ -30,16 +32,20 @@ OUTCOMES = {'better': '{} is better', 'worse': '{} is worse', 'undecided': 'cann
 
 
 def write(out: Path, result: dict[str, Any], judgement: Judgement, test: Any) -> None:
-    """Writes comparison.json, comparison.md, comparison.csv and figures/{forest,roc}.png.
+    """Writes comparison.json, .html, .md, .csv, and figures/: forest, differences and roc.
 
     `test` is a table with the values of all rows.
     """
     write_json(out / 'comparison.json', result)
-    page = markdown(result, judgement)
+    page, groups = markdown(result, judgement), judgement.shown_groups
     write_atomically(out / 'comparison.md', lambda path: path.write_text(page, encoding='utf-8'))
     save_csv(out / 'comparison.csv', csv_rows(result, judgement))
-    keep(forest_figure(judgement), out, 'forest')
-    keep(curve_figure(judgement, test, 'roc'), out, 'roc')
+    figures = {'forest': forest_figure(judgement), 'differences': difference_figure(judgement),
+               'roc': curve_figure(judgement, test, 'roc')}
+    kept = {name: keep(figure, out, name) for name, figure in figures.items() if figure is not None}
+    write_page(out / 'comparison.html', 'comparison.html.j2', result=result, judgement=judgement,
+               groups=groups, figures=kept, tables=tables(result, judgement, groups),
+               runs=run_table(result), notes=notes(result, judgement))
 
 
 # --------------------------------------------------------------------------------------------------- tables
@@ -62,7 +68,7 @@ def difference_table(judgement: Judgement, group: str) -> ReportTable:
         found = difference.estimate
         return f'{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]'
     return ReportTable('', [
-        Column('', lambda difference: f'{difference.first.name} - {difference.rival}'),
+        Column('', lambda difference: Label(f'{difference.first.name} - {difference.rival}')),
         Column('', lambda difference: OUTCOMES[difference.outcome].format(difference.first.name)),
         Column('difference of AUROC', interval)], judgement.differences(group))
 
@@ -138,18 +144,40 @@ def csv_rows(result: dict[str, Any], judgement: Judgement) -> Iterator[dict[str,
 
 def forest_figure(judgement: Judgement) -> Any:
     """AUROC and its 95 % interval of every row, one panel a group; models in color, baselines in gray."""
-    groups, rows = judgement.shown_groups, list(judgement.rows.values())
-    figure, panels = panel_grid(len(groups), (3.4, 0.24 * len(rows) + 0.9), (1.6, 0), sharex=True,
-                                sharey=True)
+    rows = list(judgement.rows.values())
     runs = list(dict.fromkeys(row.run for row in rows))
-    for group, panel in zip(groups, panels):
-        for height, row in enumerate(rows):
-            auroc, color = row.auroc(group), COLORS[runs.index(row.run) % len(COLORS)] if row.run else FAINT
-            panel.plot([auroc.low, auroc.high], [height, height], color=color, lw=2.2)
-            panel.plot(auroc.value, height, color=color, marker='o', ms=5)
-        panel.axvline(0.5, color=INK, lw=0.8, dashes=(4, 2), zorder=0)
+    colors = [COLORS[runs.index(row.run) % len(COLORS)] if row.run else FAINT for row in rows]
+    lines = {group: [row.auroc(group) for row in rows] for group in judgement.shown_groups}
+    return forest([f'{row.name} *' if row.primary else row.name for row in rows], lines, colors, 0.5,
+                  'AUROC, 95 %')
+
+
+def difference_figure(judgement: Judgement) -> Any | None:
+    """Paired differences of AUROC with their 95 % intervals, one panel a group; None if there are none."""
+    found = {group: judgement.differences(group) for group in judgement.shown_groups}
+    if not any(found.values()):
+        return None
+    # the best baseline, and with it the names, may differ from group to group
+    names = list(dict.fromkeys(f'{d.first.name} - {d.rival}' for some in found.values() for d in some))
+    by_name = {group: {f'{d.first.name} - {d.rival}': d.estimate for d in some}
+               for group, some in found.items()}
+    lines = {group: [known.get(name) for name in names] for group, known in by_name.items()}
+    return forest(names, lines, [COLORS[0]] * len(names), 0.0, 'difference of AUROC, 95 %')
+
+
+def forest(names: Sequence[str], lines: dict[str, Sequence[Estimate | None]], colors: Sequence[str],
+           neutral: float, unit: str) -> Any:
+    """An estimate with its 95 % interval for each name, one panel a group; dashed, where nothing differs."""
+    figure, panels = panel_grid(len(lines), (3.4, 0.24 * len(names) + 0.9), (1.6, 0), sharex=True,
+                                sharey=True)
+    for (group, estimates), panel in zip(lines.items(), panels):
+        for height, (one, color) in enumerate(zip(estimates, colors)):
+            if one is not None:
+                panel.plot([one.low, one.high], [height, height], color=color, lw=2.2)
+                panel.plot(one.value, height, color=color, marker='o', ms=5)
+        panel.axvline(neutral, color=INK, lw=0.8, dashes=(4, 2), zorder=0)
         style(panel, group_title(group))
-        panel.set_yticks(range(len(rows)), [f'{row.name} *' if row.primary else row.name for row in rows])
-        panel.set_xlabel('AUROC, 95 %')
+        panel.set_yticks(range(len(names)), names)
+        panel.set_xlabel(unit)
     panels[0].invert_yaxis()
     return figure

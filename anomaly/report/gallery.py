@@ -7,6 +7,7 @@ C channels, S pixels, (H, W) or (D, H, W); N test images, in whose order places 
 import base64
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,19 @@ import numpy as np
 from PIL import Image
 
 from anomaly.judge import ScoreRow
-from anomaly.maps.overlays import as_color, as_gray, as_picture, blend, map_scale, overlay
+from anomaly.maps.overlays import as_color, as_gray, as_picture, blend, layer, map_scale, overlay
 from anomaly.maps.slices import CONVENTION, VIEWS, View, focus, sheet, sheet_columns, stack
 from anomaly.metrics import make_finite, percentile
 from anomaly.report.figures import FAINT, INK, new_figure
 from anomaly.scoring import Case
+from readers.images.decode import decode, to_channels, to_size
+from readers.paths import file_content
+from readers.source import Unreadable
 from readers.volumes.nifti import spacing
 
 LOSSLESS = 128          # pixels of the longer side up to which pictures on the page are exact
+FINER = 1.3             # times the pixels along a side: files worth showing in their own resolution
+LARGEST_ORIGINAL = 768  # pixels along their side: more would make a page of 60 cases too large
 LARGEST = 256           # and to which larger ones are reduced: 60 cases are then below 10 MB
 QUALITY = 90            # of WebP, where pictures are not exact
 MOST_VOLUMES = 20       # cases, where images are volumes: all slices of each are in the page
@@ -65,35 +71,71 @@ def gallery(row: ScoreRow, validation: Any, test: Any) -> dict[str, Any]:
     """What the page shows of each case by the score of `row`, and the colors of the maps. A card has
     `pictures`, or for a volume `views`: sheets with all slices of a direction, which the page's script moves.
     """
-    values, maps = test.values[row.name], [case.map for case in test.cases if case.map is not None]
-    percentiles, look = percentile(values, validation.values[row.name]), map_scale(maps)
-    volumes = bool(test.cases) and test.cases[0].image.ndim == 4
-    cards = []
+    values, look = test.values[row.name], map_scale([case.shown for case in test.cases])
+    percentiles, cards = percentile(values, validation.values[row.name]), []
     for case in test.cases:
         entry, value = test.entries[case.place], float(values[case.place])
-        shown = volume_views(case, look, spacing(entry), MOST_BYTES / len(test.cases)) if volumes else \
-            flat_pictures(case, look)
-        cards.append({'place': case.place, 'id': entry.id, 'class': entry.class_name, **shown,
+        flagged = not np.isfinite(value) or value > row.threshold
+        cards.append({**case_pictures(case, look, spacing(entry), MOST_BYTES / len(test.cases)),
+                      'place': case.place, 'id': entry.id, 'class': entry.class_name,
                       'score': short_number(value), 'percentile': f'{percentiles[case.place]:.0f}',
-                      'outcome': outcome(entry.label, not np.isfinite(value) or value > row.threshold)})
-    return {'cards': cards, 'classes': list(dict.fromkeys(sorted(card['class'] for card in cards))),
-            'scale': scale_bar(look) if maps else None, 'volumes': volumes, 'convention': CONVENTION,
-            'skips': max((card['step'] for card in cards), default=1) if volumes else 1,
-            'outlined': any(case.mask is not None and case.mask.any() for case in test.cases)}
+                      'outcome': outcome(entry.label, flagged)})
+    return about_cards(cards, look)
+
+
+def about_cards(cards: list[dict[str, Any]], look: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of all cards together."""
+    volumes = any('views' in card for card in cards)
+    return {'cards': cards, 'classes': sorted({card['class'] for card in cards}), 'volumes': volumes,
+            'scale': scale_bar(look) if any(card['mapped'] for card in cards) else None,
+            'relative': any(card['relative'] for card in cards), 'convention': CONVENTION,
+            'above': any(card['above'] for card in cards), 'skips': max([1, *(c['step'] for c in cards)]),
+            'outlined': any(card['outlined'] for card in cards)}
+
+
+def case_pictures(case: Case, look: dict[str, Any], distance: np.ndarray,
+                  most_bytes: float) -> dict[str, Any]:
+    """The pictures of a case; those of a volume, whose voxels are `distance` apart, in `most_bytes`."""
+    shown = volume_views(case, look, distance, most_bytes) if case.image.ndim == 4 else \
+        flat_pictures(case, look)
+    some = lambda mask: mask is not None and bool(mask.any())
+    return {'step': 1, **shown, 'mapped': case.map is not None, 'relative': case.relative is not None,
+            'outlined': some(case.mask), 'above': case.image.ndim == 3 and some(case.above)}
 
 
 def flat_pictures(case: Case, look: dict[str, Any]) -> dict[str, Any]:
-    """The pictures of an image (C, H, W)."""
-    colors = as_color(case.image)
-    pictures = [{'title': 'input', 'source': picture_source(colors), 'outlined': True}]
+    """The pictures of an image (C, H, W); for the enlarged case the file itself, and the map as a layer."""
+    colors, path = as_color(case.image), lambda mask: '' if mask is None else outline_path(mask)
+    pictures = [{'title': 'input', 'source': picture_source(colors), 'lesion': True, 'above': False}]
+    if case.original is not None:
+        pictures[0]['large'] = data_address(as_picture(as_color(case.original)), lossless=False)
     if case.reconstruction is not None:
-        pictures.append({'title': 'reconstruction', 'outlined': False,
+        pictures.append({'title': 'reconstruction', 'lesion': False, 'above': False,
                          'source': picture_source(as_color(case.reconstruction))})
-    if case.map is not None:
-        pictures.append({'title': 'map', 'source': picture_source(blend(colors, case.map, look)),
-                         'outlined': True})
-    return {'pictures': pictures, 'outline': '' if case.mask is None else outline_path(case.mask),
+    if case.shown is not None:
+        pictures.append({'title': 'map', 'source': picture_source(blend(colors, case.shown, look)),
+                         'lesion': True, 'above': True,
+                         'large': data_address(layer(case.shown, look), lossless=True)})
+    return {'pictures': pictures, 'lesion_path': path(case.mask), 'above_path': path(case.above),
             'height': case.image.shape[-2], 'width': case.image.shape[-1]}
+
+
+def original(path: Any, shape: Sequence[int], config: Any) -> np.ndarray | None:
+    """An image file in its own resolution, padded, cropped or stretched as a model of this shape saw it by
+    the flags of its data: (C, S, S) in [0, 1], S at most LARGEST_ORIGINAL. None if it is hardly finer than
+    what the model saw, and for volumes, frames and records.
+    """
+    if len(shape) != 3 or config.frames != 'refuse' or not isinstance(path, str):
+        return None
+    try:
+        image = decode(file_content(path))                                               # (H, W, C)
+    except Unreadable:
+        return None                                                      # no file, or it is gone since
+    size = min(LARGEST_ORIGINAL, max(image.shape[:2]))
+    if size < FINER * shape[1]:
+        return None
+    x = to_size(to_channels(image, shape[0]), size, config.fit)
+    return 1 - x if config.invert else x
 
 
 def volume_views(case: Case, look: dict[str, Any], distance: np.ndarray, most_bytes: float) -> dict[str, Any]:
@@ -124,9 +166,9 @@ def one_view(case: Case, view: View, place: int, look: dict[str, Any], distance:
               for title, volume, outlined in (('input', case.image, True),
                                               ('reconstruction', case.reconstruction, False))
               if volume is not None for channel, one in enumerate(slices(volume), 1)]
-    if case.map is not None:
+    if case.shown is not None:
         sheets.append({'title': 'map', 'outlined': True, 'source': sheet_source(
-            blend(as_gray(slices(case.image)[0]), slices(case.map), look))})
+            blend(as_gray(slices(case.image)[0]), slices(case.shown), look))})
     number, height, width = slices(case.image).shape[1:]
     columns = sheet_columns(number)
     return {'name': view.name, 'letters': dict(zip(('left', 'right', 'top', 'bottom'), view.letters)),
@@ -181,8 +223,8 @@ def case_figure(row: ScoreRow, validation: Any, test: Any, each: int) -> Any:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     most, least = test.cases[:each], test.cases[::-1][:each]
-    maps = [case.map for case in [*most, *least] if case.map is not None]
-    look, threshold = map_scale(maps), math.inf if row.pixel_threshold is None else row.pixel_threshold
+    maps = [case.shown for case in [*most, *least] if case.shown is not None]
+    look = map_scale(maps)
     percentiles = percentile(test.values[row.name], validation.values[row.name])
     width, height = (7, 2.8) if test.cases[0].image.ndim == 4 else (10, 1.9)
     figure = new_figure(width, height * len(most) + 0.4)
@@ -190,8 +232,7 @@ def case_figure(row: ScoreRow, validation: Any, test: Any, each: int) -> Any:
     for column, title, cases in zip(panels.T, ('most anomalous', 'least anomalous'), (most, least)):
         for panel, case in zip(column, cases):
             entry, score = test.entries[case.place], test.values[row.name][case.place]
-            panel.imshow(overlay(case.image, case.reconstruction, case.map, look, threshold, spacing(entry),
-                                 case.mask), interpolation='none')
+            panel.imshow(overlay(case, look, spacing(entry)), interpolation='none')
             panel.set_axis_off()
             flagged = '' if score <= row.threshold else ', flagged'
             panel.set_title(f"{entry.class_name} · {shorten(entry.id)}\n{row.name} {score:.5g}, percentile "
@@ -200,7 +241,8 @@ def case_figure(row: ScoreRow, validation: Any, test: Any, each: int) -> Any:
     if maps:
         bar = figure.colorbar(ScalarMappable(Normalize(look['vmin'], look['vmax']), look['cmap']), ax=panels,
                               shrink=min(1, 2 / len(most)), anchor=(0, 1))
-        bar.set_label(f'{row.name} map', color=INK, fontsize=7.5)
+        bar.set_label('map, standard deviations above normal' if most[0].relative is not None else 'map',
+                      color=INK, fontsize=7.5)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelcolor=INK, labelsize=7, color=FAINT)
     return figure

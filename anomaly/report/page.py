@@ -1,7 +1,5 @@
-"""What people read of an evaluation: tables of the terminal, and report.html, one file without network."""
+"""What people read of an evaluation: tables of the terminal, and report.html."""
 
-import base64
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 from anomaly.judge import Judgement, group_title
 from anomaly.maps import localization, segmentation
 from anomaly.metrics import METRICS, Estimate, wilson_interval
-from anomaly.report import tables
 from anomaly.report.figures import (
     CURVES,
     curve_figure,
@@ -20,9 +17,10 @@ from anomaly.report.figures import (
     levels,
     training_figure,
 )
-from anomaly.report.gallery import OUTCOMES, case_figure, gallery, short_number
+from anomaly.report.gallery import OUTCOMES, case_figure, gallery
+from anomaly.report.html import write_page
 from anomaly.report.tables import Column, Label, ReportTable, as_text, metric_columns, score_table
-from utils import finite, write_atomically
+from utils import finite
 
 MOST_TABLES = 4      # groups that get a table of their own in the terminal, and an open one on the page
 SCORE_NOTE = ("* primary score, chosen beforehand. Sensitivity and FPR: at the threshold from normal "
@@ -143,9 +141,18 @@ def write(out: Path, result: dict[str, Any], judgement: Judgement, validation: A
     primary, = judgement.primaries
     if num_cases and test.cases:                     # as a file; the page has them in its gallery
         keep(case_figure(primary, validation, test, num_cases), out, 'cases')
-    page = render(result, judgement, figures=kept, gallery=gallery(primary, validation, test),
-                  page_data=page_data(judgement, validation, test))
-    write_atomically(out / 'report.html', lambda path: path.write_text(page, encoding='utf-8'))
+    groups = judgement.shown_groups
+    write_page(
+        out / 'report.html', 'report.html.j2', ('gallery.js', 'report.js'), result=result,
+        judgement=judgement, primary=primary, threshold=finite(primary.threshold), groups=groups,
+        folded=len(groups) > MOST_TABLES, figures=kept,
+        gallery=gallery(primary, validation, test), outcomes=OUTCOMES,
+        page_data=page_data(judgement, validation, test), wilson=lambda share: wilson_interval(*share),
+        has_levels=bool(levels(judgement, 'llr') or levels(judgement, 'lk')),
+        aurocs=auroc_table(judgement) if len(groups) > 1 and judgement.has_metrics else None,
+        group_tables=[group_table(judgement, group) for group in groups],
+        pixels=pixel_table(judgement), segmentations=segmentation_table(judgement),
+        counts=count_table(result), confounds=confound_table(result, judgement))
 
 
 def page_data(judgement: Judgement, validation: Any, test: Any) -> dict[str, Any]:
@@ -159,29 +166,3 @@ def page_data(judgement: Judgement, validation: Any, test: Any) -> dict[str, Any
         'scores': {row.name: {'threshold': row.threshold, 'test': test.values[row.name].tolist(),
                               'validation': validation.values[row.name].tolist()}
                    for row in figure_scores(judgement)}})
-
-
-def render(result: dict[str, Any], judgement: Judgement, **parts: Any) -> str:
-    """report.html: one file, everything escaped but our own SVG and script, and a policy for the browser that
-    forbids whatever comes from a network. `parts` are further variables of the templates.
-    """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-    folder, groups = Path(__file__).parent / 'templates', judgement.shown_groups
-    script = (folder / 'report.js').read_text(encoding='utf-8')
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {name: getattr(tables, name)
-                            for name in ('number', 'bracket', 'show', 'shade', 'percent')}
-    primary, = judgement.primaries
-    return environment.get_template('report.html.j2').render(
-        parts, result=result, judgement=judgement, primary=primary, threshold=finite(primary.threshold),
-        groups=groups, group_title=group_title, folded=len(groups) > MOST_TABLES, script=Markup(script),
-        script_hash=f'sha256-{digest}', short_number=short_number, outcomes=OUTCOMES,
-        wilson=lambda share: wilson_interval(*share),
-        has_levels=bool(levels(judgement, 'llr') or levels(judgement, 'lk')),
-        aurocs=auroc_table(judgement) if len(groups) > 1 and judgement.has_metrics else None,
-        group_tables=[group_table(judgement, group) for group in groups],
-        pixels=pixel_table(judgement), segmentations=segmentation_table(judgement),
-        counts=count_table(result), confounds=confound_table(result, judgement))

@@ -1,8 +1,5 @@
-'use strict';
-// Moves the threshold and the slices of volumes, and filters and sorts the cases. Without it the page shows the
-// threshold from validation, and the slices that it begins with.
+// Moves the threshold, and filters and sorts the cases. Without it the page shows the threshold from validation.
 const data = JSON.parse(document.getElementById('report-data').textContent);
-const element = id => document.getElementById(id);
 const slider = element('slider'), field = element('threshold'), histogram = element('histogram');
 const OUTCOMES = {tp: 'true positive', fp: 'false positive', tn: 'true negative', fn: 'false negative'};
 const STEPS = Number(slider.max), BINS = 40;
@@ -131,35 +128,6 @@ function showCases() {
   element('status').textContent = `${shown} of ${cards.length} cases; ${inTest} such images in the test part`;
 }
 
-const large = element('large');
-
-function enlarge(card) {                                      // the input, and over it the map, if there is one
-  const frames = [...card.querySelectorAll('.frame')], map = frames.at(-1);
-  const layers = frames.length > 1 && map.querySelector('img').alt.startsWith('map') ? [frames[0], map] : [frames[0]];
-  large.querySelector('.layers').replaceChildren(...layers.map(layer => layer.cloneNode(true)));
-  for (const path of large.querySelectorAll('path[id]')) path.removeAttribute('id');
-  large.querySelector('label').hidden = layers.length < 2;
-  large.querySelector('.name').textContent = card.querySelector('.id').textContent;
-  showMap();
-  large.showModal();
-}
-
-function showMap() {
-  const [, map] = large.querySelectorAll('.frame');
-  if (map) map.hidden = !element('with-map').checked;
-}
-
-function showSlice(through) {
-  const view = through.closest('.view'), columns = Number(view.dataset.columns);
-  const place = (through.value - through.min) / through.step;
-  view.style.setProperty('--column', place % columns);
-  view.style.setProperty('--row', Math.floor(place / columns));
-  const total = view.querySelector('.number').textContent.split(' of ')[1];
-  const text = `${Number(through.value) + 1} of ${total}`;
-  view.querySelector('.number').textContent = text;
-  through.setAttribute('aria-valuetext', text);
-}
-
 // ------------------------------------------------------------------------------------------------ controls
 
 slider.addEventListener('input', () =>
@@ -168,23 +136,6 @@ field.addEventListener('input', () => { if (field.value !== '') setThreshold(Num
 element('reset').addEventListener('click', () => setThreshold(data.scores[name].threshold ?? Infinity));
 element('score').addEventListener('change', event => chooseScore(event.target.value));
 element('filters')?.addEventListener('change', showCases);
-if (large) {
-  element('with-map').addEventListener('change', showMap);
-  for (const {card} of cards) {
-    const pictures = card.querySelector('.pictures');
-    Object.assign(pictures, {role: 'button', tabIndex: 0, ariaLabel: `enlarge ${card.querySelector('.id').textContent}`});
-    pictures.addEventListener('click', () => enlarge(card));
-    pictures.addEventListener('keydown', event => {
-      if (event.key !== 'Enter') return;
-      event.preventDefault();                            // else it reaches the dialog, and closes it
-      enlarge(card);
-    });
-  }
-}
-for (const through of document.querySelectorAll('.through')) {
-  through.hidden = false;
-  through.addEventListener('input', () => showSlice(through));
-}
 for (const form of document.querySelectorAll('form.controls')) {
   form.hidden = false;
   form.addEventListener('submit', event => event.preventDefault());           // Enter in the field
