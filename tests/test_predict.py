@@ -74,7 +74,7 @@ def predicted(trained, data_folder, tmp_path_factory):
 def test_a_file_has_the_score_percentile_and_call_that_it_had_in_the_run(predicted, trained):
     _, status, rows = predicted
     assert status == 0 and len(rows) == 60
-    assert list(rows['normal/000.png']) == ['id', *(c for name in SCORES for c in (
+    assert list(rows['normal/000.png']) == ['id', *(c for name in ('nelbo', 'reconstruction', *SCORES[2:]) for c in (
         name, f'{name}_percentile', f'{name}_flagged')), 'overlay', 'error']
     known = {row['id']: row for row in rows_of(trained / 'anomaly' / 'scores.csv') if row['part'] == 'test'}
     assert len(known) == 20
@@ -190,7 +190,6 @@ BROKEN = {      # name -> content, words of the reason
     'cut.png': (saved(GREY, 'PNG')[:-60], 'cannot be decoded'),
     'cut.jpg': (saved(GREY, 'JPEG')[:-100], 'cannot be decoded'),
     'text.png': (b'not a picture', 'is not a PNG, JPEG, TIFF, BMP or DICOM image'),
-    'notes.txt': (b'hello', 'is not a PNG'),
     'bomb.png': (png(60_000, 60_000), 'has 3,600,000,000 pixels and claims'),
     'flat.png': (png(0, 5), 'is not a PNG'),
     'nan.tif': (saved(NOT_A_NUMBER, 'TIFF'), 'has pixels that are not finite'),
@@ -216,6 +215,7 @@ def mixed(tmp_path_factory):
     for name, content in (WHOLE | {name: content for name, (content, _) in BROKEN.items()}).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
+    (folder / 'notes.txt').write_text('hello')
     with open(os.fsencode(folder) + b'/caf\xe9.png', 'wb') as file:                # Latin-1, not UTF-8
         file.write(WHOLE['grey.png'])
     os.symlink('loop.png', folder / 'loop.png')
@@ -246,19 +246,20 @@ def test_an_unreadable_file_is_a_row_with_its_reason_and_the_rest_go_on(trained,
         assert words in row.pop('error'), name
         assert row.pop('id') == name and not any(row.values()), "no score, no percentile, no call, no picture"
     said = capfd.readouterr().out.splitlines()
-    assert said[-1] == f"10 scored, 14 could not be read: see {tmp_path / 'scores.csv'}"
+    assert said[-1] == f"10 scored, 13 could not be read: see {tmp_path / 'scores.csv'}"
     assert said[0].startswith('1 image of several pages') and said[0].endswith(': pages.tif')
     assert said[1] == ('passed over: links to folders (1, such as again); masks and folders of masks (1, '
-                       'such as masks); hidden files and folders (1, such as .hidden.png)')
+                       'such as masks); hidden files and folders (1, such as .hidden.png); files of other '
+                       'kinds (1, such as notes.txt)')
     kept = json.loads((tmp_path / 'metrics.json').read_text())['predict']
-    assert (kept['num_files'], kept['num_scored'], kept['num_unreadable']) == (24, 10, 14)
+    assert (kept['num_files'], kept['num_scored'], kept['num_unreadable']) == (23, 10, 13)
 
 
 def test_nothing_of_a_patient_is_in_what_is_written_or_said(trained, mixed, tmp_path, capfd):
     predict(trained, mixed, tmp_path, '--num_overlays', -1)
     written = [p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()]
     said = capfd.readouterr()
-    assert len(written) == 12
+    assert len(written) == 13
     for text in (*written, said.out.encode(), said.err.encode()):
         for secret in (NAME, 'Doe', 'SECRET-17', '19700101', '1.2.3.4'):
             assert secret.encode() not in text

@@ -19,7 +19,7 @@ from readers.dicom import MAGIC, MAGIC_START, decode_dicom, is_dicom
 from readers.images.frames import Frame, num_pages, places
 from readers.images.masks import Box
 from readers.items import Loaded
-from readers.paths import Found, file_content, find_files
+from readers.paths import FOREIGN, Found, file_content, find_files, pass_over
 from readers.source import DTYPES, Unreadable, check_pixels
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.tif', '.tiff', '.bmp', '.dcm', '.dicom')
@@ -27,6 +27,7 @@ FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # of Pillow; decided by cont
 DARK = 1 / 15                                       # 4095 of 65535 is 1/16
 DARK_NOTE = ('with less than 1/15 of the gray scale in use look black (if these are 12-bit values in 16-bit '
              'files, rescale them)')
+SIGNATURES = (b'\x89PNG', b'\xff\xd8\xff', b'II*\0', b'MM\0*', b'II+\0', b'MM\0+', b'BM')
 CONSTANT = 'of a single gray level, with nothing to be seen in them'
 NARROW = ('with less than 1/15 of the gray scale in use, but for 1 % of the pixels, look empty (if a few '
           'pixels or a wrong window take the scale, correct the files)')
@@ -52,6 +53,20 @@ def is_image_file(path: str) -> bool:
             return file.read(MAGIC_START + len(MAGIC))[MAGIC_START:] == MAGIC
     except OSError:
         return False
+
+
+def is_foreign(path: str) -> bool:
+    """Whether a file is of another kind, such as notes beside the images: it has no suffix of an image, and
+    does not begin like one. What cannot be opened is not known to be foreign.
+    """
+    if path.lower().endswith(SUFFIXES) or not os.path.isfile(path):
+        return False
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(MAGIC_START + len(MAGIC))
+    except OSError:
+        return False
+    return not (start.startswith(SIGNATURES) or is_dicom(start))
 
 
 def decode(data: bytes, frame: int | None = None) -> np.ndarray:
@@ -262,10 +277,17 @@ class ImageLoader:
         return self.channels, side, side
 
     def find(self, path: str | Path, without: str | Path = '') -> Found:
-        """All files below a folder but for the folder `without`, or the one file; frames as --frames says."""
+        """All files below a folder but for the folder `without` and files of other kinds, or the one file; frames
+        as --frames says.
+        """
         found = find_files(path, without)
+        foreign = {name for name, file in zip(found.ids, found.paths) if is_foreign(file)}
+        if len(foreign) == len(found.ids):                         # one file, or only such: say why not
+            foreign = set()
+        if foreign:
+            pass_over(found.passed_over, FOREIGN, *foreign)
         pairs = [(name + mark, place) for name, file in zip(found.ids, found.paths, strict=True)
-                 for mark, place in places(file, self.frames)]
+                 for mark, place in (places(file, self.frames) if name not in foreign else ())]
         return found._replace(ids=[name for name, _ in pairs], paths=[place for _, place in pairs])
 
     def load(self, file: str | Frame, masks: Sequence[str | Box] = ()) -> Loaded:
