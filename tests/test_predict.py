@@ -74,7 +74,8 @@ def predicted(trained, data_folder, tmp_path_factory):
 def test_a_file_has_the_score_percentile_and_call_that_it_had_in_the_run(predicted, trained):
     _, status, rows = predicted
     assert status == 0 and len(rows) == 60
-    assert list(rows['normal/000.png']) == ['id', *(c for name in ('nelbo', 'reconstruction', *SCORES[2:]) for c in (
+    names = ('nelbo', *(name for name in SCORES if name != 'nelbo'))             # the primary score first
+    assert list(rows['normal/000.png']) == ['id', *(c for name in names for c in (
         name, f'{name}_percentile', f'{name}_flagged')), 'overlay', 'error']
     known = {row['id']: row for row in rows_of(trained / 'anomaly' / 'scores.csv') if row['part'] == 'test'}
     assert len(known) == 20

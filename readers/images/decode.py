@@ -277,8 +277,8 @@ class ImageLoader:
         return self.channels, side, side
 
     def find(self, path: str | Path, without: str | Path = '') -> Found:
-        """All files below a folder but for the folder `without` and files of other kinds, or the one file; frames
-        as --frames says.
+        """All files below a folder but for the folder `without` and files of other kinds, or the one file;
+        frames as --frames says.
         """
         found = find_files(path, without)
         foreign = {name for name, file in zip(found.ids, found.paths) if is_foreign(file)}
