@@ -170,7 +170,8 @@ def dry_run(args: argparse.Namespace) -> int:
     processes = args.num_proc_node * args.num_process_per_node
     alone = LaunchConfig(device=args.device, deterministic=args.deterministic, num_threads=args.num_threads)
     with tempfile.TemporaryDirectory() as folder:
-        args.root, args.cont_training, args.wandb_project = folder, False, ''
+        args.root, args.cont_training = folder, False
+        args.wandb_project = args.mlflow_experiment = ''
         return launch.launch(partial(report, train_step, processes), args, alone)
 
 

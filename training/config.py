@@ -32,6 +32,7 @@ class RunConfig:
     cont_training: bool = flag(False, 'resume this run; start it if there is no checkpoint yet', basic=True)
     seed: int = flag(1, 'seed of everything random', basic=True)
     wandb_project: str = flag('', "also log to this project of Weights & Biases; '' = do not")
+    mlflow_experiment: str = flag('', "also log to this experiment of MLflow; '' = do not")
     dry_run: bool = flag(False, 'take a few steps, report the memory and time that the run needs, and keep '
                                 'nothing', basic=True)
 
@@ -84,6 +85,8 @@ class TrainConfig:
     image_every: int = flag(1000, 'steps between pictures in TensorBoard; 0 = none', least=0)
     val_every: int = flag(0, 'epochs between validations; 0 = 1, or 20 in a run of over 50 epochs', least=0)
     val_steps: int = flag(0, 'steps between validations; 0 = as --val_every says', least=0)
+    monitor_anomalies: int = flag(0, 'test images, half of them normal, whose AUROC each validation logs; '
+                                     'nothing is ever chosen by it; 0 = none', least=0)
     val_iw_samples: int = flag(10, 'importance samples of a validation', least=1)
     keep_best: bool = flag(False, 'also keep best.pt, the model of the lowest validation NELBO (or loss)')
 

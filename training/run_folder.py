@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: log, checkpoints, progress bar, Weights & Biases."""
+"""What a run leaves behind and shows: log, checkpoints, progress bar."""
 
 import json
 import math
@@ -20,7 +20,8 @@ from model import describe, family_config
 from storage.checkpoint import copies, read_checkpoint, save_checkpoint
 from storage.locks import clear_leftovers, only_process
 from training.config import RunConfig
-from utils import RunLog, UserError, read_flags, with_room, write_atomically
+from training.trackers import start_trackers
+from utils import RunLog, UserError, read_flags, with_room
 
 REMAINS = ('args.json', 'metrics.jsonl', 'log.txt')        # of a run that has begun
 FREE_DATA_FLAGS = ('data', 'cache_dir', 'num_workers')     # may change when a run is resumed
@@ -43,8 +44,8 @@ class RunFolder(RunLog):
 
     def __init__(self, run: RunConfig, flags: dict[str, Any], step: int = 0, split: str = ''):
         """`flags` are all flags of the command; `step` steps are done; `split` is the hash of split.json."""
-        self.flags, self.split, shown = flags, split, run.wandb_project and launch.is_main()
-        self.wandb = start_wandb(run.folder, run.wandb_project, flags) if shown else None
+        self.flags, self.split = flags, split
+        self.trackers = start_trackers(run.folder, flags) if launch.is_main() else []
         super().__init__(run.folder, active=launch.is_main(), step=step)
 
     def save(self, name: str, model: Any, state: dict[str, Any]) -> None:
@@ -54,29 +55,15 @@ class RunFolder(RunLog):
                        'split': self.split, **state}
             with_room(lambda: save_checkpoint(self.folder / name, content, self.flags['keep']))
 
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        super().metrics(step, values)
+        for tracker in self.trackers:
+            tracker.metrics(step, values)
+
     def close(self) -> None:
         super().close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def start_wandb(folder: Path, project: str, flags: dict[str, Any]) -> Any:
-    """A run of Weights & Biases, the one of this run folder if it has begun; call `finish()` at its end.
-
-    It passes on the events of TensorBoard, so it is started before the first of them. Raises UserError if the
-    library is not installed.
-    """
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb_project needs a library: pip install wandb. Or leave it out: TensorBoard "
-                        "and metrics.jsonl get the same.") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    id_file = folder / 'wandb_id.txt'                          # a resumed run continues there too
-    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=flags, sync_tensorboard=True,
-                     id=id_file.read_text().strip() if id_file.exists() else None, resume='allow')
-    write_atomically(id_file, lambda path: path.write_text(run.id))
-    return run
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 def begun_mark() -> Path | None:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from datasets import Data, DataConfig, load_data, stand_in
 from distributed import launch
 from evaluation.likelihood import count_dims, diagnose, evaluate_likelihood, mean_objective
+from evaluation.monitoring import choose_monitored, monitor
 from evaluation.pictures import show_images
 from evaluation.sampling import recalibrate_batch_norm
 from model import build_model, family_config, place, start_from
 from neural_operations import activation_bytes, checkpoint_activations
 from readers.batches import eval_batches, steps_per_epoch, train_batches
+from readers.parts import Part
 from readers.split import read_split, split_digest, why_other_split
 from storage.checkpoint import copies, not_finite, read_checkpoint
 from storage.provenance import add_start
@@ -29,6 +31,7 @@ from training.config import RunConfig, Schedule, TrainConfig
 from training.optimization import Optimization, capture_passes, check_graph
 from training.precision import choose_bf16, multiplies_bf16
 from training.run_folder import RunFolder, begun_mark, read_resumable
+from training.trackers import describe_run
 from utils import UserError, mix_seed, read_flags, seed_noise, write_json
 
 MEMORY_MARGIN = 1.3          # gradients and work space, beside what is kept for the backward pass
@@ -80,10 +83,13 @@ class Trainer:
         checkpoint_activations(self.model, self.recomputes)
         if self.config.cuda_graph:
             check_graph(self.model, self.config.accumulate, self.recomputes)
+        number = self.config.monitor_anomalies
+        monitored = choose_monitored(self.data, number, self.run.seed) if number else None
         self.captured = False                   # whether the passes of the network are a CUDA graph
         # From here on nothing is refused, so that a start that is leaves no trace.
         self.folder = RunFolder(self.run, vars(args), self.optimization.step, self.split)
-        self.validation = Validation(self.data, self.schedule, self.metric, self.folder, self.run.seed)
+        self.validation = Validation(self.data, self.schedule, self.metric, self.folder, self.run.seed,
+                                     monitored)
         if saved and copies(best := self.run.folder / 'best.pt'):
             self.validation.best = read_checkpoint(best, self.folder.say)['validation']
 
@@ -144,6 +150,8 @@ class Trainer:
         if self.optimization.step:
             say(f'continuing at step {self.optimization.step} of {schedule.total}')
         if launch.is_main():
+            if self.folder.writer and not self.optimization.step:
+                describe_run(self.folder.writer, vars(self.args), [f'val/{self.metric}'])
             write_json(self.folder.folder / 'args.json', vars(self.args))
             if not (split := self.folder.folder / 'split.json').exists():
                 write_json(split, data.split)
@@ -205,12 +213,15 @@ class Trainer:
 class Validation:
     """Measures the validation part, or the test part if there is none: then nothing is chosen by it."""
 
-    def __init__(self, data: Data, schedule: Schedule, metric: str, folder: RunFolder, seed: int):
+    def __init__(self, data: Data, schedule: Schedule, metric: str, folder: RunFolder, seed: int,
+                 monitored: Part | None = None):
+        """`monitored` are test images whose AUROC is logged too."""
         self.part = data.val if len(data.val) else data.test
         self.num_dims = count_dims(data.shape, data.pixels.padding)
         self.schedule, self.metric, self.folder, self.seed = schedule, metric, folder, seed
         self.batches = partial(eval_batches, self.part, schedule.batch_size)
         self.best = math.inf                    # the lowest value so far, that of best.pt
+        self.data, self.monitored = data, monitored
 
     def __call__(self, optimization: Optimization) -> None:
         """Logs what the weights that count attain, and keeps the best of them if this is asked for."""
@@ -233,5 +244,9 @@ class Validation:
         if schedule.config.keep_best and value < self.best:
             self.best = value
             self.folder.save('best.pt', model, optimization.weights() | {'validation': value})
+        if self.monitored is not None:
+            for name, auroc in monitor(model, self.data, self.monitored, schedule.batch_size).items():
+                values[f'monitor/auroc_{name}'] = auroc
+                summary += f', AUROC of {name} {auroc:.3f} (monitored, nothing is chosen by it)'
         self.folder.metrics(step, values)           # last: while it is missing, a resumed run validates again
         self.folder.say(f'epoch {step // schedule.steps}, step {step}: validation {self.metric} {summary}')

@@ -10,7 +10,8 @@ from storage.provenance import commit
 from utils import read_json
 
 SHORT = 10                      # digits of a commit
-NOT_OF_THE_MODEL = ('data', 'cache_dir', 'root', 'save', 'cont_training', 'dry_run', 'wandb_project')
+NOT_OF_THE_MODEL = ('data', 'cache_dir', 'root', 'save', 'cont_training', 'dry_run', 'wandb_project',
+                    'mlflow_experiment')
 
 
 def about_run(model: Any, path: str | Path) -> dict[str, Any]:

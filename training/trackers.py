@@ -1,0 +1,110 @@
+"""Where a run is shown besides metrics.jsonl: TensorBoard, and tracking services, rows of TRACKERS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from utils import UserError, write_atomically
+
+CURVES = {     # tags in TensorBoard -> what they are
+    'train/loss_iter, train/nelbo_iter': 'of one batch, at the step',
+    'train/loss, train/nelbo': 'mean over the batches of an epoch; nelbo in nats an image',
+    'val/nelbo, val/loss': 'of normal validation images, with the averaged weights where the run keeps some',
+    'val/neg_log_p': 'importance-weighted bound on -log p(x) of validation images, nats',
+    'val/bpd_elbo, val/bpd_log_p': 'the same two in bits per dimension',
+    'kl_vals/*, kl/active_*': 'KL of a latent group from the top (0) down, nats; its channels in use',
+    'kl_coeff/*': 'weight of the KL, and how it is balanced between groups',
+    'train/lr, train/grad_norm': 'learning rate; norm of the gradient before it is clipped',
+    'monitor/*': 'AUROC on test images (--monitor_anomalies): for the eye alone, nothing is chosen by it'}
+MOST_TEXT, MOST_PARAMETERS = 500, 100            # characters of a parameter, and parameters a call, of MLflow
+
+
+class Tracker(Protocol):
+    """A run on a tracking service: started with its folder, the project and the flags of the command."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def library(name: str, flag: str) -> Any:
+    """A library that is not a requirement. Raises UserError if it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError:
+        raise UserError(f"--{flag} needs a library: pip install {name}. Or leave it out: TensorBoard and "
+                        f"metrics.jsonl get the same.") from None
+
+
+def known_id(folder: Path, service: str) -> tuple[Path, str | None]:
+    """The file that keeps the id of this run, which a resumed run goes on with, and the id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f'{service}_id.txt'
+    return file, file.read_text().strip() if file.exists() else None
+
+
+class WeightsAndBiases:
+    """Passes on the events of TensorBoard, so it is started before the first of them."""
+
+    def __init__(self, folder: Path, project: str, flags: dict[str, Any]):
+        wandb = library('wandb', 'wandb_project')
+        file, known = known_id(folder, 'wandb')
+        self.run = wandb.init(project=project, name=folder.name, dir=str(folder), config=flags,
+                              sync_tensorboard=True, id=known, resume='allow')
+        write_atomically(file, lambda path: path.write_text(self.run.id))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """They come by the events."""
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+class MLflow:
+    """Logs to the server of MLFLOW_TRACKING_URI, or where the library does without."""
+
+    def __init__(self, folder: Path, project: str, flags: dict[str, Any]):
+        self.mlflow = library('mlflow', 'mlflow_experiment')
+        file, known = known_id(folder, 'mlflow')
+        self.mlflow.set_experiment(project)
+        run = self.mlflow.start_run(run_id=known, run_name=folder.name)
+        if known is None:                        # a parameter can be logged only once
+            texts = [(name, str(value)[:MOST_TEXT]) for name, value in flags.items()]
+            for first in range(0, len(texts), MOST_PARAMETERS):
+                self.mlflow.log_params(dict(texts[first:first + MOST_PARAMETERS]))
+        write_atomically(file, lambda path: path.write_text(run.info.run_id))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.mlflow.log_metrics({name: value for name, value in values.items() if math.isfinite(value)},
+                                step=step)
+
+    def finish(self) -> None:
+        self.mlflow.end_run()
+
+
+# by the flag that names a project
+TRACKERS: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {
+    'wandb_project': WeightsAndBiases, 'mlflow_experiment': MLflow}
+
+
+def start_trackers(folder: Path, flags: dict[str, Any]) -> list[Tracker]:
+    """Those that the flags of the command ask for. Raises UserError for a library that is not installed."""
+    return [start(folder, flags[flag], flags) for flag, start in TRACKERS.items() if flags.get(flag)]
+
+
+def describe_run(writer: Any, flags: dict[str, Any], metrics: Iterable[str]) -> None:
+    """Tells TensorBoard of a new run: its flags, as text and as hyper-parameters to compare runs by, and what
+    the curves are.
+    """
+    from torch.utils.tensorboard.summary import hparams
+    rows = lambda table: '\n'.join(['| | |', '|---|---|', *(f'| `{a}` | {b} |' for a, b in table.items())])
+    writer.add_text('flags', rows(flags))
+    writer.add_text('curves', rows(CURVES))
+    simple = {name: value if isinstance(value, int | float | str) else str(value)
+              for name, value in flags.items() if value is not None}
+    for summary in hparams(simple, dict.fromkeys(metrics, 0.0)):
+        writer.file_writer.add_summary(summary)
