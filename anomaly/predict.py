@@ -21,7 +21,7 @@ from anomaly.choice import choose_map, choose_primary
 from anomaly.config import PredictConfig
 from anomaly.detect import score_columns, score_titles
 from anomaly.maps.nifti import file_names, plain, remove_maps, write_map
-from anomaly.maps.overlays import map_scale, overlay
+from anomaly.maps.overlays import map_scale, overlay, titled
 from anomaly.maps.segmentation import segment
 from anomaly.metrics import percentile
 from anomaly.normal import Normal
@@ -167,6 +167,10 @@ def draw(run: Any, files: NewFiles, table: Table, primary: str, shown: Score | N
         name = f'overlays/{names[file.id]}'
         spacing = file.grids[0].spacing if file.grids else (1, 1)
         picture = overlay(case, look, spacing)
+        if not file.grids:                                        # of a volume, rows and not columns
+            picture = titled(picture, [title for title, shown in (
+                ('input', case.image), ('reconstruction', case.reconstruction), ('map', case.shown))
+                if shown is not None])
         write_atomically(run.out / name, lambda path, picture=picture: picture.save(path, 'PNG'))
         written.append((file.id, 'overlay', name))
         case = case._replace(original=original(files.paths[file.id], run.model.shape, run.data_config))

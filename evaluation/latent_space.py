@@ -136,7 +136,7 @@ def decode(run: Evaluation) -> None:
         images = torch.cat(images)
         write_npz(run.out / f'decoded_{name}.npz', images=images.numpy())
         if index == 0:
-            save_png(run.out / 'decoded.png', image_grid(images[:NUM_SHOWN]))
+            save_png(run.out / 'decoded.png', image_grid(images[:NUM_SHOWN]), [f'images of {name}'])
         number += len(images)
     number = sum(launch.gather([number]))
     run.write_metrics('decode', {'num_images': number, 'temperature': at, 'seed': config.seed})
@@ -149,7 +149,8 @@ def interpolation(run: Evaluation) -> None:
     x, ids = run.first_images(2 * config.num_samples)
     if launch.is_main():
         images = interpolate(run.model, x[::2], x[1::2], config.num_frames).cpu()   # (F, B, C, H, W)
-        _write_walk(run.out / 'interpolation', images, id=np.array(ids))
+        shares = [f'{share:.0%}' for share in np.linspace(0, 1, config.num_frames)]
+        _write_walk(run.out / 'interpolation', images, shares, id=np.array(ids))
         run.write_metrics('interpolate', {'pairs': [list(pair) for pair in zip(ids[::2], ids[1::2])],
                                           'num_frames': config.num_frames})
         run.say(f"{config.num_samples} pairs: {run.out / 'interpolation.png'} and .gif")
@@ -167,15 +168,18 @@ def traversal(run: Evaluation) -> None:
     if launch.is_main():
         images, chosen = traverse(run.model, x, groups, channel, shifts)                # (F, G, B, C, H, W)
         for i, name in enumerate(ids):
-            _write_walk(run.out / f'traversal_{i}', images[:, :, i].cpu(), id=np.array(name),
-                        groups=np.array(groups), channels=np.array(chosen), shifts=np.array(shifts))
+            _write_walk(run.out / f'traversal_{i}', images[:, :, i].cpu(), [f'{by:+.2g}' for by in shifts],
+                        id=np.array(name), groups=np.array(groups), channels=np.array(chosen),
+                        shifts=np.array(shifts))
         run.write_metrics('traverse', {'id': ids, 'groups': groups, 'channels': chosen, 'shifts': shifts})
         run.say(f"{len(ids)} images, {len(groups)} groups: {run.out}/traversal_*.png and .gif")
 
 
-def _write_walk(path: Path, frames: Tensor, **more: np.ndarray) -> None:
-    """Frames (F, rows, C, H, W) as strips in <path>.png, one a row, as film in <path>.gif, and <path>.npz."""
+def _write_walk(path: Path, frames: Tensor, titles: Sequence[str], **more: np.ndarray) -> None:
+    """Frames (F, rows, C, H, W) as strips in <path>.png, one a row, under the titles of the frames, as film
+    in <path>.gif, and <path>.npz.
+    """
     strips = frames.transpose(0, 1)
-    save_png(f'{path}.png', image_grid(strips.flatten(0, 1), columns=len(frames)))
+    save_png(f'{path}.png', image_grid(strips.flatten(0, 1), columns=len(frames)), titles)
     save_gif(f'{path}.gif', [image_grid(frame) for frame in frames])
     write_npz(Path(f'{path}.npz'), images=strips.numpy(), **more)

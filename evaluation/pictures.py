@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from anomaly.maps.overlays import titled
 from utils import RunLog, seed_noise, write_atomically
 
 NUM_SHOWN = 64                              # images in a grid
@@ -41,9 +42,9 @@ def as_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(values[0] if len(values) == 1 else np.moveaxis(values, 0, -1))
 
 
-def save_png(path: str | Path, image: Tensor) -> None:
-    """Writes an image (1 or 3, H, W) in [0, 1] as an 8-bit PNG."""
-    picture = as_picture(image)
+def save_png(path: str | Path, image: Tensor, titles: Sequence[str]) -> None:
+    """Writes an image (1 or 3, H, W) in [0, 1] as an 8-bit PNG, under the titles of its columns."""
+    picture = titled(as_picture(image), titles)
     write_atomically(path, lambda temporary: picture.save(temporary, format='PNG'))
 
 

@@ -35,7 +35,9 @@ def reconstruct(run: Evaluation) -> None:
               **{name: y.numpy() for name, y in zip(names, images)})
     sets = max(1, 8 // (1 + len(names)))                                 # of input and outputs in a row
     shown = torch.stack([x, *images], dim=1)[:NUM_SHOWN // 2]            # input, output(s), input, ...
-    save_png(run.out / 'reconstructions.png', image_grid(shown.flatten(0, 1), columns=sets * shown.shape[1]))
+    titles = ['input', *(f'{k} of {total}' for k in kept)] if kept else ['input', 'output']
+    save_png(run.out / 'reconstructions.png', image_grid(shown.flatten(0, 1), columns=sets * shown.shape[1]),
+             sets * titles)
     errors = [float((x - y).abs().mean()) for y in images]
     run.write_metrics('reconstruct', {
         'num_images': len(x), 'part': run.part,

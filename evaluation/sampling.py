@@ -110,7 +110,8 @@ def sample(run: Evaluation) -> None:
     for index, images in samples(run.model, number, batch_size, at, seed=config.seed):
         write_npz(run.out / f'samples_{index}.npz', samples=images.cpu().numpy())
         if index == 0:
-            save_png(run.out / 'samples.png', image_grid(images[:NUM_SHOWN]))
+            save_png(run.out / 'samples.png', image_grid(images[:NUM_SHOWN]),
+                     [f'samples, temperature {at:g}'])
     run.write_metrics('sample', {'num_samples': number, 'temperature': at, 'readjust_bn': config.readjust_bn,
                                  'seed': config.seed})
     run.say(f"{number} images at temperature {at}: {run.out / 'samples.png'}")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_evaluate import tiles
 
 import evaluate
 import train
@@ -129,7 +130,7 @@ def test_latents_come_out_and_go_back_in(trained, tmp_path):
     run(trained, tmp_path / 'edited', 'decode', '--latents', tmp_path / 'edited.npz')
     other = np.load(tmp_path / 'edited' / 'decoded_edited.npz')['images']
     assert other.shape == (8, 1, 16, 16) and np.abs(other - decoded[:8]).max() > 1e-3
-    assert Image.open(tmp_path / 'edited' / 'decoded.png').size == (51, 51)         # 8 images in 3 x 3
+    assert tiles(tmp_path / 'edited' / 'decoded.png', 3, 3)                          # 8 images in 3 x 3
 
 
 def test_latents_are_the_same_on_two_processes(trained, tmp_path, forked_processes):
@@ -166,7 +167,7 @@ def test_kept_groups(trained, tmp_path):
         np.testing.assert_allclose(arrays['reconstruction_1'], model.decode(model.latents(x)[:1]), atol=1e-6)
     assert np.ptp(arrays['reconstruction_0'], axis=0).max() < 1e-6, 'no group kept: the same for all images'
     assert said['mean_absolute_error'].keys() == {'0', '1', '2'}
-    assert Image.open(tmp_path / 'reconstructions.png').size == (8 * 17, 3 * 17)     # 2 sets of 4 in a row
+    assert tiles(tmp_path / 'reconstructions.png', 8, 3)     # 2 sets of 4 in a row
     with pytest.raises(UserError, match='--keep_groups 3: this model has 2'):
         run(trained, tmp_path, 'reconstruct', '--keep_groups', 3)
 
@@ -174,14 +175,14 @@ def test_kept_groups(trained, tmp_path):
 def test_strips_and_films(trained, tmp_path):
     said = run(trained, tmp_path, 'interpolate', '--num_samples', 3, '--num_frames', 5)['interpolate']
     assert len(said['pairs']) == 3 and len({name for pair in said['pairs'] for name in pair}) == 6
-    strip, film = (Image.open(tmp_path / f'interpolation.{suffix}') for suffix in ('png', 'gif'))
-    assert strip.size == (5 * 17, 3 * 17) and film.n_frames == 8         # there and back
+    assert tiles(tmp_path / 'interpolation.png', 5, 3)
+    assert Image.open(tmp_path / 'interpolation.gif').n_frames == 8      # there and back
     said = run(trained, tmp_path, 'traverse', '--num_samples', 2, '--num_frames', 3, '--channel', 1,
                '--reach', 2)['traverse']
     assert said['groups'] == [0, 1] and said['channels'] == [1, 1] and said['shifts'] == [-2, 0, 2]
     arrays = np.load(tmp_path / 'traversal_1.npz')
     assert arrays['images'].shape == (2, 3, 1, 16, 16) and str(arrays['id']) == said['id'][1]
-    assert Image.open(tmp_path / 'traversal_0.png').size == (3 * 17, 2 * 17)
+    assert tiles(tmp_path / 'traversal_0.png', 3, 2)
     assert Image.open(tmp_path / 'traversal_0.gif').n_frames == 4
 
 

@@ -19,7 +19,7 @@ from test_evaluate import ONE_THREAD, fails, run
 
 import evaluate
 import train
-from anomaly.maps.overlays import GAP, overlay
+from anomaly.maps.overlays import GAP, TITLE_HEIGHT, overlay
 from anomaly.predict import SOME_UNREADABLE_STATUS, picture_name
 from anomaly.scoring import Case
 from datasets import DataConfig, load_data, preparation
@@ -297,7 +297,8 @@ def test_the_most_anomalous_are_drawn_in_their_order(predicted, trained, data_fo
     assert not any(row['overlay'] for row in by_score[3:])
     assert len(list((out / 'overlays').iterdir())) == 3
     picture = Image.open(out / by_score[0]['overlay'])
-    assert picture.size == (3 * 256 + 2 * GAP, 256) and picture.info == {}
+    assert picture.size == (3 * 256 + 2 * GAP, 256 + TITLE_HEIGHT) and picture.info == {}
+    picture = picture.crop((0, TITLE_HEIGHT, *picture.size))
     original = np.asarray(Image.open(data_folder / by_score[0]['id']))
     assert np.array_equal(np.asarray(picture)[8:256:16, 8:256:16, 0], original), "the input"
     shutil.copytree(out / 'overlays', tmp_path / 'overlays')
@@ -387,7 +388,7 @@ def test_infinite_thresholds_are_null_and_pixels_above_theirs_are_outlined(copy,
         write_json(path, kept)
         _, rows = predict(copy, image, tmp_path / 'out', '--scores', 'nelbo')
         picture = np.asarray(Image.open(tmp_path / 'out' / rows['000.png']['overlay']))
-        white.append((picture[:, -256:] == 255).all(-1).mean())
+        white.append((picture[TITLE_HEIGHT:, -256:] == 255).all(-1).mean())
     assert white[0] == 0 and white[1] > 0.05
     assert {row['nelbo_flagged'] for row in rows.values()} == {'0'}
     below = sum(value < float(rows['000.png']['nelbo']) for value in known)

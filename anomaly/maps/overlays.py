@@ -3,6 +3,7 @@
 C channels, *S pixels, (H, W) or (D, H, W).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from anomaly.maps.slices import VIEWS, cuts, focus
 SHOWN_SIZE = 256            # pixels that a small image is enlarged to, about
 STRENGTH = 0.8              # how much of a pixel the color of the largest map value covers
 GAP = 4                     # white pixels between the panels
+TITLE_HEIGHT = 14           # pixels of a line of titles
 LINE = 2                    # width of an outline, in pixels of the picture
 LESION = '#39e0d0'          # outline of lesion masks
 ABOVE = {'inferno': '#ffffff', 'coolwarm': '#000000'}    # outline of pixels above the threshold, by color map
@@ -79,6 +81,21 @@ def joined(pictures: list[np.ndarray], axis: int) -> np.ndarray:
         room[1 - axis] = (0, most - picture.shape[1 - axis])
         filled += [gap, np.pad(picture, room, constant_values=1)]
     return np.concatenate(filled[1:], axis)
+
+
+def titled(picture: Image.Image, titles: Sequence[str]) -> Image.Image:
+    """A picture under a line with the titles of its columns, which are equally wide; enlarged by a whole
+    factor where a title would not fit.
+    """
+    draw = ImageDraw.Draw(Image.new('L', (1, 1)))
+    column, widest = picture.width / len(titles), max(draw.textlength(title) for title in titles)
+    times = max(1, math.ceil((widest + 2 * GAP) / column))
+    large = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    out = Image.new(picture.mode, (large.width, large.height + TITLE_HEIGHT), 'white')
+    out.paste(large, (0, TITLE_HEIGHT))
+    for place, title in enumerate(titles):
+        ImageDraw.Draw(out).text((place * column * times + 1, 1), title, 'black')
+    return out
 
 
 def as_picture(colors: np.ndarray) -> Image.Image:
