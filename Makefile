@@ -29,6 +29,7 @@ coverage: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 # docs/tutorial.ipynb from docs/tutorial.py, with its pictures.
 notebook: $(VENV)/.installed-dev

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -54,19 +54,24 @@ class Model(Protocol):
     docs/architecture.md lists them all.
     """
     Config: type
+    shape: tuple[int, ...]
+    config: Any
+    pixels: Pixels
 
     def forward(self, x: Tensor, skip: int = 0, temperature: float = 1.0) -> Terms: ...
 
     def objective(self, terms: Terms, progress: float) -> tuple[Tensor, dict[str, Tensor]]: ...
 
+    def __getattr__(self, name: str) -> Any: ...         # capabilities, and what every nn.Module has
 
-class Families(Mapping[str, type[Model]]):
+
+class Families(Mapping[str, Callable[..., Model]]):
     """Model families by name; a family's class, and PyTorch with it, is imported when it is looked up."""
 
     def __init__(self, rows: dict[str, tuple[str, str, str]]):
         self.rows = rows
 
-    def __getitem__(self, name: str) -> type[Model]:
+    def __getitem__(self, name: str) -> Callable[..., Model]:
         folder, model, _ = self.rows[name]
         return getattr(import_module(f'families.{folder}.model'), model)
 

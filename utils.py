@@ -70,7 +70,7 @@ def flags(cls: type[T]) -> type[T]:
             check_value(field, getattr(self, field.name))
         if own is not None:
             own(self)
-    cls.__post_init__ = __post_init__
+    cls.__post_init__ = __post_init__      # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True)(cls)
 
 
@@ -90,7 +90,7 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
 def read_flags(config: type[T], values: argparse.Namespace | dict[str, Any]) -> T:
     """The dataclass `config` from a namespace or dict: missing ones keep their default, others are left."""
     values = values if isinstance(values, dict) else vars(values)
-    known = {f.name: f for f in dataclasses.fields(config)}
+    known = {f.name: f for f in dataclasses.fields(config)}      # type: ignore[arg-type]
     picked = {k: tuple(v) if isinstance(known[k].default, tuple) and isinstance(v, list) else v
               for k, v in values.items() if k in known}
     for name, value in picked.items():
@@ -128,7 +128,7 @@ def seed_noise(*parts: int | str) -> None:
 
 # ------------------------------------------------------------------------------------------------- run folder
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` on a temporary file beside `path`, renames it and syncs file and folder: never half a
     file, and none that is gone after a power cut.
     """

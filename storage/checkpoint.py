@@ -98,7 +98,7 @@ def read_checkpoint(path: str | Path, say: Callable[[str], None] | None = None) 
     path = Path(path)
     if path.is_dir():
         path = path / 'checkpoint.pt'
-    problem = None
+    problem: Damaged | None = None
     for one in copies(path) or [path]:
         try:
             content = read_one(one)
@@ -106,11 +106,11 @@ def read_checkpoint(path: str | Path, say: Callable[[str], None] | None = None) 
             problem = problem or error
             continue
         if one != path:
-            problem = problem or f'there is no {path}.'
-            line = f"WARNING: {problem} The one before it is used: {one}, step {content.get('step', '?')}."
+            line = f"WARNING: {problem or f'there is no {path}.'} The one before it is used: {one}, step " \
+                   f"{content.get('step', '?')}."
             (say or (lambda line: print(line, file=sys.stderr)))(line)
         return content
-    raise problem
+    raise problem or Damaged(f'there is no {path}.')
 
 
 def read_one(path: Path) -> dict[str, Any]:
