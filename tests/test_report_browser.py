@@ -13,10 +13,15 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
+from selenium.webdriver.support.wait import WebDriverWait
 from test_detect import make_data, make_model, rows_of, run, settings
 from toy_volumes import LESION, SHAPE, Mean, make_volumes
 
 from anomaly.metrics import wilson_interval
+from anomaly.report import predictions
+from anomaly.report.gallery import case_pictures
+from anomaly.report.predictions import Prediction
+from anomaly.scoring import Case
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 DRIVER = shutil.which('chromedriver')
@@ -343,4 +348,33 @@ def test_sliders_go_through_a_volume_by_the_keyboard_input_and_map_together(chro
     assert not slider.is_displayed() and number.is_displayed()
     media(width=375)
     assert chromium.execute_script("const page = document.documentElement; return page.scrollWidth") <= 375
+    assert chromium.get_log('browser') == []
+
+
+# ----------------------------------------------------------------------------------------------- predictions
+
+def test_a_worklist_is_sorted_and_its_pictures_are_enlarged_in_the_files_resolution(chromium, tmp_path):
+    """A file of 48 pixels that a model saw in 16: enlarged, it has its own pixels, and the map lies over it."""
+    fine = np.kron(np.arange(9).reshape(3, 3), np.ones((16, 16)))[None] / 9                    # (1, 48, 48)
+    case = Case(-1, fine[:, ::3, ::3], None, np.eye(16), None, above=np.eye(16) > 0, original=fine)
+    look = {'cmap': 'inferno', 'vmin': 0, 'vmax': 1}
+    files = [Prediction('b.png', 7.0, 99.0, True), Prediction('a.png', 1.0, 20.0, False)]
+    result = {'primary_score': 'nelbo', 'map_score': 'nelbo', 'about': 'negative ELBO', 'data': 'new',
+              'models': [], 'date': '', 'commit': '', 'command': 'evaluate.py', 'num_flagged': 1,
+              'num_scored': 2, 'num_unreadable': 1, 'passed_over': 0, 'threshold': 5.0, 'promised': 0.05}
+    predictions.write(tmp_path, result, files, {'c.png': 'is empty (0 bytes)'},
+                      {'b.png': case_pictures(case, look, np.ones(2), 1e6)}, look)
+    chromium.get_log('browser')
+    chromium.get((tmp_path / 'predictions.html').as_uri())
+    rows = [row.text.split() for row in chromium.find_elements(By.CSS_SELECTOR, '.worklist tbody tr')]
+    assert rows == [['b.png', '1', '7', '99', 'anomalous'], ['a.png', '2', '1', '20', 'not', 'flagged']]
+    assert 'is empty (0 bytes)' in chromium.find_element(By.CSS_SELECTOR, '.wrapped').text
+    chromium.find_element(By.CSS_SELECTOR, '.case .pictures').click()
+    image, heat = find(chromium, 'large').find_elements(By.TAG_NAME, 'img')
+    size = lambda picture: chromium.execute_script('return arguments[0].naturalWidth', picture)
+    WebDriverWait(chromium, 5).until(lambda _: size(image) == 48)
+    assert size(heat) == 16 and image.rect == heat.rect
+    assert find(chromium, 'large').find_element(By.CSS_SELECTOR, 'svg.above').is_displayed()
+    find(chromium, 'with-map').click()
+    assert image.is_displayed() and not heat.is_displayed()
     assert chromium.get_log('browser') == []
