@@ -354,7 +354,7 @@ def test_sliders_go_through_a_volume_by_the_keyboard_input_and_map_together(chro
 # ----------------------------------------------------------------------------------------------- predictions
 
 def test_a_worklist_is_sorted_and_its_pictures_are_enlarged_in_the_files_resolution(chromium, tmp_path):
-    """A file of 48 pixels that a model saw in 16: enlarged, it has its own pixels, and the map lies over it."""
+    """A file of 48 pixels that a model saw in 16: enlarged, it has its own, and the map lies over it."""
     fine = np.kron(np.arange(9).reshape(3, 3), np.ones((16, 16)))[None] / 9                    # (1, 48, 48)
     case = Case(-1, fine[:, ::3, ::3], None, np.eye(16), None, above=np.eye(16) > 0, original=fine)
     look = {'cmap': 'inferno', 'vmin': 0, 'vmax': 1}
