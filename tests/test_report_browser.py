@@ -367,7 +367,7 @@ def test_a_worklist_is_sorted_and_its_pictures_are_enlarged_in_the_files_resolut
     chromium.get_log('browser')
     chromium.get((tmp_path / 'predictions.html').as_uri())
     rows = [row.text.split() for row in chromium.find_elements(By.CSS_SELECTOR, '.worklist tbody tr')]
-    assert rows == [['b.png', '1', '7', '99', 'anomalous'], ['a.png', '2', '1', '20', 'not', 'flagged']]
+    assert rows == [['b.png', 'anomalous', '7', '99', '1'], ['a.png', 'not', 'flagged', '1', '20', '2']]
     assert 'is empty (0 bytes)' in chromium.find_element(By.CSS_SELECTOR, '.wrapped').text
     chromium.find_element(By.CSS_SELECTOR, '.case .pictures').click()
     image, heat = find(chromium, 'large').find_elements(By.TAG_NAME, 'img')

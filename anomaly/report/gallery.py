@@ -183,7 +183,7 @@ def scale_bar(look: dict[str, Any]) -> dict[str, str]:
     """The colors of the maps from low to high, as a picture of one row."""
     values = np.linspace(look['vmin'], look['vmax'], 128)[None]
     return {'source': picture_source(blend(np.full((1, 128, 3), 0.5), values, look)),
-            'low': short_number(look['vmin']), 'high': short_number(look['vmax'])}
+            'low': f"{look['vmin']:.3g}", 'high': f"{look['vmax']:.3g}"}
 
 
 def picture_source(colors: np.ndarray) -> str:

@@ -41,7 +41,8 @@ def worklist(files: Sequence[Prediction], score: str) -> ReportTable:
     """The files in the order in which to look at them."""
     rows = list(enumerate(files, 1))
     return ReportTable('Worklist', [
-        Column('file', lambda row: Label(row[1].id)), Column('rank', lambda row: row[0]),
+        Column('file', lambda row: Label(row[1].id)),
+        Column('call', lambda row: 'anomalous' if row[1].flagged else 'not flagged'),
         Column(score, lambda row: short_number(row[1].score)),
         Column('percentile', lambda row: f'{row[1].percentile:.0f}'),
-        Column('call', lambda row: 'anomalous' if row[1].flagged else 'not flagged')], rows)
+        Column('rank', lambda row: row[0])], rows)
