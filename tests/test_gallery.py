@@ -110,7 +110,7 @@ def test_cards_say_score_percentile_and_outcome_at_the_threshold():
         ('1', '38', 'tn'), ('0', '12', 'tn')]
     assert [p['title'] for p in found['cards'][0]['pictures']] == ['input', 'reconstruction', 'map']
     assert found['classes'] == ['normal', 'odd'] and found['scale']['low'] == '0'
-    assert found['cards'][-1]['outline'] and not found['cards'][0]['outline']
+    assert found['cards'][-1]['lesion_path'] and not found['cards'][0]['lesion_path']
 
 
 def test_models_without_reconstructions_and_maps_have_cards_with_what_they_have():
@@ -221,7 +221,7 @@ def test_the_figure_of_cases_shows_overlays_with_lesions_and_a_color_scale():
     most, least, bar = figure.axes
     for panel in (most, least):
         assert np.array_equal(panel.images[0].get_array(), np.asarray(overlay(case, map_scale([case.map]))))
-    assert bar.get_ylabel() == 'nelbo map'
+    assert bar.get_ylabel() == 'map'
 
 
 def test_lesions_are_outlined_in_the_input_and_in_the_map_of_an_overlay():

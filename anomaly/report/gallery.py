@@ -125,7 +125,7 @@ def original(path: Any, shape: Sequence[int], config: Any) -> np.ndarray | None:
     the flags of its data: (C, S, S) in [0, 1], S at most LARGEST_ORIGINAL. None if it is hardly finer than
     what the model saw, and for volumes, frames and records.
     """
-    if len(shape) != 3 or config.frames != 'refuse' or not isinstance(path, str):
+    if not (path and isinstance(path, str)) or len(shape) != 3 or config.frames != 'refuse':
         return None
     try:
         image = decode(file_content(path))                                               # (H, W, C)
