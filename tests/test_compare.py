@@ -97,7 +97,7 @@ def finished(tmp_path_factory):
 def without_figures(monkeypatch):
     """They take most of the time; those of `finished` are drawn."""
     monkeypatch.setattr(compare_report, 'keep', lambda figure, out, name: None)
-    for name in ('forest_figure', 'curve_figure'):
+    for name in ('forest_figure', 'difference_figure', 'curve_figure'):
         monkeypatch.setattr(compare_report, name, lambda *given: None)
 
 
@@ -252,8 +252,10 @@ def test_the_primary_score_may_be_named(tmp_path):
 
 def test_the_files(finished):
     assert {p.relative_to(finished.out).as_posix() for p in finished.out.rglob('*') if p.is_file()} == {
-        'comparison.json', 'comparison.md', 'comparison.csv',
-        *(f'figures/{name}.{kind}' for name in ('forest', 'roc') for kind in ('png', 'svg'))}
+        'comparison.json', 'comparison.html', 'comparison.md', 'comparison.csv',
+        *(f'figures/{name}.{kind}' for name in ('forest', 'differences', 'roc') for kind in ('png', 'svg'))}
+    page = (finished.out / 'comparison.html').read_text()
+    assert page.count('</svg>') >= 3 and page.count('<table>') == 8 and 'Not a medical device' in page
     stored = json.loads((finished.out / 'comparison.json').read_text())
     assert stored == json.loads(json.dumps(finished.result))
 

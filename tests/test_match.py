@@ -94,7 +94,7 @@ def test_without_the_flag_nothing_is_matched(flipped, tmp_path):
 
 def test_runs_are_compared_on_the_same_pairs(monkeypatch, tmp_path):
     monkeypatch.setattr(judge, 'LEAST_PAIRS', 5)
-    for name in ('keep', 'forest_figure', 'curve_figure'):
+    for name in ('keep', 'forest_figure', 'difference_figure', 'curve_figure'):
         monkeypatch.setattr(test_compare.compare_report, name, lambda *given: None)
 
     def data(size):

@@ -76,7 +76,7 @@ def difference_table(judgement: Judgement, group: str) -> ReportTable:
 def run_table(result: dict[str, Any]) -> ReportTable:
     """What is known of the runs."""
     forms = {'run': '{name}', 'family': '{family}', 'parameters': '{parameters:,}', 'images': '{size}',
-             'trained on': '{train_images}', 'folder': '`{path}`'}
+             'trained on': '{train_images}', 'folder': '{path}'}
     rows = [{'name': name, 'size': ' x '.join(map(str, run['shape'])), **run}
             for name, run in result['runs'].items()]
     return ReportTable('', [Column(title, lambda row, form=form: form.format(**row))
@@ -179,5 +179,5 @@ def forest(names: Sequence[str], lines: dict[str, Sequence[Estimate | None]], co
         style(panel, group_title(group))
         panel.set_yticks(range(len(names)), names)
         panel.set_xlabel(unit)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(names) - 0.4, -0.6)                    # downwards
     return figure
