@@ -156,7 +156,7 @@ def curve_figure(judgement: Judgement, test: Any, kind: str) -> Any:
         if kind == 'roc' and judgement.has_metrics:
             panel.text(0.98, 0.03, '\n'.join(['AUROC', *map(of_panel, rows)]), color=INK, fontsize=7,
                        ha='right', va='bottom', transform=panel.transAxes)
-    legend(figure, handles=panels[0].get_lines(), loc='outside lower center', ncols=3)
+    legend(figure, handles=panels[0].get_lines(), loc='outside lower left', ncols=3)
     return figure
 
 
@@ -186,7 +186,7 @@ def histogram_figure(judgement: Judgement, validation: Any, test: Any) -> Any:
         panel.set_yticks([])
     fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
     handles, labels = fullest.get_legend_handles_labels()
-    legend(figure, handles=handles, labels=labels, loc='outside lower center', ncols=6)
+    legend(figure, handles=handles, labels=labels, loc='outside lower left', ncols=4)
     return figure
 
 
