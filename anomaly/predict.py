@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from anomaly.choice import choose_map, choose_primary
@@ -32,14 +33,15 @@ from anomaly.scores import Score, Selection
 from anomaly.scoring import Batches, Case, Table, pictures, score_images
 from datasets import DataConfig, preparation
 from distributed import launch
+from readers.images.decode import decode, from_size
 from readers.parallel import in_order
-from readers.paths import passed_line
+from readers.paths import file_content, passed_line
 from readers.split import count, some
 from utils import UserError, finite, read_flags, write_atomically, write_csv
 
 SOME_UNREADABLE_STATUS = 3        # exit status: all that could be read is scored, but some files could not
 ENDING = re.compile(r'(\.nii\.gz|\.\w{1,6})$')
-VOLUME_FOLDERS = {'map': 'maps', 'segmentation': 'segmentations'}
+FOLDERS = {'map': 'maps', 'segmentation': 'segmentations'}
 SCALE_IMAGES = 16                 # most anomalous images that set the color scale of all overlays
 MAX_THREADS = 2                   # that decode at once: an image takes 30 bytes a pixel of its file meanwhile
 
@@ -91,7 +93,7 @@ class NewFiles:
 # ------------------------------------------------------------------------------------------------------- mode
 
 def predict(run: Any) -> int:
-    """Writes scores.csv, overlays/ and for volumes maps/ and segmentations/ of the files of --data; returns
+    """Writes predictions.html, scores.csv, overlays/, maps/ and segmentations/ of the files of --data; returns
     the exit status.
     """
     config, selection = read_flags(PredictConfig, run.args), read_flags(Selection, run.args)
@@ -147,9 +149,9 @@ def draw(run: Any, files: NewFiles, table: Table, primary: str, shown: Score | N
     segmentation; every rank has all that it returns.
     """
     if launch.is_main():
-        for old in (run.out / 'overlays').glob('[0-9]*_*.png'):     # of an earlier call
-            old.unlink()
-        for name in VOLUME_FOLDERS.values():
+        for name in ('overlays', *FOLDERS.values()):
+            for old in (run.out / name).glob('[0-9]*_*.png'):       # of an earlier call
+                old.unlink()
             remove_maps(run.out / name)
     launch.barrier()
     number = run.args.num_overlays
@@ -173,14 +175,19 @@ def draw(run: Any, files: NewFiles, table: Table, primary: str, shown: Score | N
                 if shown is not None])
         write_atomically(run.out / name, lambda path, picture=picture: picture.save(path, 'PNG'))
         written.append((file.id, 'overlay', name))
-        case = case._replace(original=original(files.paths[file.id], run.model.shape, run.data_config))
+        path = files.paths[file.id]
+        case = case._replace(original=original(path, run.model.shape, run.data_config))
         cards.append((file.id, case_pictures(case, look, np.array(spacing), MOST_BYTES / len(chosen))))
+        grids: Iterator[tuple[str, str]] = iter(())
         if file.grids and case.map is not None:
-            volumes = write_volumes(run.out, plain_names[file.id], file, case, normal, shown.name)
-            written += [(file.id, *one) for one in volumes]
+            grids = write_volumes(run.out, plain_names[file.id], file, case, normal, shown.name)
+        elif case.relative is not None and isinstance(path, str):                 # not a frame of a file
+            grids = write_grids(run.out, names[file.id], path, case, run.data_config.fit,
+                                run.model.pixels.padding)
+        written += [(file.id, *one) for one in grids]
     written = launch.gather(written)
-    kinds = [*(VOLUME_FOLDERS if len(run.model.shape) == 4 else ()), 'overlay']
-    return Drawn({kind: {i: path for i, k, path in sorted(written) if k == kind} for kind in kinds},
+    return Drawn({kind: {i: path for i, k, path in sorted(written) if k == kind}
+                  for kind in (*FOLDERS, 'overlay')},
                  dict(launch.gather(cards)), look)
 
 
@@ -201,6 +208,22 @@ def picture_name(rank: int, number: int, name: str) -> str:
     return f'{rank:0{len(str(number))}d}_{plain(ENDING.sub("", name))}.png'
 
 
+def write_grids(out: Path, name: str, path: str, case: Case, fit: str,
+                border: int) -> Iterator[tuple[str, str]]:
+    """Writes the map of an image, in hundredths of a standard deviation, and what is above the threshold of
+    pixels, 0 or 255, on the grid of its file; yields the (kind, name below `out`) of each.
+    """
+    height, width = decode(file_content(path)).shape[:2]
+    inner = slice(border, len(case.relative) - border)
+    levels = {'map': np.minimum(np.round(100 * case.relative), 65535).astype(np.uint16),
+              'segmentation': 255 * case.above.astype(np.uint8)}
+    for kind, values in levels.items():
+        place = f'{FOLDERS[kind]}/{name}'
+        picture = Image.fromarray(from_size(values[inner, inner], height, width, fit))
+        write_atomically(out / place, lambda path, picture=picture: picture.save(path, 'PNG'))
+        yield kind, place
+
+
 def write_volumes(out: Path, name: str, file: NewFile, case: Case, normal: Normal,
                   score: str) -> Iterator[tuple[str, str]]:
     """Writes the map of a volume, and its segmentation where there is a threshold; yields the (kind, name
@@ -211,7 +234,7 @@ def write_volumes(out: Path, name: str, file: NewFile, case: Case, normal: Norma
     if math.isfinite(threshold):
         volumes['segmentation'] = name, segment(case.map, case.image, threshold, normal.maps)
     for kind, (stem, values) in volumes.items():
-        path = f'{VOLUME_FOLDERS[kind]}/{stem}.nii.gz'
+        path = f'{FOLDERS[kind]}/{stem}.nii.gz'
         write_map(out / path, values, *file.grids)
         yield kind, path
 

@@ -26,7 +26,7 @@ from datasets import DataConfig, load_data, preparation
 from distributed import launch
 from distributions import Pixels
 from model import load_model
-from readers.images.decode import ImageLoader
+from readers.images.decode import ImageLoader, from_size, to_size
 from readers.new_files import Preparation
 from readers.parts import Transform
 from readers.paths import find_files, printable
@@ -76,7 +76,7 @@ def test_a_file_has_the_score_percentile_and_call_that_it_had_in_the_run(predict
     assert status == 0 and len(rows) == 60
     names = ('nelbo', *(name for name in SCORES if name != 'nelbo'))             # the primary score first
     assert list(rows['normal/000.png']) == ['id', *(c for name in names for c in (
-        name, f'{name}_percentile', f'{name}_flagged')), 'overlay', 'error']
+        name, f'{name}_percentile', f'{name}_flagged')), 'map', 'segmentation', 'overlay', 'error']
     known = {row['id']: row for row in rows_of(trained / 'anomaly' / 'scores.csv') if row['part'] == 'test'}
     assert len(known) == 20
     for name, row in known.items():
@@ -260,7 +260,7 @@ def test_nothing_of_a_patient_is_in_what_is_written_or_said(trained, mixed, tmp_
     predict(trained, mixed, tmp_path, '--num_overlays', -1)
     written = [p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()]
     said = capfd.readouterr()
-    assert len(written) == 13
+    assert len(written) == 33
     for text in (*written, said.out.encode(), said.err.encode()):
         for secret in (NAME, 'Doe', 'SECRET-17', '19700101', '1.2.3.4'):
             assert secret.encode() not in text
@@ -305,6 +305,27 @@ def test_the_most_anomalous_are_drawn_in_their_order(predicted, trained, data_fo
     _, rows = predict(trained, data_folder / 'spot', tmp_path, '--num_overlays', 1, '--scores', 'nelbo')
     assert [p.name for p in (tmp_path / 'overlays').iterdir()] == [
         row['overlay'].removeprefix('overlays/') for row in rows.values() if row['overlay']], "no old one"
+
+
+@pytest.mark.parametrize('fit', ['pad', 'crop', 'stretch'])
+def test_a_map_goes_back_to_the_grid_of_its_file(fit):
+    """A square of the file, brought to the size of the model and back."""
+    height, width = 60, 36
+    file = np.zeros((height, width), np.float32)
+    file[24:36, 12:24] = 1
+    back = from_size(to_size(file[..., None], 12, fit)[0], height, width, fit)
+    assert back.shape == file.shape and back[26:34, 14:22].min() > 0.5 and back[:18].max() < 0.1
+    assert back[42:].max() < 0.1 and back[:, :6].max() < 0.1 and back[:, 30:].max() < 0.1
+
+
+def test_maps_and_segmentations_lie_on_the_grid_of_the_file(predicted, data_folder):
+    out, _, rows = predicted
+    drawn = [row for row in rows.values() if row['overlay']]
+    for row in drawn:
+        where, found = (np.asarray(Image.open(out / row[kind])) for kind in ('map', 'segmentation'))
+        assert where.shape == found.shape == (16, 16) and where.dtype == np.uint16
+        assert {*np.unique(found)} <= {0, 255}
+    assert max(np.asarray(Image.open(out / row['map'])).max() for row in drawn) > 300         # of 1/100 SD
 
 
 def test_a_picture_by_hand():

@@ -212,6 +212,20 @@ def to_size(x: np.ndarray, size: int, fit: str) -> np.ndarray:
     return out
 
 
+def from_size(values: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
+    """The inverse of `to_size`: values (S, S) on the grid of a file of this size, (height, width), nearest
+    neighbors; 0 where `fit` cropped the file.
+    """
+    size = len(values)
+    side = max(height, width) if fit == 'pad' else min(height, width)
+    steps = (side, side) if fit != 'stretch' else (height, width)
+    places = [np.floor((np.arange(n) + 0.5 - (n - step) / 2) * size / step).astype(int)
+              for n, step in zip((height, width), steps)]
+    inside = [(place >= 0) & (place < size) for place in places]
+    rows, columns = (place.clip(0, size - 1) for place in places)
+    return np.where(inside[0][:, None] & inside[1], values[rows[:, None], columns], values.dtype.type(0))
+
+
 def to_integers(x: np.ndarray, size: int, channels: int, depth: int, fit: str) -> np.ndarray:
     """(H, W, C) in [0, 1] as a model's image: (channels, S, S) uint8 or uint16, of `depth` 8 or 16 bits."""
     dtype = np.dtype(DTYPES[depth])
