@@ -93,7 +93,7 @@ class NewFiles:
 # ------------------------------------------------------------------------------------------------------- mode
 
 def predict(run: Any) -> int:
-    """Writes predictions.html, scores.csv, overlays/, maps/ and segmentations/ of the files of --data; returns
+    """Writes predictions.html, scores.csv, overlays/, maps/, segmentations/ of the files of --data; returns
     the exit status.
     """
     config, selection = read_flags(PredictConfig, run.args), read_flags(Selection, run.args)
