@@ -154,7 +154,7 @@ def draw(run: Any, files: NewFiles, table: Table, primary: str, shown: Score | N
                 old.unlink()
             remove_maps(run.out / name)
     launch.barrier()
-    number = run.args.num_overlays
+    number = read_flags(PredictConfig, run.args).num_overlays
     chosen = [file.id for file in sorted_files(table, normal, primary)][:None if number < 0 else number]
     names = {i: picture_name(rank, len(chosen), i) for rank, i in enumerate(chosen, 1)}
     plain_names = dict(zip(sorted(chosen), file_names(sorted(chosen))))
