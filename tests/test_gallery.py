@@ -12,6 +12,7 @@ from toy_volumes import LESION, SHAPE, one_case
 
 from anomaly.judge import ScoreRow
 from anomaly.maps.overlays import map_scale, overlay
+from anomaly.maps.postprocessing import Spread
 from anomaly.maps.slices import VIEWS, cuts, focus, sheet, stack
 from anomaly.report import gallery as cards
 from anomaly.report.gallery import (
@@ -233,3 +234,12 @@ def test_lesions_are_outlined_in_the_input_and_in_the_map_of_an_overlay():
     first, second, third = cyan[:, :256], cyan[:, 260:516], cyan[:, 520:]
     assert first.any() and np.array_equal(first, third) and not second.any()
     assert first[64:160, 64:160].sum() == first.sum() < 96 ** 2
+
+
+def test_a_map_is_shown_in_standard_deviations_above_normal_images():
+    """By hand: variances 1 and 0, each mixed with their mean, 1/2, as if it stood for 5 more of 4 images."""
+    spread = Spread.of(np.array([[[1.0, 3]], [[-1, 3]], [[1, 3]], [[-1, 3]]]))
+    assert spread.mean.tolist() == [[0, 3]]
+    assert spread.std[0] ** 2 == pytest.approx([(4 * 1 + 5 * 0.5) / 9, 5 * 0.5 / 9])
+    assert spread.relative(np.array([[2.0, 2.9]]))[0] == pytest.approx([2 / spread.std[0, 0], 0])
+    assert Spread.of(np.ones((3, 1, 2))).relative(np.array([[3.0, 1]])).tolist() == [[2, 0]]
