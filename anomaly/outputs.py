@@ -113,7 +113,7 @@ class Outputs:
     def forward(self, numbers: Sequence[int], skip: int = 0) -> Iterator[Terms]:
         """Terms of these forward passes in float64 on the CPU, without logits."""
         separate = skip and self.scoring.llr_noise == 'separate'
-        prior = {'prior_temperature': float(self.scoring.llr_prior == 'draw')} if skip else {}
+        prior: dict[str, Any] = {'prior_temperature': float(self.scoring.llr_prior == 'draw')} if skip else {}
         purpose = ('skip', skip) if separate else ()
         seeds = [[mix_seed(self.scoring.seed, *purpose, number, i) for i in self.ids] for number in numbers]
         return map(as_float64, passes(self.model, self.x, seeds, skip=skip, **prior))
