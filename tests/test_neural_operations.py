@@ -111,7 +111,7 @@ def test_filters_of_convolutions_of_a_shape_are_those_of_each():
     normed = [WeightNormConv2d(3, 4, 3), WeightNormConv2d(3, 4, 3, mask=mask)]
     weight, factor = filters(normed)
     each = torch.stack([conv.effective_weight() for conv in normed]).flatten(2)
-    torch.testing.assert_close(weight * factor, each)
+    torch.testing.assert_close(weight * factor[..., None], each)
     assert filters([nn.Conv2d(3, 4, 3)])[1] is None
 
 

@@ -20,14 +20,21 @@ def is_normed(conv: nn.Conv2d) -> bool:
 
 
 def filters(convs: Sequence[nn.Conv2d]) -> tuple[Tensor, Tensor | None]:
-    """Matrices (n, R, C) of convolutions of one shape and kind, and the factor (n, R, 1) of each row that the
+    """Matrices (n, R, C) of convolutions of one shape and kind, and the factor (n, R) of each row that the
     weight normalization applies; None without one.
     """
     if not is_normed(convs[0]):
         return torch.stack([conv.weight for conv in convs]).flatten(2), None
     weight = torch.stack([conv._masked() for conv in convs]).flatten(2)
-    gain = torch.stack([conv.log_weight_norm.flatten() for conv in convs]).unsqueeze(2)
-    return weight, gain.exp() / (torch.linalg.vector_norm(weight, dim=2, keepdim=True) + WEIGHT_NORM_EPS)
+    gain = torch.stack([conv.log_weight_norm.flatten() for conv in convs])
+    return weight, gain.exp() / (torch.linalg.vector_norm(weight, dim=2) + WEIGHT_NORM_EPS)
+
+
+def products(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """(n, R, C) times (n, C): (n, R). One by one on a CPU, whose batched product of thin matrices is slow."""
+    if matrices.device.type != 'cpu':
+        return (matrices @ vectors.unsqueeze(2)).squeeze(2)
+    return torch.stack([matrix.mv(vector) for matrix, vector in zip(matrices, vectors)])
 
 
 class SpectralRegularizer(nn.Module):
@@ -54,9 +61,9 @@ class SpectralRegularizer(nn.Module):
         self.register_buffer('warm', torch.tensor(False))
 
     def _batches(self) -> Iterator[tuple[list[nn.Conv2d], Tensor, Tensor]]:
-        """Convolutions of one shape and kind with their u (n, R, 1) and v (n, C, 1)."""
+        """Convolutions of one shape and kind with their u (n, R) and v (n, C)."""
         for i, members in enumerate(self._groups):
-            u, v = self.get_buffer(f'u{i}').unsqueeze(2), self.get_buffer(f'v{i}').unsqueeze(2)
+            u, v = self.get_buffer(f'u{i}'), self.get_buffer(f'v{i}')
             size = members[0].weight.numel()
             most = max(1, IN_CACHE // size) if u.device.type == 'cpu' else len(members)
             start = 0
@@ -75,13 +82,13 @@ class SpectralRegularizer(nn.Module):
                 weight, factor = filters(convs)
                 factor = 1.0 if factor is None else factor
                 with torch.no_grad():
-                    row = u                                                                      # (n, R, 1)
+                    row = u                                                                         # (n, R)
                     for _ in range(iterations):
-                        column = F.normalize(weight.mT @ (row * factor), dim=1, eps=self.EPS)    # (n, C, 1)
-                        row = F.normalize(weight @ column * factor, dim=1, eps=self.EPS)
+                        column = F.normalize(products(weight.mT, row * factor), dim=1, eps=self.EPS)
+                        row = F.normalize(products(weight, column) * factor, dim=1, eps=self.EPS)
                     u.copy_(row)
                     v.copy_(column)
-                total = total + (row * factor * (weight @ column)).sum()
+                total = total + (row * factor * (weight @ column.unsqueeze(2)).squeeze(2)).sum()
         self.warm.fill_(True)
         return total
 
