@@ -20,7 +20,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +34,15 @@ WAIT_FOR_ROOM, ROOM_PAUSE = 300.0, 2.0           # seconds; shorter than other p
 
 class UserError(ValueError):
     """A mistake that the user can put right: programs print its one line and exit with status 2."""
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """A UserError of the block says what it is about: '<what>: <message>'."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ flags

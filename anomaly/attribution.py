@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from anomaly.density import Density
 from anomaly.outputs import Outputs
-from anomaly.scores import check_captum
 
 ACTIVATIONS = (nn.SiLU, nn.ELU, nn.LeakyReLU)
 LINEAR_INTERPOLATION = {2: 'bilinear', 3: 'trilinear'}
@@ -103,7 +102,6 @@ def density_map(density: Density, outputs: Outputs) -> Tensor:
     the image through a network with ReLUs.
     """
     scoring = outputs.scoring
-    check_captum(scoring.msma_map)
 
     def make() -> Tensor:
         weights = pull(density, outputs.score_norms()).to(outputs.x)

@@ -5,7 +5,7 @@ All rows share the images and the resamples, so differences are paired. R resamp
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 from anomaly.baselines import BASELINES
 from anomaly.choice import choose_primary, choose_scores, preset
 from anomaly.detect import Evaluated, Settings, evaluate
-from anomaly.judge import Judgement, join
+from anomaly.judge import join
 from anomaly.report import comparison
 from anomaly.report.provenance import code_and_date
 from anomaly.scores import Score, Selection
 from anomaly.scoring import Table
 from distributed import launch
 from readers.parts import SomeOf
-from utils import UserError, finite
+from utils import UserError, finite, naming
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,13 @@ def compare(runs: Sequence[Run], out: str | Path, settings: Settings,
     found = evaluate_all(runs, ids, chosen, settings)
     if not launch.is_main():
         return {}
-    judgement, test = join_runs(runs, found)
+    judgement = join({name: one.judgement for name, one in found.items()})
+    test = join_tables({name: one.test for name, one in found.items()})
     warnings += judgement.warnings
     result = finite({
         'dataset': runs[0].data.config.dataset, **settings.facts(), **code_and_date(),
         'counts': Counter(entry.class_name for entry in test.entries), 'left_out': left_out,
-        'runs': {run.name: describe(run, one) for run, one in zip(runs, found)},
+        'runs': {run.name: describe(run, found[run.name]) for run in runs},
         'primary_scores': [row.name for row in judgement.primaries], **judgement.as_json(),
         'differences': [difference.as_json() for group in judgement.shown_groups
                         for difference in judgement.differences(group)], 'warnings': warnings})
@@ -141,34 +142,47 @@ def compare(runs: Sequence[Run], out: str | Path, settings: Settings,
 
 
 def evaluate_all(runs: Sequence[Run], ids: Sequence[str], chosen: Sequence[tuple[list[Score], str]],
-                 settings: Settings) -> list[Evaluated]:
-    """All runs on the test images `ids`, with the scores and the primary score chosen for each."""
-    found: list[Evaluated] = []
-    for run, which in zip(runs, chosen):
-        found.append(evaluate_on(run, ids, *which, settings, *found[:1]))
+                 settings: Settings) -> dict[str, Evaluated]:
+    """By its name, each run on the test images `ids`, with the scores and the primary score chosen for it.
+    Only the model at work is on the device.
+    """
+    found: dict[str, Evaluated] = {}
+    for run, (scores, primary) in zip(runs, chosen):
+        data = replace(run.data, test=SomeOf(run.data.test, ids))
+        try:
+            with naming(run.name):
+                found[run.name] = evaluate(run.model.to(launch.device()), data, scores, primary, settings,
+                                           next(iter(found.values()), None))
+        finally:
+            run.model.cpu()
     return found
 
 
-def evaluate_on(run: Run, ids: Sequence[str], scores: list[Score], primary: str, settings: Settings,
-                first: Evaluated | None = None) -> Evaluated:
-    """A run on the test images `ids`, after the `first` if that is another; then its model leaves the device,
-    which makes room for the next.
+def join_tables(tables: Mapping[str, Table]) -> Table:
+    """The tables of runs on the same images as one, with scores named run/score, but for the baselines."""
+    first = next(iter(tables.values()))
+    ids = [entry.id for entry in first.entries]
+    values = {score if score in BASELINES else f'{run}/{score}': column for run, table in tables.items()
+              for score, column in table.select(ids).values.items()}
+    return replace(first, values=values, features={}, seconds=sum(one.seconds for one in tables.values()))
+
+
+def available(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """The scores that each run has of those that `names` ask for, and a line for what one lacks. Raises
+    UserError for what no run has.
     """
-    data = replace(run.data, test=SomeOf(run.data.test, ids))
-    try:
-        return evaluate(run.model.to(launch.device()), data, scores, primary, settings, first)
-    except UserError as error:
-        raise UserError(f"{run.name}: {error}") from None
-    finally:
-        run.model.cpu()
-
-
-def join_runs(runs: Sequence[Run], found: Sequence[Evaluated]) -> tuple[Judgement, Table]:
-    """The judgements and the test tables of all runs as one, with scores named run/score; baselines last."""
-    judgement = join({run.name: one.judgement for run, one in zip(runs, found)})
-    values = {score if score in BASELINES else f'{run.name}/{score}': column
-              for run, one in zip(runs, found) for score, column in one.test.values.items()}
-    return judgement, replace(found[0].test, values=values)
+    own, lines = [[] for _ in runs], []
+    for name in names:
+        errors = []
+        for run, known in zip(runs, own):
+            try:
+                known += [score.name for score in choose_scores((name,), run.model)[0]]
+            except UserError as error:
+                errors.append(error)
+                lines.append(f"{run.name} has no score {name}")
+        if len(errors) == len(runs):
+            raise errors[0]
+    return own, lines
 
 
 def choose_for_all(runs: Sequence[Run],
@@ -177,27 +191,15 @@ def choose_for_all(runs: Sequence[Run],
 
     Raises UserError for a score that no run has.
     """
-    chosen, lines, refused = [], [], {name: [] for name in selection.scores}
-    for run in runs:
-        wanted = set()
-        for name in selection.scores:
-            try:
-                wanted |= {score.name for score in choose_scores((name,), run.model)[0]}
-            except UserError as error:
-                refused[name].append(error)
-                lines.append(f"{run.name} has no score {name}")
-        sums = [name for name in selection.names if '+' in name]
-        candidates, _ = choose_scores(('all', *wanted, *sums), run.model)
-        own = preset(run.model, run.data.config.dataset)
-        try:
-            primary = choose_primary(selection.primary_score, own, [s.name for s in candidates])
-        except UserError as error:
-            raise UserError(f"{run.name}: {error}") from None
-        wanted |= {primary, *(term for s in candidates if s.name == primary for term in s.terms)}
-        chosen.append(([s for s in candidates if s.name in wanted], primary))
-    for errors in refused.values():
-        if len(errors) == len(runs):
-            raise errors[0]
+    chosen, (own, lines) = [], available(runs, selection.scores)
+    sums = [name for name in selection.names if '+' in name]
+    for run, names in zip(runs, own):
+        with naming(run.name):
+            possible, _ = choose_scores(('all', *names, *sums), run.model)
+            primary = choose_primary(selection.primary_score, preset(run.model, run.data.config.dataset),
+                                     [score.name for score in possible])
+            wanted = {*names, primary, *(term for s in possible if s.name == primary for term in s.terms)}
+            chosen.append(([score for score in possible if score.name in wanted], primary))
     return chosen, lines
 
 

@@ -255,27 +255,24 @@ def write(out: Path, result: dict[str, Any], found: Evaluated, settings: Setting
         normal.save(folder / 'thresholds.json')
 
 
-def score_titles(names: Iterable[str]) -> list[str]:
-    """The columns of scores.csv that `score_columns` fills, three a score."""
-    return [title for name in names for title in (name, f'{name}_percentile', f'{name}_flagged')]
-
-
-def score_columns(table: Table, normal: Normal, names: Iterable[str]) -> list[list[str]]:
-    """The values, the percentiles among normal validation images and the calls of each score: N cells
-    each.
+def score_columns(table: Table, normal: Normal, names: Iterable[str]) -> dict[str, list[str]]:
+    """Columns of scores.csv by their titles, three a score: the values, the percentiles among normal
+    validation images and the calls, N cells each.
     """
-    columns = []
+    columns = {}
     for name in names:
         values, validation = table.values[name], normal.validation[name]
-        columns += [[f'{v:.6g}' for v in values.tolist()],
-                    [f'{p:.2f}' for p in metrics.percentile(values, validation)],
-                    [str(int(c)) for c in ~np.isfinite(values) | (values > normal.thresholds[name])]]
+        columns[name] = [f'{value:.6g}' for value in values.tolist()]
+        columns[f'{name}_percentile'] = [f'{p:.2f}' for p in metrics.percentile(values, validation)]
+        columns[f'{name}_flagged'] = [str(int(call)) for call in
+                                      ~np.isfinite(values) | (values > normal.thresholds[name])]
     return columns
 
 
 def write_scores(path: Path, parts: dict[str, Table], normal: Normal) -> None:
     """scores.csv: id, class, label, part; value, percentile and call of each score."""
     names = sorted(normal.thresholds, key=lambda name: name != normal.primary_score)      # it stands first
+    columns = {part: score_columns(table, normal, names) for part, table in parts.items()}
     rows = [[entry.id, entry.class_name, entry.label, part, *cells] for part, table in parts.items()
-            for entry, *cells in zip(table.entries, *score_columns(table, normal, names), strict=True)]
-    write_csv(path, ['id', 'class', 'label', 'part', *score_titles(names)], rows)
+            for entry, *cells in zip(table.entries, *columns[part].values(), strict=True)]
+    write_csv(path, ['id', 'class', 'label', 'part', *columns['test']], rows)

@@ -10,18 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anomaly.baselines import BASELINES
 from anomaly.choice import choose_primary, choose_scores, preset, sum_score
-from anomaly.compare import Run, check_same_data, common_images, evaluate_all
+from anomaly.compare import (
+    Run,
+    available,
+    check_same_data,
+    common_images,
+    evaluate_all,
+    join_tables,
+)
 from anomaly.detect import Evaluated, Settings, draw_cases, report_lines, summarize, write
 from anomaly.judge import join, judge, unjudged
 from anomaly.normal import Normal
 from anomaly.report.provenance import about_run
 from anomaly.scores import Score, Selection
-from anomaly.scoring import Table
 from distributed import launch
 from readers.parts import SomeOf
-from utils import UserError
+from utils import UserError, naming
 
 
 def detect_together(runs: Sequence[Run], out: Path, settings: Settings, log: Callable[[str], None] = print,
@@ -36,8 +41,7 @@ def detect_together(runs: Sequence[Run], out: Path, settings: Settings, log: Cal
     check_same_validation(runs)
     ids, left_out = common_images(runs)
     chosen = choose_terms(runs, settings.selection)
-    evaluated = evaluate_all(runs, ids, [(scores, own[0]) for scores, own in chosen], settings)
-    found = {run.name: one for run, one in zip(runs, evaluated)}
+    found = evaluate_all(runs, ids, [(scores, own[0]) for scores, own in chosen], settings)
     joined = join_evaluated(found, [(run.name, name) for run, (_, own) in zip(runs, chosen) for name in own],
                             settings)
     data = replace(runs[0].data, test=SomeOf(runs[0].data.test, ids))
@@ -65,14 +69,6 @@ def check_same_validation(runs: Sequence[Run]) -> None:
                             f"--val_fraction.")
 
 
-def refusal(name: str, model: Any) -> UserError | None:
-    """Why a model does not have a score; None if it has."""
-    try:
-        choose_scores((name,), model)
-    except UserError as error:
-        return error
-
-
 def choose_terms(runs: Sequence[Run], selection: Selection) -> list[tuple[list[Score], list[str]]]:
     """For each run the scores to compute, and which of them are added up: further scores are those of the
     selection that it has. Raises UserError for a score that no run has, and for a sum that does not fit.
@@ -84,23 +80,15 @@ def choose_terms(runs: Sequence[Run], selection: Selection) -> list[tuple[list[S
             raise UserError(f"--primary_score {term}: there is no run {name}, but {', '.join(wanted)}.")
         for run in [name] if name else wanted:
             wanted[run].append(score)
-    for name in selection.scores:
-        if all(refusals := [refusal(name, run.model) for run in runs]):
-            raise refusals[0]
-    chosen = []
-    for run in runs:
-        try:
+    chosen, (extra, _) = [], available(runs, selection.scores)
+    for run, own, more in zip(runs, wanted.values(), extra):
+        with naming(run.name):
             if not selection.primary_score:
                 possible = [score.name for score in choose_scores((), run.model)[0]]
-                own = preset(run.model, run.data.config.dataset)
-                wanted[run.name] = [choose_primary('', own, possible)]
-            if not wanted[run.name]:
+                own.append(choose_primary('', preset(run.model, run.data.config.dataset), possible))
+            if not own:
                 raise UserError("no score of this run is in --primary_score.")
-            extra = [name for name in selection.scores if refusal(name, run.model) is None]
-            scores, _ = choose_scores((*wanted[run.name], *extra), run.model)
-        except UserError as error:
-            raise UserError(f"{run.name}: {error}") from None
-        chosen.append((scores, wanted[run.name]))
+            chosen.append((choose_scores((*own, *more), run.model)[0], own))
     return chosen
 
 
@@ -108,20 +96,12 @@ def join_evaluated(found: Mapping[str, Evaluated], terms: Sequence[tuple[str, st
                    settings: Settings) -> Evaluated:
     """The tables of several runs as one, with the sum of the scores `terms`, (run, score), and its judgement.
     """
-    first = next(iter(found.values()))
-
-    def joined(part: str) -> Table:
-        tables = {name: getattr(one, part) for name, one in found.items()}
-        order = [entry.id for entry in getattr(first, part).entries]
-        values = {score if score in BASELINES else f'{name}/{score}': column for name, table in tables.items()
-                  for score, column in table.select(order).values.items()}
-        return replace(getattr(first, part), values=values, features={},
-                       seconds=sum(table.seconds for table in tables.values()))
     scores = {f'{name}/{score.name}': replace(score, name=f'{name}/{score.name}')
               for name, one in found.items() for score in one.scores}
     names = ['/'.join(term) for term in terms]
     total = sum_score('+'.join(names), [scores[name] for name in names])
-    validation, test = joined('validation'), joined('test')
+    validation, test = (join_tables({name: getattr(one, part) for name, one in found.items()})
+                        for part in ('validation', 'test'))
     normal = Normal.fit(validation, [total], total.name, settings.scoring, settings.maps, settings.judging)
     normal.pixel_thresholds = {f'{name}/{score}': value for name, one in found.items()
                                for score, value in one.normal.pixel_thresholds.items()}

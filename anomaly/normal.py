@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from anomaly.scores import Score, Scoring
 from anomaly.scoring import Case, Table
 from storage.arrays import read_npz
 from storage.checkpoint import fingerprint
-from utils import UserError, finite, read_flags, read_json, write_json, write_npz
+from utils import UserError, finite, naming, read_flags, read_json, write_json, write_npz
 
 MOST_COUNT = 10 ** 7                      # of anything that thresholds.json counts: draws, resamples, images
 SPREADS = 'normal_maps.npz'               # beside thresholds.json
@@ -65,10 +65,8 @@ class Normal:
                 features = table.features[score.name]
                 more, note = extra_images(score, features, training)
                 notes += note
-                try:
+                with naming(f'score {score.name}'):
                     table.values[score.name] = cross_fit(density, features, patients, more)
-                except UserError as error:
-                    raise UserError(f"score {score.name}: {error}") from None
         normal = cls(primary, scoring, maps, judging, table.values, {}, {}, densities, notes=notes)
         normal.add_sums(table, scores)
         normal.validation = dict(table.values)
@@ -187,7 +185,7 @@ class Normal:
                               if 'pixel_threshold' in row})
         for score in normal.scores((), model):
             if score.density is not None:
-                normal.densities[score.name] = load_density(score, kept['fitted'])
+                normal.densities[score.name] = score.density.from_state(kept['fitted'][score.name])
         return normal
 
     def read_spreads(self, path: Path, size: tuple[int, ...]) -> None:
@@ -223,11 +221,3 @@ def extra_images(score: Score, features: np.ndarray,
                       f"those of validation images."]
     return None, [f"{score.name} has learned from the {len(features)} validation images alone: the features "
                   f"of training images are distributed otherwise."]
-
-
-def load_density(score: Score, fitted: Mapping[str, Mapping]) -> Density:
-    """The density of a score, from 'fitted' of thresholds.json. Raises UserError if it is not there."""
-    if score.name not in fitted:
-        raise UserError(f"score {score.name} was not fitted in that evaluation, but "
-                        f"{', '.join(fitted) or 'none'}. Run it again with --scores {score.name}.")
-    return score.density.from_state(fitted[score.name])

@@ -25,7 +25,7 @@ from readers.source import Source
 from readers.split import count, left_out, some
 from readers.volumes.nifti import entry_grids
 from readers.volumes.volumes import apart, in_mm
-from utils import UserError
+from utils import UserError, naming
 
 __all__ = ['with_ood']
 
@@ -107,10 +107,8 @@ def _foreign_images(data: Data, wanted: Wanted, config: DataConfig, most: int, s
         return read_packed(config, row)
     if not published or published.folder:
         return read_folder(wanted, most, seed, ImageLoader.of(config, row), config)
-    try:
+    with naming(f'--ood {wanted.name}'):
         return published.read(config, row)
-    except UserError as error:
-        raise UserError(f"--ood {wanted.name}: {error}") from None
 
 
 def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
@@ -119,10 +117,8 @@ def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
     """
     files = DATASETS['brain']               # read from files, also where the run's own volumes are drawn
     row = replace(DATASETS[config.dataset], size=0, folder=files.folder)
-    try:
+    with naming(f'--ood {wanted.name}'):
         source = files.read(replace(config, volume_shape=data.shape[1:], key_files=''), row)
-    except UserError as error:
-        raise UserError(f"--ood {wanted.name}: {error}") from None
     if not source.entries:
         return source
     ours, theirs = (entry_grids(entries[0])[0].spacing for entries in (data.train.entries, source.entries))

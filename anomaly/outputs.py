@@ -172,12 +172,12 @@ class Outputs:
 
     def reconstruction(self) -> Tensor:
         """Mean of p(x|z) at the posterior means: (B, C, *S) in [0, 1]."""
-        return self._ask('reconstruct').float()
+        return self.ask('reconstruct').float()
 
     def residual(self) -> Tensor:
         """x - reconstruction, or the model's own `residual`, whose output may leave [0, 1]: (B, C, *S)."""
         if hasattr(self.model, 'residual'):
-            return self._ask('residual').float()
+            return self.ask('residual').float()
         return self.x.float() - self.reconstruction()
 
     def smooth_residual(self) -> Tensor:
@@ -194,7 +194,7 @@ class Outputs:
         """'recon' (B, 1, *S) and 'kl' (B, L, *S), nats per pixel; None if the model has no maps."""
         if not hasattr(self.model, 'maps'):
             return None
-        return {name: values.float() for name, values in self._ask('maps', skip=skip).items()}
+        return {name: values.float() for name, values in self.ask('maps', skip=skip).items()}
 
     def likelihood_features(self) -> Tensor:
         """-log p(x|z) and the KL of every group from the top down, nats: (B, 1 + L)."""
@@ -212,7 +212,7 @@ class Outputs:
         and of the standard deviation of its posterior mean over the positions, which tells how much varies
         over the image in what the channel describes.
         """
-        spread = [z.double().cpu().flatten(2).std(2, correction=0) for z in self._ask('latents')]
+        spread = [z.double().cpu().flatten(2).std(2, correction=0) for z in self.ask('latents')]
         return torch.cat([self.log_kl(channels=True), (torch.cat(spread, 1) + LEAST_SPREAD).log()], 1)
 
     def feature(self, function: Callable[[Terms], Tensor]) -> Tensor:
@@ -227,25 +227,13 @@ class Outputs:
         """The model's statistics for DoSE, float64 on the CPU: (B, n). Score norms are computed once."""
         if hasattr(self.model, 'score_norms'):
             return self.score_norms().log()
-        return self._ask('statistics').double().cpu()
+        return self.ask('statistics').double().cpu()
 
     def score_norms(self) -> Tensor:
         """Norms of the model's score at n levels of noise, float64 on the CPU: (B, n)."""
-        return self._ask('score_norms', **self.scoring.msma).double().cpu()
+        return self.ask('score_norms', **self.scoring.msma).double().cpu()
 
-    def repair_error(self, kind: str) -> Tensor:
-        """The model's own map of what 'inpainting' or 'restoration' changes: (B, 1, *S)."""
-        return self._ask(f'{kind}_map').float()
-
-    def ode_nll(self) -> Tensor:
-        """-log p(x) by the model's probability flow, nats, float64 on the CPU: (B,)."""
-        return -self._ask('log_likelihood').double().cpu()
-
-    def voxel_nll(self) -> Tensor:
-        """-log p of the features of every voxel, nats: (B, 1, *S)."""
-        return self._ask('voxel_nll').float()
-
-    def _ask(self, method: str, **options: Any) -> Any:
+    def ask(self, method: str, **options: Any) -> Any:
         """What a method of the model says of the images."""
         def make() -> Any:
             with self.noise(method):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from anomaly.choice import choose_map, choose_primary
 from anomaly.config import PredictConfig
-from anomaly.detect import score_columns, score_titles
+from anomaly.detect import score_columns
 from anomaly.maps.nifti import file_names, plain, remove_maps, write_map
 from anomaly.maps.overlays import map_scale, overlay, titled
 from anomaly.maps.segmentation import segment
@@ -65,7 +65,6 @@ class NewFiles:
         self.prepared, self.batch_size = prepared, batch_size
         self.ids, self.paths = found.ids, dict(zip(found.ids, found.paths))
         self.errors: dict[str, str] = {}              # id -> why it could not be read
-        self.read: dict[str, NewFile] = {}
 
     def batches(self, ids: Sequence[str], title: str) -> Batches:
         """The readable files of this rank, of those named."""
@@ -74,20 +73,12 @@ class NewFiles:
         places = (self.paths[name] for chunk in mine for name in chunk)
         images = in_order(self.prepared.loader.load, places, MAX_THREADS)
         for chunk in tqdm(mine, title, unit='batch', leave=False, disable=launch.rank() > 0 or None):
-            loaded = {}
-            for name, image in zip(chunk, images):
-                if isinstance(image, str):
-                    self.errors[name] = image
-                else:
-                    loaded[name], self.read[name] = image, NewFile(name, image.grids, image.repairs)
+            found = dict(zip(chunk, images))
+            self.errors |= {name: why for name, why in found.items() if isinstance(why, str)}
+            loaded = {name: image for name, image in found.items() if name not in self.errors}
             if loaded:
-                yield [self.read[i] for i in loaded], self.prepared.batch(list(loaded.values()), list(loaded))
-
-    def gather(self) -> None:
-        """Makes known to every rank what each has read."""
-        for errors, read in launch.gather([(self.errors, self.read)]):
-            self.errors |= errors
-            self.read |= read
+                yield ([NewFile(name, image.grids, image.repairs) for name, image in loaded.items()],
+                       self.prepared.batch(list(loaded.values()), list(loaded)))
 
 
 # ------------------------------------------------------------------------------------------------------- mode
@@ -106,7 +97,7 @@ def predict(run: Any) -> int:
     found, files = new_files(run, normal)
     table = score_images(run.model, files.batches(files.ids, 'predict'), scores, normal.scoring)
     table = normal.apply(table, scores)
-    files.gather()
+    files.errors = dict(launch.gather([*files.errors.items()]))
     shown = choose_map(primary, scores, run.model, normal.scoring)
     names = [primary, *(name for name in names if name != primary)]
     drawn = draw(run, files, table, primary, shown, normal)
@@ -246,12 +237,11 @@ def write_predictions(path: Path, files: NewFiles, table: Table, written: dict[s
     """scores.csv: one row a file. For an unreadable one the scores are empty and `error` says why; the
     columns of `written` name the files that `draw` made.
     """
-    titles = score_titles(names)
     columns = score_columns(table, normal, names)
-    cells = {entry.id: row for entry, *row in zip(table.entries, *columns, strict=True)}
-    rows = [[i, *cells.get(i, [''] * len(titles)), *(paths.get(i, '') for paths in written.values()),
+    cells = {entry.id: row for entry, *row in zip(table.entries, *columns.values(), strict=True)}
+    rows = [[i, *cells.get(i, [''] * len(columns)), *(paths.get(i, '') for paths in written.values()),
              files.errors.get(i, '')] for i in files.ids]
-    write_csv(path, ['id', *titles, *written, 'error'], rows)
+    write_csv(path, ['id', *columns, *written, 'error'], rows)
 
 
 def summarize(run: Any, found: Any, files: NewFiles, table: Table, written: dict[str, dict[str, str]],
@@ -267,8 +257,8 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, written: dict
         **dataclasses.asdict(normal.scoring), **dataclasses.asdict(normal.maps),
         **dataclasses.asdict(normal.judging)})
     run.write_metrics('predict', result)
-    for repair in dict.fromkeys(repair for file in files.read.values() for repair in file.repairs):
-        ids = sorted(i for i, file in files.read.items() if repair in file.repairs)
+    for repair in dict.fromkeys(repair for file in table.entries for repair in file.repairs):
+        ids = sorted(file.id for file in table.entries if repair in file.repairs)
         kind = 'subject' if len(run.model.shape) == 4 else 'image'
         run.say(f'{count(len(ids), kind)} {repair}: {some(ids)}')
     for line in passed_line(found.passed_over):

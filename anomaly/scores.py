@@ -99,7 +99,9 @@ class Scoring:
     seed: int = field(default=1, kw_only=True)
 
     def __post_init__(self):
-        check_captum(self.msma_map)
+        if self.msma_map in NEED_CAPTUM and importlib.util.find_spec('captum') is None:
+            raise UserError(f"--msma_map {self.msma_map} needs captum: pip install -r "
+                            f"requirements-medical.txt. Without it there are gradient and gradient_input.")
         if not self.msma_min_timestep < self.msma_max_timestep:
             raise UserError(f"--msma_min_timestep {self.msma_min_timestep} --msma_max_timestep "
                             f"{self.msma_max_timestep}: the first must be below the second.")
@@ -120,13 +122,6 @@ def check_used(scoring: Scoring, names: Sequence[str]) -> None:
         if rows and not used and getattr(scoring, one.name) != one.default:
             raise UserError(f"--{one.name} does nothing, as no score {' or '.join(rows)} is computed: name "
                             f"one with --scores, or leave --{one.name} out.")
-
-
-def check_captum(kind: str) -> None:
-    """Raises UserError if this kind of map needs captum and it is not installed."""
-    if kind in NEED_CAPTUM and importlib.util.find_spec('captum') is None:
-        raise UserError(f"--msma_map {kind} needs captum: pip install -r requirements-medical.txt. Without "
-                        f"it there are gradient and gradient_input.")
 
 
 # ------------------------------------------------------------------------------------------------------ score
@@ -191,13 +186,6 @@ def regret(outputs: Outputs) -> Tensor:
     return likelihood_regret(outputs)
 
 
-def foreground_mean(values: Tensor, outputs: Outputs) -> Tensor:
-    """Mean of a map (B, 1, *S) over the foreground of each image: (B,) float64 on the CPU."""
-    from neural_operations import foreground
-    inside = foreground(outputs.x).flatten(1).double()
-    return ((values.flatten(1).double() * inside).sum(1) / inside.sum(1)).cpu()
-
-
 def highest(values: Tensor, inside: Tensor | None, fraction: float) -> Tensor:
     """Mean of the highest values (B, 1, *S), this fraction of those `inside`, None = all: (B,) float64 on the
     CPU.
@@ -210,7 +198,7 @@ def highest(values: Tensor, inside: Tensor | None, fraction: float) -> Tensor:
 
 def highest_voxels(outputs: Outputs, fraction: float) -> Tensor:
     """Mean -log p over this fraction of the foreground, its least likely voxels: (B,)."""
-    return highest(outputs.voxel_nll(), outputs.model.foreground(outputs.x), fraction)
+    return highest(outputs.ask('voxel_nll'), outputs.model.foreground(outputs.x), fraction)
 
 
 def highest_residual(outputs: Outputs, fraction: float) -> Tensor:
@@ -233,8 +221,10 @@ def msma_map(name: str, outputs: Outputs) -> Tensor | None:
 
 def repair_score(kind: str, about: str) -> Score:
     """What the model would change of an image: 'inpainting' or 'restoration'."""
-    return Score(kind, kind, about, lambda outputs: foreground_mean(outputs.repair_error(kind), outputs),
-                 lambda outputs: outputs.repair_error(kind))
+    from neural_operations import foreground
+    error = lambda outputs: outputs.ask(f'{kind}_map')
+    return Score(kind, kind, about, map=error,
+                 image=lambda outputs: highest(error(outputs), foreground(outputs.x), 1.0))
 
 
 def residual_scores() -> list[Score]:
@@ -249,32 +239,10 @@ def residual_scores() -> list[Score]:
               lambda outputs: highest_residual(outputs, 1.0).clamp(min=SMALLEST_RESIDUAL).log())]
 
 
-def likelihood_density(name: str, about: str, kind: str, features: Callable[[Outputs], Tensor],
-                       **options: Any) -> Score:
-    """A density, a class of density.py, of likelihood terms."""
+def unfitted(kind: str, **options: Any) -> Density:
+    """A class of density.py, which is imported when scores are chosen, and PyTorch with it."""
     from anomaly import density
-    return Score(name, 'likelihood terms', about, features=features,
-                 density=getattr(density, kind)(**options))
-
-
-def latent_score() -> Score:
-    """A density of what the latent channels say, each counted alike."""
-    from anomaly.density import KNN
-    return Score('latent_knn', 'latents', "distance of the log KL and the log spread over positions of every "
-                 "latent channel to the 2nd nearest normal validation image",
-                 features=lambda outputs: outputs.latent_features(), density=KNN(k=2))
-
-
-def dose_scores() -> list[Score]:
-    """Densities of a family's statistics (DoSE, Morningstar et al. 2021)."""
-    from anomaly.density import Mahalanobis, WhitenedKNN
-    statistics = lambda outputs: outputs.statistics()
-    return [
-        Score('dose', 'statistics', "density of statistics: log mean distance of the model's statistics, "
-              "whitened, to the 5 nearest normal validation images", features=statistics,
-              density=WhitenedKNN(k=5, log=True)),
-        Score('dose_mahalanobis', 'statistics', "log Mahalanobis distance of the model's statistics from "
-              "normal validation images", features=statistics, density=Mahalanobis(log=True))]
+    return getattr(density, kind)(**options)
 
 
 def msma_score(name: str, about: str, density: Density) -> Score:
@@ -344,20 +312,31 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
     'regret': lambda L: [Score(
         'regret', 'encoder parameters', "likelihood regret: gain of the bound when the encoder is fitted to "
         "the image alone, nats", regret)],
-    'typicality': lambda L: [likelihood_density(
-        'typicality', "|NELBO - mean NELBO of normal validation images|, nats", 'Typicality',
-        lambda outputs: outputs.likelihood_features())],
-    'kl_profile': lambda L: [likelihood_density(
-        'kl_profile', "Mahalanobis distance of the log KL of every group from normal validation images",
-        'Mahalanobis', lambda outputs: outputs.log_kl())] if L else [],
-    'kl_knn': lambda L: [likelihood_density(
-        'kl_knn', "distance of the log KL of every latent channel to the 5th nearest normal validation image",
-        'KNN', lambda outputs: outputs.log_kl(channels=True), k=5)] if L else [],
-    'kl_gmm': lambda L: [likelihood_density(
-        'kl_gmm', "-log density of the log KL of every group under a Gaussian mixture fitted to normal "
-        "validation images, nats", 'GMM', lambda outputs: outputs.log_kl())] if L else [],
-    'latent_knn': lambda L: [latent_score()] if L else [],
-    'dose': lambda L: dose_scores(),
+    'typicality': lambda L: [Score(
+        'typicality', 'likelihood terms', "|NELBO - mean NELBO of normal validation images|, nats",
+        features=lambda outputs: outputs.likelihood_features(), density=unfitted('Typicality'))],
+    'kl_profile': lambda L: [Score(
+        'kl_profile', 'likelihood terms', "Mahalanobis distance of the log KL of every group from normal "
+        "validation images", features=lambda outputs: outputs.log_kl(), density=unfitted('Mahalanobis'))][:L],
+    'kl_knn': lambda L: [Score(
+        'kl_knn', 'likelihood terms', "distance of the log KL of every latent channel to the 5th nearest "
+        "normal validation image", features=lambda outputs: outputs.log_kl(channels=True),
+        density=unfitted('KNN', k=5))][:L],
+    'kl_gmm': lambda L: [Score(
+        'kl_gmm', 'likelihood terms', "-log density of the log KL of every group under a Gaussian mixture "
+        "fitted to normal validation images, nats", features=lambda outputs: outputs.log_kl(),
+        density=unfitted('GMM'))][:L],
+    'latent_knn': lambda L: [Score(                          # each channel counts alike
+        'latent_knn', 'latents', "distance of the log KL and the log spread over positions of every latent "
+        "channel to the 2nd nearest normal validation image",
+        features=lambda outputs: outputs.latent_features(), density=unfitted('KNN', k=2))][:L],
+    'dose': lambda L: [                                      # DoSE, Morningstar et al. 2021
+        Score('dose', 'statistics', "density of statistics: log mean distance of the model's statistics, "
+              "whitened, to the 5 nearest normal validation images",
+              features=lambda outputs: outputs.statistics(), density=unfitted('WhitenedKNN', k=5, log=True)),
+        Score('dose_mahalanobis', 'statistics', "log Mahalanobis distance of the model's statistics from "
+              "normal validation images", features=lambda outputs: outputs.statistics(),
+              density=unfitted('Mahalanobis', log=True))],
     'msma': lambda L: msma_scores(),
     'inpainting': lambda L: [repair_score(
         'inpainting', "mean |inpainted - x| of the foreground, each half of a checkerboard inpainted from "
@@ -367,11 +346,12 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
         "denoised")],
     'ode_nll': lambda L: [Score(
         'ode_nll', 'ODE likelihood', "-log p(x) by the probability flow ODE, nats",
-        lambda outputs: outputs.ode_nll())],
+        lambda outputs: -outputs.ask('log_likelihood').double())],
     'voxel_nll': lambda L: [
         Score('voxel_nll', 'voxel densities', "-log density of the norms of the score around a voxel, nats: "
               "mean over the least likely 1 % of the foreground",
-              lambda outputs: highest_voxels(outputs, LESION_FRACTION), lambda outputs: outputs.voxel_nll()),
+              lambda outputs: highest_voxels(outputs, LESION_FRACTION),
+              lambda outputs: outputs.ask('voxel_nll')),
         Score('voxel_nll_mean', 'voxel densities', "the same, mean over the foreground, nats",
               lambda outputs: highest_voxels(outputs, 1.0))],
     'kl': lambda L: [Score(

@@ -72,15 +72,11 @@ class Table:
 
     def select(self, ids: Sequence[str]) -> Table:
         """The rows of these images, in this order. Raises KeyError for an id that the table does not have."""
-        places = self.places()
+        places = {entry.id: row for row, entry in enumerate(self.entries)}
         rows = [places[i] for i in ids]
         return replace(self, entries=[self.entries[row] for row in rows],
                        values={name: values[rows] for name, values in self.values.items()},
                        features={name: values[rows] for name, values in self.features.items()})
-
-    def places(self) -> dict[str, int]:
-        """The row of each id."""
-        return {entry.id: row for row, entry in enumerate(self.entries)}
 
 
 @dataclass(frozen=True)
@@ -110,17 +106,14 @@ def score_images(model: Any, batches: Batches, scores: Sequence[Score], scoring:
     Fitted `densities` by name give the maps of their scores; normal.py gives their values.
     """
     rows, kept = [], []
-    by_model = [score for score in scores if score.image and score.needs]
-    others = [score for score in scores if score.image and not score.needs]
-    features = {s.name: s.features for s in scores if s.features and s.needs}
-    described = {s.name: s.features for s in scores if s.features and not s.needs}
     for entries, batch, outputs in model_outputs(model, batches, scoring, densities):
-        started = time.perf_counter()
-        values = {s.name: column(s.image(outputs)) for s in by_model}
-        learned = {name: column(of(outputs)) for name, of in features.items()}
-        seconds = time.perf_counter() - started
-        values |= {s.name: column(s.image(outputs)) for s in others}
-        learned |= {name: column(of(outputs)) for name, of in described.items()}
+        values, learned, seconds = {}, {}, 0.0
+        for score in scores:
+            started = time.perf_counter()
+            for found, make in ((values, score.image), (learned, score.features)):
+                if make is not None:
+                    found[score.name] = column(make(outputs))
+            seconds += (time.perf_counter() - started) * bool(score.needs)
         rows.append((list(entries), values, learned, seconds))
         if maps is not None:
             kept += keep_maps(outputs, batch, [s for s in scores if s.map], maps)
@@ -162,8 +155,7 @@ def part_batches(part: Any, batch_size: int, title: str, workers: int = 0) -> Ba
         raise ValueError(f"the {title} part has {len(part.entries)} images but {len(entries)} ids.")
     batches = eval_batches(part, batch_size, workers=workers)
     total = len(range(launch.rank(), -(-len(part.entries) // batch_size), launch.world()))
-    hidden = None if launch.is_main() else True           # None: hidden where there is no terminal
-    for _, batch in tqdm(batches, desc=title, unit='batch', total=total, leave=False, disable=hidden):
+    for _, batch in tqdm(batches, title, total, leave=False, unit='batch', disable=launch.rank() > 0 or None):
         yield [entries[i] for i in batch.id], batch
 
 

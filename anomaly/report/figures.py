@@ -46,6 +46,7 @@ def keep(figure: Any, out: Path, name: str) -> str:
     with matplotlib.rc_context({'svg.hashsalt': name, 'svg.fonttype': 'path'}):
         write_atomically(out / 'figures' / f'{name}.png', lambda path: figure.savefig(
             path, format='png', dpi=150, facecolor='white', metadata={'Software': None}))
+        figure.set_layout_engine('none')                         # the SVG has the layout of the PNG
         figure.savefig(text, format='svg', transparent=True, dpi=150,
                        metadata={'Date': None, 'Creator': None})
     svg = text.getvalue()
