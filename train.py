@@ -75,17 +75,18 @@ def work(args: argparse.Namespace) -> int:
         started = time.perf_counter()
         trainer = Trainer(args)
         trainer.announce()
-        stop, read = StopSignal(), time.perf_counter()
-        loop(trainer, stop)
         folder, optimization = trainer.folder, trainer.optimization
-        folder.say(f'reading took {read - started:.0f} s, training {time.perf_counter() - read:.0f} s')
-        if finished := optimization.step >= trainer.schedule.end:
-            trainer.validation(optimization)
-            folder.say(f'done: {optimization.step} steps, {optimization.skipped} skipped; '
-                       f'{folder.folder / "checkpoint.pt"}')
-        else:
-            folder.say(f'stopped at step {optimization.step}, checkpoint written: continue with '
-                       f'--cont_training')
+        stop, read = StopSignal(), time.perf_counter()
+        with launch.on_signals((signal.SIGINT, *launch.ENDING), stop.note):
+            loop(trainer, stop)
+            folder.say(f'reading took {read - started:.0f} s, training {time.perf_counter() - read:.0f} s')
+            if finished := optimization.step >= trainer.schedule.end:
+                trainer.validation(optimization)
+                folder.say(f'done: {optimization.step} steps, {optimization.skipped} skipped; '
+                           f'{folder.folder / "checkpoint.pt"}')
+            else:
+                folder.say(f'stopped at step {optimization.step}, checkpoint written: continue with '
+                           f'--cont_training')
         folder.close()
     return 0 if finished else 128 + (stop.number or signal.SIGTERM)          # as shells write it
 
@@ -154,9 +155,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        launch.on_signals((signal.SIGINT, *launch.ENDING), self._note)
 
-    def _note(self, number: int, _: Any) -> None:
+    def note(self, number: int, _: Any) -> None:
         if launch.is_main() and not self.number and os.getpid() == self.process:      # no loader worker
             os.write(2, b'\nstopping after this step, with a checkpoint; Ctrl-C ends the run at once\n')
         self.number = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM

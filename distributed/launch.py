@@ -66,10 +66,10 @@ def _spawn(work: Callable, argument: Any, config: LaunchConfig, first: Environme
         for process in context.processes:
             process.kill() if len(asked) > 2 else process.terminate()
 
-    handlers = on_signals((signal.SIGINT, *ENDING), pass_on)
     try:
-        while not context.join():
-            pass
+        with on_signals((signal.SIGINT, *ENDING), pass_on):
+            while not context.join():
+                pass
         return 0
     except mp.ProcessRaisedException as error:
         _, user_error, line = str(error).strip().rpartition('\nutils.UserError: ')
@@ -79,8 +79,6 @@ def _spawn(work: Callable, argument: Any, config: LaunchConfig, first: Environme
         return 1
     except mp.ProcessExitedException as error:
         code = error.exit_code
-    finally:
-        on_signals_again(handlers)
     if asked and code in ENDED_ON_REQUEST:
         return 128 + (signal.SIGINT if asked[0] == signal.SIGINT else signal.SIGTERM)
     if code == LOST_STATUS:
@@ -128,10 +126,10 @@ def _run(work: Callable, argument: Any, config: LaunchConfig, here: Environment,
     torch.set_num_threads(config.num_threads or _share_of_cores(here))
     if _device.type == 'cuda':
         _set_up_cuda(config.deterministic)
-    handlers = on_signals(ENDING, end_at_once)
     try:
-        with (process_group(here, _device, config.timeout * 60, give_up) if here.world > 1
-              else nullcontext()) as _group:
+        with on_signals(ENDING, end_at_once), (
+                process_group(here, _device, config.timeout * 60, give_up) if here.world > 1
+                else nullcontext()) as _group:
             return work(argument) or 0
     except torch.OutOfMemoryError as error:
         reason = str(error).split('. ')[0]
@@ -143,24 +141,22 @@ def _run(work: Callable, argument: Any, config: LaunchConfig, here: Environment,
         raise UserError(f"{error.filename or 'a file'}: {error.strerror}. {FILE_ERRORS[error.errno]}; files "
                         f"that were there before are whole.") from None
     finally:
-        on_signals_again(handlers)
         _here, _device, _group = Environment(), None, None
 
 
-def on_signals(numbers: Sequence[int], handler: Any) -> dict[int, Any]:
-    """Sets the handler of signals, but of those that are ignored, as nohup does; returns those before. It
-    does nothing beside the main thread.
+@contextmanager
+def on_signals(numbers: Sequence[int], handler: Any) -> Iterator[None]:
+    """Within the block, signals have this handler, but those that are ignored, as nohup does. Only the main
+    thread can set it.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    wanted = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in wanted}
-
-
-def on_signals_again(handlers: dict[int, Any]) -> None:
-    """Sets the handlers that `on_signals` returned."""
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers
+              if main and signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def end_at_once(number: int, _: Any) -> None:

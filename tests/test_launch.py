@@ -135,6 +135,17 @@ def alone(rank, port, folder):
     (folder / f'left{rank}').write_text(str((folder / 'worked1').exists()))
 
 
+def test_signals_have_a_handler_within_the_block_but_those_that_are_ignored():
+    caught, before = [], [signal.getsignal(number) for number in launch.ENDING]
+    with launch.on_signals([signal.SIGUSR2], signal.SIG_IGN), \
+            launch.on_signals([*launch.ENDING, signal.SIGUSR2], lambda number, _: caught.append(number)):
+        for number in (*launch.ENDING, signal.SIGUSR2):
+            signal.raise_signal(number)
+    assert caught == [number for number, handler in zip(launch.ENDING, before) if handler != signal.SIG_IGN]
+    assert {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} == {*launch.ENDING}
+    assert [signal.getsignal(number) for number in launch.ENDING] == before
+
+
 def test_nobody_leaves_before_all_are_done(tmp_path):
     """Process 0 serves the meeting point: it must outlast the others."""
     torch.multiprocessing.spawn(alone, (free_port(), tmp_path), nprocs=2)

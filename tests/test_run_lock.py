@@ -83,16 +83,6 @@ def test_a_second_start_is_refused_and_a_killed_run_can_go_on(train_flags, tmp_p
     assert LOCK not in [p.name for p in (tmp_path / 'eval-a').iterdir()]
 
 
-def test_another_signal_is_as_sigterm(train_flags, tmp_path):
-    flags = [*train_flags, '--epochs', '4000', '--val_every', '5000', '--save_every', '1000000']
-    process = start(flags, tmp_path, 'a')
-    wait_for(tmp_path / 'eval-a' / 'metrics.jsonl', process)
-    process.send_signal(signal.SIGHUP)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and 'stopping after this step' in output, output
-    assert (tmp_path / 'eval-a' / 'checkpoint.pt').exists() and '--cont_training' in output
-
-
 def test_a_signal_while_data_are_read_ends_the_run_without_a_trace(train_flags, tmp_path):
     slow = tmp_path / 'slow.py'
     slow.write_text('import sys, time; sys.argv = sys.argv[1:]\n'
