@@ -26,6 +26,16 @@ TINY_NVAE = '''
     --num_latent_scales 2 --num_groups_per_scale 1 --num_latent_per_group 2 --num_mixture_dec 2
     --use_se --res_dist --weight_decay_norm 1e-2'''.split()
 
+# Modules whose fixtures take long. They come first, as workers of pytest take over the last tests of one
+# another, and each of two that share a module makes its fixtures.
+EARLY = [f'test_{name}' for name in (
+    'hosts', 'parallel', 'tutorial', 'detect', 'report', 'report_browser', 'predict', 'recipes', 'compare',
+    'evaluate', 'latents')]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.module.__name__ not in EARLY)
+
 
 def make_images(folder, count, seed, spot=False):
     """Blurry grey 16 x 16 images; with `spot` a bright square in each."""
@@ -97,6 +107,14 @@ def undisturbed(train_flags, tmp_path_factory):
                     folder / 'log')
     assert end(process) == [0], (folder / 'log').read_text()
     return flags, folder / 'eval-exp' / 'checkpoint.pt'
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(request, monkeypatch):
+    """Drawing a report takes longer than all the rest: tests that look at one say so by the mark `page`."""
+    if 'page' not in request.keywords:
+        for name in ('page.write', 'comparison.keep', 'comparison.forest_figure', 'comparison.difference_figure'):
+            monkeypatch.setattr(f'anomaly.report.{name}', lambda *given: None)
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
+from test_scores import outputs_of, seeded
 
 from anomaly import image_statistics
-from anomaly.baselines import BASELINES, fit_baselines
+from anomaly.baselines import BASELINES, compressed_bits, fit_baselines
 from anomaly.outputs import Outputs
 from utils import UserError
 
@@ -131,3 +132,32 @@ def test_as_many_images_as_a_covariance_needs():
     assert len(fit_baselines(torch.rand(3, 1, 4, 4))) == len(BASELINES)
     with pytest.raises(UserError, match=r'has 2 images.* at least 3'):
         fit_baselines(torch.rand(2, 1, 4, 4))
+
+
+def test_baselines_worked_by_hand():
+    dark, bright, grey = (torch.full((1, 1, 2, 3), v) for v in (0.0, 1.0, 0.5))
+    fitted = {name: make(torch.cat([dark, grey, bright])).image for name, make in BASELINES.items()}
+    baseline = lambda name, x, **known: fitted[name](outputs_of(None, x, **known)).item()
+    assert baseline('mean_intensity', bright) == 1
+    assert baseline('intensity_deviation', dark) == 0.5
+    assert baseline('mean_image', bright) == pytest.approx(math.sqrt(6) / 2)
+    assert baseline('file_size', grey, file_bytes=torch.tensor([99.0])) == 99
+    # the one direction in which normal images differ is brightness: a bright pixel is off that line
+    spot = grey.clone()
+    spot[0, 0, 0, 0] = 1.0
+    assert baseline('pca', grey) == pytest.approx(0, abs=1e-9)
+    assert baseline('pca', spot) == pytest.approx(0.5 * math.sqrt(5 / 6))
+    assert baseline('png_size', torch.rand(1, 1, 20, 20)) > baseline('png_size', torch.zeros(1, 1, 20, 20))
+
+
+@pytest.mark.parametrize(('channels', 'bits'), [(1, 1), (1, 5), (1, 8), (1, 12), (3, 8), (3, 16), (2, 8)])
+def test_noise_compresses_to_about_its_own_bits_and_a_flat_image_to_few(channels, bits):
+    noise = torch.rand(1, channels, 64, 64, generator=seeded(0))
+    values = channels * 64 * 64
+    assert 0.99 * values * bits < compressed_bits(noise, bits).item() < 1.5 * values * bits + 1000
+    assert compressed_bits(torch.full_like(noise, 0.5), bits).item() < 3000
+
+
+def test_fewer_bits_compress_better():
+    noise = torch.rand(1, 1, 32, 32, generator=seeded(0))
+    assert compressed_bits(noise, 2) < compressed_bits(noise, 5) < compressed_bits(noise, 8)

@@ -19,7 +19,6 @@ import train
 from anomaly import scoring
 from anomaly.baselines import BASELINES
 from anomaly.compare import Run, common_images, compare, run_names
-from anomaly.report import comparison as compare_report
 from datasets import Data, DataConfig
 from distributed import launch
 from distributions import Pixels
@@ -91,14 +90,6 @@ def finished(tmp_path_factory):
     result = do([run('perfect', Constant(), make_data(size=8, masks=True)),
                  run('blind', Copy(), make_data(masks=True))], out, log=lines.append)
     return SimpleNamespace(out=out, result=result, lines=lines, text='\n'.join(lines))
-
-
-@pytest.fixture(autouse=True)
-def without_figures(monkeypatch):
-    """They take most of the time; those of `finished` are drawn."""
-    monkeypatch.setattr(compare_report, 'keep', lambda figure, out, name: None)
-    for name in ('forest_figure', 'difference_figure', 'curve_figure'):
-        monkeypatch.setattr(compare_report, name, lambda *given: None)
 
 
 def test_a_perfect_score_and_a_blind_one(finished):
@@ -293,7 +284,7 @@ def test_the_table_of_the_terminal_is_aligned(finished):
 
 
 def test_many_classes_share_a_table_on_the_terminal(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_report, 'MOST_TABLES', 2)
+    monkeypatch.setattr('anomaly.report.comparison.MOST_TABLES', 2)
     lines = []
     do([run('a', Constant()), run('b', Copy())], tmp_path, log=lines.append)
     assert [line for line in lines if line.startswith('Normal (')] == [
@@ -322,11 +313,8 @@ def score_on_a_rank(out):
     return 0
 
 
-def test_the_same_command_and_two_ranks_give_the_same_numbers(tmp_path, forked_processes):
+def test_two_ranks_give_the_numbers_of_one(tmp_path, forked_processes):
     first = do([run('a', gaussian()), run('b', Constant())], tmp_path / 'one')
-    torch.rand(3)
-    again = do([run('a', gaussian()), run('b', Constant())], tmp_path / 'again')
-    assert timeless(first) == timeless(again)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         assert launch.launch(score_on_a_rank, tmp_path / 'two', launch.LaunchConfig(

@@ -25,6 +25,7 @@ def column(out, part, name):
                                                   if row['part'] == part)])
 
 
+@pytest.mark.page
 def test_the_sum_of_z_scores_over_validation_images(tmp_path):
     lines = []
     # at another size, and the second in another order

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+import anomaly.density as densities
 from anomaly.density import GMM, KDE, KNN, MSMA_2D_RULE, PCAGMM, SADE_RULE
 from anomaly.flow_density import Flow
 
@@ -49,11 +50,19 @@ def auroc(scores, normal, other):
                          np.concatenate([scores(normal), scores(other)]))
 
 
-@pytest.mark.parametrize('k', NEIGHBOURS)
-def test_distances_to_neighbours(features, k):
-    train, normal, other = features
-    found = auroc(KNN(k, scale=False).fit(train).score, normal, other)
-    assert found == pytest.approx(NEIGHBOURS[k], abs=1e-6 if k == 5 else 5e-6), 'as many digits as are known'
+def test_distances_to_neighbours(features, monkeypatch):
+    (train, normal, other), searched, search = features, {}, densities.nearest
+
+    def nearest(reference, z, k):
+        """Searches once for all k: it takes long."""
+        key = z[0, 0].item()
+        if key not in searched:
+            searched[key] = search(reference, z, max(NEIGHBOURS))
+        return searched[key][:, :k]
+    monkeypatch.setattr(densities, 'nearest', nearest)
+    for k, known in NEIGHBOURS.items():
+        found = auroc(KNN(k, scale=False).fit(train).score, normal, other)
+        assert found == pytest.approx(known, abs=1e-6 if k == 5 else 5e-6), 'as many digits as are known'
 
 
 def test_the_mixture_is_near_the_published_one(features):

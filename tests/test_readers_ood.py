@@ -223,6 +223,7 @@ def run(trained, out, *more):
         return json.loads((out / 'metrics.json').read_text())['anomaly'], list(csv.DictReader(f))
 
 
+@pytest.mark.page
 def test_scores_are_those_of_class_folders(trained, tmp_path):
     split = (trained / 'eval-a' / 'split.json').read_bytes()
     a, rows_a = run(trained, tmp_path / 'a', '--data', trained / 'all')

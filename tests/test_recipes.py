@@ -119,6 +119,7 @@ def test_published_commands_take_a_step(name, recorder, tmp_path, cache, monkeyp
     assert first['step'] == 1 and first['train/nelbo_iter'] > 0
 
 
+@pytest.mark.page
 @pytest.mark.parametrize('model, number, scores', [('ae', 2_291_712, ['reconstruction']),
                                                    ('vae', 3_340_288, ['reconstruction', 'nelbo', 'kl'])])
 def test_autoencoders_train_as_published_and_are_scored(model, number, scores, recorder, tmp_path, cache,

@@ -30,6 +30,8 @@ from anomaly.report.figures import (
 from anomaly.report.page import pixel_table
 from anomaly.report.tables import number, percent, shade
 
+pytestmark = pytest.mark.page
+
 
 class Page(HTMLParser):
     """Collects tags and text, and checks that every tag is closed."""

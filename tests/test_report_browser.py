@@ -25,7 +25,8 @@ from anomaly.scoring import Case
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 DRIVER = shutil.which('chromedriver')
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason='no chromium and chromedriver here')
+pytestmark = [pytest.mark.page, pytest.mark.skipif(not (CHROMIUM and DRIVER),
+                                                   reason='no chromium and chromedriver here')]
 OPTIONS = ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu', '--no-first-run',
            '--window-size=1280,900', '--disable-background-networking', '--disable-component-update')
 

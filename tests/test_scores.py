@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from anomaly.baselines import BASELINES, compressed_bits
+from anomaly.baselines import compressed_bits
 from anomaly.choice import choose_scores
 from anomaly.config import Judging
 from anomaly.outputs import Outputs, elbo, log_weight
@@ -190,8 +190,8 @@ def test_importance_samples_lift_both_bounds_to_log_p_of_x():
     model, x = LinearGaussian(spread=2.0), images()
     truth, repeated = model.log_prob(x), x.repeat(50, 1, 1, 1)
     bounds = {samples: outputs_of(model, repeated, iw_samples_elbo=samples, iw_samples_lk=samples,
-                                  llr_prior='draw')
-              for samples in (1, 10, 300)}
+                                  llr_prior='draw', num_draws=draws)
+              for samples, draws in ((1, 4), (10, 4), (300, 1))}
     mean_of = lambda values: values.view(-1, 3).mean(0)
     for skip in (0, 1):
         one, ten, many = (mean_of(outputs.bound(skip)) for outputs in bounds.values())
@@ -349,19 +349,6 @@ def test_complexity_is_nelbo_in_bits_minus_compressed_bits():
     close(image('complexity', outputs), nelbo / math.log(2) - compressed_bits(outputs.x, 5))
 
 
-@pytest.mark.parametrize(('channels', 'bits'), [(1, 1), (1, 5), (1, 8), (1, 12), (3, 8), (3, 16), (2, 8)])
-def test_noise_compresses_to_about_its_own_bits_and_a_flat_image_to_few(channels, bits):
-    noise = torch.rand(1, channels, 64, 64, generator=seeded(0))
-    values = channels * 64 * 64
-    assert 0.99 * values * bits < compressed_bits(noise, bits).item() < 1.5 * values * bits + 1000
-    assert compressed_bits(torch.full_like(noise, 0.5), bits).item() < 3000
-
-
-def test_fewer_bits_compress_better():
-    noise = torch.rand(1, 1, 32, 32, generator=seeded(0))
-    assert compressed_bits(noise, 2) < compressed_bits(noise, 5) < compressed_bits(noise, 8)
-
-
 def test_a_model_without_the_capability_is_told_which():
     model = Autoencoder()
     chosen, lines = choose_scores(('all',), model)
@@ -387,22 +374,6 @@ def test_scores_are_chosen_by_row_or_by_member():
                   {'regret_learning_rate': 0.0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             (Judging if 'target_fpr' in wrong else Scoring)(**wrong)
-
-
-def test_baselines_worked_by_hand():
-    dark, bright, grey = (torch.full((1, 1, 2, 3), v) for v in (0.0, 1.0, 0.5))
-    fitted = {name: make(torch.cat([dark, grey, bright])).image for name, make in BASELINES.items()}
-    baseline = lambda name, x, **known: fitted[name](outputs_of(None, x, **known)).item()
-    assert baseline('mean_intensity', bright) == 1
-    assert baseline('intensity_deviation', dark) == 0.5
-    assert baseline('mean_image', bright) == pytest.approx(math.sqrt(6) / 2)
-    assert baseline('file_size', grey, file_bytes=torch.tensor([99.0])) == 99
-    # the one direction in which normal images differ is brightness: a bright pixel is off that line
-    spot = grey.clone()
-    spot[0, 0, 0, 0] = 1.0
-    assert baseline('pca', grey) == pytest.approx(0, abs=1e-9)
-    assert baseline('pca', spot) == pytest.approx(0.5 * math.sqrt(5 / 6))
-    assert baseline('png_size', torch.rand(1, 1, 20, 20)) > baseline('png_size', torch.zeros(1, 1, 20, 20))
 
 
 def test_skipped_groups_are_at_the_mode_of_the_prior_or_drawn_from_it():
