@@ -111,10 +111,13 @@ def undisturbed(train_flags, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def without_pictures(request, monkeypatch):
-    """Drawing a report takes longer than all the rest: tests that look at one say so by the mark `page`."""
-    if 'page' not in request.keywords:
-        for name in ('page.write', 'comparison.keep', 'comparison.forest_figure', 'comparison.difference_figure'):
-            monkeypatch.setattr(f'anomaly.report.{name}', lambda *given: None)
+    """Drawing takes longer than all the rest: tests that look at a report or its figures have that mark."""
+    has = request.node.get_closest_marker
+    names = ['page.keep', *(f'comparison.{name}' for name in (
+        'keep', 'forest_figure', 'difference_figure', 'curve_figure'))]
+    names = [] if has('figures') else names if has('page') else [*names, 'page.write']
+    for name in names:
+        monkeypatch.setattr(f'anomaly.report.{name}', lambda *given: '')
 
 
 @pytest.fixture

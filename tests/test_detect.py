@@ -292,7 +292,6 @@ def score_on_a_rank(out):
     return 0
 
 
-@pytest.mark.page
 def test_two_ranks_give_what_one_gives(finished, tmp_path, forked_processes):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -353,7 +352,7 @@ def test_an_autoencoder_gets_the_scores_that_it_can(tmp_path):
     assert any('left out' in line and 'likelihood terms' in line for line in lines)
 
 
-@pytest.mark.page
+@pytest.mark.figures
 def test_one_class_and_few_validation_images(tmp_path):
     lines = []
     result = run(tmp_path, make_data(val=12, classes=('COVID',)), config=settings(

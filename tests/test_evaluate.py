@@ -183,7 +183,7 @@ def test_a_grid_of_images_by_hand():
 
 # ---------------------------------------------------------------------------------------------------- anomaly
 
-@pytest.mark.page
+@pytest.mark.figures
 def test_anomaly_leaves_scores_metrics_and_a_report(trained, tmp_path):
     kept = run(trained, tmp_path, 'sample', '--num_samples', 1)['sample']
     result = run(trained, tmp_path, 'anomaly', '--num_iw_samples', 2, '--num_draws', 1, '--num_bootstrap', 9)

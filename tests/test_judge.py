@@ -102,7 +102,7 @@ class NotFinite(LinearGaussian):
         return {**terms, 'recon': torch.where(bad, self.value, terms['recon'])}
 
 
-@pytest.mark.page
+@pytest.mark.figures
 @pytest.mark.parametrize('value, parts', [
     (-torch.inf, ('val',)), (torch.inf, ('test',)), (torch.nan, ('val', 'test'))])
 def test_a_score_that_is_not_finite_for_every_image_ends_in_a_report(tmp_path, value, parts):

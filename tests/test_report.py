@@ -356,6 +356,7 @@ def test_findings_of_an_audit_stand_in_the_report(tmp_path):
     assert html.escape(line) in page and line not in page.split('</style>')[1].split('<script')[0]
 
 
+@pytest.mark.figures
 def test_a_report_of_volumes_starts_at_the_lesion_and_names_the_sides(tmp_path):
     run(tmp_path, make_volumes(channels=3), Mean(), settings(num_bootstrap=5, num_cases=1, num_gallery=5))
     source = (tmp_path / 'report.html').read_text()
