@@ -245,8 +245,7 @@ def test_advice():
 def test_estimated_activations_are_what_autograd_keeps():
     """Against the storages that a real forward pass saves, with and without recomputation."""
     torch.manual_seed(0)
-    model = NVAE((1, 32, 32), NVAEConfig(num_channels_enc=8, num_channels_dec=8, use_se=True,
-                                         num_groups_per_scale=6), Pixels())
+    model = NVAE((1, 32, 32), NVAEConfig(num_channels_enc=8, num_channels_dec=8, use_se=True), Pixels())
 
     def kept(images):
         storages = {}
