@@ -11,6 +11,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ def trace(scorer: Scorer) -> torch.export.ExportedProgram:
                         ) from None
 
 
+def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    with path.open('wb') as file:            # not by its name: a temporary one lacks the ending
+        torch.export.save(program, file)
+
+
 def probe(model: Any) -> Tensor:
     """An image (1, C, H, W) of noise, always the same."""
     return torch.rand(1, *model.shape, generator=torch.Generator().manual_seed(0))
@@ -130,7 +136,7 @@ def export(run: Evaluation) -> None:
     mapped = choose_map(score.name, scores, model, normal.scoring)
     scorer = Scorer(model, normal, score, mapped)
     program = trace(scorer)
-    write_atomically(run.out / 'model.pt2', lambda path: torch.export.save(program, path))
+    write_atomically(run.out / 'model.pt2', partial(save_program, program))
     for write in (write_onnx, write_weights):
         run.say(write(run, program))
     facts = finite({
