@@ -112,7 +112,8 @@ def test_everything_is_written(finished):
     names = {p.relative_to(finished.out).as_posix() for p in finished.out.rglob('*') if p.is_file()}
     figures = {f'figures/{name}.{kind}' for name in ('roc', 'pr', 'histograms', 'levels', 'cases')
                for kind in ('png', 'svg')}
-    assert names == {'scores.csv', 'metrics.json', 'thresholds.json', 'report.html', *figures}
+    assert names == {'scores.csv', 'metrics.json', 'thresholds.json', 'normal_maps.npz', 'report.html',
+                     *figures}
     assert (finished.run / 'thresholds.json').read_text() == (finished.out / 'thresholds.json').read_text()
 
 
