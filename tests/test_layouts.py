@@ -109,6 +109,7 @@ def test_every_value_of_a_mask_that_is_not_background_counts(name):
 
 NAMES = {'x': 'x', 'x_mask': 'x', 'x_seg': 'x', 'X_LABEL': 'x', 'x_GT': 'x', 'x-segmentation': 'x',
          'x mask': 'x', 'x_ground_truth': 'x', 'x_seg_7': 'x_7', 'x_mask_2': 'x', 'x_flair_7': 'x_seg_7',
+         'mask_x': 'x', 'mask_9': 'image_9',
          unicodedata.normalize('NFD', 'é_mask'): unicodedata.normalize('NFC', 'é')}
 
 

@@ -13,7 +13,7 @@ from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig
 from readers.images.decode import ImageLoader
 from readers.images.frames import places
-from readers.images.layout import PART_FOLDERS, Layout, image_files
+from readers.images.layout import LOOSE, PART_FOLDERS, Layout
 from readers.images.masks import with_masks
 from readers.images.tables import is_arrays, is_table, read_npz, table_items
 from readers.items import Item, Listing, import_items
@@ -57,24 +57,20 @@ def read_part_folders(config: ReaderConfig, row: DataSet, folders: Mapping[str, 
 
     Near-duplicates are not searched for: a letter in two typefaces is often nearly the same.
     """
-    root, items, passed = find_root(config.data, row.where), [], {}
+    root = find_root(config.data, row.where)
+    found, number = Layout(root, (), ()), 0
     for part in row.parts:
-        place = root / folders[part]
-        classes = [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []
-        found = []
-        for folder in classes:
-            images, masks = image_files(folder, passed)
-            pass_over(passed, MASKS, *masks)
-            found += [Item((folder / name).relative_to(root).as_posix(), folder.name, part,
-                           path=str(folder / name)) for name in images]
-        if not found:
+        if (root / folders[part]).is_dir():
+            pass_over(found.passed, LOOSE, *found.read_classes(root / folders[part], part))
+        if len(found.images) == number:
             raise UserError(f"--data: {config.data!r} has no images in folders of classes in "
                             f"{folders[part]}. {row.where}")
-        items += found
-    items.sort(key=lambda item: item.id)
+        number = len(found.images)
+    pass_over(found.passed, MASKS, *(mask.item.id for mask in found.masks))
+    items = sorted((placed.item for placed in found.images), key=lambda item: item.id)
     source = read_images(items, ImageLoader.of(config, row), config, row, str(root.resolve()),
                          near_duplicates=False)
-    return replace(source, notes=passed_line(passed) + source.notes)
+    return replace(source, notes=found.notes + passed_line(found.passed) + source.notes)
 
 
 def find_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], list[str]]:
