@@ -160,7 +160,7 @@ class Normal:
                             f"differs). Create it again: {remedy}")
         try:
             normal = cls._restored(kept, model)
-            normal.read_spreads(path.with_name(SPREADS), model.shape[1:])
+            normal.read_spreads(path.with_name(SPREADS))
             return normal
         except UserError:
             raise
@@ -188,14 +188,12 @@ class Normal:
                 normal.densities[score.name] = score.density.from_state(kept['fitted'][score.name])
         return normal
 
-    def read_spreads(self, path: Path, size: tuple[int, ...]) -> None:
-        """What `save` wrote beside thresholds.json, if it is there and of these weights and this size."""
+    def read_spreads(self, path: Path) -> None:
+        """What `save` wrote beside thresholds.json, if it is there and of these weights."""
         found = read_npz(path) if path.exists() else {}
         if str(found.pop('weights', '')) == self.weights:
             names = dict.fromkeys(key.split(' ', 1)[1] for key in found)
-            spreads = {name: Spread(found[f'mean {name}'], found[f'std {name}']) for name in names}
-            self.spreads = {name: spread for name, spread in spreads.items()
-                            if all(values.shape == tuple(size) for values in spread)}
+            self.spreads = {name: Spread(found[f'mean {name}'], found[f'std {name}']) for name in names}
 
     def scores(self, names: Sequence[str], model: Any) -> list[Score]:
         """The scores of the model with a threshold, or those of them that `names` choose. Raises UserError.
