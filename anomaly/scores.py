@@ -319,9 +319,9 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
         'kl_profile', 'likelihood terms', "Mahalanobis distance of the log KL of every group from normal "
         "validation images", features=lambda outputs: outputs.log_kl(), density=unfitted('Mahalanobis'))][:L],
     'kl_knn': lambda L: [Score(
-        'kl_knn', 'likelihood terms', "distance of the log KL of every latent channel to the 5th nearest "
+        'kl_knn', 'likelihood terms', "distance of the log KL of every latent channel to the 2nd nearest "
         "normal validation image", features=lambda outputs: outputs.log_kl(channels=True),
-        density=unfitted('KNN', k=5))][:L],
+        density=unfitted('KNN', k=2))][:L],
     'kl_gmm': lambda L: [Score(
         'kl_gmm', 'likelihood terms', "-log density of the log KL of every group under a Gaussian mixture "
         "fitted to normal validation images, nats", features=lambda outputs: outputs.log_kl(),

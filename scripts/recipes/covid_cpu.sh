@@ -15,12 +15,12 @@ trap 'kill ${JOBS[@]+"${JOBS[@]}"} 2>/dev/null || true; wait' EXIT
 JOBS=()
 train() { "$PYTHON" "$REPOSITORY/train.py" --dataset covid --data "${DATA:-}" --root "$ROOT" --cont_training --image_every 0 \
     --val_every 100 "$@" & JOBS+=($!); }
-train --model nvae --save covid_nvae --batch_size 32 --epochs 7 --warmup_epochs 1 --fast_adamax --amp off \
+train --model nvae --save covid_nvae --batch_size 16 --epochs 9 --warmup_epochs 1 --fast_adamax --amp off \
     --arch_instance res_bnswish --use_se --res_dist --weight_decay_norm 1e-2 --weight_decay_norm_anneal \
     --num_latent_scales 2 --num_groups_per_scale 6 --ada_groups --num_latent_per_group 8 \
     --num_channels_enc 8 --num_preprocess_blocks 1 --num_preprocess_cells 2 \
     --num_channels_dec 8 --num_postprocess_blocks 1 --num_postprocess_cells 2 "$@"
-train --model dae --save covid_dae --batch_size 16 --epochs 6 "$@"
+train --model dae --save covid_dae --batch_size 8 --coarse_noise 0.16 --epochs 6 "$@"
 for job in "${JOBS[@]}"; do wait "$job"; done
 JOBS=()
 
