@@ -64,7 +64,6 @@ def passes(model: Any, x: Tensor, seeds: Sequence[Sequence[int]], most: int = 0,
         yield from ({name: values[draw] for name, values in terms.items()} for draw in range(len(some)))
 
 
-
 def content_id(image: Tensor) -> str:
     """32 hexadecimal digits that identify the values of an image (C, *S), wherever its file lies."""
     return hashlib.sha256(image.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:32]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from anomaly.choice import choose_map, choose_primary
 from anomaly.judge import group_title
 from anomaly.maps.postprocessing import gaussian_blur
 from anomaly.normal import Normal
-from anomaly.outputs import Outputs
+from anomaly.outputs import Outputs, Terms, as_float64
 from anomaly.report.provenance import code_and_date
 from anomaly.scores import Score
 from datasets import preparation
@@ -58,6 +58,10 @@ class Noiseless(Outputs):
     def noise(self, *purpose: int | str) -> NoNoise:
         return NoNoise()
 
+    def forward(self, numbers: Sequence[int], skip: int = 0) -> Iterator[Terms]:
+        with self.noise():
+            return iter([as_float64(self.model(self.x, skip=skip)) for _ in numbers])
+
 
 class Scorer(nn.Module):
     """A score of an image, and the map of a score, as the evaluation computes them."""
@@ -68,7 +72,7 @@ class Scorer(nn.Module):
         self.terms = {one.name: one for one in normal.scores(score.terms or (score.name,), model)}
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Of an image x (1, C, H, W) in [0, 1] the score (1,), and the map (1, 1, H, W) if there is one."""
+        """The score (1,) of an image x (1, C, H, W) in [0, 1], and the map (1, 1, H, W) if there is one."""
         outputs = Noiseless(self.model, x, self.normal.scoring, self.model.pixels.bits)
         value = self.value(self.score, outputs)
         if self.mapped is None:

@@ -234,7 +234,7 @@ def test_scores():
     for i in range(2):
         assert top[i].item() == approx(heat[i].max().item(), rel=1e-6)
         assert mean[i].item() == approx(heat[i][inside[i]].mean().item(), rel=1e-6)
-    assert torch.equal(scores[-2].map(outputs), heat) and scores[-1].map is None
+    assert torch.equal(scores[-2].map(outputs).float(), heat) and scores[-1].map is None
     assert torch.equal(model.score_norms(x, number=3), model.score_model.score_norms(x, number=3))
     assert torch.equal(model.score_maps(x, number=3), model.score_model.score_maps(x, number=3))
     # One level alone and three side by side are batches of other sizes, which kernels sum in other orders.

@@ -72,8 +72,7 @@ class TrainConfig:
                                  'training then continues; 0 = no Reptile', least=0, needs=AVERAGE)
     ema_bn_batches: int = flag(0, 'training batches to measure batch-norm statistics of the averaged weights '
                                   'on, before these are used; 0 = average these too', least=0, needs=AVERAGE)
-    amp: str = flag('auto', 'network in bfloat16, likelihoods in float32; auto = where it is '
-                             'faster, on CUDA and on some CPUs',
+    amp: str = flag('auto', 'network in bfloat16; auto = where that is faster',
                     choices=('auto', 'bf16', 'off'), basic=True)
     checkpoint_activations: str = flag('auto', 'recompute activations in the backward pass: slower, less '
                                        'memory; auto = if needed', choices=('auto', 'on', 'off'))
