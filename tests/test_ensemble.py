@@ -38,7 +38,7 @@ def test_the_sum_of_z_scores_over_validation_images(tmp_path):
         for name in SUM.split('+'):
             normal = column(tmp_path, 'val', name)
             expected = expected + (column(tmp_path, part, name) - normal.mean()) / normal.std()
-        assert np.allclose(column(tmp_path, part, SUM), expected, rtol=0, atol=2e-4)        # of six digits
+        assert np.allclose(column(tmp_path, part, SUM), expected, rtol=1e-4, atol=2e-4)        # of six digits
     auroc = result['scores'][SUM]['metrics']['all']['auroc']['value']
     assert auroc == 1 and any(SUM in line for line in lines)
     assert [row['first'] for row in result['verdict']] == [SUM] * len(result['verdict'])
