@@ -158,7 +158,7 @@ def export(run: Evaluation) -> None:
 
 
 def input_facts(run: Evaluation) -> dict[str, Any]:
-    """What is done to an image file before the model sees it. Raises UserError if it is not a few numbers."""
+    """Preprocessing of an image file as numbers. Raises UserError if numbers alone cannot describe it."""
     model, config = run.opened[0], run.data_config
     if len(model.shape) != 3:
         raise UserError("--eval_mode export is for images: how volumes are resampled takes more than Pillow.")

@@ -46,7 +46,7 @@ def run(checkpoint, out, mode, *more):
 
 
 def tiles(path, columns, rows):
-    """Whether a picture has so many tiles of 17 pixels, all enlarged by a whole factor, under its titles."""
+    """Whether a picture shows a grid of 17-pixel tiles below its titles, enlarged by a whole factor."""
     width, height = Image.open(path).size
     times = width // (columns * 17)
     return (width, height) == (times * columns * 17, times * rows * 17 + TITLE_HEIGHT)

@@ -13,7 +13,7 @@ OUTCOMES = {'flagged': 'anomalous', 'clear': 'not flagged'}
 
 
 class Prediction(NamedTuple):
-    """What is said of a file that could be read."""
+    """A file that was read, as a row of the worklist: its score, percentile and call."""
     id: str
     score: float
     percentile: float        # among normal validation images

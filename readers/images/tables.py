@@ -109,7 +109,7 @@ def by_image(tables: Mapping[Path, str], config: ReaderConfig, normal: Sequence[
 
 
 def one_image(rows: Sequence[Item], normal: Sequence[str]) -> Item:
-    """An image of which tables have several rows: the first anomalous class, and all masks."""
+    """An image with several rows in the tables: its first anomalous class and all its masks."""
     full = [item for item in rows if item.class_name]
     ill = (item for item in full if not any(same_name(item.class_name, name) for name in normal))
     masks = dict.fromkeys(mask for item in rows for mask in item.masks)
