@@ -46,7 +46,9 @@ def process_group(here: Environment, device: torch.device, timeout: float,
                                 world_size=here.world, device_id=device if on_gpu else None,
                                 timeout=limit + timedelta(seconds=NCCL_GRACE * on_gpu))
         patient = dist.new_group(backend='gloo', timeout=NO_LIMIT)
-        with heartbeat(dist.new_group(backend='gloo', timeout=limit), min(PULSE, timeout / 4), give_up):
+        beating = dist.new_group(backend='gloo', timeout=limit)
+        dist.barrier(beating)           # process 0 serves the store: it must not leave while others connect
+        with heartbeat(beating, min(PULSE, timeout / 4), give_up):
             yield patient
         dist.destroy_process_group()
     except BaseException as error:

@@ -110,6 +110,35 @@ def test_a_process_that_fails_takes_the_others_with_it(name, status, told, tmp_p
         assert 'Process 1 terminated' in errors and errors.count('Traceback') == 1
 
 
+class SlowGroups:
+    """An argument that, once unpickled in a child process, makes groups slow to form in process 1."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        new_group = torch.distributed.new_group
+
+        def slow(*args, **kwargs):
+            group = new_group(*args, **kwargs)
+            if torch.distributed.get_rank() == 1:
+                time.sleep(0.5)
+                (self.folder / f'group{len(list(self.folder.iterdir()))}').touch()
+            return group
+        torch.distributed.new_group = slow
+
+
+def fail_at_once(slow):
+    raise UserError(f'{len(list(slow.folder.iterdir()))} groups')
+
+
+def test_no_process_leaves_before_all_are_connected(tmp_path):
+    """Process 0 serves the store: if it leaves early, the others print pages of C++ for one line of error."""
+    with pytest.raises(UserError, match='2 groups'):
+        launch.launch(fail_at_once, SlowGroups(tmp_path), TWO)
+
+
 def test_two_processes_agree_and_a_signal_reaches_both_who_end_in_their_own_time(tmp_path):
     def ask():
         until = time.monotonic() + 60
