@@ -3,15 +3,17 @@
 import json
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
 from test_train import run
+from torch.nn import ParameterList
 
 import train
 from distributed import launch
 from model import load_model
-from storage.checkpoint import copies, not_finite, read_checkpoint
+from storage.checkpoint import copies, fingerprint, not_finite, read_checkpoint
 from training import optimization as update
 from training.recovery import EVIDENCE
 from training.trainer import Trainer
@@ -20,28 +22,30 @@ from utils import UserError
 WEIGHT = 'stem.weight'
 
 
+def planted(patch, where, at, once=True, rank=0):
+    """From step `at` on, `once` or ever again, a number that is not finite, in the process of this rank."""
+    real, done = train.train_step, []
+
+    def step(trainer, images):
+        here = trainer.optimization.step >= at and launch.rank() == rank and not (once and done)
+        done.extend([1] * here)
+        if here and where == 'data':
+            images[0][0] = math.nan
+        if here and where == 'weight':
+            dict(trainer.model.named_parameters())[WEIGHT].data[0] = math.inf
+        if here and where == 'gradient':
+            trainer.model.stem.weight.register_hook(lambda g: g * math.nan)
+        logs = real(trainer, images)
+        if here and where == 'average':
+            trainer.optimization.average.module.state_dict()[WEIGHT][0] = math.nan
+        return logs
+    patch.setattr(train, 'train_step', step)
+    patch.setattr(update, 'MOST_SKIPPED', 3)
+
+
 @pytest.fixture
 def plant(monkeypatch):
-    """plant(where, at): from step `at` on, `once` or ever again, a number that is not finite."""
-    def make(where, at, once=True, rank=0):
-        real, planted = train.train_step, []
-
-        def step(trainer, images):
-            here = trainer.optimization.step >= at and launch.rank() == rank and not (once and planted)
-            planted.extend([1] * here)
-            if here and where == 'data':
-                images[0][0] = math.nan
-            if here and where == 'weight':
-                dict(trainer.model.named_parameters())[WEIGHT].data[0] = math.inf
-            if here and where == 'gradient':
-                trainer.model.stem.weight.register_hook(lambda g: g * math.nan)
-            logs = real(trainer, images)
-            if here and where == 'average':
-                trainer.optimization.average.module.state_dict()[WEIGHT][0] = math.nan
-            return logs
-        monkeypatch.setattr(train, 'train_step', step)
-        monkeypatch.setattr(update, 'MOST_SKIPPED', 3)
-    return make
+    return partial(planted, monkeypatch)
 
 
 def finite(folder):
@@ -83,6 +87,52 @@ def test_a_run_that_diverges_again_and_again_ends_with_an_error(where, told, tra
         run(train_flags, tmp_path, 'a', '--save_every', '2')
     assert finite(tmp_path / 'eval-a') == 4
 
+
+# ------------------------------------------------------------------------------------- one process of two
+
+SURVIVED = {'data': 'done: 8 steps, 1 skipped', 'average': 'there is a weight that is not finite; .* back to',
+            'weight': f'in a row had a gradient that is not finite; .* in the weight {WEIGHT} .* back to'}
+LOST = {'data': 'in the images .* after 3 returns',
+        'gradient': f'in the gradient of {WEIGHT} .*after 3 returns'}
+
+
+def train_each(args):
+    """Trains with each of these in process 1, which is not the one that writes files."""
+    root, announce = args.root, Trainer.announce
+    for once, where in [(True, where) for where in SURVIVED] + [(False, where) for where in LOST]:
+        args.root, trainers, error = f'{root}/{where}-{once}', [], None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, 'announce',
+                          lambda self, seen=trainers: (seen.append(self), announce(self)))
+            planted(patch, where, 5, once, rank=1)
+            try:
+                train.work(args)
+            except UserError as raised:
+                error = raised
+        weights = ParameterList(trainers[0].optimization.evaluated.parameters())
+        ends = launch.gather([(fingerprint(weights), str(error))])
+        assert ends[0] == ends[1], f'{where}: the processes went different ways'
+        assert error is None if once else re.search(LOST[where], ends[0][1]), ends
+    raise error
+
+
+def test_on_one_process_of_two_it_is_survived_said_and_agreed_on(train_flags, tmp_path, forked_processes):
+    args = train.parse_args([*train_flags, '--root', str(tmp_path), '--batch_size', '4', '--save_every', '2',
+                             '--ema_decay', '0.9', '--num_process_per_node', '2'])
+    with pytest.raises(UserError, match=LOST['gradient']):
+        launch.launch(train_each, args, train.read_flags(launch.LaunchConfig, args))
+    for where, told in SURVIVED.items():
+        folder = tmp_path / f'{where}-True' / 'eval-exp'
+        assert finite(folder) == 8 and re.search(told, (folder / 'log.txt').read_text()), where
+    for where in LOST:
+        folder = tmp_path / f'{where}-False' / 'eval-exp'
+        assert finite(folder) == 4, where
+        assert (folder / 'log.txt').read_text().count('of the learning rate') == 3, where
+    images, = read_checkpoint(tmp_path / 'data-False' / 'eval-exp' / EVIDENCE)['images']
+    assert images.isnan().any(), 'those of the process that met the number'
+
+
+# -------------------------------------------------------------------------------------------------- the end
 
 def test_a_run_without_a_checkpoint_has_nothing_to_go_back_to(train_flags, tmp_path, plant):
     plant('weight', 0)
