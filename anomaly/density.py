@@ -8,6 +8,7 @@ the score in torch, for gradients.
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
@@ -32,7 +33,7 @@ MSMA_2D_RULE = {'components': range(2, 21, 2), 'covariances': ('full',), 'choosi
                 'reg_covar': 1e-6, 'max_iter': 100_000}
 
 
-class Density:
+class Density(ABC):
     """What densities have in common. Features that are not finite are ignored by `fit` and score NaN."""
     learned: tuple[str, ...] = ()       # attributes that `fit` sets, numbers and arrays
     least = 2                           # smallest number of images to learn from
@@ -40,13 +41,13 @@ class Density:
     scale = True                        # whether `standardize` does so
     takes_training = True               # whether training images help: not where a cross-validation chooses
 
+    @abstractmethod
     def learn(self, features: np.ndarray) -> None:
         """Learns from finite features (N, D) of normal images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def energy(self, features: Tensor) -> Tensor:
         """Scores (N,) of features (N, D), float64, differentiable; not finite where the features are not."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def rate(self, features: np.ndarray) -> np.ndarray:

@@ -45,10 +45,11 @@ def process_group(here: Environment, device: torch.device, timeout: float,
         dist.init_process_group('nccl' if on_gpu else 'gloo', store=store, rank=here.rank,
                                 world_size=here.world, device_id=device if on_gpu else None,
                                 timeout=limit + timedelta(seconds=NCCL_GRACE * on_gpu))
-        patient = dist.new_group(backend='gloo', timeout=NO_LIMIT)
         beating = dist.new_group(backend='gloo', timeout=limit)
-        dist.barrier(beating)           # process 0 serves the store: it must not leave while others connect
         with heartbeat(beating, min(PULSE, timeout / 4), give_up):
+            # Within the heartbeat, as it waits without a limit for processes that may be lost meanwhile.
+            patient = dist.new_group(backend='gloo', timeout=NO_LIMIT)
+            dist.barrier(patient)       # process 0 serves the store: it must not leave while others connect
             yield patient
         dist.destroy_process_group()
     except BaseException as error:

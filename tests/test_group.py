@@ -91,6 +91,18 @@ def work(name):
     assert order == [0, 1]
 
 
+def killed_at(number):
+    """From now on the process is killed where it forms its group of this number, counted from 1."""
+    real, formed = torch.distributed.new_group, []
+
+    def new_group(*args, **kwargs):
+        formed.append(1)
+        if len(formed) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    torch.distributed.new_group = new_group
+
+
 def by_hand(name, folder):
     """The two processes."""
     port = str(free_port())
@@ -111,6 +123,14 @@ def test_one_that_is_silent_is_lost(tmp_path):
     told = (tmp_path / '0').read_text()
     assert told.count('\n') == 1 and told.startswith('error: lost touch with the other processes (')
     assert '--cont_training' in told
+
+
+def test_one_that_is_killed_while_groups_are_formed_is_lost(tmp_path):
+    """One group has no time limit: if it came before the heartbeat, process 0 would wait for ever."""
+    for number in (1, 2):
+        assert end(*by_hand(f'killed{number}', tmp_path)) == [launch.LOST_STATUS, -signal.SIGKILL], number
+        told = (tmp_path / '0').read_text().splitlines()[-1]               # PyTorch may warn before
+        assert told.startswith('error: lost touch with the other processes ('), told
 
 
 def test_one_that_failed_ends_the_others_at_once_whatever_they_do(tmp_path):
@@ -162,5 +182,7 @@ ib1 0002010A 00000000 0001 0 0 0 00FFFFFF 0 0 0
 
 
 if __name__ == '__main__':
+    if sys.argv[1].startswith('killed') and os.environ['RANK'] == '1':
+        killed_at(int(sys.argv[1][-1]))
     config = LaunchConfig(device='cpu', num_threads=1, timeout=1 / 60)
     run_program(lambda: launch.launch(work, sys.argv[1], config))

@@ -118,7 +118,7 @@ def train_each(args):
 
 def test_on_one_process_of_two_it_is_survived_said_and_agreed_on(train_flags, tmp_path, forked_processes):
     args = train.parse_args([*train_flags, '--root', str(tmp_path), '--batch_size', '4', '--save_every', '2',
-                             '--ema_decay', '0.9', '--num_process_per_node', '2'])
+                             '--ema_decay', '0.9', '--num_process_per_node', '2', '--weight_decay_norm', '0'])
     with pytest.raises(UserError, match=LOST['gradient']):
         launch.launch(train_each, args, train.read_flags(launch.LaunchConfig, args))
     for where, told in SURVIVED.items():

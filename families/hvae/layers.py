@@ -6,6 +6,7 @@ B images, C channels in, O out, H x W pixels, k kernel size, s stride, Z latent 
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -55,7 +56,7 @@ def centered(shape: Sequence[int], larger: Sequence[int]) -> list[int]:
 
 # ----------------------------------------------------------------------------------------------------- layers
 
-class Affine(nn.Module):
+class Affine(nn.Module, ABC):
     """A weight-normalized layer; with `weightnorm=False` the plain weight w.
 
     `initialize_layers` sets g and b from the first batch, so that output channels have mean 0 and variance 1.
@@ -79,9 +80,9 @@ class Affine(nn.Module):
         others = [a for a in range(self.v.dim()) if a != self.axis]
         return self.g / torch.linalg.vector_norm(self.v, dim=others, keepdim=True) * self.v
 
+    @abstractmethod
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y (B, O, ...), before `finish`."""
-        raise NotImplementedError
 
     def finish(self, y: Tensor) -> Tensor:
         return y

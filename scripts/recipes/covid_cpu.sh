@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # COVID-19 against normal chest X-rays without a GPU: an NVAE and a denoising autoencoder are trained on the Normal class at the
 # same time, on one core each, and their scores are added up, as development data chose beforehand (docs/results.md): `latent_knn`
-# of the NVAE and `residual_mean` of the DAE. On two cores about 20 minutes of training
-# for 2,600 images, and 7 of evaluation.
+# of the NVAE and `residual_mean` of the DAE. On two cores, training on 2,600 images takes about 20 minutes and the evaluation about 7.
 #   DATA=path/to/COVID-19_Radiography_Dataset bash scripts/recipes/covid_cpu.sh
 set -euo pipefail
 PYTHON=${PYTHON:-python}
