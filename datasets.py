@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from readers.config import (
@@ -27,7 +28,6 @@ from readers.config import (
     TableConfig,
     VolumeConfig,
     data_folder,
-    imported,
     phantom_folder,
 )
 from readers.split import (
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 def reader(place: str, **options: Any) -> Callable[[ReaderConfig, DataSet], Source]:
     """A reader 'module:function' of readers/ with its options, imported when a data set is read."""
-    return lambda config, row: imported(f'readers.{place}')(config, row, **options)
+    return lambda config, row: resolve_name(f'readers.{place}')(config, row, **options)
 
 
 FOLDER = reader('images.folder:read_folder')

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pkgutil import resolve_name
+from typing import Any
 
 from anomaly.config import (
     Audit,
@@ -40,9 +39,6 @@ from evaluation.config import run_folder
 from model import MODELS, family_config
 from utils import UserError, flag, flags, read_flags, read_json, run_program
 
-if TYPE_CHECKING:
-    from evaluation.run import Evaluation
-
 ONLY_FOR_TRAINING = ('flip', 'augment')                  # data flags that change nothing here
 OF_VOLUMES = tuple(field.name for field in fields(SegmentationConfig))
 
@@ -52,7 +48,7 @@ OF_VOLUMES = tuple(field.name for field in fields(SegmentationConfig))
 @dataclass(frozen=True)
 class Mode:
     """What evaluate.py can do: a row of MODES."""
-    run: Callable[[Evaluation], int | None]
+    run: str                             # 'module:function', imported when it runs, and PyTorch with it
     help: str
     flags: tuple[type, ...]
     needs: tuple[str, ...] = ()          # capabilities of the model
@@ -60,40 +56,32 @@ class Mode:
     samples: bool = False                # it takes the sampling flags that the model's family has
 
 
-def imported(place: str) -> Callable[[Evaluation], int | None]:
-    """The function 'module:name'. It is imported when it runs, and PyTorch with it: --help does without."""
-    def run(evaluation: Evaluation) -> int | None:
-        module, name = place.split(':')
-        return getattr(import_module(module), name)(evaluation)
-    return run
-
-
 SCORED = (Selection, Scoring, MapConfig, Judging, OutOfDistribution, config.Batches, config.Noise)
 MODES = {
-    'anomaly': Mode(imported('evaluation.anomaly:anomaly'), 'anomaly scores, thresholds, metrics and report',
+    'anomaly': Mode('evaluation.anomaly:anomaly', 'anomaly scores, thresholds, metrics and report',
                     (*SCORED, Showing, Audit)),
-    'predict': Mode(imported('anomaly.predict:predict'), 'scores and overlays of new images, without labels',
+    'predict': Mode('anomaly.predict:predict', 'scores and overlays of new images, without labels',
                     (PredictConfig, Selection, config.Batches), data=False),
-    'compare': Mode(imported('evaluation.anomaly:compare'), 'several runs on the same test images',
+    'compare': Mode('evaluation.anomaly:compare', 'several runs on the same test images',
                     (CompareConfig, *SCORED)),
-    'export': Mode(imported('evaluation.export:export'), 'a program of score and map that runs without this '
+    'export': Mode('evaluation.export:export', 'a program of score and map that runs without this '
                    'project', (config.ExportConfig,), data=False),
-    'evaluate': Mode(imported('evaluation.likelihood:evaluate'), 'NELBO and importance-weighted bound',
+    'evaluate': Mode('evaluation.likelihood:evaluate', 'NELBO and importance-weighted bound',
                      (config.Likelihood,), needs=('num_groups',)),
-    'evaluate_fid': Mode(imported('evaluation.fid:evaluate_fid'), 'FID between samples and training images',
+    'evaluate_fid': Mode('evaluation.fid:evaluate_fid', 'FID between samples and training images',
                          (config.FidConfig,), needs=('sample',), samples=True),
-    'sample': Mode(imported('evaluation.sampling:sample'), 'images drawn from the prior', (config.Samples,),
+    'sample': Mode('evaluation.sampling:sample', 'images drawn from the prior', (config.Samples,),
                    needs=('sample',), data=False, samples=True),
-    'reconstruct': Mode(imported('evaluation.reconstruction:reconstruct'),
+    'reconstruct': Mode('evaluation.reconstruction:reconstruct',
                         'images beside their reconstructions', (config.Reconstruction,),
                         needs=('reconstruct',)),
-    'latents': Mode(imported('evaluation.latent_space:latents'), 'posterior means of all groups, as files',
+    'latents': Mode('evaluation.latent_space:latents', 'posterior means of all groups, as files',
                     (config.Latents,), needs=('latents',)),
-    'decode': Mode(imported('evaluation.latent_space:decode'), 'images of such files, as they are or edited',
+    'decode': Mode('evaluation.latent_space:decode', 'images of such files, as they are or edited',
                    (config.Decoding,), needs=('decode',), data=False),
-    'interpolate': Mode(imported('evaluation.latent_space:interpolation'), 'walks from image to image',
+    'interpolate': Mode('evaluation.latent_space:interpolation', 'walks from image to image',
                         (config.Interpolation,), needs=('latents', 'decode')),
-    'traverse': Mode(imported('evaluation.latent_space:traversal'), 'walks along single latent channels',
+    'traverse': Mode('evaluation.latent_space:traversal', 'walks along single latent channels',
                      (config.Traversal,), needs=('latents', 'decode', 'num_groups')),
 }
 MODES_HELP = '\n'.join(['modes:', *(f'  {name:14}{mode.help}' for name, mode in MODES.items())])
@@ -187,7 +175,7 @@ def work(args: argparse.Namespace) -> int:
     run, mode = Evaluation(args), MODES[args.eval_mode]
     run.need(*mode.needs)
     with run.whole_results():
-        return mode.run(run) or 0
+        return resolve_name(mode.run)(run) or 0
 
 
 def main() -> int:

@@ -12,13 +12,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from anomaly.density import Density, Mahalanobis, WhitenedKNN
 from anomaly.image_statistics import bands, frame_histogram, haar_energies, histogram, tiny
+from anomaly.maps.postprocessing import gaussian_blur
 from anomaly.outputs import Outputs
-from anomaly.scores import LESION_FRACTION, Score
+from anomaly.scores import LESION_FRACTION, Score, highest
 from readers.images.png import png_bytes
 from utils import UserError
 
@@ -129,18 +129,14 @@ def pca_top(images: Tensor) -> Score:
 
     def residual(x: Tensor) -> Tensor:
         """Mean over channels: (B, 1, *S)."""
-        signed = linear_residual(x, mean, axes).reshape(x.shape)
-        smooth = ndimage.gaussian_filter(signed, SMOOTHING, axes=tuple(range(2, x.ndim)))
-        return torch.from_numpy(np.abs(smooth).mean(1, keepdims=True))
+        signed = torch.from_numpy(linear_residual(x, mean, axes)).view_as(x)
+        return gaussian_blur(signed, SMOOTHING).abs().mean(1, keepdim=True)
 
     def errors(outputs: Outputs) -> Tensor:
         return outputs.once(('pca_top',), lambda: residual(outputs.x))
-
-    def highest(outputs: Outputs) -> Tensor:
-        values = np.sort(errors(outputs).flatten(1).numpy())                               # (B, D)
-        return torch.from_numpy(values[:, -max(1, round(LESION_FRACTION * values.shape[1])):].mean(1))
     return Score('pca_top', '', "smoothed residual of 40 principal components: mean of the highest 1 %",
-                 highest, lambda outputs: errors(outputs).float())
+                 lambda outputs: highest(errors(outputs), None, LESION_FRACTION),
+                 lambda outputs: errors(outputs).float())
 
 
 Statistic = Callable[[np.ndarray], np.ndarray]           # of image_statistics

@@ -226,9 +226,5 @@ def percentile(scores: np.ndarray, validation: np.ndarray) -> np.ndarray:
 
 def wilson_interval(count: int, total: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927); (0, 1) of nothing."""
-    if not total:
-        return 0.0, 1.0
-    z, share = 1.959963984540054, count / total
-    center = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, center - half), min(1.0, center + half)
+    from scipy.stats import binomtest
+    return tuple(binomtest(count, total).proportion_ci(method='wilson')) if total else (0.0, 1.0)

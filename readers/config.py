@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from readers.split import split_parts
@@ -240,16 +240,10 @@ class DataSet:
 
 # ---------------------------------------------------------------------------------- readers and their folders
 
-def imported(place: str) -> Callable[..., Any]:
-    """The function `place`, 'module:function'."""
-    module, name = place.split(':')
-    return getattr(import_module(module), name)
-
-
 def data_folder(config: ReaderConfig, row: DataSet) -> str:
     """The folder --data, or that of an unpacked tar file."""
     is_file = config.data and Path(config.data).is_file()
-    unpacked = imported('readers.images.archive:unpacked')
+    unpacked = resolve_name('readers.images.archive:unpacked')
     return str(unpacked(config.data, config.cache_dir)) if is_file else config.data
 
 
@@ -260,7 +254,7 @@ def phantom_folder(name: str, draw: str) -> Callable[[ReaderConfig, DataSet], st
     """The folder of the phantoms `name`, which the function `draw` makes at the first run."""
     def folder(config: ReaderConfig, row: DataSet) -> str:
         options = {'confound': config.phantom_confound} if row.confounds else {}
-        return str(imported(draw)(phantom_place(config.data, name), config.num_phantoms or row.phantoms,
+        return str(resolve_name(draw)(phantom_place(config.data, name), config.num_phantoms or row.phantoms,
                                   **options))
     return folder
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from anomaly.judge import Judgement, ScoreRow, group_title
-from anomaly.metrics import Curves, Resamples, make_finite, roc_curves
+from anomaly.metrics import Resamples, make_finite
 from utils import write_atomically
 
 # Scores in the figures beside the primary one, fixed beforehand so that none is picked on the test set
@@ -99,28 +99,26 @@ def roc_band(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.
     """False-positive rates, and the 2.5 and 97.5 percentiles of the true-positive rate at each of them, over
     bootstrap resamples of the scores (n,) and (m,).
     """
-    grid, tpr = np.linspace(0, 1, 101), []
-    drawn = Resamples.draw(len(normal), len(anomalous), BAND_RESAMPLES, seed=0)
-    for curves in roc_curves(normal, anomalous, drawn):
-        tpr += [np.interp(grid, *roc(Curves(*(counts[i:i + 1] for counts in curves[:4]), *curves[4:])))
-                for i in range(len(curves.positive))]
+    grid, drawn = np.linspace(0, 1, 101), Resamples.draw(len(normal), len(anomalous), BAND_RESAMPLES, seed=0)
+    labels, scores = np.arange(len(normal) + len(anomalous)) >= len(normal), np.r_[normal, anomalous]
+    tpr = [np.interp(grid, *roc(labels, scores, np.r_[counts]))
+           for counts in zip(drawn.normal, drawn.anomalous)]
     return grid, *np.percentile(tpr, [2.5, 97.5], axis=0)
 
 
-def roc(curves: Curves) -> tuple[np.ndarray, np.ndarray]:
-    """False-positive and true-positive rate from (0, 0) to (1, 1); the area below is the AUROC."""
-    # At each anomalous score the curve runs to the right along the normal images above it, then up.
-    fpr, tpr = (np.stack(steps, 1).ravel() / total for steps, total in (
-        ((curves.above[0], curves.false_positive[0]), curves.normal),
-        ((curves.true_positive[0] - curves.positive[0], curves.true_positive[0]), curves.anomalous)))
-    return np.r_[0, fpr, 1], np.r_[0, tpr, 1]
+def roc(labels: np.ndarray, scores: np.ndarray,
+        counts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """False-positive and true-positive rate from (0, 0) to (1, 1), of images that count so often, (N,) each.
+    """
+    from sklearn.metrics import roc_curve
+    return roc_curve(labels, scores, sample_weight=counts)[:2]
 
 
-def precision_recall(curves: Curves) -> tuple[np.ndarray, np.ndarray]:
+def precision_recall(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Recall and precision in steps, the area below which is the AUPRC."""
-    true = curves.true_positive[0]
-    return (np.repeat(np.r_[0, true / curves.anomalous], 2)[1:-1],
-            np.repeat(true / (true + curves.false_positive[0]), 2))
+    from sklearn.metrics import precision_recall_curve
+    precision, recall, _ = precision_recall_curve(labels, scores, drop_intermediate=True)
+    return np.repeat(recall, 2)[:0:-1], np.repeat(precision, 2)[-2::-1]
 
 
 # kind of curve -> what draws it, its axes, and the line of a score that knows nothing, from the prevalence
@@ -141,15 +139,15 @@ def curve_figure(judgement: Judgement, test: Any, kind: str) -> Any:
              {'color': INK, 'lw': 1.1, 'dashes': next(dashes), 'alpha': 0.75} for i, row in enumerate(rows)]
     for group, panel in zip(groups, panels):
         normal, anomalous, _ = judgement.members(test, group)
-        once = Resamples.once(int(normal.sum()), int(anomalous.sum()))
+        judged = normal | anomalous
         for row, look in zip(rows, looks):
             scores = make_finite(test.values[row.name])[0]
-            curves, = roc_curves(scores[normal], scores[anomalous], once)
-            panel.plot(*points(curves), label=row.name, solid_capstyle='round', **look)
+            panel.plot(*points(anomalous[judged], scores[judged]), label=row.name, solid_capstyle='round',
+                       **look)
             if kind == 'roc' and row.primary:
                 grid, low, high = roc_band(scores[normal], scores[anomalous])
                 panel.fill_between(grid, low, high, color=look['color'], alpha=0.15, lw=0)
-        prevalence = float(anomalous.sum() / (anomalous | normal).sum())
+        prevalence = float(anomalous[judged].mean())
         panel.plot([0, 1], chance(prevalence), color=FAINT, lw=0.9, zorder=0, label='chance')
         panel.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect='equal', xlabel=x_label, ylabel=y_label)
         style(panel, group_title(group))
