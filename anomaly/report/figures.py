@@ -117,8 +117,9 @@ def roc(labels: np.ndarray, scores: np.ndarray,
 def precision_recall(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Recall and precision in steps, the area below which is the AUPRC."""
     from sklearn.metrics import precision_recall_curve
-    precision, recall, _ = precision_recall_curve(labels, scores, drop_intermediate=True)
-    return np.repeat(recall, 2)[:0:-1], np.repeat(precision, 2)[-2::-1]
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    recall, first = np.unique(recall[::-1], return_index=True)      # the threshold at an anomalous score
+    return np.repeat(recall, 2)[1:-1], np.repeat(precision[::-1][first[1:]], 2)
 
 
 # kind of curve -> what draws it, its axes, and the line of a score that knows nothing, from the prevalence
