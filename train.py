@@ -81,7 +81,7 @@ def work(args: argparse.Namespace) -> int:
             loop(trainer, stop)
             folder.say(f'reading took {read - started:.0f} s, training {time.perf_counter() - read:.0f} s')
             if finished := optimization.step >= trainer.schedule.end:
-                trainer.validation(optimization)
+                trainer.validate()
                 folder.say(f'done: {optimization.step} steps, {optimization.skipped} skipped; '
                            f'{folder.folder / "checkpoint.pt"}')
             else:
@@ -98,7 +98,7 @@ def loop(trainer: Trainer, stop: StopSignal) -> None:
 
     folder, schedule, optimization = trainer.folder, trainer.schedule, trainer.optimization
     if optimization.step and trainer.owes_validation():
-        trainer.validation(optimization)
+        trainer.validate()
     steps = trainer.steps(optimization.step, trainer.run.seed)
     progress = Progress(trainer.metric, optimization.step, schedule.end)
     unsaved = stopping = False              # stopping: all agree, as a signal may have reached only some
@@ -123,7 +123,7 @@ def loop(trainer: Trainer, stop: StopSignal) -> None:
         if 'epoch' in due:
             folder.metrics(step, progress.end_epoch() | {'train/epoch': step // schedule.steps})
         if 'validate' in due and not stopping:
-            trainer.validation(optimization)
+            trainer.validate()
         if 'show' in due or (step == schedule.end and trainer.config.image_every):
             trainer.show(images[0])
     progress.bar.close()

@@ -108,11 +108,12 @@ def test_an_end_between_checkpoint_and_validation_does_not_lose_the_best_model(m
     flags = [*mean_flags, '--epochs', '4', '--start', '0.9', '--warmup_epochs', '0', '--learning_rate', '0.3']
     whole = run(flags, tmp_path, 'whole')
     best = read_checkpoint(whole / 'best.pt')
-    target = (trainer.Validation, '__call__') if moment == 'before the validation' else (RunLog, 'metrics')
+    target = (trainer.Trainer, 'validate') if moment == 'before the validation' else (RunLog, 'metrics')
     real = getattr(*target)
 
     def killed(self, *args):
-        if getattr(args[0], 'step', args[0]) == best['step'] and (len(args) == 1 or 'val/loss' in args[1]):
+        step = args[0] if args else self.optimization.step
+        if step == best['step'] and (not args or 'val/loss' in args[1]):
             raise KeyboardInterrupt
         return real(self, *args)
     with monkeypatch.context() as patch:

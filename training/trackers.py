@@ -26,7 +26,8 @@ MOST_TEXT, MOST_PARAMETERS = 500, 100            # characters of a parameter, an
 class Tracker(Protocol):
     """A run on a tracking service: started with its folder, the project and the flags of the command."""
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs values of a step, where the service does not take them from the events of TensorBoard."""
 
     def finish(self) -> None: ...
 
@@ -47,7 +48,7 @@ def known_id(folder: Path, service: str) -> tuple[Path, str | None]:
     return file, file.read_text().strip() if file.exists() else None
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """Passes on the events of TensorBoard, so it is started before the first of them."""
 
     def __init__(self, folder: Path, project: str, flags: dict[str, Any]):
@@ -57,14 +58,11 @@ class WeightsAndBiases:
                               sync_tensorboard=True, id=known, resume='allow')
         write_atomically(file, lambda path: path.write_text(self.run.id))
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """They come by the events."""
-
     def finish(self) -> None:
         self.run.finish()
 
 
-class MLflow:
+class MLflow(Tracker):
     """Logs to the server of MLFLOW_TRACKING_URI, or where the library does without."""
 
     def __init__(self, folder: Path, project: str, flags: dict[str, Any]):

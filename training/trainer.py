@@ -23,7 +23,6 @@ from evaluation.sampling import recalibrate_batch_norm
 from model import build_model, family_config, place, start_from
 from neural_operations import activation_bytes, checkpoint_activations
 from readers.batches import eval_batches, steps_per_epoch, train_batches
-from readers.parts import Part
 from readers.split import read_split, split_digest, why_other_split
 from storage.checkpoint import copies, not_finite, read_checkpoint
 from storage.provenance import add_start
@@ -52,7 +51,7 @@ def free_memory() -> int:
 
 
 class Trainer:
-    """One process of a run: its folder, data, schedule, model, optimization and validation."""
+    """One process of a run: its folder, data, schedule, model and optimization."""
 
     def __init__(self, args: Namespace):
         """Raises UserError for flags that do not fit each other, the data, or the run that is resumed."""
@@ -84,14 +83,13 @@ class Trainer:
         if self.config.cuda_graph:
             check_graph(self.model, self.config.accumulate, self.recomputes)
         number = self.config.monitor_anomalies
-        monitored = choose_monitored(self.data, number, self.run.seed) if number else None
+        self.monitored = choose_monitored(self.data, number, self.run.seed) if number else None
         self.captured = False                   # whether the passes of the network are a CUDA graph
         # From here on nothing is refused, so that a start that is leaves no trace.
         self.folder = RunFolder(self.run, vars(args), self.optimization.step, self.split)
-        self.validation = Validation(self.data, self.schedule, self.metric, self.folder, self.run.seed,
-                                     monitored)
+        self.best = math.inf                    # the lowest validation so far, that of best.pt
         if saved and copies(best := self.run.folder / 'best.pt'):
-            self.validation.best = read_checkpoint(best, self.folder.say)['validation']
+            self.best = read_checkpoint(best, self.folder.say)['validation']
 
     def _load_data(self, batches: int, known: str) -> Data:
         """The data, whose split has the hash `known` in the checkpoint that goes on; '' = there is none."""
@@ -193,6 +191,39 @@ class Trainer:
             capture_passes(self.model, images[0], self.amp)
         self.optimization.optimizer.zero_grad(set_to_none=True)
 
+    def validate(self) -> None:
+        """Logs what the weights that count attain on the validation part, and keeps the best of them if this
+        is asked for. Without that part the test part is measured, by which nothing is chosen.
+        """
+        if not len(part := self.data.val if len(self.data.val) else self.data.test):
+            return
+        step, model, seed = self.optimization.step, self.optimization.evaluated, self.run.seed
+        batches = partial(eval_batches, part, self.schedule.batch_size)
+        if self.metric == 'nelbo':
+            num_dims = count_dims(self.data.shape, self.data.pixels.padding)
+            result = evaluate_likelihood(model, batches(), num_iw_samples=self.config.val_iw_samples,
+                                         num_dims=num_dims, seed=seed)
+            values = {tag: result[name] for tag, name in TAGS.items()}
+            summary = f"{result['nelbo_nats']:.2f} +- {result['nelbo_nats_standard_error']:.2f} nats"
+        else:
+            values = {'val/loss': mean_objective(model, batches(), seed)}
+            summary = f"{values['val/loss']:.6g}"
+        if hasattr(model, 'diagnose'):
+            for name, each in diagnose(model, batches(), seed).items():
+                values[f'val/{name}'] = float(each.mean())
+                self.folder.histogram(step, f'val/{name}', each)
+        value = values[f'val/{self.metric}']
+        if self.config.keep_best and value < self.best:
+            self.best = value
+            self.folder.save('best.pt', model, self.optimization.weights() | {'validation': value})
+        if self.monitored is not None:
+            for name, auroc in monitor(model, self.data, self.monitored, self.schedule.batch_size).items():
+                values[f'monitor/auroc_{name}'] = auroc
+                summary += f', AUROC of {name} {auroc:.3f} (monitored, nothing is chosen by it)'
+        self.folder.metrics(step, values)           # last: while it is missing, a resumed run validates again
+        self.folder.say(f'epoch {step // self.schedule.steps}, step {step}: validation {self.metric} '
+                        f'{summary}')
+
     def owes_validation(self) -> bool:
         """Whether the run was ended after the checkpoint that it goes on from, and before its validation."""
         due = 'validate' in self.schedule.due(self.optimization.step)
@@ -208,45 +239,3 @@ class Trainer:
     def show(self, x: Tensor) -> None:
         if launch.is_main():
             show_images(self.optimization.evaluated, x, self.folder, self.optimization.step, self.run.seed)
-
-
-class Validation:
-    """Measures the validation part, or the test part if there is none: then nothing is chosen by it."""
-
-    def __init__(self, data: Data, schedule: Schedule, metric: str, folder: RunFolder, seed: int,
-                 monitored: Part | None = None):
-        """`monitored` are test images whose AUROC is logged too."""
-        self.part = data.val if len(data.val) else data.test
-        self.num_dims = count_dims(data.shape, data.pixels.padding)
-        self.schedule, self.metric, self.folder, self.seed = schedule, metric, folder, seed
-        self.batches = partial(eval_batches, self.part, schedule.batch_size)
-        self.best = math.inf                    # the lowest value so far, that of best.pt
-        self.data, self.monitored = data, monitored
-
-    def __call__(self, optimization: Optimization) -> None:
-        """Logs what the weights that count attain, and keeps the best of them if this is asked for."""
-        if not len(self.part):
-            return
-        step, model, schedule = optimization.step, optimization.evaluated, self.schedule
-        if self.metric == 'nelbo':
-            result = evaluate_likelihood(model, self.batches(), num_iw_samples=schedule.config.val_iw_samples,
-                                         seed=self.seed, num_dims=self.num_dims)
-            values = {tag: result[name] for tag, name in TAGS.items()}
-            summary = f"{result['nelbo_nats']:.2f} +- {result['nelbo_nats_standard_error']:.2f} nats"
-        else:
-            values = {'val/loss': mean_objective(model, self.batches(), self.seed)}
-            summary = f"{values['val/loss']:.6g}"
-        if hasattr(model, 'diagnose'):
-            for name, each in diagnose(model, self.batches(), self.seed).items():
-                values[f'val/{name}'] = float(each.mean())
-                self.folder.histogram(step, f'val/{name}', each)
-        value = values[f'val/{self.metric}']
-        if schedule.config.keep_best and value < self.best:
-            self.best = value
-            self.folder.save('best.pt', model, optimization.weights() | {'validation': value})
-        if self.monitored is not None:
-            for name, auroc in monitor(model, self.data, self.monitored, schedule.batch_size).items():
-                values[f'monitor/auroc_{name}'] = auroc
-                summary += f', AUROC of {name} {auroc:.3f} (monitored, nothing is chosen by it)'
-        self.folder.metrics(step, values)           # last: while it is missing, a resumed run validates again
-        self.folder.say(f'epoch {step // schedule.steps}, step {step}: validation {self.metric} {summary}')
