@@ -28,6 +28,7 @@ if TYPE_CHECKING:       # PyTorch is imported where it is used: a program answer
     import torch
 
 T = TypeVar('T')
+SPREADSHEETS = (b'PK\3\4', b'\xd0\xcf\x11\xe0')          # how .xlsx and .ods, and .xls, begin
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 WAIT_FOR_ROOM, ROOM_PAUSE = 300.0, 2.0           # seconds; shorter than other processes wait (--timeout)
 
@@ -291,6 +292,8 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
     except UnicodeDecodeError:
         text = '\0'
+    if data.startswith(SPREADSHEETS):
+        raise UserError(f"{path} is a spreadsheet or an archive, no text: save a spreadsheet as CSV (UTF-8).")
     if '\0' in text:
         raise UserError(f"{path} is no text in UTF-8, nor in UTF-16 with its mark: save it as UTF-8.")
     return text

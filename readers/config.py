@@ -62,9 +62,9 @@ class FitConfig:
 @flags
 class FrameConfig:
     """Frames"""
-    frames: str = flag('refuse', 'DICOM files of several frames, TIFF files of several pages: refuse them (of'
-                                 ' TIFF, take the first page), take each as an image, all of a file in one '
-                                 'part, or take the middle one',
+    frames: str = flag('refuse', 'DICOM files of several frames, TIFF of several pages, animated PNG: refuse '
+                                 'them (of TIFF and PNG, take the first), take each as an image, all of a '
+                                 'file in one part, or take the middle one',
                        choices=('refuse', 'each', 'middle'))
 
 

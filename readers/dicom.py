@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from readers.dicom_display import COLORS, KINDS, number, text
+from readers.paths import first_bytes
 from readers.source import Unreadable, check_pixels
 from storage.limits import unpack
 
@@ -152,9 +153,8 @@ def num_frames(dataset: Any) -> int:
 def count_frames(path: str | Path) -> int:
     """The frames of a file, 1 if it is no DICOM file or damaged."""
     try:
-        with open(path, 'rb') as file:
-            if not is_dicom(file.read(MAGIC_START + len(MAGIC))):
-                return 1
+        if not is_dicom(first_bytes(path) or b''):
+            return 1
         return num_frames(read_dataset(path, ['NumberOfFrames'], stop_before_pixels=True))
     except Exception:                                    # which loading it will name
         return 1

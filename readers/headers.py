@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
-from readers.dicom import MAGIC, MAGIC_START, complete, is_dicom, read_dataset
+from readers.dicom import complete, is_dicom, read_dataset
 from readers.images.decode import FORMATS
+from readers.paths import first_bytes
 from readers.volumes.nifti import SUFFIXES, read_header
 from readers.volumes.series import members
 from utils import UserError, check_regular
@@ -58,9 +59,8 @@ def read_file_header(path: str | Path) -> Header:
             return _volume(path)
         path = members(path)[0]                        # of a folder of DICOM slices the first
         check_regular(path)
-        with open(path, 'rb') as file:
-            if is_dicom(file.read(MAGIC_START + len(MAGIC))):
-                return _dicom(path)
+        if is_dicom(first_bytes(path) or b''):
+            return _dicom(path)
         with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
             warnings.simplefilter('ignore')            # of odd metadata: that is what is looked for
             pixels, encoder, quality = READERS[image.format](image, Path(path))

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,19 @@ Passed = dict[str, list[str]]
 HIDDEN, LINKS, OWN = 'hidden files and folders', 'links to folders', 'folders of results'
 MASKS, FOREIGN = 'masks and folders of masks', 'files of other kinds'
 UNSEEN = ('.', '__MACOSX')                           # how names begin of what no user put there
+LONGEST_START = 132                                # of a kind of file: that of DICOM
 MOST_BYTES = 8 * MOST_PIXELS                        # of an image file: the largest image as doubles
+
+
+def first_bytes(path: str | Path) -> bytes | None:
+    """How a file begins; None of a folder, a device, or what cannot be opened."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, 'rb') as file:
+            return file.read(LONGEST_START)
+    except OSError:
+        return None
 
 
 def find_root(data: str, where: str, holds: Callable[[Path], bool] = lambda _: True) -> Path | None:
@@ -85,19 +97,18 @@ def passed_line(passed: Passed) -> list[str]:
     return [f"passed over: {'; '.join(kinds)}"] if kinds else []
 
 
-def files_below(root: str | Path, suffixes: Sequence[str], without: str | Path = '',
-                passed: Passed | None = None) -> list[str]:
-    """The files that `walk` finds with these suffixes, in lower case, as sorted paths relative to `root` with
-    '/'; what it passes over, and files of other kinds, go to `passed`. Raises UserError for a folder that
-    cannot be read.
+def files_below(root: str | Path, wanted: Callable[[str], bool], passed: Passed,
+                skip: Callable[[str], bool] = lambda _: False, without: str | Path = '') -> list[str]:
+    """The paths that `walk` finds and that are `wanted`, relative to `root`, with '/' and sorted; what it
+    passes over, and other files, go to `passed`. Raises UserError for a folder that cannot be read.
     """
-    files, others = walk(root, stop_at, without=without)
-    names = sorted(Path(f).relative_to(root).as_posix() for f in files)
-    found = [name for name in names if name.lower().endswith(tuple(suffixes))]
+    files, others = walk(root, stop_at, skip, without)
+    start = len(os.path.join(root, ''))
+    names = {path[start:].replace(os.sep, '/'): wanted(path) for path in sorted(files)}
+    for kind, left in {**others, FOREIGN: [name for name in names if not names[name]]}.items():
+        pass_over(passed, kind, *left)
+    found = sorted(name for name in names if names[name])
     check_names(found, root)
-    if passed is not None:
-        for kind, left in {**others, FOREIGN: sorted({*names} - {*found})}.items():
-            pass_over(passed, kind, *left)
     return found
 
 

@@ -1,6 +1,7 @@
 """DICOM files as devices write them, not always as the standard has it: each right value by hand."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pydicom
@@ -13,7 +14,7 @@ from test_dicom import RAMP, as_bytes, grey, made, table
 from datasets import DataConfig, load_data
 from readers.dicom import count_frames, decode_dicom
 from readers.headers import read_file_header
-from readers.images.decode import ImageLoader, decode
+from readers.images.decode import FIRST_PAGE, ImageLoader, decode
 from readers.source import Unreadable
 from utils import UserError
 
@@ -226,3 +227,13 @@ def test_pictures_with_nothing_to_see_are_said(kind, words):
     for depth in (8, 16):
         notes = ImageLoader(64, 1, depth, border=8).finish(image, None, '', 0).repairs
         assert len(notes) == bool(words) and all(words in note for note in notes)
+
+
+def test_pictures_of_an_animated_png(tmp_path):
+    pictures = [Image.fromarray(np.full((8, 8), gray, np.uint8)) for gray in (0, 100, 200)]
+    pictures[0].save(tmp_path / 'a.png', save_all=True, append_images=pictures[1:])
+    loader = ImageLoader(8, 1, 8)
+    assert FIRST_PAGE in loader.load(str(tmp_path / 'a.png')).repairs
+    each = replace(loader, frames='each').find(tmp_path)
+    assert each.ids == ['a.png#1', 'a.png#2', 'a.png#3']
+    assert [loader.load(place).pixels.max() for place in each.paths] == [0, 100, 200]

@@ -288,3 +288,22 @@ def test_cache_and_split_say_what_they_were_made_of(tmp_path):
     (made,) = (read_json(path) for path in (tmp_path / 'cache').glob('*/made_of.json'))
     assert made['images'] == str(root) and made['size'] == SIDE and len(made['files']) == 10
     assert isinstance(data.config, DataConfig)
+
+
+def test_missing_values_are_no_classes_unless_named(tmp_path):
+    """'nan' and the like are what programs write for an empty cell; None may be the name of a class."""
+    root = tree(tmp_path / 'data', {'a{}.png': 10})
+    words = ['nan', 'NA', 'None', 'null'] + ['normal'] * 4 + ['sick'] * 2
+    rows = [f'a{i}.png,{word},nan' for i, word in enumerate(words)]
+    table = write(root / 'table.csv', 'path,class,patient', *rows)
+    data = read(table)
+    assert data.anomalous_classes == ('sick',) and said(data, 'left out: 4 rows without an image or a class')
+    assert not any(entry.patient for entry in data.train.entries)
+    assert read(table, normal_classes=('None', 'normal')).normal_classes == ('None', 'normal')
+
+
+@pytest.mark.parametrize('start', [b'PK\3\4', b'\xd0\xcf\x11\xe0'])
+def test_a_spreadsheet_is_called_one(tmp_path, start):
+    (tmp_path / 'table.xlsx').write_bytes(start + bytes(100))
+    with pytest.raises(UserError, match=r'table.xlsx is a spreadsheet or an archive.*as CSV'):
+        read(tmp_path / 'table.xlsx')

@@ -19,7 +19,7 @@ from readers.dicom import MAGIC, MAGIC_START, decode_dicom, is_dicom
 from readers.images.frames import Frame, num_pages, places
 from readers.images.masks import Box
 from readers.items import Loaded
-from readers.paths import FOREIGN, Found, file_content, find_files, pass_over
+from readers.paths import FOREIGN, Found, file_content, find_files, first_bytes, pass_over
 from readers.source import DTYPES, Unreadable, check_pixels
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.tif', '.tiff', '.bmp', '.dcm', '.dicom')
@@ -44,29 +44,16 @@ LOSSY = 0.25                                        # of the largest value of a 
 
 def is_image_file(path: str) -> bool:
     """Whether a file is looked at: by its suffix, or because it is DICOM, whose names often have none."""
-    if path.lower().endswith(SUFFIXES):
-        return True
-    if os.path.basename(path).upper() == 'DICOMDIR' or not os.path.isfile(path):
-        return False
-    try:
-        with open(path, 'rb') as file:
-            return file.read(MAGIC_START + len(MAGIC))[MAGIC_START:] == MAGIC
-    except OSError:
-        return False
+    return path.lower().endswith(SUFFIXES) or (
+        os.path.basename(path).upper() != 'DICOMDIR' and (first_bytes(path) or b'')[MAGIC_START:] == MAGIC)
 
 
 def is_foreign(path: str) -> bool:
     """Whether a file is of another kind, such as notes beside the images: it has no suffix of an image, and
     does not begin like one. What cannot be opened is not known to be foreign.
     """
-    if path.lower().endswith(SUFFIXES) or not os.path.isfile(path):
-        return False
-    try:
-        with open(path, 'rb') as file:
-            start = file.read(MAGIC_START + len(MAGIC))
-    except OSError:
-        return False
-    return not (start.startswith(SIGNATURES) or is_dicom(start))
+    start = None if path.lower().endswith(SUFFIXES) else first_bytes(path)
+    return start is not None and not (start.startswith(SIGNATURES) or is_dicom(start))
 
 
 def decode(data: bytes, frame: int | None = None) -> np.ndarray:

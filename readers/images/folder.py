@@ -94,7 +94,7 @@ def find_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], li
                            f'{some(sorted(lost))}')
     if not row.masks:
         pass_over(found.passed, MASKS, *(mask.item.id for mask in found.masks))
-    notes = found.notes + passed_line(found.passed)
+    notes = found.notes + passed_line(found.passed) * (not row.phantoms)              # whose notes are ours
     return root.resolve(), sorted(items, key=lambda item: item.id), notes
 
 

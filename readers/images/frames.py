@@ -1,4 +1,4 @@
-"""DICOM files of several frames and TIFF files of several pages: which of them are images."""
+"""DICOM files of several frames, TIFF files of several pages, animated PNG: which of them are images."""
 
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -6,8 +6,6 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 
 from readers.dicom import count_frames
-
-TIFF = (b'II', b'MM')               # how such files begin
 
 
 class Frame(NamedTuple):
@@ -17,11 +15,9 @@ class Frame(NamedTuple):
 
 
 def num_pages(file: BinaryIO) -> int:
-    """The pages of a TIFF file; 1 of any other or damaged one."""
-    start = file.read(2)
-    file.seek(0)
+    """The pages of a TIFF file, the pictures of an animated PNG; 1 of any other or damaged one."""
     try:
-        return Image.open(file, formats=('TIFF',)).n_frames if start in TIFF else 1
+        return getattr(Image.open(file, formats=('TIFF', 'PNG')), 'n_frames', 1)
     except Exception:                # decoding it will say what is wrong
         return 1
 

@@ -11,18 +11,7 @@ from pathlib import Path
 from readers.images.decode import SUFFIXES, is_image_file
 from readers.images.masks import Placed, is_mask_folder, is_of_masks, masks_beside, without_ending
 from readers.items import Item
-from readers.paths import (
-    FOREIGN,
-    HIDDEN,
-    MASKS,
-    UNSEEN,
-    Passed,
-    check_names,
-    pass_over,
-    stop_at,
-    subfolders,
-    walk,
-)
+from readers.paths import FOREIGN, HIDDEN, MASKS, UNSEEN, Passed, files_below, pass_over, subfolders
 from readers.source import plain_name, same_name
 from readers.split import count, some
 from utils import UserError
@@ -39,17 +28,12 @@ def image_files(folder: Path, passed: Passed) -> tuple[list[str], list[str]]:
     """The images and the masks below a folder, at any depth, each as sorted paths relative to it with '/';
     other files go to `passed`. Raises UserError for a folder that cannot be read.
     """
-    found, others = walk(folder, stop_at, lambda name: is_of_masks(name) and not is_mask_folder(name))
-    start = len(os.path.join(folder, ''))
-    names = {path[start:].replace(os.sep, '/'): is_image_file(path) for path in found}
-    for kind, left in {**others, FOREIGN: [name for name, wanted in names.items() if not wanted]}.items():
-        pass_over(passed, kind, *left)
-    wanted = sorted(name for name in names if names[name])
-    check_names(wanted, folder)
-    beside = masks_beside(wanted)
-    masks = {name for name in wanted
+    found = files_below(folder, is_image_file, passed,
+                        lambda name: is_of_masks(name) and not is_mask_folder(name))
+    beside = masks_beside(found)
+    masks = {name for name in found
              if name in beside or any(map(is_mask_folder, name.split('/')[:-1]))}
-    return [name for name in wanted if name not in masks], sorted(masks)
+    return [name for name in found if name not in masks], sorted(masks)
 
 
 @dataclass

@@ -29,12 +29,13 @@ from readers.published.arrays import prepare, read_file
 from readers.source import Source, same_name
 from readers.split import count, some
 from storage.limits import excess
-from utils import UserError
+from utils import UserError, read_text
 
 ARRAYS = '.npz'
-SUFFIXES_OF_TABLES = ('.csv', '.tsv', '.json', ARRAYS)
+SUFFIXES_OF_TABLES = ('.csv', '.tsv', '.json', ARRAYS, '.xlsx', '.xls', '.ods')     # read_text refuses three
 LABELS = {'0': 0, 'normal': 0, 'good': 0, 'false': 0, '1': 1, 'anomalous': 1, 'anomaly': 1, 'true': 1}
 ANOMALOUS = 'anomalous'                     # the class of an image of label 1, where no column says more
+MISSING = ('nan', 'na', 'n/a', '<na>', 'none', 'null')             # as pandas, R and databases write it
 UNNAMED = 'images that the table does not name'
 
 Row = Mapping[str, str]                     # of a table: what its columns hold, by the names in COLUMNS
@@ -119,7 +120,7 @@ def one_image(rows: Sequence[Item], normal: Sequence[str]) -> Item:
 def box_of(values: Row, where: str) -> Box | None:
     """The box that a row names; None if it names none. Raises UserError for one that is incomplete."""
     for names in BOXES:
-        words = [values[name].lower().replace('nan', '') for name in names]
+        words = [values[name] for name in names]
         if any(words):
             try:
                 left, top, right, bottom = map(float, words)
@@ -154,28 +155,31 @@ def part_of(name: str, where: str) -> str:
 
 def read_rows(table: Path, config: ReaderConfig) -> Iterator[Row]:
     """The rows of a CSV, TSV or JSON file. Raises UserError if it is none or lacks a column."""
+    text = read_text(table)
     try:
-        text = decoded(table.read_bytes())
         if table.suffix.lower() == '.json':
             rows = list(json_rows(json.loads(text)))
         else:
             first = text.partition('\n')[0]
             delimiter = max(',;\t', key=first.count)
             rows = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter))
-    except (OSError, ValueError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise UserError(f"--data: {table} cannot be read ({' '.join(str(error).split())}).") from None
     names = list(dict.fromkeys(name for row in rows for name in row if name))
-    places = columns(config, names, table)
+    places, given = columns(config, names, table), (*config.normal_classes, *config.anomalous_classes)
     for row in rows:
-        values = {name: str(row.get(place) or '').strip() if place else '' for name, place in places.items()}
+        values = {name: cell(row.get(place), given) for name, place in places.items()}
         if config.class_columns:
             values['class'] = next((name for name in config.class_columns if is_one(row.get(name))), '')
         yield values
 
 
-def decoded(data: bytes) -> str:
-    """Text in UTF-8 or, by its mark, UTF-16."""
-    return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
+def cell(value: Any, given: Sequence[str]) -> str:
+    """What a cell says: nothing, where a program wrote that a value is missing, unless it is a name that is
+    `given` as one of a class.
+    """
+    text = '' if value is None else str(value).strip()
+    return '' if text.lower() in MISSING and not any(same_name(text, name) for name in given) else text
 
 
 def json_rows(found: Any) -> Iterator[dict[str, Any]]:

@@ -12,17 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from readers.dicom import (
-    MAGIC,
-    MAGIC_START,
-    count_frames,
-    is_dicom,
-    open_dataset,
-    stored_values,
-    take_groups,
-    without_words,
-)
+from readers.dicom import count_frames, is_dicom, open_dataset, stored_values, take_groups, without_words
 from readers.dicom_display import is_padding, rescaled
+from readers.paths import first_bytes
 from readers.source import Unreadable
 from readers.volumes.itk import TO_RAS
 from storage.limits import excess
@@ -41,12 +33,7 @@ def members(path: str | Path) -> list[str]:
 
 
 def starts_as_dicom(path: Path) -> bool:
-    try:
-        with path.open('rb') as file:
-            return path.is_file() and path.name.upper() != 'DICOMDIR' and is_dicom(
-                file.read(MAGIC_START + len(MAGIC)))
-    except OSError:
-        return False
+    return path.name.upper() != 'DICOMDIR' and is_dicom(first_bytes(path) or b'')
 
 
 def series_in(root: Path, names: Iterable[str]) -> tuple[list[str], set[str]]:

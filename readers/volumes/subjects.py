@@ -77,7 +77,7 @@ def volume_files(root: Path, dicom: bool, without: str | Path = '',
     folders of slices. What is passed over goes to `passed`.
     """
     left: Passed = {}
-    found = files_below(root, SUFFIXES, without, left)
+    found = files_below(root, lambda path: path.lower().endswith(SUFFIXES), left, without=without)
     series, slices = series_in(root, left.get(FOREIGN, ())) if dicom else ([], ())
     for kind, names in left.items() if passed is not None else ():
         pass_over(passed, kind, *(name for name in names if name not in slices))

@@ -235,7 +235,7 @@ def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
     source = import_items(config, row, key, read)
     names = [name for name in (*loader.modalities, loader.labels, config.volume_mask) if name]
     ids = {*(s.id for s in subjects), *(name for name, _ in bad)}
-    notes += passed_line(unused_files(root, names, ids, config))
+    notes += passed_line(unused_files(root, names, ids, config)) * (not row.phantoms)
     return replace(source, notes=notes + source.notes, bad=bad + source.bad)
 
 
