@@ -55,8 +55,8 @@ class Settings:
     @classmethod
     def read(cls, args: Any, **others: Any) -> Settings:
         """From the flags of a command."""
-        return cls(read_flags(Selection, args), read_flags(Scoring, args), read_flags(MapConfig, args),
-                   read_flags(Judging, args), read_flags(Showing, args), **others)
+        kinds = (Selection, Scoring, MapConfig, Judging, Showing)
+        return cls(*(read_flags(kind, args) for kind in kinds), **others)
 
     def facts(self) -> dict[str, Any]:
         """What results state of how they were made."""
@@ -85,7 +85,9 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
     Raises UserError if a part is empty or holds anomalous images that it should not.
     """
     check_parts(data)
-    baselines = [] if first else fit_baselines(training_images(data.train, settings))
+    learned = training_part(data.train, settings)
+    batches = torch.arange(len(learned)).split(settings.batch_size)
+    baselines = [] if first else fit_baselines(torch.cat([learned.items(rows).x for rows in batches]))
     every, scoring, judging, warnings = [*scores, *baselines], settings.scoring, settings.judging, []
     shown = choose_map(primary, scores, model, scoring)
 
@@ -100,8 +102,7 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
     training = None
     learners = [replace(s, map=None) for s in scores if s.density and s.density.takes_training]
     if learners and judging.density_images == 'auto':
-        ids = [data.train.entries[row].id for row in training_rows(data.train, settings)]
-        training = score(SomeOf(data.train, ids), 'train', learners, {})
+        training = score(learned, 'train', learners, {})
     normal = Normal.fit(validation, scores, primary, scoring, settings.maps, judging, training)
     if scoring.msma_map != 'none':                       # densities have maps only now that they are fitted
         mapped = [replace(s, features=None) for s in scores if s.density and s.map]
@@ -140,22 +141,15 @@ def check_parts(data: Any) -> None:
                             f"first {anomalous[0]}: only test images may be.")
 
 
-def training_rows(part: Any, settings: Settings) -> list[int]:
+def training_part(part: Any, settings: Settings) -> Any:
     """The training images that are used: all, or `max_train_images` drawn by the seed, as files are often
     sorted.
     """
-    number, most = len(part.entries), settings.judging.max_train_images
+    number, most = len(part), settings.judging.max_train_images
     if number <= most:
-        return list(range(number))
+        return part
     random = np.random.default_rng(mix_seed(settings.scoring.seed, 'training images'))
-    return sorted(random.permutation(number)[:most].tolist())
-
-
-def training_images(part: Any, settings: Settings) -> torch.Tensor:
-    """At most `max_train_images` images of a part: (N, C, *S)."""
-    rows = training_rows(part, settings)
-    return torch.cat([part.items(rows[i:i + settings.batch_size]).x
-                      for i in range(0, len(rows), settings.batch_size)])
+    return SomeOf(part, [part.entries[row].id for row in sorted(random.permutation(number)[:most])])
 
 
 def draw_cases(model: Any, data: Any, found: Evaluated, settings: Settings) -> list[Any]:
@@ -200,7 +194,6 @@ def detect(model: Any, data: Any, out: str | Path, settings: Settings, run_folde
     found.normal.preparation = volume_preparation(data)
     found.normal.weights = fingerprint(model)
     result = summarize(data, found, settings, findings, left_out)
-    result['map_score'] = found.shown.name if found.shown else ''
     result['models'] = [about_run(model, run_folder)]
     result['seconds'] = round(time.perf_counter() - started, 1)
     write(out, result, found, settings, run_folder)
@@ -218,7 +211,8 @@ def summarize(data: Any, found: Evaluated, settings: Settings, findings: Sequenc
                                   settings.scoring.seed)
     verdict = [difference for group in judgement.shown_groups for difference in judgement.differences(group)]
     return finite({
-        'primary_score': found.normal.primary_score, 'dataset': getattr(data.config, 'dataset', ''),
+        'primary_score': found.normal.primary_score, 'map_score': found.shown.name if found.shown else '',
+        'dataset': getattr(data.config, 'dataset', ''),
         **settings.facts(),
         'baselines_fitted_on': min(len(data.train), settings.judging.max_train_images),
         **describe(data), 'findings': list(findings), **judgement.as_json(),

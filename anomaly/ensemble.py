@@ -49,7 +49,6 @@ def detect_together(runs: Sequence[Run], out: Path, settings: Settings, log: Cal
     if not launch.is_main():
         return {}
     result = summarize(data, joined, settings, findings, left_out) | {
-        'map_score': joined.shown.name if joined.shown else '',
         'runs': {run.name: run.path for run in runs},
         'models': [about_run(run.model, run.path) for run in runs],
         'seconds': round(time.perf_counter() - started, 1)}

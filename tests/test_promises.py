@@ -8,7 +8,7 @@ from test_scores import LinearGaussian
 
 from anomaly.config import Judging
 from anomaly.density import KNN, Mahalanobis, are_alike, cross_fit
-from anomaly.detect import detect, training_rows
+from anomaly.detect import detect, training_part
 from anomaly.judge import Judgement, ScoreRow, Share
 from anomaly.report.datacard import broken_promises
 
@@ -65,9 +65,10 @@ def test_the_run_says_what_a_density_has_learned_from(tmp_path):
 
 def test_the_training_images_are_all_or_some_drawn_by_the_seed():
     part = make_data().train
-    assert training_rows(part, settings()) == list(range(20))
-    some, again = (training_rows(part, settings(max_train_images=5)) for _ in range(2))
-    assert len(set(some)) == 5 and some != [0, 1, 2, 3, 4] and some == again
+    assert training_part(part, settings()) is part
+    some, again = ([entry.id for entry in training_part(part, settings(max_train_images=5)).entries]
+                   for _ in range(2))
+    assert len(set(some)) == 5 and some != [entry.id for entry in part.entries[:5]] and some == again
 
 
 def test_a_model_without_densities_needs_no_training_images(tmp_path):

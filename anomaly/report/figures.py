@@ -6,7 +6,6 @@ counts the latent groups that a score draws from the prior.
 """
 
 import io
-import json
 import math
 import re
 from functools import partial
@@ -17,7 +16,7 @@ import numpy as np
 
 from anomaly.judge import Judgement, ScoreRow, group_title
 from anomaly.metrics import Resamples, make_finite
-from utils import write_atomically
+from utils import read_line, write_atomically
 
 # Scores in the figures beside the primary one, fixed beforehand so that none is picked on the test set
 FIGURE_SCORES = ('reconstruction', 'complexity', 'kl_profile', 'kl', 'llr_1', 'iw', 'recon_nll')
@@ -269,9 +268,8 @@ def read_history(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of each tag in the metrics.jsonl of a run; empty where there is none."""
     history: dict[str, list[tuple[int, float]]] = {}
     path = run_folder / 'metrics.jsonl'
-    # a run that was killed, or still goes on, may leave half a line at the end
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    for values in (json.loads(line) for line in lines if line.endswith('\n')):
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for values in filter(None, map(read_line, lines)):
         for tag, value in values.items():
             if '/' in tag and value is not None:
                 history.setdefault(tag, []).append((values['step'], value))
