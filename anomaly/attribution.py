@@ -51,27 +51,17 @@ def gradient(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Te
     return sum(torch.autograd.grad(level(leaf).sum(), leaf)[0] for level in levels(model, weights, msma))
 
 
-def saliency(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
-    """|dE/dx|, mean over channels (Simonyan et al. 2014)."""
-    return gradient(model, x, weights, msma).abs().mean(1, keepdim=True)
-
-
-def gradient_times_input(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
-    """x dE/dx, mean over channels: the contribution of the gray value to the score, which may be negative."""
-    return (x * gradient(model, x, weights, msma)).mean(1, keepdim=True)
-
-
 def guided_backprop(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
-    """|dE/dx| without negative gradients at every ReLU (Springenberg et al. 2015), mean over channels."""
+    """|dE/dx| without negative gradients at every ReLU (Springenberg et al. 2015): (B, C, *S)."""
     from captum.attr import GuidedBackprop
     total = sum(GuidedBackprop(level).attribute(x.detach().clone())
                 for level in levels(with_relus(model), weights, msma))
-    return total.abs().mean(1, keepdim=True)
+    return total.abs()
 
 
 def grad_cam(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Tensor:
     """Channels of the last block at full size, weighted by the mean gradient of E (Selvaraju et al. 2017),
-    summed over levels and clipped at 0.
+    summed over levels and clipped at 0: (B, 1, *S).
     """
     from captum.attr import LayerGradCam
     model = with_relus(model)
@@ -91,12 +81,15 @@ def with_relus(model: nn.Module) -> nn.Module:
 
 
 METHODS: dict[str, Callable[[Any, Tensor, Tensor, dict], Tensor]] = {
-    'gradient': saliency, 'gradient_input': gradient_times_input, 'guided': guided_backprop,
-    'gradcam': grad_cam}
+    'gradient': lambda *given: gradient(*given).abs(),                       # Simonyan et al. 2014
+    # the contribution of the gray value to the score, which may be negative
+    'gradient_input': lambda model, x, *given: x * gradient(model, x, *given),
+    'guided': guided_backprop, 'gradcam': grad_cam}
 
 
 def density_map(density: Density, outputs: Outputs) -> Tensor:
-    """The heat-map of a fitted density on the norms of scores, as --msma_map says: (B, 1, *S).
+    """The heat-map of a fitted density on the norms of scores, as --msma_map says, mean over channels:
+    (B, 1, *S).
 
     The gradient of the density is taken at the norms of the model itself, also where it is propagated back to
     the image through a network with ReLUs.
@@ -107,5 +100,6 @@ def density_map(density: Density, outputs: Outputs) -> Tensor:
         weights = pull(density, outputs.score_norms()).to(outputs.x)
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')                       # captum announces its hooks
-            return METHODS[scoring.msma_map](outputs.model, outputs.x, weights, scoring.msma).detach()
+            heat = METHODS[scoring.msma_map](outputs.model, outputs.x, weights, scoring.msma)
+            return heat.detach().mean(1, keepdim=True)
     return outputs.once(('density map', id(density)), make)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from anomaly.scores import ON_REQUEST, SCORES, Score, Scoring, check_capability, has_capability
+from anomaly.scores import ON_REQUEST, SCORES, Score, Scoring, has_capability
 from datasets import DATASETS
 from model import family_name
 from utils import UserError
@@ -28,10 +28,11 @@ def choose_scores(names: Iterable[str], model: Any) -> tuple[list[Score], list[s
             asked = row in names or score.name in names
             if not asked and ('all' not in names or row in ON_REQUEST):
                 continue
-            if asked:
-                check_capability(score, model)
             if has_capability(score, model):
                 chosen.append(score)
+            elif asked:
+                raise UserError(f"score {score.name} needs a model with {score.needs}, which "
+                                f"{type(model).__name__} does not have. Leave it out of --scores.")
             else:
                 lacking.setdefault(score.needs, []).append(score.name)
     by_name = {score.name: score for score in chosen}

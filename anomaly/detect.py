@@ -258,8 +258,8 @@ def score_columns(table: Table, normal: Normal, names: Iterable[str]) -> dict[st
         values, validation = table.values[name], normal.validation[name]
         columns[name] = [f'{value:.6g}' for value in values.tolist()]
         columns[f'{name}_percentile'] = [f'{p:.2f}' for p in metrics.percentile(values, validation)]
-        columns[f'{name}_flagged'] = [str(int(call)) for call in
-                                      ~np.isfinite(values) | (values > normal.thresholds[name])]
+        calls = metrics.flagged(values, normal.thresholds[name])
+        columns[f'{name}_flagged'] = [str(int(call)) for call in calls]
     return columns
 
 

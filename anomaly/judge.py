@@ -16,7 +16,7 @@ from anomaly.maps.localization import Localization, localize
 from anomaly.maps.segmentation import Segmentation
 from anomaly.maps.segmentation import judge as judge_segmentations
 from anomaly.matching import LEAST_PAIRS, Group
-from anomaly.metrics import Estimate, Resamples, evaluate_score, make_finite, smallest_sample
+from anomaly.metrics import Estimate, Resamples, evaluate_score, flagged, make_finite, smallest_sample
 from utils import finite
 
 
@@ -201,11 +201,10 @@ def judge(test: Any, rows: Sequence[ScoreRow], judging: Judging, maps: MapConfig
         warnings.insert(0, "the test part lacks normal or anomalous images: scores and calls only, no AUROC.")
     judged = {}
     for row in rows:
-        scores, bad = make_finite(test.values[row.name])
-        flagged = bad | (scores > row.threshold)
+        scores, calls = make_finite(test.values[row.name]), flagged(test.values[row.name], row.threshold)
         judged[row.name] = replace(
             row, **judge_maps(test, row, judging, maps, seed),
-            flagged={name: Share(int(flagged[where].sum()), int(where.sum())) for one, group in groups.items()
+            flagged={name: Share(int(calls[where].sum()), int(where.sum())) for one, group in groups.items()
                      for name, where in ((group.normal_name, group.normal), (one, group.anomalous))},
             metrics={name: evaluate_score(scores[groups[name].normal], scores[groups[name].anomalous],
                                           resamples) for name, resamples in drawn.items()})

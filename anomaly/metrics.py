@@ -176,8 +176,8 @@ def evaluate_score(normal: np.ndarray, anomalous: np.ndarray, resamples: Resampl
     return {name: Estimate.of(value[0], resampled.get(name)) for name, value in values.items()}
 
 
-def make_finite(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores with NaN and infinities made larger than every finite one (N,), and where they were (N,).
+def make_finite(scores: np.ndarray) -> np.ndarray:
+    """Scores with NaN and infinities made larger than every finite one (N,).
 
     An image whose score cannot be computed is not one to be called normal, and dropping it would flatter the
     model.
@@ -187,7 +187,12 @@ def make_finite(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if bad.any():
         top = scores[~bad].max() if (~bad).any() else 0.0
         scores = np.where(bad, top + max(1.0, abs(top)), scores)
-    return scores, bad
+    return scores
+
+
+def flagged(scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Which images are called anomalous: those with a score above the threshold, or not finite (N,) bool."""
+    return ~np.isfinite(scores) | (scores > threshold)
 
 
 # ------------------------------------------------------------------------------------------------- thresholds

@@ -78,12 +78,9 @@ class Normal:
         """Adds the scores that are sums to a table that has their terms: z-scores over validation images."""
         for score in scores:
             if score.terms:
-                table.values[score.name] = sum(self.z_score(table, name) for name in score.terms)
-
-    def z_score(self, table: Table, name: str) -> np.ndarray:
-        """A score in standard deviations from its mean over finite validation scores: (N,)."""
-        mean, std = self.moments(name)
-        return (table.values[name] - mean) / std
+                moments = {name: self.moments(name) for name in score.terms}
+                table.values[score.name] = sum((table.values[name] - mean) / std
+                                               for name, (mean, std) in moments.items())
 
     def moments(self, name: str) -> tuple[float, float]:
         """Mean and standard deviation, or 1 for 0, of a score over finite validation scores."""

@@ -27,8 +27,6 @@ from readers.volumes.nifti import entry_grids
 from readers.volumes.volumes import apart, in_mm
 from utils import UserError, naming
 
-__all__ = ['with_ood']
-
 
 def with_ood(data: Data, sets: Sequence[str], most: int = 0, seed: int = 0) -> Data:
     """The same with more anomalous images in the part `test`, a class for each of `sets`: NAME=PATH[:CHANGE].

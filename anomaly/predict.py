@@ -24,7 +24,7 @@ from anomaly.detect import score_columns
 from anomaly.maps.nifti import file_names, plain, remove_maps, write_map
 from anomaly.maps.overlays import map_scale, overlay, titled
 from anomaly.maps.segmentation import segment
-from anomaly.metrics import percentile
+from anomaly.metrics import flagged, percentile
 from anomaly.normal import Normal
 from anomaly.report import predictions
 from anomaly.report.gallery import MOST_BYTES, case_pictures, original
@@ -188,9 +188,9 @@ def sorted_files(table: Table, normal: Normal, primary: str) -> list[predictions
     """
     values = table.values[primary]
     percentiles = percentile(values, normal.validation[primary])
-    files = [predictions.Prediction(entry.id, float(value), float(share),
-                                    not value <= normal.thresholds[primary])
-             for entry, value, share in zip(table.entries, values, percentiles)]
+    calls = flagged(values, normal.thresholds[primary]).tolist()
+    files = [predictions.Prediction(entry.id, float(value), float(share), call)
+             for entry, value, share, call in zip(table.entries, values, percentiles, calls)]
     return sorted(files, key=lambda file: (-file.score if math.isfinite(file.score) else -math.inf, file.id))
 
 
@@ -248,7 +248,7 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, written: dict
               normal: Normal, primary: str) -> dict[str, Any]:
     """Says what became of the files; keeps it in metrics.json, and returns it."""
     threshold, num_normal = normal.thresholds[primary], len(normal.validation[primary])
-    anomalous = sum(not value <= threshold for value in table.values[primary].tolist())
+    anomalous = int(flagged(table.values[primary], threshold).sum())
     promised = max(normal.judging.target_fpr, 1 / (num_normal + 1))                  # see metrics.threshold
     result = finite({
         'data': run.args.data, 'num_files': len(files.ids), 'num_scored': len(table),

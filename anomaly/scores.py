@@ -149,13 +149,6 @@ def has_capability(score: Score, model: Any) -> bool:
     return not score.needs or hasattr(model, CAPABILITIES[score.needs])
 
 
-def check_capability(score: Score, model: Any) -> None:
-    """Raises UserError, naming the capability, if the model lacks what the score needs."""
-    if not has_capability(score, model):
-        raise UserError(f"score {score.name} needs a model with {score.needs}, which {type(model).__name__} "
-                        f"does not have. Leave it out of --scores.")
-
-
 # -------------------------------------------------------------------------------------- functions of outputs
 
 def bound_map(outputs: Outputs, k: int = 0) -> Tensor | None:

@@ -47,6 +47,6 @@ def monitor(model: Any, data: Any, part: Any, batch_size: int) -> dict[str, floa
         test = normal.apply(score_images(model, part_batches(part, batch_size, 'monitor'), scores, QUICK),
                             scores)
     model.train(training)
-    values, labels = make_finite(test.values[name])[0], test.labels
+    values, labels = make_finite(test.values[name]), test.labels
     once = Resamples.once(int((labels == 0).sum()), int((labels == 1).sum()))
     return {name: evaluate_score(values[labels == 0], values[labels == 1], once)['auroc'].value}

@@ -13,6 +13,7 @@ from anomaly.metrics import (
     Resamples,
     bootstrap,
     evaluate_score,
+    flagged,
     make_finite,
     percentile,
     smallest_sample,
@@ -149,10 +150,11 @@ def test_percentile_worked_by_hand():
 
 
 def test_scores_that_are_not_finite_are_the_most_anomalous():
-    values, bad = make_finite(np.array([1.0, np.nan, -np.inf, 5, np.inf]))
+    scores = np.array([1.0, np.nan, -np.inf, 5, np.inf])
+    values, bad = make_finite(scores), flagged(scores, 9.0)
     assert bad.tolist() == [False, True, True, False, True]
     assert values[0] == 1 and values[3] == 5 and (values[bad] > 5).all() and np.isfinite(values).all()
-    assert np.isfinite(make_finite(np.array([np.nan, np.nan]))[0]).all()
+    assert np.isfinite(make_finite(np.array([np.nan, np.nan]))).all()
 
 
 def test_wilson_interval_of_a_known_case():

@@ -133,7 +133,7 @@ def localize(masks: np.ndarray, maps: np.ndarray, threshold: float, *, counted: 
     if not masks.shape == maps.shape == counted.shape:
         raise UserError(f"masks {masks.shape}, maps {maps.shape}, counted pixels {counted.shape}: expected "
                         f"one shape, (images, height, width) or (images, depth, height, width).")
-    maps = maps if np.isfinite(maps).all() else make_finite(maps)[0]
+    maps = maps if np.isfinite(maps).all() else make_finite(maps)
     masks = masks & counted
     images = [split(*image) for image in zip(masks, maps, counted)]
     lesion, _, normal = pooled = [np.concatenate(parts) for parts in zip(*images)]

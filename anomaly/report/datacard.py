@@ -31,7 +31,7 @@ def compare_normal(validation: Any, test: Any, number: int, seed: int) -> dict[s
         return {}
     drawn = Resamples.draw(len(validation.entries), int(normal.sum()), number, seed)
     # made finite together, so that "the largest" is the same number in both parts
-    both = {name: make_finite(np.concatenate([validation.values[name], values[normal]]))[0]
+    both = {name: make_finite(np.concatenate([validation.values[name], values[normal]]))
             for name, values in test.values.items()}
     first = len(validation.entries)
     return {name: evaluate_score(values[:first], values[first:], drawn)['auroc'].as_json()

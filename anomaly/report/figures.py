@@ -141,7 +141,7 @@ def curve_figure(judgement: Judgement, test: Any, kind: str) -> Any:
         normal, anomalous, _ = judgement.members(test, group)
         judged = normal | anomalous
         for row, look in zip(rows, looks):
-            scores = make_finite(test.values[row.name])[0]
+            scores = make_finite(test.values[row.name])
             panel.plot(*points(anomalous[judged], scores[judged]), label=row.name, solid_capstyle='round',
                        **look)
             if kind == 'roc' and row.primary:

@@ -17,7 +17,7 @@ from PIL import Image
 from anomaly.judge import ScoreRow
 from anomaly.maps.overlays import as_color, as_gray, as_picture, blend, layer, map_scale, overlay
 from anomaly.maps.slices import CONVENTION, VIEWS, View, focus, sheet, sheet_columns, stack
-from anomaly.metrics import make_finite, percentile
+from anomaly.metrics import flagged, make_finite, percentile
 from anomaly.report.figures import FAINT, INK, new_figure
 from anomaly.scoring import Case
 from readers.images.decode import decode, to_channels, to_size
@@ -43,7 +43,7 @@ def choose_cases(scores: np.ndarray, labels: np.ndarray, num_cases: int, num_gal
     anomalous normal and the least anomalous abnormal images, which are wrong at most thresholds; the others,
     up to `num_gallery`, are evenly spaced by rank. Scores that are not finite count as the largest.
     """
-    order = np.argsort(-make_finite(scores)[0], kind='stable')
+    order = np.argsort(-make_finite(scores), kind='stable')
     normal, anomalous = order[labels[order] == 0], order[labels[order] == 1]
     share = num_gallery // 5
     ends = max(num_cases, share)
@@ -75,11 +75,10 @@ def gallery(row: ScoreRow, validation: Any, test: Any) -> dict[str, Any]:
     percentiles, cards = percentile(values, validation.values[row.name]), []
     for case in test.cases:
         entry, value = test.entries[case.place], float(values[case.place])
-        flagged = not np.isfinite(value) or value > row.threshold
         cards.append({**case_pictures(case, look, spacing(entry), MOST_BYTES / len(test.cases)),
                       'place': case.place, 'id': entry.id, 'class': entry.class_name,
                       'score': short_number(value), 'percentile': f'{percentiles[case.place]:.0f}',
-                      'outcome': outcome(entry.label, flagged)})
+                      'outcome': outcome(entry.label, flagged(value, row.threshold))})
     return about_cards(cards, look)
 
 
@@ -234,9 +233,9 @@ def case_figure(row: ScoreRow, validation: Any, test: Any, each: int) -> Any:
             entry, score = test.entries[case.place], test.values[row.name][case.place]
             panel.imshow(overlay(case, look, spacing(entry)), interpolation='none')
             panel.set_axis_off()
-            flagged = '' if score <= row.threshold else ', flagged'
+            call = ', flagged' if flagged(score, row.threshold) else ''
             panel.set_title(f"{entry.class_name} · {shorten(entry.id)}\n{row.name} {score:.5g}, percentile "
-                            f"{percentiles[case.place]:.0f}{flagged}", fontsize=7, color=INK, loc='left')
+                            f"{percentiles[case.place]:.0f}{call}", fontsize=7, color=INK, loc='left')
         column[0].set_title(f'{title}\n{column[0].get_title(loc="left")}', fontsize=7, color=INK, loc='left')
     if maps:
         bar = figure.colorbar(ScalarMappable(Normalize(look['vmin'], look['vmax']), look['cmap']), ax=panels,
