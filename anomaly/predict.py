@@ -63,15 +63,15 @@ class NewFiles:
     def __init__(self, prepared: Any, found: Any, batch_size: int):
         """`prepared` loads one of the files `found`, as the run's own data were (datasets.preparation)."""
         self.prepared, self.batch_size = prepared, batch_size
-        self.ids, self.paths = found.ids, dict(zip(found.ids, found.paths))
+        self.files, self.ids = found.files, list(found.files)
         self.errors: dict[str, str] = {}              # id -> why it could not be read
 
     def batches(self, ids: Sequence[str], title: str) -> Batches:
         """The readable files of this rank, of those named."""
         chunks = [ids[i:i + self.batch_size] for i in range(0, len(ids), self.batch_size)]
         mine = chunks[launch.rank()::launch.world()]
-        places = (self.paths[name] for chunk in mine for name in chunk)
-        images = in_order(self.prepared.loader.load, places, MAX_THREADS)
+        files = (self.files[name] for chunk in mine for name in chunk)
+        images = in_order(self.prepared.loader.load, files, MAX_THREADS)
         for chunk in tqdm(mine, title, unit='batch', leave=False, disable=launch.rank() > 0 or None):
             found = dict(zip(chunk, images))
             self.errors |= {name: why for name, why in found.items() if isinstance(why, str)}
@@ -166,7 +166,7 @@ def draw(run: Any, files: NewFiles, table: Table, primary: str, shown: Score | N
                 if shown is not None])
         write_atomically(run.out / name, lambda path, picture=picture: picture.save(path, 'PNG'))
         written.append((file.id, 'overlay', name))
-        path = files.paths[file.id]
+        path = files.files[file.id]
         case = case._replace(original=original(path, run.model.shape, run.data_config))
         cards.append((file.id, case_pictures(case, look, np.array(spacing), MOST_BYTES / len(chosen))))
         grids: Iterator[tuple[str, str]] = iter(())

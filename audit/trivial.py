@@ -14,7 +14,7 @@ import numpy as np
 from scipy.ndimage import convolve, laplace
 
 from anomaly.image_statistics import frame
-from readers.headers import Header, read_file_header
+from audit.headers import Header, read_file_header
 from readers.images.png import png_bytes
 from readers.parts import LEFT_RIGHT
 

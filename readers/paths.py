@@ -139,11 +139,8 @@ def file_content(path: str | Path, most: int = MOST_BYTES) -> bytes:
 
 
 class Found(NamedTuple):
-    """What is to be loaded of a folder, by id, and what `load` takes for each: a path or a subject; and what
-    is passed over.
-    """
-    ids: list[str]
-    paths: list[Any]
+    """What `load` takes for each image or subject of a folder, by id, and what is passed over."""
+    files: dict[str, Any]
     passed_over: Passed
 
 
@@ -155,7 +152,7 @@ def find_files(path: str | Path, without: str | Path = '') -> Found:
     if not os.path.lexists(root):
         raise UserError(f"--data: {root} does not exist. Give a folder of images, or an image file.")
     if not os.path.isdir(root):
-        return Found([printable(os.path.basename(root))], [root], {})
+        return Found({printable(os.path.basename(root)): root}, {})
     unlisted: list[str] = []         # a folder that may not be listed takes the place of its files
     found, passed = walk(root, lambda error: unlisted.append(error.filename), is_of_masks, without)
     named = {Path(os.path.relpath(f, root)).as_posix(): f for f in found + unlisted}
@@ -163,7 +160,7 @@ def find_files(path: str | Path, without: str | Path = '') -> Found:
         pass_over(passed, MASKS, *beside)
     if not (names := sorted({*named} - beside)):
         raise UserError(f"--data: there is no file below {root}. Give a folder of images, or an image file.")
-    return Found([printable(name) for name in names], [named[name] for name in names], passed)
+    return Found({printable(name): named[name] for name in names}, passed)
 
 
 def printable(name: str) -> str:

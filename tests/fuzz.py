@@ -36,12 +36,12 @@ import scipy.io
 import torch
 from PIL import Image
 
+from audit.headers import read_file_header
 from command_line.parser import with_config
 from datasets import DataConfig
 from evaluation.latent_space import read_latents
 from model import describe, open_model, restore
 from readers.dicom import decode_dicom
-from readers.headers import read_file_header
 from readers.images.archive import unpacked
 from readers.images.decode import decode
 from readers.lmdb.file import Lmdb, make_lmdb

@@ -14,10 +14,10 @@ import scipy.io
 import torch
 from PIL import Image
 
+from audit.headers import read_file_header
 from families.autoencoder.config import AEConfig
 from model import restore
 from readers.dicom import decode_dicom
-from readers.headers import read_file_header
 from readers.images.decode import decode
 from readers.lmdb.file import is_lmdb
 from readers.published import arrays

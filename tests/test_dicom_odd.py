@@ -11,9 +11,9 @@ from pydicom.uid import ExplicitVRBigEndian, JPEG2000Lossless, JPEGExtended12Bit
 from pytest import approx
 from test_dicom import RAMP, as_bytes, grey, made, table
 
+from audit.headers import read_file_header
 from datasets import DataConfig, load_data
 from readers.dicom import count_frames, decode_dicom
-from readers.headers import read_file_header
 from readers.images.decode import FIRST_PAGE, ImageLoader, decode
 from readers.source import Unreadable
 from utils import UserError
@@ -207,8 +207,8 @@ def test_frames_are_images_of_one_part(tmp_path):
     assert any(line.startswith('1 image of several pages, of which the first') for line in first.report)
     loader = ImageLoader(8, 1, 16, frames='each')
     found = loader.find(data)
-    assert len(found.ids) == 13
-    own = loader.load(found.paths[found.ids.index('normal/cine.dcm#2')]).pixels[0] / 65535
+    assert len(found.files) == 13
+    own = loader.load(found.files['normal/cine.dcm#2']).pixels[0] / 65535
     low, high = cine[8:16].min(), cine[8:16].max()
     assert own == approx((cine[8:16] - low) / (high - low), abs=1e-4)
 
@@ -235,5 +235,5 @@ def test_pictures_of_an_animated_png(tmp_path):
     loader = ImageLoader(8, 1, 8)
     assert FIRST_PAGE in loader.load(str(tmp_path / 'a.png')).repairs
     each = replace(loader, frames='each').find(tmp_path)
-    assert each.ids == ['a.png#1', 'a.png#2', 'a.png#3']
-    assert [loader.load(place).pixels.max() for place in each.paths] == [0, 100, 200]
+    assert list(each.files) == ['a.png#1', 'a.png#2', 'a.png#3']
+    assert [loader.load(place).pixels.max() for place in each.files.values()] == [0, 100, 200]

@@ -181,7 +181,7 @@ def test_what_is_passed_over_is_counted_with_an_example(tmp_path):
 def test_predictions_pass_over_masks_too(tmp_path):
     root = tree(tmp_path / 'data', {'a{}.png': 2, 'a{}_mask.png': 1, 'ground_truth/{}.png': 2})
     found = find_files(root)
-    assert found.ids == ['a0.png', 'a1.png']
+    assert list(found.files) == ['a0.png', 'a1.png']
     assert found.passed_over == {'masks and folders of masks': ['ground_truth', 'a0_mask.png']}
 
 

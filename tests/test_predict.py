@@ -133,10 +133,9 @@ def test_a_file_becomes_the_x_that_it_is_in_the_run(data_folder, cache, flags):
     data = load_data(DataConfig(**{'dataset': 'folder', 'data': str(data_folder), 'image_size': 16,
                                    'cache_dir': str(cache)} | flags))
     prepared = preparation(data.config, data.shape, data.pixels)
-    found = find_files(data_folder)
-    paths = dict(zip(found.ids, found.paths))
+    files = find_files(data_folder).files
     wanted = data.test.items(range(len(data.test)))
-    batch = prepared.batch([prepared.loader.load(paths[name]) for name in wanted.id], wanted.id)
+    batch = prepared.batch([prepared.loader.load(files[name]) for name in wanted.id], wanted.id)
     assert torch.equal(batch.x, wanted.x) and batch.id == wanted.id and batch.x.std() > 0
 
 
@@ -282,8 +281,9 @@ def test_the_results_in_the_folder_itself_are_not_taken_for_images(tmp_path):
     (tmp_path / 'out' / 'overlays').mkdir(parents=True)
     (tmp_path / 'out' / 'overlays' / '1_a.png').write_bytes(b'x')
     (tmp_path / 'a.png').write_bytes(b'x')
-    assert find_files(tmp_path, without=tmp_path / 'out')[::2] == (['a.png'], {'folders of results': ['out']})
-    assert find_files(tmp_path).ids == ['a.png', 'out/overlays/1_a.png']
+    assert find_files(tmp_path, without=tmp_path / 'out') == ({'a.png': str(tmp_path / 'a.png')},
+                                                              {'folders of results': ['out']})
+    assert list(find_files(tmp_path).files) == ['a.png', 'out/overlays/1_a.png']
     assert printable(os.fsdecode(b'caf\xe9 \xc3\xa9')) == 'caf\\xe9 é'
 
 

@@ -150,8 +150,9 @@ def test_a_subject_becomes_the_x_that_it_is_in_the_run(flags, world, tmp_path):
     prepared = preparation(config, data.shape, data.pixels, [])
     found = prepared.loader.find(tmp_path / 'data')
     wanted = data.train.items(range(4))
-    batch = prepared.batch([prepared.loader.load(subject) for subject in found.paths], found.ids)
-    assert found.ids == wanted.id and torch.equal(batch.x, wanted.x) and batch.x.std() > 0
+    batch = prepared.batch([prepared.loader.load(subject) for subject in found.files.values()],
+                           list(found.files))
+    assert list(found.files) == wanted.id and torch.equal(batch.x, wanted.x) and batch.x.std() > 0
 
 
 def test_ranks_share_the_volumes(world, monkeypatch):
@@ -254,7 +255,7 @@ def test_another_spacing_comes_to_that_of_the_run_and_nearly_the_same_stays(worl
     prepared = preparation(world.flags, world.toy.shape, world.toy.pixels, spacing)
     for name, mm in (('fine', (1.0, 1.0, 1.0)), ('near', tuple(1.005 * m for m in MM))):
         save_subject(tmp_path, name, Grid(SHAPE, affine('PIR', mm)))
-    fine, near = (prepared.loader.load(subject) for subject in prepared.loader.find(tmp_path).paths)
+    fine, near = (prepared.loader.load(subject) for subject in prepared.loader.find(tmp_path).files.values())
     assert fine.grids[0].spacing == pytest.approx(spacing) and fine.grids[1].spacing == pytest.approx(1)
     assert near.grids[0].spacing == pytest.approx(1.005 * np.array(spacing))
     assert fine.pixels.shape == near.pixels.shape == tuple(world.toy.shape)
@@ -312,4 +313,4 @@ def test_one_file(world, tmp_path, monkeypatch, capsys):
         preparation(one, (1, 8, 8, 8), world.toy.pixels).loader.find(tmp_path / 'jane_t1.nii.gz')
     one = preparation(DataConfig(dataset='brain', modalities=('t1',)), (1, 8, 8, 8), world.toy.pixels)
     found = one.loader.find(tmp_path / 'jane_t1.nii.gz')
-    assert found.ids == ['jane'], "as in a folder"
+    assert [*found.files] == ['jane'], "as in a folder"

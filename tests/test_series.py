@@ -8,11 +8,12 @@ from pytest import approx
 from test_dicom import as_bytes, made
 from test_volumes import fails, noise
 
+from audit.headers import read_file_header
 from datasets import DATASETS, DataConfig, load_data
-from readers.headers import read_file_header
 from readers.source import Unreadable
 from readers.volumes.nifti import read_nifti
 from readers.volumes.volumes import VolumeLoader
+from utils import UserError
 
 TURN = np.array([[0.8, 0.6, 0], [-0.6, 0.8, 0], [0, 0, 1]])           # its rows: rows, columns, normal (LPS)
 SIZE = np.array([2.0, 3.0, 4.0])                                      # mm along them
@@ -68,9 +69,8 @@ def test_padding_is_as_dark_as_the_darkest_voxel(tmp_path):
     assert read_nifti(folder).values.min() == 2 * x[1:].min() - 1024
 
 
-def test_frames_of_an_enhanced_file_are_a_volume(tmp_path):
-    x = stored()
-
+def enhanced(path, x):
+    """The volume (X, Y, Z) as one file of frames, which are out of order."""
     def sequence(*names, **elements):
         item = pydicom.Dataset()
         for name in names:
@@ -86,7 +86,13 @@ def test_frames_of_an_enhanced_file_are_a_volume(tmp_path):
     data = made(x[..., 1].T, SharedFunctionalGroupsSequence=shared, PerFrameFunctionalGroupsSequence=frames,
                 NumberOfFrames=3)
     data.PixelData = np.concatenate([x[..., k].T.ravel() for k in (1, 0, 2)]).astype('<u2').tobytes()
-    (tmp_path / 'a.dcm').write_bytes(as_bytes(data))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(as_bytes(data))
+
+
+def test_frames_of_an_enhanced_file_are_a_volume(tmp_path):
+    x = stored()
+    enhanced(tmp_path / 'a.dcm', x)
     same(read_nifti(tmp_path / 'a.dcm'), as_nifti(tmp_path / 'a.nii', x))
 
 
@@ -121,5 +127,50 @@ def test_series_are_subjects_in_training_and_prediction(tmp_path):
     assert any('passed over: files of other kinds (1, such as normal/p0/notes.txt)' in line
                for line in data.report)
     loader = VolumeLoader.of(config, DATASETS['brain'])
-    assert loader.find(root / 'normal').ids == ['p0', 'p1', 'p2']
-    assert loader.find(root / 'normal' / 'p1').ids == ['p1']
+    assert list(loader.find(root / 'normal').files) == ['p0', 'p1', 'p2']
+    assert list(loader.find(root / 'normal' / 'p1').files) == ['p1']
+
+
+def subjects(root, **options):
+    config = DataConfig(dataset='brain', data=str(root), cache_dir=str(root.parent / 'cache'), val_fraction=0,
+                        test_fraction=0, pad_multiple=1, **{'dicom_series': True} | options)
+    return {entry.id: entry for entry in load_data(config).train.entries}
+
+
+def test_a_folder_with_one_enhanced_file_is_a_subject(tmp_path):
+    """Devices name such a file by its UID, so that no flag could name it as a channel."""
+    for number in range(3):
+        enhanced(tmp_path / 'data' / 'normal' / f'p{number}' / f'1.2.{number}.dcm', stored())
+    write(tmp_path / 'data' / 'normal' / 'p3', [(stored()[..., k], place(k)) for k in range(3)])
+    enhanced(tmp_path / 'data' / 'normal' / 'p4' / 'seg.dcm', stored())
+    assert list(subjects(tmp_path / 'data')) == [f'normal/p{number}' for number in range(4)]
+    with pytest.raises(UserError, match=r'no .*nii.* --dicom_series reads DICOM too'):
+        subjects(tmp_path / 'data', dicom_series=False)
+    enhanced(tmp_path / 'data' / 'normal' / 'p1' / 'other.dcm', stored())
+    with pytest.raises(UserError, match=r'p0/1.2.0 lies .* --modalities, or leave one DICOM file of several'):
+        subjects(tmp_path / 'data')
+
+
+@pytest.mark.parametrize('files, modalities', [
+    (('{}.dcm',), ()), (('t1/{}.dcm',), ('t1',)), (('{}/t1.dcm',), ('t1',)), (('{}/t1/1.2.dcm',), ('t1',)),
+    (('{0}/t1/{0}.dcm', '{0}/flair/1.2.dcm'), ('t1', 'flair')),
+    (('{}/t1.dcm', '{}/flair.dcm'), ('t1', 'flair')),
+])
+def test_enhanced_files_in_the_layouts_of_volumes(files, modalities, tmp_path):
+    for name in ('a', 'b'):
+        for file in files:
+            enhanced(tmp_path / 'data' / file.format(name), stored())
+    assert list(subjects(tmp_path / 'data', modalities=modalities)) == ['a', 'b']
+
+
+def test_a_subject_keeps_the_name_of_its_files_in_folders_of_channels(tmp_path):
+    for folder in ('t1', 'flair'):
+        enhanced(tmp_path / 'data' / folder / 'a.dcm', stored())
+    assert list(subjects(tmp_path / 'data', modalities=('t1', 'flair'))) == ['a']
+
+
+def test_frames_beside_slices_are_another_series(tmp_path):
+    folder = write(tmp_path / 'data' / 'p0', [(stored()[..., k], place(k)) for k in range(3)])
+    enhanced(folder / 'localizer.dcm', stored())
+    with pytest.raises(UserError, match=r'p0 .*holds 2 DICOM series'):
+        subjects(tmp_path / 'data')

@@ -7,6 +7,7 @@ from pytest import approx
 from test_audit import draw
 from test_dicom import as_bytes, made
 
+from audit.headers import read_file_header
 from audit.trivial import (
     FEATURES,
     IMMERKAER,
@@ -16,7 +17,6 @@ from audit.trivial import (
     sharpness,
     symmetry,
 )
-from readers.headers import read_file_header
 from utils import UserError
 
 

@@ -8,8 +8,8 @@ import pytest
 from pytest import approx
 from test_volumes import fails, noise
 
+from audit.headers import read_file_header
 from datasets import DataConfig, load_data
-from readers.headers import read_file_header
 from readers.source import Unreadable
 from readers.volumes.nifti import read_nifti
 from readers.volumes.subjects import owner

@@ -281,15 +281,13 @@ class ImageLoader:
         """All files below a folder but for the folder `without` and files of other kinds, or the one file;
         frames as --frames says.
         """
-        found = find_files(path, without)
-        foreign = {name for name, file in zip(found.ids, found.paths) if is_foreign(file)}
-        if len(foreign) == len(found.ids):                         # one file, or only such: say why not
-            foreign = set()
-        if foreign:
-            pass_over(found.passed_over, FOREIGN, *foreign)
-        pairs = [(name + mark, place) for name, file in zip(found.ids, found.paths, strict=True)
-                 for mark, place in (places(file, self.frames) if name not in foreign else ())]
-        return found._replace(ids=[name for name, _ in pairs], paths=[place for _, place in pairs])
+        files, passed = find_files(path, without)
+        foreign = {name for name, file in files.items() if is_foreign(file)}
+        if len(foreign) < len(files):                      # else loading the one file, or all, says why not
+            pass_over(passed, FOREIGN, *foreign)
+            files = {name: file for name, file in files.items() if name not in foreign}
+        return Found({name + mark: place for name, file in files.items()
+                      for mark, place in places(file, self.frames)}, passed)
 
     def load(self, file: str | Frame, masks: Sequence[str | Box] = ()) -> Loaded:
         """An image file, or one of its frames, and those of its masks. Raises Unreadable."""

@@ -38,12 +38,12 @@ def starts_as_dicom(path: Path) -> bool:
 
 def series_in(root: Path, names: Iterable[str]) -> tuple[list[str], set[str]]:
     """The volumes among files of these names relative to `root`: folders of slices, '.' for `root`, and files
-    of several frames; and the names of all DICOM files.
+    of several frames outside of these; and the names of all DICOM files.
     """
     slices = {name for name in names if starts_as_dicom(root / name)}
     several = {name for name in slices if count_frames(root / name) > 1}
     folders = {os.path.dirname(name) or '.' for name in slices - several}
-    return sorted(folders | several), slices
+    return sorted(folders | {name for name in several if os.path.dirname(name) not in folders}), slices
 
 
 class Slice(NamedTuple):

@@ -4,7 +4,7 @@
     <data>/t1/<subject>.nii.gz      <data>/flair/<subject>.nii.gz                     --modalities t1 flair
     <data>/<subject>/t1.nii.gz      <data>/<subject>/<subject>_t1.nii.gz              the same
     <data>/<class>/...              any of these, in class folders
-    <data>/<subject>/t1/*.dcm                                  the same, with --dicom_series
+    <data>/<subject>/t1/*.dcm                                  the same, with --dicom_series: slices or frames
     <data>/imagesTr/<subject>.nii.gz      <data>/labelsTr/<subject>.nii.gz            --labels labelsTr
     <data>/train_keys.txt           subjects of the part `train`, one a line; val_keys.txt, test_keys.txt; the
                                     same of NAME-train.txt, NAME-val.txt and NAME-test.txt
@@ -14,8 +14,10 @@ A file that is named as one of labels or masks is never a subject.
 Labels of lesions and masks of the body are found as the modalities are.
 """
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,17 +73,28 @@ def is_label(path: str) -> bool:
     return LABEL_FILE.match(name) is not None or any(LABEL_FOLDER.match(folder) for folder in folders)
 
 
-def volume_files(root: Path, dicom: bool, without: str | Path = '',
+def volume_files(root: Path, names: Sequence[str], dicom: bool, without: str | Path = '',
                  passed: Passed | None = None) -> list[str]:
     """The volumes below `root` but for the folder `without`, as paths relative to it: files, and with `dicom`
-    folders of slices. What is passed over goes to `passed`.
+    folders of slices; `names` are those of channels and masks. What is passed over goes to `passed`.
     """
     left: Passed = {}
     found = files_below(root, lambda path: path.lower().endswith(SUFFIXES), left, without=without)
     series, slices = series_in(root, left.get(FOREIGN, ())) if dicom else ([], ())
     for kind, names in left.items() if passed is not None else ():
         pass_over(passed, kind, *(name for name in names if name not in slices))
-    return sorted([*found, *series])
+    return sorted([*found, *named_by_folder(series, slices, names)])
+
+
+def named_by_folder(series: Iterable[str], slices: Collection[str], names: Sequence[str]) -> list[str]:
+    """The volumes among the DICOM files `slices`, where each file of several frames is the only one of its
+    folder and no flag names any: its folder, as of slices, for devices call such a file 1.2.840.7.dcm.
+    """
+    crowd = Counter(map(os.path.dirname, slices))
+    files = {name: os.path.dirname(name) for name in series if name in slices and not is_label(name)}
+    alone = all(crowd[folder] == 1 and owner(folder, names)[0]
+                and owner(folder, names)[1] == owner(file, names)[1] for file, folder in files.items())
+    return [files.get(name, name) if alone else name for name in series]
 
 
 def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str, without: str | Path = '',
@@ -92,7 +105,7 @@ def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str,
     body = '' if body == AUTO else body
     names = [*modalities, *(name for name in (labels, body) if name)]
     table: dict[str, dict[str, str]] = {}
-    for path in volume_files(root, dicom, without):
+    for path in volume_files(root, names, dicom, without):
         subject, name = owner(path, names)
         if not name and is_label(path):
             continue

@@ -45,6 +45,7 @@ MOST_THREADS = 4                           # that read at once: of large volumes
 NO_PLACE = 'without a place in mm (neither sform nor qform): axes are taken to run as NIfTI says for these'
 NOT_FINITE = 'had voxels that were not finite: they are 0'
 CUT = 'larger than the model sees lose their ends'
+FRAMES_ALONE = ', or leave one DICOM file of several frames in each folder'
 LABELS, CHANNELS = 'labels or masks that no flag names', 'volumes that are no channel of these subjects'
 
 
@@ -80,14 +81,12 @@ class VolumeLoader:
             raise UserError(f"--data: {root} does not exist. Give a folder of NIfTI files, or one file.")
         if not root.is_dir() or (self.config.dicom_series and '.' in series_in(root, os.listdir(root))[0]):
             self._expect_all_in(root, mask)
-            return Found([printable(owner(root.name, names)[0])], [Subject(root.name, (str(root),))], {})
+            return Found({printable(owner(root.name, names)[0]): Subject(root.name, (str(root),))}, {})
         subjects, bad = find_subjects(root, self.modalities, self.labels, mask, without,
                                       self.config.dicom_series)
-        found = sorted([(s.id, s) for s in subjects] + [(name, Unreadable(why)) for name, why in bad],
-                       key=lambda pair: pair[0])
-        return Found([printable(name) for name, _ in found],
-                     [replace(s, label='') if isinstance(s, Subject) else s for _, s in found],
-                     unused_files(root, names, {name for name, _ in found}, self.config, without))
+        found = {s.id: replace(s, label='') for s in subjects} | {name: Unreadable(why) for name, why in bad}
+        return Found({printable(name): found[name] for name in sorted(found)},
+                     unused_files(root, names, found, self.config, without))
 
     def _expect_all_in(self, file: Path, mask: str) -> None:
         """Raises UserError if a subject is more than one such file; whether that can be read shows later."""
@@ -203,7 +202,7 @@ def unused_files(root: Path, names: Sequence[str], ids: Collection[str], config:
     """What lies below `root` and belongs to no subject of these ids; `names` are those of channels and masks.
     """
     passed: Passed = {}
-    files = volume_files(root, config.dicom_series, without, passed)
+    files = volume_files(root, names, config.dicom_series, without, passed)
     keys = {file.name for file in key_files(root)}
     passed[FOREIGN] = [name for name in passed.get(FOREIGN, ()) if name not in keys]
     for file in files:
@@ -253,7 +252,7 @@ def find_all(root: Path, config: ReaderConfig, row: DataSet, loader: VolumeLoade
     in_one_file = len(loader.modalities) != 1 and len(found[0].files) == 1
     if in_one_file and (deep := [s.id for s in subjects if s.id.count('/') > in_folders]):
         raise UserError(f"--data: {deep[0]} lies in a folder of a channel or a subject: name the channels "
-                        f"with --modalities. {row.where}")
+                        f"with --modalities{FRAMES_ALONE * config.dicom_series}. {row.where}")
     keys = Path(config.key_files or root)
     if config.key_files and not key_files(keys):
         raise UserError(f"--key_files {keys}: there is no file NAME{KEYS} or NAME-train.txt in it.")
