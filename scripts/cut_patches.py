@@ -28,6 +28,7 @@ import numpy as np
 from command_line.parser import parse_flags
 from datasets import DATASETS, DataConfig
 from readers.parallel import attempt
+from readers.paths import Passed, passed_line
 from readers.source import Entry, same_name
 from readers.split import PARTS, count, left_out, some, split_given, with_patients
 from readers.volumes.nifti import Grid, resample, write_nifti
@@ -63,9 +64,10 @@ def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[lis
     root = Path(config.data)
     if not config.data or not root.is_dir():
         raise UserError(f"--data: the folder {config.data!r} does not exist. {ROW.where}")
-    found, bad = find_subjects(root, config.modalities, labels, config.volume_mask,
+    passed: Passed = {}
+    found, bad = find_subjects(root, config.modalities, labels, config.volume_mask, passed,
                                dicom=config.dicom_series)
-    notes += left_out(bad, len(found), config.skip_corrupt, 'subject')
+    notes += passed_line(passed) + left_out(bad, len(found), config.skip_corrupt, 'subject')
     subjects = with_keys(with_classes(found, ROW.normal, ROW.where), Path(config.key_files or root), notes)
     if not any(s.label for s in subjects):
         raise UserError(f"--labels {labels}: no subject in {root} has a file of it.")

@@ -314,3 +314,6 @@ def test_one_file(world, tmp_path, monkeypatch, capsys):
     one = preparation(DataConfig(dataset='brain', modalities=('t1',)), (1, 8, 8, 8), world.toy.pixels)
     found = one.loader.find(tmp_path / 'jane_t1.nii.gz')
     assert [*found.files] == ['jane'], "as in a folder"
+    (tmp_path / 'jane').mkdir()
+    (tmp_path / 'jane_t1.nii.gz').rename(tmp_path / 'jane' / 't1.nii.gz')
+    assert [*one.loader.find(tmp_path / 'jane').files] == ['jane'], "as is her own folder"

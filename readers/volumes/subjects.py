@@ -30,6 +30,7 @@ from utils import UserError, read_text
 
 NORMAL = 'normal'                   # the class of a subject of which no folder and no key file says more
 KEYS = '_keys.txt'
+LABELS, CHANNELS = 'labels or masks that no flag names', 'volumes that are no channel of these subjects'
 AUTO = 'auto'                       # a mask that is made, not found
 IMAGES = 'imagestr'                 # a folder that is no part of a subject's name, as labels are elsewhere
 LABEL_WORD = r'(masks?|labels?|gts?|ground[-_]?truth|seg(mentation)?s?|annotations?|rois?|[da]seg)'
@@ -73,16 +74,17 @@ def is_label(path: str) -> bool:
     return LABEL_FILE.match(name) is not None or any(LABEL_FOLDER.match(folder) for folder in folders)
 
 
-def volume_files(root: Path, names: Sequence[str], dicom: bool, without: str | Path = '',
-                 passed: Passed | None = None) -> list[str]:
+def volume_files(root: Path, names: Sequence[str], passed: Passed, without: str | Path,
+                 dicom: bool) -> list[str]:
     """The volumes below `root` but for the folder `without`, as paths relative to it: files, and with `dicom`
     folders of slices; `names` are those of channels and masks. What is passed over goes to `passed`.
     """
     left: Passed = {}
     found = files_below(root, lambda path: path.lower().endswith(SUFFIXES), left, without=without)
-    series, slices = series_in(root, left.get(FOREIGN, ())) if dicom else ([], ())
-    for kind, names in left.items() if passed is not None else ():
-        pass_over(passed, kind, *(name for name in names if name not in slices))
+    series, slices = series_in(root, left[FOREIGN]) if dicom else ([], set())
+    used = slices | {file.name for file in key_files(root)}
+    for kind, others in left.items():
+        pass_over(passed, kind, *(name for name in others if name not in used))
     return sorted([*found, *named_by_folder(series, slices, names)])
 
 
@@ -97,17 +99,20 @@ def named_by_folder(series: Iterable[str], slices: Collection[str], names: Seque
     return [files.get(name, name) if alone else name for name in series]
 
 
-def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str, without: str | Path = '',
+def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str, passed: Passed, *,
+                  without: str | Path = '',
                   dicom: bool = False) -> tuple[list[Subject], list[tuple[str, str]]]:
-    """The subjects below `root`, but for the folder `without`, and (id, reason) of those that lack a file;
-    `dicom` as in `volume_files`. Raises UserError if there are none.
+    """The subjects below `root`, and (id, reason) of those that lack a file; `passed`, `without` and `dicom`
+    as in `volume_files`. Raises UserError if there are none.
     """
     body = '' if body == AUTO else body
     names = [*modalities, *(name for name in (labels, body) if name)]
     table: dict[str, dict[str, str]] = {}
-    for path in volume_files(root, names, dicom, without):
+    for path in volume_files(root, names, passed, without, dicom):
         subject, name = owner(path, names)
+        subject = subject or root.resolve().name                  # of its own folder
         if not name and is_label(path):
+            pass_over(passed, LABELS, path)
             continue
         files = table.setdefault(subject, {})
         if name in files:
@@ -119,6 +124,7 @@ def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str,
     subjects, bad = [], []
     for subject, files in sorted(table.items()):
         if not any(channel in files for channel in channels):
+            pass_over(passed, CHANNELS, *files.values())
             continue
         wanted = channels + [body] * bool(body)
         if lacking := [name for name in wanted if name not in files]:

@@ -7,7 +7,7 @@ front and upwards (RAS+).
 
 import hashlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig, VolumeConfig, volume_flags
 from readers.items import Item, Listing, Loaded, import_items
 from readers.parallel import attempt
-from readers.paths import FOREIGN, Found, Passed, find_root, pass_over, passed_line, printable
+from readers.paths import Found, Passed, find_root, passed_line, printable
 from readers.source import DTYPES, Source, Unreadable
 from readers.split import count, some
 from readers.volumes.nifti import Grid, Nifti, read_nifti, resample
@@ -30,10 +30,8 @@ from readers.volumes.subjects import (
     NORMAL,
     Subject,
     find_subjects,
-    is_label,
     key_files,
     owner,
-    volume_files,
     with_classes,
     with_keys,
 )
@@ -46,7 +44,6 @@ NO_PLACE = 'without a place in mm (neither sform nor qform): axes are taken to r
 NOT_FINITE = 'had voxels that were not finite: they are 0'
 CUT = 'larger than the model sees lose their ends'
 FRAMES_ALONE = ', or leave one DICOM file of several frames in each folder'
-LABELS, CHANNELS = 'labels or masks that no flag names', 'volumes that are no channel of these subjects'
 
 
 @dataclass(frozen=True)
@@ -76,17 +73,17 @@ class VolumeLoader:
         """
         mask = self.config.volume_mask
         root, mask = Path(path), '' if mask == AUTO else mask
-        names = [*self.modalities, *(name for name in (self.labels, mask) if name)]
         if not root.exists():
             raise UserError(f"--data: {root} does not exist. Give a folder of NIfTI files, or one file.")
         if not root.is_dir() or (self.config.dicom_series and '.' in series_in(root, os.listdir(root))[0]):
             self._expect_all_in(root, mask)
-            return Found({printable(owner(root.name, names)[0]): Subject(root.name, (str(root),))}, {})
-        subjects, bad = find_subjects(root, self.modalities, self.labels, mask, without,
-                                      self.config.dicom_series)
+            name, _ = owner(root.name, [*filter(None, (*self.modalities, self.labels, mask))])
+            return Found({printable(name): Subject(root.name, (str(root),))}, {})
+        passed: Passed = {}
+        subjects, bad = find_subjects(root, self.modalities, self.labels, mask, passed, without=without,
+                                      dicom=self.config.dicom_series)
         found = {s.id: replace(s, label='') for s in subjects} | {name: Unreadable(why) for name, why in bad}
-        return Found({printable(name): found[name] for name in sorted(found)},
-                     unused_files(root, names, found, self.config, without))
+        return Found({printable(name): found[name] for name in sorted(found)}, passed)
 
     def _expect_all_in(self, file: Path, mask: str) -> None:
         """Raises UserError if a subject is more than one such file; whether that can be read shows later."""
@@ -197,20 +194,6 @@ class VolumeLoader:
         return (file.values > 0).any(0).astype(np.uint8), file.grid
 
 
-def unused_files(root: Path, names: Sequence[str], ids: Collection[str], config: VolumeConfig,
-                 without: str | Path = '') -> Passed:
-    """What lies below `root` and belongs to no subject of these ids; `names` are those of channels and masks.
-    """
-    passed: Passed = {}
-    files = volume_files(root, names, config.dicom_series, without, passed)
-    keys = {file.name for file in key_files(root)}
-    passed[FOREIGN] = [name for name in passed.get(FOREIGN, ()) if name not in keys]
-    for file in files:
-        if owner(file, names)[0] not in ids:
-            pass_over(passed, LABELS if is_label(file) else CHANNELS, file)
-    return passed
-
-
 # ----------------------------------------------------------------------------------------------------- import
 
 def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
@@ -232,9 +215,6 @@ def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
         return listing
 
     source = import_items(config, row, key, read)
-    names = [name for name in (*loader.modalities, loader.labels, config.volume_mask) if name]
-    ids = {*(s.id for s in subjects), *(name for name, _ in bad)}
-    notes += passed_line(unused_files(root, names, ids, config)) * (not row.phantoms)
     return replace(source, notes=notes + source.notes, bad=bad + source.bad)
 
 
@@ -243,7 +223,8 @@ def find_all(root: Path, config: ReaderConfig, row: DataSet, loader: VolumeLoade
     """The subjects below `root` with their classes and parts, (id, reason) of those that lack a file, and
     whether labels decide who is normal: no folder says so.
     """
-    found, bad = find_subjects(root, loader.modalities, loader.labels, config.volume_mask,
+    passed: Passed = {}
+    found, bad = find_subjects(root, loader.modalities, loader.labels, config.volume_mask, passed,
                                dicom=config.dicom_series)
     subjects = with_classes(found, config.normal_classes or row.normal, row.where)
     in_folders = subjects is not found
@@ -262,6 +243,7 @@ def find_all(root: Path, config: ReaderConfig, row: DataSet, loader: VolumeLoade
     if unknown:
         notes.append(f'{count(len(unknown), "subject")} without a file of {loader.labels} count as without '
                      f'lesion: {some(unknown)}')
+    notes += passed_line(passed) * (not row.phantoms)
     return subjects, bad, by_label
 
 
