@@ -9,7 +9,6 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import math
@@ -19,18 +18,12 @@ import re
 import secrets
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:       # PyTorch is imported where it is used: a program answers --help without it
-    import torch
+from typing import Any, TypeVar
 
 T = TypeVar('T')
 SPREADSHEETS = (b'PK\3\4', b'\xd0\xcf\x11\xe0')          # how .xlsx and .ods, and .xls, begin
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-WAIT_FOR_ROOM, ROOM_PAUSE = 300.0, 2.0           # seconds; shorter than other processes wait (--timeout)
 
 
 class UserError(ValueError):
@@ -146,41 +139,24 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(temporary_name(path.name))
     try:
-        write(temporary)
-        sync(temporary)
+        with naming_file(path):
+            write(temporary)
+            sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def with_room(write: Callable[[], None]) -> None:
-    """Calls `write`, and again while the disk is full, for WAIT_FOR_ROOM seconds at most."""
-    until, told = time.monotonic() + WAIT_FOR_ROOM, False
-    while True:
-        try:
-            return write()
-        except OSError as error:
-            if error.errno not in NO_ROOM or time.monotonic() > until:
-                raise
-            if not told:
-                print(f'WARNING: {error.filename or "a file"}: {error.strerror}. Make room there: this is '
-                      f'tried again for {WAIT_FOR_ROOM:.0f} s.', file=sys.stderr)
-            told = True
-            time.sleep(min(ROOM_PAUSE, WAIT_FOR_ROOM))
-
-
-def append(path: Path, text: str) -> None:
-    """Adds text to the end of a file: all of it, or nothing if the disk is full."""
-    data = text.encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+@contextlib.contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """An OSError of the block says what it is about; one of a write to an open file names none."""
     try:
-        size = os.fstat(descriptor).st_size
-        if os.write(descriptor, data) < len(data):
-            os.ftruncate(descriptor, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
 
 
 def temporary_name(name: str) -> str:
@@ -297,88 +273,6 @@ def read_text(path: str | Path) -> str:
     if '\0' in text:
         raise UserError(f"{path} is no text in UTF-8, nor in UTF-16 with its mark: save it as UTF-8.")
     return text
-
-
-class RunLog:
-    """log.txt, metrics.jsonl and TensorBoard events of a run folder; silent where not `active` (rank > 0)."""
-
-    def __init__(self, folder: str | Path, active: bool = True, tensorboard: bool = True, step: int = 0):
-        """`step` steps are done: what a killed run wrote beyond them, and will write again, is dropped.
-
-        `logged` are the tags that it wrote of that step.
-        """
-        self.folder, self.active, self.writer, self.logged = Path(folder), active, None, set()
-        if not active:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.forget_after(step)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def forget_after(self, step: int) -> None:
-        """Drops from metrics.jsonl what was written beyond a step, and lines that are damaged: where there
-        are any but the last, which a kill cuts off, the file is kept as metrics.jsonl.damaged.
-        """
-        path = self.folder / 'metrics.jsonl'
-        if not path.exists():
-            return
-        lines = path.read_bytes().splitlines(keepends=True)
-        read = [read_line(line) for line in lines]
-        kept = [line for line, values in zip(lines, read) if values and values['step'] <= step]
-        self.logged = set().union(*(values for values in read if values and values['step'] == step))
-        if damaged := read[:-1].count(None):
-            copy = path.with_name(f'{path.name}.damaged')
-            write_atomically(copy, lambda p: p.write_bytes(b''.join(lines)))
-            self.say(f'{damaged} damaged lines are left out of {path}; the file as it was is kept as {copy}')
-        if len(kept) < len(lines):
-            write_atomically(path, lambda p: p.write_bytes(b''.join(kept)))
-
-    def say(self, line: str) -> None:
-        """Prints a line, and keeps it in log.txt with the time."""
-        if not self.active:
-            return
-        from tqdm import tqdm
-        line = line.encode(errors='backslashreplace').decode()          # of file names that are no UTF-8
-        with contextlib.suppress(OSError):                              # output to a full disk
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-        with_room(lambda: append(self.folder / 'log.txt', f'{time.strftime("%Y-%m-%d %H:%M:%S")} {line}\n'))
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Appends one JSON line to metrics.jsonl and a scalar per value to TensorBoard."""
-        if not self.active:
-            return
-        text = json.dumps({'step': step, 'time': round(time.time(), 3), **finite(values)}) + '\n'
-        with_room(lambda: append(self.folder / 'metrics.jsonl', text))
-        for tag, value in values.items():
-            self._show('add_scalar', tag, value, step)
-
-    def image(self, step: int, tag: str, grid: torch.Tensor) -> None:
-        """Shows an image (C, H, W) in [0, 1] in TensorBoard."""
-        self._show('add_image', tag, grid, step)
-
-    def histogram(self, step: int, tag: str, values: torch.Tensor) -> None:
-        """Shows how values of any shape are distributed in TensorBoard; leaves out what is not finite."""
-        import torch
-        values = values[torch.isfinite(values)]
-        if len(values):
-            self._show('add_histogram', tag, values, step)
-
-    def _show(self, kind: str, tag: str, value: Any, step: int) -> None:
-        """Passes a value on to TensorBoard, whose events end where the disk is full: metrics.jsonl has them.
-        """
-        try:
-            if self.writer:
-                getattr(self.writer, kind)(tag, value, step)
-        except OSError as error:
-            self.writer = None
-            self.say(f'WARNING: no more events for TensorBoard ({error.strerror or error})')
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.writer:
-                self.writer.close()
 
 
 # --------------------------------------------------------------------------------------------------- programs

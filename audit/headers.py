@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin
 
 from readers.dicom import complete, is_dicom, read_dataset
 from readers.images.decode import FORMATS
@@ -65,9 +65,9 @@ def read_file_header(path: str | Path) -> Header:
             warnings.simplefilter('ignore')            # of odd metadata: that is what is looked for
             pixels, encoder, quality = READERS[image.format](image, Path(path))
             return Header(image.format, image.width, image.height, pixels, encoder, quality)
-    except (OSError, UnidentifiedImageError, ValueError, struct.error) as error:
-        raise UserError(f"the header of {path} cannot be read ({error}): replace or remove the "
-                        f"file.") from None
+    except Exception as error:                         # a damaged file can mislead Pillow into any of them
+        raise UserError(f"the header of {path} cannot be read ({str(error) or type(error).__name__}): "
+                        f"replace or remove the file.") from None
 
 
 def _png(image: Image.Image, path: Path) -> tuple[str, str, float]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from distributed.environment import LOOPBACK, Environment
 from utils import UserError
 
-MEETING_TIME = 600.0         # seconds that processes may start apart
+MEETING_TIME = 120.0         # seconds that processes may start apart, if --timeout is shorter
 NAME_TIME = 30.0             # seconds in which a name server may come to know the host of process 0
 PAUSE = 0.1                  # seconds between two looks at what is awaited
 PULSE = 5.0                  # seconds between two heartbeats, at most
@@ -38,7 +38,8 @@ def process_group(here: Environment, device: torch.device, timeout: float,
     All leave together. If a process is lost, `give_up` is called, perhaps in another thread, with a line that
     says so. It does not return.
     """
-    store, on_gpu, limit = join_store(here), device.type == 'cuda', timedelta(seconds=timeout)
+    store = join_store(here, max(timeout, MEETING_TIME))
+    on_gpu, limit = device.type == 'cuda', timedelta(seconds=timeout)
     if interface := gloo_interface(here):
         os.environ.setdefault('GLOO_SOCKET_IFNAME', interface)
     try:
@@ -99,8 +100,9 @@ def heartbeat(group: dist.ProcessGroup, pulse: float, give_up: Callable[[str], N
 
 # ------------------------------------------------------------------------------------------------ rendezvous
 
-def join_store(here: Environment) -> dist.Store:
-    """The key-value store of this start of the run. Raises UserError if some processes do not come.
+def join_store(here: Environment, most: float) -> dist.Store:
+    """The key-value store of this start of the run. Raises UserError for processes that do not come within
+    `most` seconds.
 
     torchrun's store outlives the processes that it restarts and holds keys of earlier starts. So every
     process calls with a word of its own until process 0, which first deletes old calls, answers with the list
@@ -108,14 +110,14 @@ def join_store(here: Environment) -> dist.Store:
     """
     word, calls = uuid.uuid4().hex[:8], [f'call/{rank}' for rank in range(here.world)]
     try:
-        store, since = connect(here), time.monotonic()
+        store, since = connect(here, most), time.monotonic()
         for call in calls if here.rank == 0 else ():
             store.delete_key(call)
         while not store.check(['all']) or word not in store.get('all').decode():
             store.set(calls[here.rank], word)
             if here.rank == 0 and store.check(calls):
                 store.set('all', b','.join(store.multi_get(calls)))
-            if time.monotonic() - since > MEETING_TIME:
+            if time.monotonic() - since > most:
                 missing = [rank for rank in range(here.world) if not store.check([calls[rank]])]
                 raise TimeoutError(f"process {(missing or [0])[0]} did not come")
             time.sleep(PAUSE)
@@ -126,7 +128,7 @@ def join_store(here: Environment) -> dist.Store:
                         f"--master_port, and that all processes were started.") from None
 
 
-def connect(here: Environment) -> dist.Store:
+def connect(here: Environment, most: float) -> dist.Store:
     """The store at the address of process 0, which serves it unless torchrun does; or OSError, DistError."""
     by_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' \
         and os.environ.get('MASTER_PORT') == str(here.port)
@@ -138,7 +140,7 @@ def connect(here: Environment) -> dist.Store:
             socket.create_connection((here.address, here.port), timeout=10).close()
             return dist.TCPStore(here.address, here.port, is_master=False, wait_for_workers=False)
         except OSError as error:
-            if time.monotonic() - since > (NAME_TIME if isinstance(error, socket.gaierror) else MEETING_TIME):
+            if time.monotonic() - since > (NAME_TIME if isinstance(error, socket.gaierror) else most):
                 raise
             time.sleep(PAUSE)
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from multiprocessing.util import _run_finalizers
@@ -261,6 +261,14 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over processes; the tensor itself where there is one."""
     return value if _group is None else sum_over_ranks(value) / _here.world
+
+
+def copy_from_main(values: Iterable[torch.Tensor]) -> None:
+    """Sets tensors to those of the main process."""
+    if _group is not None:
+        import torch.distributed as dist
+        for value in values:
+            dist.broadcast(value, 0)
 
 
 def any_rank(value: bool) -> bool:

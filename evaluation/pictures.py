@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from anomaly.maps.overlays import titled
-from utils import RunLog, seed_noise, write_atomically
+from storage.run_log import RunLog
+from utils import seed_noise, write_atomically
 
 NUM_SHOWN = 64                              # images in a grid
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0)         # of samples that training shows, unless the family states others

@@ -50,7 +50,8 @@ from readers.source import Unreadable
 from readers.split import read_split
 from readers.volumes.nifti import read_nifti
 from storage.checkpoint import save_checkpoint
-from utils import RunLog, UserError, read_flags, read_json, read_text, write_npz
+from storage.run_log import RunLog
+from utils import UserError, read_flags, read_json, read_text, write_npz
 
 LONGEST, MOST_MEMORY = 5, 1 << 30              # seconds and bytes of one input
 BLOCK = 50                                     # inputs a process

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 
 import pytest
 import torch
@@ -15,26 +16,30 @@ import utils
 from distributed import launch
 from readers.batches import _load
 from readers.images.layout import image_files
+from storage import run_log
 from storage.checkpoint import copies, read_checkpoint
 from storage.provenance import starts
-from utils import RunLog, UserError, read_flags
+from storage.run_log import RunLog
+from utils import UserError, read_flags
 
 
 class Full:
-    """os.write on a disk that is full for the first calls, half of whose bytes still fit."""
+    """os.write on a disk that is full for the first calls, for half of the bytes or for all by turns."""
 
     def __init__(self, times):
         self.times, self.real = times, os.write
 
     def __call__(self, descriptor, data):
         self.times -= 1
+        if self.times >= 0 and self.times % 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self.real(descriptor, data[:len(data) // 2] if self.times >= 0 else data)
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(utils, 'WAIT_FOR_ROOM', 0.3)
-    monkeypatch.setattr(utils, 'ROOM_PAUSE', 0.05)
+    monkeypatch.setattr(run_log, 'WAIT_FOR_ROOM', 0.3)
+    monkeypatch.setattr(run_log, 'ROOM_PAUSE', 0.05)
 
 
 def test_a_log_waits_for_room_and_has_whole_lines(tmp_path, impatient, monkeypatch, capsys):
@@ -44,11 +49,34 @@ def test_a_log_waits_for_room_and_has_whole_lines(tmp_path, impatient, monkeypat
     log.metrics(2, {'loss': 2.0})
     assert [utils.read_line(line)['step'] for line in (tmp_path / 'metrics.jsonl').open('rb')] == [1, 2]
     assert 'No space left on device. Make room there' in capsys.readouterr().err
-    monkeypatch.setattr(os, 'write', Full(1000))
-    with pytest.raises(OSError) as error:
-        log.metrics(3, {'loss': 3.0})
-    assert error.value.errno == errno.ENOSPC
+    for times in (1000, 1001):
+        monkeypatch.setattr(os, 'write', Full(times))
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/metrics.jsonl'"):
+            log.metrics(3, {'loss': 3.0})
     assert (tmp_path / 'metrics.jsonl').read_text().count('\n') == 2
+
+
+def test_a_file_that_has_no_room_is_named(tmp_path):
+    def write(_):
+        with open('/dev/full', 'w') as file:
+            file.write('x')
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a.json'"):
+        utils.write_atomically(tmp_path / 'a.json', write)
+
+
+def test_events_end_on_a_full_disk_and_the_run_goes_on(train_flags, tmp_path, monkeypatch, capfd):
+    """As the thread that writes them does: it fails, and the next event meets its error."""
+    from tensorboard.compat.tensorflow_stub.io import gfile
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(gfile.LocalFileSystem, 'append', full)
+    monkeypatch.setattr(threading, 'excepthook', threading.__excepthook__)
+    folder = run(train_flags, tmp_path, 'a')
+    said = capfd.readouterr()
+    assert said.out.count('WARNING: no more events for TensorBoard (No space left on device)') == 1
+    assert 'done: 8 steps' in said.out and 'Traceback' not in said.err
+    assert read_checkpoint(folder)['step'] == 8
 
 
 def test_a_run_on_a_full_disk_ends_with_one_line_and_keeps_its_checkpoint(train_flags, tmp_path, impatient,

@@ -24,7 +24,7 @@ from utils import UserError, run_program
 def store(monkeypatch):
     """A store that remembers, as that of torchrun does."""
     store = HashStore()
-    monkeypatch.setattr(group, 'connect', lambda here: store)
+    monkeypatch.setattr(group, 'connect', lambda *_: store)
     return store
 
 
@@ -37,7 +37,7 @@ def together(world):
 
 def marked_store(here):
     """Its store, in which process 0 leaves a word of its own; the others wait for it."""
-    found = join_store(here)
+    found = join_store(here, 60.0)
     if here.rank == 0:
         found.set('mine', os.urandom(8).hex())
     return found
@@ -53,26 +53,24 @@ def test_a_start_has_keys_of_its_own_in_a_store_that_remembers(store):
     assert len(set(together(2))) == 1
 
 
-def test_who_does_not_come_is_named(monkeypatch, store):
-    monkeypatch.setattr(group, 'MEETING_TIME', 0.3)
+def test_who_does_not_come_is_named(store):
     with pytest.raises(UserError, match=r'process 0 of 3 cannot meet the others .*process 1 did not come'):
-        join_store(Environment(0, 3))
+        join_store(Environment(0, 3), 0.3)
     with pytest.raises(UserError, match=r'process 1 of 2 cannot meet the others .*process 0 did not come'):
-        join_store(Environment(1, 2))
+        join_store(Environment(1, 2), 0.3)
 
 
 def test_a_server_that_is_not_there_and_a_port_that_is_taken_are_one_line(monkeypatch):
-    monkeypatch.setattr(group, 'MEETING_TIME', 0.3)
     with pytest.raises(UserError, match=r'process 1 of 2 cannot meet the others at 127.0.0.1:\d+ .*refused'):
-        join_store(Environment(1, 2, 1, 2, '127.0.0.1', free_port()))
+        join_store(Environment(1, 2, 1, 2, '127.0.0.1', free_port()), 0.3)
     monkeypatch.setattr(group, 'NAME_TIME', 0.0)
     with pytest.raises(UserError, match=r'at no.such.host.invalid:6020 .* --master_address'):
-        join_store(Environment(1, 2, 1, 2, 'no.such.host.invalid', 6020))
+        join_store(Environment(1, 2, 1, 2, 'no.such.host.invalid', 6020), 0.3)
     with socket.socket() as s:
         s.bind(('', 0))
         s.listen()
         with pytest.raises(UserError, match='--master_port'):
-            join_store(Environment(0, 2, 0, 2, '127.0.0.1', s.getsockname()[1]))
+            join_store(Environment(0, 2, 0, 2, '127.0.0.1', s.getsockname()[1]), 0.3)
 
 
 # ------------------------------------------------------------------------------------------- real processes

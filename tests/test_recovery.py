@@ -4,18 +4,19 @@ import json
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_train import run
-from torch.nn import ParameterList
+from torch.nn import Linear
 
 import train
 from distributed import launch
 from model import load_model
 from storage.checkpoint import copies, fingerprint, not_finite, read_checkpoint
 from training import optimization as update
-from training.recovery import EVIDENCE
+from training.recovery import EVIDENCE, first_not_finite
 from training.trainer import Trainer
 from utils import UserError
 
@@ -88,6 +89,32 @@ def test_a_run_that_diverges_again_and_again_ends_with_an_error(where, told, tra
     assert finite(tmp_path / 'eval-a') == 4
 
 
+def test_the_best_model_is_finite_too(train_flags, tmp_path, plant):
+    """The planted number is far from the loss: validations stay finite."""
+    build = Trainer._build_model
+
+    def with_idle(self, initial):
+        model = build(self, initial)
+        model.register_buffer('idle', torch.tensor(math.nan))
+        return model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, '_build_model', with_idle)
+        with pytest.raises(UserError, match='The run has diverged: there is no checkpoint'):
+            run(train_flags, tmp_path, 'a', '--keep_best', '--save_every', '100')
+    assert not copies(tmp_path / 'eval-a' / 'best.pt')
+
+
+def test_no_process_looks_for_the_layer_where_one_knows_the_cause(monkeypatch):
+    """Batch norms of several GPUs wait for all processes in each pass."""
+    model, passes = Linear(2, 2), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    optimization, images = SimpleNamespace(model=model, step=1), [torch.zeros(1, 2)]
+    assert first_not_finite(optimization, images, 0) == '' and passes == [1]
+    monkeypatch.setattr(launch, 'any_rank', lambda here: True)                # another process has one
+    assert first_not_finite(optimization, images, 0) == '' and passes == [1]
+    assert first_not_finite(optimization, [images[0] / 0], 0) == 'the images' and passes == [1]
+
+
 # ------------------------------------------------------------------------------------- one process of two
 
 SURVIVED = {'data': 'done: 8 steps, 1 skipped', 'average': 'there is a weight that is not finite; .* back to',
@@ -109,8 +136,7 @@ def train_each(args):
                 train.work(args)
             except UserError as raised:
                 error = raised
-        weights = ParameterList(trainers[0].optimization.evaluated.parameters())
-        ends = launch.gather([(fingerprint(weights), str(error))])
+        ends = launch.gather([(fingerprint(trainers[0].optimization.evaluated), str(error))])
         assert ends[0] == ends[1], f'{where}: the processes went different ways'
         assert error is None if once else re.search(LOST[where], ends[0][1]), ends
     raise error

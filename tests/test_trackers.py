@@ -9,7 +9,7 @@ import pytest
 
 import train
 from distributed import launch
-from training.trackers import start_trackers
+from training.trackers import TRACKERS, start_trackers
 from utils import UserError, read_flags
 
 
@@ -70,6 +70,16 @@ def test_mlflow_gets_flags_once_and_every_finite_metric(monkeypatch, tmp_path):
             assert asked.pop(0) == ('log_params', texts)
         assert asked == [('log_metrics', {'val/loss': 0.5}, ('step', 7)), ('end_run',)]
         asked.clear()
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(train_flags, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ConnectionError('no server')
+    service = SimpleNamespace(metrics=fail, finish=fail)
+    monkeypatch.setitem(TRACKERS, 'mlflow_experiment', lambda *_: service)
+    run([*train_flags, '--root', str(tmp_path), '--mlflow_experiment', 'brains'])
+    told = capsys.readouterr().out
+    assert told.count('WARNING: nothing more goes to') == 1 and 'done: 8 steps' in told
 
 
 def test_a_run_tells_tensorboard_its_flags_and_the_log_the_auroc_that_is_watched(train_flags, tmp_path):

@@ -86,6 +86,15 @@ def test_headers_of_files(tmp_path, options, mode, pixels, encoder):
         assert np.isnan(header.quality)
 
 
+def test_a_jpeg_without_tables_is_one_line(tmp_path):
+    Image.new('L', (24, 16)).save(path := tmp_path / 'a.jpg')
+    whole = path.read_bytes()
+    start = whole.index(b'\xff\xdb')                                          # DQT, and its length
+    path.write_bytes(whole[:start] + whole[start + 2 + int.from_bytes(whole[start + 2:start + 4]):])
+    with pytest.raises(UserError, match=r'the header of .*a.jpg cannot be read \(StopIteration\)'):
+        read_file_header(path)
+
+
 def test_the_header_of_a_dicom_file_holds_nothing_of_the_patient(tmp_path):
     dataset = made(np.zeros((16, 24), np.uint16), bits=12, PatientName='Somebody^Secret')
     (tmp_path / 'scan').write_bytes(as_bytes(dataset))

@@ -10,8 +10,8 @@ import torch
 
 from command_line.parser import parse_flags, peek_flags
 from distributions import RowNoise
+from storage.run_log import RunLog
 from utils import (
-    RunLog,
     UserError,
     flag,
     flags,

@@ -15,8 +15,9 @@ import train
 from evaluation.likelihood import mean_objective
 from model import load_model
 from storage.checkpoint import read_checkpoint
+from storage.run_log import RunLog
 from training import trainer
-from utils import RunLog, UserError, flag, flags
+from utils import UserError, flag, flags
 
 
 @flags

@@ -36,10 +36,11 @@ import evaluate
 import train
 import utils
 from distributed.environment import free_port
+from storage import run_log
 from storage.checkpoint import copies, not_finite, read_one
 from utils import read_line
 
-LONGEST = 300.0                      # seconds of any run
+LONGEST = 300.0                      # seconds of any run: more than processes wait for one that was killed
 # What every run imports; it forks from a process that has done so.
 IMPORTED = ('torch._dynamo', 'torch.distributed', 'torch.utils.tensorboard', 'scipy.ndimage',
             'training.trainer', 'training.recovery', 'evaluation.sampling')
@@ -246,7 +247,7 @@ def damaged(torture: Torture, number: int, world: int = 1) -> None:
 
 
 def wait_for_room(seconds: float) -> None:
-    utils.WAIT_FOR_ROOM, utils.ROOM_PAUSE = seconds, 0.1
+    run_log.WAIT_FOR_ROOM, run_log.ROOM_PAUSE = seconds, 0.1
 
 
 def full(torture: Torture, number: int) -> None:

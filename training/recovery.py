@@ -46,13 +46,14 @@ def go_back(optimization: Optimization, folder: RunFolder, images: list[Tensor],
 
 def first_not_finite(optimization: Optimization, images: list[Tensor], seed: int) -> str:
     """What is first not finite in the last step, in the order of its computation: images, a weight, the
-    output of a layer, the gradient of a weight; '' if everything is finite.
+    output of a layer, the gradient of a weight; '' if everything is finite. Where images or weights of any
+    process are not, no process looks further: passes of some would wait for those of the others.
     """
     model, found = optimization.model, []
-    if not_finite(images, 'images'):
-        return 'the images'
-    if name := not_finite(model.state_dict()):
-        return f'the weight {name}'
+    name = not_finite(model.state_dict())
+    cause = 'the images' if not_finite(images) else f'the weight {name}' if name else ''
+    if launch.any_rank(bool(cause)):
+        return cause
 
     def note(name: str) -> object:
         def look(_: nn.Module, inputs: object, output: object) -> None:

@@ -17,13 +17,15 @@ from tqdm import tqdm
 from datasets import DataConfig
 from distributed import launch
 from model import describe, family_config
-from storage.checkpoint import copies, read_checkpoint, save_checkpoint
+from storage.checkpoint import copies, not_finite, read_checkpoint, save_checkpoint
 from storage.locks import clear_leftovers, only_process
+from storage.run_log import RunLog, with_room
 from training.config import RunConfig
-from training.trackers import start_trackers
-from utils import RunLog, UserError, read_flags, with_room
+from training.trackers import end_events_quietly, start_trackers
+from utils import UserError, read_flags
 
 REMAINS = ('args.json', 'metrics.jsonl', 'log.txt')        # of a run that has begun
+STATES = ('weights', 'ema', 'optimizer')                   # of a checkpoint: what must be finite
 FREE_DATA_FLAGS = ('data', 'cache_dir', 'num_workers')     # may change when a run is resumed
 
 
@@ -46,24 +48,37 @@ class RunFolder(RunLog):
         """`flags` are all flags of the command; `step` steps are done; `split` is the hash of split.json."""
         self.flags, self.split = flags, split
         self.trackers = start_trackers(run.folder, flags) if launch.is_main() else []
+        end_events_quietly()
         super().__init__(run.folder, active=launch.is_main(), step=step)
 
-    def save(self, name: str, model: Any, state: dict[str, Any]) -> None:
-        """Writes a checkpoint: `state`, and what builds `model` again."""
+    def save(self, name: str, model: Any, state: dict[str, Any]) -> bool:
+        """Writes a checkpoint: `state`, and what builds `model` again. False if a number in it is not
+        finite on any process: then none is written.
+        """
+        if launch.any_rank(bool(not_finite({key: state.get(key) for key in STATES}))):
+            return False
         if self.active:
             content = {'description': describe(model), 'args': self.flags, 'torch': str(torch.__version__),
                        'split': self.split, **state}
             with_room(lambda: save_checkpoint(self.folder / name, content, self.flags['keep']))
+        return True
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         super().metrics(step, values)
-        for tracker in self.trackers:
-            tracker.metrics(step, values)
+        self._each_tracker('metrics', step, values)
 
     def close(self) -> None:
         super().close()
-        for tracker in self.trackers:
-            tracker.finish()
+        self._each_tracker('finish')
+
+    def _each_tracker(self, method: str, *values: Any) -> None:
+        """Calls a method of the trackers. One that fails, in whatever way, is left out: the run goes on."""
+        for tracker in self.trackers[:]:
+            try:
+                getattr(tracker, method)(*values)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                self.say(f'WARNING: nothing more goes to {type(tracker).__name__} ({error})')
 
 
 def begun_mark() -> Path | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,6 +94,20 @@ TRACKERS: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {
 def start_trackers(folder: Path, flags: dict[str, Any]) -> list[Tracker]:
     """Those that the flags of the command ask for. Raises UserError for a library that is not installed."""
     return [start(folder, flags[flag], flags) for flag, start in TRACKERS.items() if flags.get(flag)]
+
+
+def end_events_quietly() -> None:
+    """From here on the thread that writes events for TensorBoard ends without a traceback where the disk is
+    full: RunLog says so.
+    """
+    if getattr(threading.excepthook, 'func', None) is not _print_unless_of_events:
+        threading.excepthook = partial(_print_unless_of_events, threading.excepthook)
+
+
+def _print_unless_of_events(print_it: Callable[[Any], Any], error: Any) -> None:
+    of_events = type(error.thread).__module__.startswith('tensorboard.')
+    if not (of_events and isinstance(error.exc_value, OSError)):
+        print_it(error)
 
 
 def describe_run(writer: Any, flags: dict[str, Any], metrics: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ from model import build_model, family_config, place, start_from
 from neural_operations import activation_bytes, checkpoint_activations
 from readers.batches import eval_batches, steps_per_epoch, train_batches
 from readers.split import read_split, split_digest, why_other_split
-from storage.checkpoint import copies, not_finite, read_checkpoint
+from storage.checkpoint import copies, read_checkpoint
 from storage.provenance import add_start
 from training.config import RunConfig, Schedule, TrainConfig
 from training.optimization import Optimization, capture_passes, check_graph
@@ -158,13 +158,9 @@ class Trainer:
             mark.touch()
 
     def save(self) -> bool:
-        """Writes the checkpoint. False if a number in it is not finite on any process: then none is written.
-        """
+        """Writes the checkpoint; False if it would not be finite."""
         state = self.optimization.state_dict() | {'amp': self.amp}
-        if launch.any_rank(bool(not_finite({key: state[key] for key in ('weights', 'ema', 'optimizer')}))):
-            return False
-        self.folder.save('checkpoint.pt', self.model, state)
-        return True
+        return self.folder.save('checkpoint.pt', self.model, state)
 
     def steps(self, first: int, seed: int) -> Iterator[list[Tensor]]:
         """The batches of this process in each step from `first` on, each (B, C, *S)."""
@@ -213,9 +209,9 @@ class Trainer:
                 values[f'val/{name}'] = float(each.mean())
                 self.folder.histogram(step, f'val/{name}', each)
         value = values[f'val/{self.metric}']
-        if self.config.keep_best and value < self.best:
+        if self.config.keep_best and value < self.best and self.folder.save(
+                'best.pt', model, self.optimization.weights() | {'validation': value}):
             self.best = value
-            self.folder.save('best.pt', model, self.optimization.weights() | {'validation': value})
         if self.monitored is not None:
             for name, auroc in monitor(model, self.data, self.monitored, self.schedule.batch_size).items():
                 values[f'monitor/auroc_{name}'] = auroc
@@ -230,7 +226,10 @@ class Trainer:
         return launch.any_rank(launch.is_main() and due and f'val/{self.metric}' not in self.folder.logged)
 
     def recalibrate(self) -> None:
-        """Gives the averaged weights batch-norm statistics of their own, if this is asked for."""
+        """Gives all processes the batch-norm statistics of the main one, as on CPUs each sees a part of the
+        batch; and the averaged weights statistics of their own, if this is asked for.
+        """
+        launch.copy_from_main([*self.model.buffers(), *self.optimization.evaluated.buffers()])
         if self.config.ema_bn_batches:
             batches = chain.from_iterable(self.steps(0, mix_seed(self.run.seed, 'recalibrate')))
             batches = islice(batches, self.config.ema_bn_batches)

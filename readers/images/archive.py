@@ -1,16 +1,12 @@
 """Data sets that come as a tar: unpacked once, into the cache, and only what is harmless."""
 
-import lzma
 import tarfile
-import zlib
-from gzip import BadGzipFile
 from pathlib import Path, PurePosixPath
 
 from readers.cache import cached_files, stamp
 from utils import UserError
 
 FILES = 'files'                          # of a cache folder: what is unpacked, apart from its own files
-DAMAGED = (tarfile.TarError, BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
 
 
 def unpacked(path: str | Path, cache_dir: str) -> Path:
@@ -26,7 +22,9 @@ def unpacked(path: str | Path, cache_dir: str) -> Path:
         try:
             with tarfile.open(path) as tar:
                 tar.extractall(folder / FILES, filter=harmless)
-        except DAMAGED as error:
+        except Exception as error:                   # a damaged file can mislead the library into any of them
+            if isinstance(error, UserError) or getattr(error, 'errno', None):
+                raise                                # not a matter of this file: a full disk
             reason = ' '.join(str(error).split())
             raise UserError(f"--data: {path} cannot be unpacked ({reason}): it is no tar, or a damaged one. "
                             f"Name a folder, or fetch it again.") from None
