@@ -103,26 +103,26 @@ class RunLog:
             return
         text = json.dumps({'step': step, 'time': round(time.time(), 3), **finite(values)}) + '\n'
         with_room(lambda: append(self.folder / 'metrics.jsonl', text))
-        for tag, value in values.items():
-            self._show('add_scalar', tag, value, step)
+        self.show(lambda writer: [writer.add_scalar(tag, value, step) for tag, value in values.items()])
 
     def image(self, step: int, tag: str, grid: torch.Tensor) -> None:
         """Shows an image (C, H, W) in [0, 1] in TensorBoard."""
-        self._show('add_image', tag, grid, step)
+        self.show(lambda writer: writer.add_image(tag, grid, step))
 
     def histogram(self, step: int, tag: str, values: torch.Tensor) -> None:
         """Shows how values of any shape are distributed in TensorBoard; leaves out what is not finite."""
         import torch
         values = values[torch.isfinite(values)]
         if len(values):
-            self._show('add_histogram', tag, values, step)
+            self.show(lambda writer: writer.add_histogram(tag, values, step))
 
-    def _show(self, kind: str, tag: str, value: Any, step: int) -> None:
-        """Passes a value on to TensorBoard, whose events end where the disk is full: metrics.jsonl has them.
+    def show(self, draw: Callable[[Any], Any]) -> None:
+        """Calls `draw` with TensorBoard's writer, whose events end where the disk is full: metrics.jsonl has
+        them.
         """
         try:
             if self.writer:
-                getattr(self.writer, kind)(tag, value, step)
+                draw(self.writer)
         except OSError as error:
             self.writer = None
             self.say(f'WARNING: no more events for TensorBoard ({error.strerror or error})')

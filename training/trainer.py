@@ -148,8 +148,8 @@ class Trainer:
         if self.optimization.step:
             say(f'continuing at step {self.optimization.step} of {schedule.total}')
         if launch.is_main():
-            if self.folder.writer and not self.optimization.step:
-                describe_run(self.folder.writer, vars(self.args), [f'val/{self.metric}'])
+            if not self.optimization.step:
+                self.folder.show(lambda writer: describe_run(writer, vars(self.args), [f'val/{self.metric}']))
             write_json(self.folder.folder / 'args.json', vars(self.args))
             if not (split := self.folder.folder / 'split.json').exists():
                 write_json(split, data.split)
