@@ -107,7 +107,9 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
     if scoring.msma_map != 'none':                       # densities have maps only now that they are fitted
         mapped = [replace(s, features=None) for s in scores if s.density and s.map]
         late = score(data.val, 'val, maps', mapped, normal.densities).maps
-        validation.maps = validation.maps.merged(late) if validation.maps else late
+        if validation.maps and late:
+            late.values.update(validation.maps.values)
+        validation.maps = late or validation.maps
     normal.fit_pixels(validation, shown.name if shown else '')
     validation.maps = None                               # their memory is needed for the test part
     described = [EXPOSURE] if settings.judging.match and not first else []

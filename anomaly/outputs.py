@@ -131,10 +131,6 @@ class Outputs:
             for number, terms in zip(missing, self.forward(missing, skip)):
                 self._made[name, number, skip] = function(terms)
 
-    def posterior_means(self) -> Terms:
-        """Terms of a pass that takes every latent at the mean of its posterior."""
-        return self.once(('means',), lambda: as_float64(self.model(self.x, temperature=0.0)))
-
     def mean(self, function: Callable[[Terms], Tensor], skip: int = 0) -> Tensor:
         """Mean over the draws of a function of the terms."""
         draws = range(self.scoring.num_draws)
@@ -220,7 +216,7 @@ class Outputs:
         """
         if self.scoring.density_features == 'draws':
             return self.mean(function)
-        return function(self.posterior_means())
+        return function(self.once(('means',), lambda: as_float64(self.model(self.x, temperature=0.0))))
 
     def statistics(self) -> Tensor:
         """The model's statistics for DoSE, float64 on the CPU: (B, n). Score norms are computed once."""

@@ -100,15 +100,15 @@ def predict(run: Any) -> int:
     files.errors = dict(launch.gather([*files.errors.items()]))
     shown = choose_map(primary, scores, run.model, normal.scoring)
     names = [primary, *(name for name in names if name != primary)]
-    drawn = draw(run, files, table, primary, shown, normal)
+    ranked = sorted_files(table, normal, primary)
+    drawn = draw(run, files, ranked, shown, normal)
     if launch.is_main():
         write_predictions(run.out / 'scores.csv', files, table, drawn.written, normal, names)
         result = summarize(run, found, files, table, drawn.written, normal, primary)
         about = {'about': next(score.about for score in scores if score.name == primary),
                  'map_score': shown.name if shown else '', 'models': [about_run(run.model, run.run_folder)],
                  'command': 'python ' + shlex.join(sys.argv), **code_and_date()}
-        predictions.write(run.out, result | about, sorted_files(table, normal, primary), files.errors,
-                          drawn.cards, drawn.look)
+        predictions.write(run.out, result | about, ranked, files.errors, drawn.cards, drawn.look)
     return SOME_UNREADABLE_STATUS if files.errors else 0
 
 
@@ -135,8 +135,9 @@ class Drawn(NamedTuple):
     look: dict[str, Any]
 
 
-def draw(run: Any, files: NewFiles, table: Table, primary: str, shown: Score | None, normal: Normal) -> Drawn:
-    """Draws the --num_overlays most anomalous images with the map of the score `shown`, and writes map and
+def draw(run: Any, files: NewFiles, ranked: Sequence[predictions.Prediction], shown: Score | None,
+         normal: Normal) -> Drawn:
+    """Draws the --num_overlays first of the files with the map of the score `shown`, and writes map and
     segmentation; every rank has all that it returns.
     """
     if launch.is_main():
@@ -146,7 +147,7 @@ def draw(run: Any, files: NewFiles, table: Table, primary: str, shown: Score | N
             remove_maps(run.out / name)
     launch.barrier()
     number = read_flags(PredictConfig, run.args).num_overlays
-    chosen = [file.id for file in sorted_files(table, normal, primary)][:None if number < 0 else number]
+    chosen = [file.id for file in ranked[:None if number < 0 else number]]
     names = {i: picture_name(rank, len(chosen), i) for rank, i in enumerate(chosen, 1)}
     plain_names = dict(zip(sorted(chosen), file_names(sorted(chosen))))
 

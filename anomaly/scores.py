@@ -12,6 +12,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from utils import UserError, flag, flags
@@ -238,26 +239,24 @@ def unfitted(kind: str, **options: Any) -> Density:
     return getattr(density, kind)(**options)
 
 
-def msma_score(name: str, about: str, density: Density) -> Score:
-    """A density of the norms of the score at many levels of noise (Mahmood et al. 2021)."""
-    return Score(name, 'score norms', about, map=lambda outputs: msma_map(name, outputs),
-                 features=lambda outputs: outputs.score_norms(), density=density)
-
-
 def msma_scores() -> list[Score]:
+    """Densities of the norms of the score at many levels of noise (Mahmood et al. 2021)."""
     from anomaly.density import GMM, KDE, KNN, PCAGMM, SADE_RULE
     from anomaly.flow_density import Flow
     norms = 'the norms of the score at many levels of noise'
-    return [
-        msma_score('msma_gmm', f"-log density of {norms} under a Gaussian mixture fitted to normal "
-                   f"validation images, nats", GMM(**SADE_RULE, images_per_feature=2)),
-        msma_score('msma_knn', f"distance of {norms} to the 5th nearest normal validation image",
-                   KNN(k=5, scale=False)),
-        msma_score('msma_kde', f"-log density of {norms} under a kernel density estimate on normal "
-                   f"validation images, nats", KDE()),
-        msma_score('msma_pca_gmm', f"-log density of 5 principal components of {norms} under a Gaussian "
-                   f"mixture, nats", PCAGMM(**SADE_RULE, images_per_feature=2)),
-        msma_score('msma_flow', f"-log density of {norms} under an autoregressive flow, nats", Flow())]
+    rows = {
+        'msma_gmm': (f"-log density of {norms} under a Gaussian mixture fitted to normal validation images, "
+                     f"nats", GMM(**SADE_RULE, images_per_feature=2)),
+        'msma_knn': (f"distance of {norms} to the 5th nearest normal validation image",
+                     KNN(k=5, scale=False)),
+        'msma_kde': (f"-log density of {norms} under a kernel density estimate on normal validation images, "
+                     f"nats", KDE()),
+        'msma_pca_gmm': (f"-log density of 5 principal components of {norms} under a Gaussian mixture, nats",
+                         PCAGMM(**SADE_RULE, images_per_feature=2)),
+        'msma_flow': (f"-log density of {norms} under an autoregressive flow, nats", Flow())}
+    return [Score(name, 'score norms', about, map=partial(msma_map, name),
+                  features=lambda outputs: outputs.score_norms(), density=density)
+            for name, (about, density) in rows.items()]
 
 
 def kl_score(i: int) -> Score:

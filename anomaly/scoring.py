@@ -112,7 +112,7 @@ def score_images(model: Any, batches: Batches, scores: Sequence[Score], scoring:
             started = time.perf_counter()
             for found, make in ((values, score.image), (learned, score.features)):
                 if make is not None:
-                    found[score.name] = column(make(outputs))
+                    found[score.name] = make(outputs).double().cpu().numpy()
             seconds += (time.perf_counter() - started) * bool(score.needs)
         rows.append((list(entries), values, learned, seconds))
         if maps is not None:
@@ -123,11 +123,6 @@ def score_images(model: Any, batches: Batches, scores: Sequence[Score], scoring:
     join = lambda k: {name: np.concatenate([row[k][name] for row in rows])[order] for name in rows[0][k]}
     values, learned = (join(1), join(2)) if rows else ({}, {})
     return Table([entries[i] for i in order], values, learned, join_maps(kept), sum(row[3] for row in rows))
-
-
-def column(values: torch.Tensor) -> np.ndarray:
-    """A tensor (B, ...) as a float64 array."""
-    return values.double().cpu().numpy()
 
 
 def pictures(model: Any, batches: Batches, score: Score | None, normal: Any) -> Iterator[tuple[Any, Case]]:

@@ -26,10 +26,6 @@ class Maps(NamedTuple):
     ids: np.ndarray                      # (N,) of the images
     inside: np.ndarray | None            # (N, *S) bool, the eroded body of volumes; None for images
 
-    def merged(self, other: 'Maps | None') -> 'Maps':
-        """These maps and those that `other` has of the same images."""
-        return self if other is None else self._replace(values=self.values | other.values)
-
 
 class Spread(NamedTuple):
     """What maps of normal images are like, pixel by pixel."""

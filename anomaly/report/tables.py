@@ -54,10 +54,6 @@ class ReportTable:
         return [(heading, [column.cell(row) for column in self.columns])
                 for heading, row in zip(headings, self.rows)]
 
-    def plain(self) -> 'ReportTable':
-        """The columns that are text."""
-        return replace(self, columns=[column for column in self.columns if column.look != 'bar'])
-
 
 def metric_columns(metrics: Iterable[Metric], values: Callable[[Any], Mapping[str, Estimate]],
                    interval: bool = False) -> list[Column]:
@@ -111,7 +107,7 @@ def show(cell: Any, digits: int, interval: bool) -> str:
 
 def as_text(table: ReportTable) -> list[str]:
     """The title and aligned lines; the first column, and others of plain text, are set to the left."""
-    table = table.plain()
+    table = replace(table, columns=[column for column in table.columns if column.look != 'bar'])
     lines, head = table.lines(), [column.title for column in table.columns]
     rows = [[show(cell, column.digits, column.interval) for cell, column in zip(cells, table.columns)]
             for _, cells in lines]
