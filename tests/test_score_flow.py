@@ -140,11 +140,12 @@ def test_published_flows_with_a_full_and_a_standard_normal_as_base():
     below = torch.arange(6.0) - 2
     weights = published(model, mean=mean, cov_diag=diagonal, cov_factor=below)
     model.load_state_dict(from_official(model, weights))
-    factor = torch.diag(torch.nn.functional.softplus(diagonal + 1e-5)).double()
+    factor = torch.diag(torch.nn.functional.softplus(diagonal.double() + 1e-5))
     for value, cell in zip(below, [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)], strict=True):
         factor[cell] = value
     base = model.flow.base()
-    assert torch.allclose(base.scale_tril, factor) and torch.equal(base.loc, mean.double())
+    assert torch.allclose(base.scale_tril, factor, rtol=0, atol=1e-12)
+    assert torch.equal(base.loc, mean.double())
     model = build(base_distribution='standard')
     zeros = torch.zeros(1, 4)
     changed = {name: value + 1 for name, value in published(model).items()}

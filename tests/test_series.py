@@ -53,7 +53,9 @@ def same(a, b):
     assert a.grid.affine == approx(b.grid.affine, abs=1e-4) and a.own.affine == approx(b.own.affine, abs=1e-4)
 
 
-def test_slices_in_a_folder_are_the_volume_of_a_nifti_file(tmp_path):
+@pytest.mark.parametrize('axes', [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_slices_in_a_folder_are_the_volume_of_a_nifti_file(axes, tmp_path, monkeypatch):
+    monkeypatch.setattr('test_series.TURN', TURN[list(axes)])              # axial, sagittal, coronal slices
     x = stored()
     folder = write(tmp_path / 'ct', [(x[..., k], place(k)) for k in (2, 0, 1)])
     (folder / 'notes.txt').write_text('none of them')
