@@ -3,7 +3,7 @@
 # make test-slow   the few tests that show once more, by another way, what a faster one shows
 # make bench   how long a training step, an evaluation and a start take (docs/performance.md)
 # make coverage   the suite, and which lines no test runs
-# make notebook   the tutorial, run, as docs/tutorial.ipynb
+# make notebook   the tutorials as docs/*.ipynb; that on phantoms is run, that on MedNIST has no pictures
 # Each does all the set-up: a .venv here, with uv and the dependencies. Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -31,10 +31,11 @@ lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-# docs/tutorial.ipynb from docs/tutorial.py, with its pictures.
+# docs/tutorial.ipynb from docs/tutorial.py, with its pictures. Those of MedNIST are not ours to distribute.
 notebook: $(VENV)/.installed-dev
 	$(RUN) -m uv pip install --quiet --python $(RUN) nbconvert ipykernel || $(RUN) -m pip install --quiet nbconvert ipykernel
 	$(RUN) -m jupytext --to ipynb --set-kernel python3 --execute docs/tutorial.py
+	$(RUN) -m jupytext --to ipynb --set-kernel python3 docs/tutorial_mednist.py
 
 # uv is several times faster than pip; where it fails, pip does the same.
 define install

@@ -1,4 +1,4 @@
-"""The tutorial: it runs, what its text claims holds, and its notebook is the same lesson."""
+"""The tutorials: they run, what their text claims holds, and their notebooks are the same lessons."""
 
 import re
 import runpy
@@ -9,25 +9,42 @@ import jupytext
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+from sklearn.metrics import roc_auc_score
+from standins import make_standin
 
 SCRIPT, NOTEBOOK = ROOT / 'docs' / 'tutorial.py', ROOT / 'docs' / 'tutorial.ipynb'
+MEDNIST = ROOT / 'docs' / 'tutorial_mednist.py'
+LESSONS = pytest.mark.parametrize('script', [SCRIPT, MEDNIST], ids=lambda script: script.stem)
 
 
-@pytest.fixture(scope='module')
-def lesson(tmp_path_factory):
-    """The variables that the script leaves, run in its short form in a folder of its own."""
+def run(script, tmp_path_factory, **environment):
+    """The variables that a script leaves, run in its short form in a folder of its own."""
     temporary, here = tmp_path_factory.mktemp('temporary'), tmp_path_factory.mktemp('here')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('TUTORIAL_FAST', '1')
+        for name, value in {'TUTORIAL_FAST': '1', **environment}.items():
+            patch.setenv(name, value)
         patch.setattr(tempfile, 'tempdir', str(temporary))
         patch.setattr(sys, 'path', [*sys.path])
         patch.chdir(here)
         patch.setattr(plt, 'show', lambda: plt.close('all'))
         plt.switch_backend('Agg')
-        names = runpy.run_path(str(SCRIPT))
+        names = runpy.run_path(str(script))
     assert not [*here.iterdir()]                                     # nothing is left beside the script
     return names
+
+
+@pytest.fixture(scope='module')
+def lesson(tmp_path_factory):
+    return run(SCRIPT, tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
+def hands(tmp_path_factory):
+    """The lesson on MedNIST, with noise in place of hands and bright squares on the anomalous images."""
+    data = make_standin('mednist', tmp_path_factory.mktemp('mednist'), count=100, test_count=10)
+    return run(MEDNIST, tmp_path_factory, MEDNIST=str(data))
 
 
 def test_masks_mark_the_abnormal_images_alone(lesson):
@@ -81,10 +98,31 @@ def test_the_threshold_is_that_of_validation_images_and_the_interval_holds_the_v
     assert interval.value == pytest.approx(lesson['auroc']['llr_1'])
 
 
-def test_the_notebook_is_the_script():
+def test_the_published_networks_are_trained(hands):
+    """Learnable numbers of both (their own count), and a loss that falls."""
+    for name, number in (('autoencoder', 2_291_712), ('vae', 3_340_288)):
+        assert sum(p.numel() for p in hands[name].parameters()) == number
+    for losses in (hands['ae_losses'], hands['vae_losses']):
+        assert losses[-1, 1] < 0.8 * losses[0, 1] and np.isfinite(losses[[2, 5], 2]).all()
+
+
+def test_scores_are_the_published_ones(hands):
+    """The mean of |x - y| without clamping y, and the KL: both by hand, from the networks."""
+    x, autoencoder, vae = hands['x'], hands['autoencoder'], hands['vae']
+    with torch.no_grad():
+        residual = (x - autoencoder(x)['logits']).abs().mean((1, 2, 3)).numpy()
+        mean, log_variance = vae.encoder(x).double().chunk(2, 1)
+    kl = (-0.5 * (1 + log_variance - mean ** 2 - log_variance.exp())).mean(1).numpy()
+    np.testing.assert_allclose(hands['residual_score'], residual, rtol=1e-4)
+    np.testing.assert_allclose(np.corrcoef(hands['kl_score'], kl)[0, 1], 1, atol=1e-6)
+    assert hands['auroc']['AE, residual'] == roc_auc_score(hands['anomalous'], hands['residual_score'])
+
+
+@LESSONS
+def test_the_notebook_is_the_script(script):
     script, notebook = ([(cell.cell_type, cell.source) for cell in jupytext.read(path).cells]
-                        for path in (SCRIPT, NOTEBOOK))
-    assert script == notebook, 'docs/tutorial.ipynb is not docs/tutorial.py: run `make notebook`'
+                        for path in (script, script.with_suffix('.ipynb')))
+    assert script == notebook, 'a notebook in docs/ is not its script: run `make notebook`'
 
 
 def test_the_notebook_was_run_to_its_end_and_is_small():
@@ -96,7 +134,8 @@ def test_the_notebook_was_run_to_its_end_and_is_small():
     assert NOTEBOOK.stat().st_size < 2 ** 20 and str(ROOT) not in NOTEBOOK.read_text()
 
 
-def test_links_of_the_tutorial_lead_somewhere():
-    text = '\n'.join(cell.source for cell in jupytext.read(SCRIPT).cells if cell.cell_type == 'markdown')
+@LESSONS
+def test_links_of_the_tutorial_lead_somewhere(script):
+    text = '\n'.join(cell.source for cell in jupytext.read(script).cells if cell.cell_type == 'markdown')
     targets = re.findall(r'\]\((?!https?:)([^)#]+)', text)
     assert targets and all((SCRIPT.parent / target).exists() for target in targets)
