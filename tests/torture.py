@@ -4,8 +4,8 @@
     python tests/torture.py --kills 10 --damaged 5 --full 2 --lost 2 --seed 3
 
 Every process is forked from this one, which has imported PyTorch, so a start takes a fraction of a second.
-Full disks are small tmpfs, which only root can mount. Prints a table, and ends with status 1 if anything
-was lost.
+Full disks are small tmpfs, which only root can mount. Prints a table, keeps the logs of what was lost in
+--keep, and ends with status 1 if anything was.
 """
 
 import argparse
@@ -45,13 +45,15 @@ LONGEST = 300.0                      # seconds of any run: more than processes w
 IMPORTED = ('torch._dynamo', 'torch.distributed', 'torch.utils.tensorboard', 'scipy.ndimage',
             'training.trainer', 'training.recovery', 'evaluation.sampling')
 STATES = ('weights', 'optimizer', 'ema')
+KEPT_LOGS = 6                        # of the last starts, where something was lost
 
 
 class Torture:
     """A small data set, and runs on it that are never disturbed, by the number of their processes."""
 
-    def __init__(self, folder: Path, seed: int):
+    def __init__(self, folder: Path, seed: int, keep: Path):
         self.folder, self.random, self.number, self.lost = folder, random.Random(seed), 0, []
+        self.keep, self.starts = keep, 0
         make_images(folder / 'data' / 'normal', 50, seed=0)
         make_images(folder / 'data' / 'spot', 10, seed=1, spot=True)
         self.flags = [*TINY_NVAE, *f'''--dataset folder --data {folder / 'data'}
@@ -77,7 +79,8 @@ class Torture:
               before: Callable[[], None] = lambda: None) -> list[int]:
         """Forks the processes of a program; returns their numbers. What they say goes to the file `log`."""
         port = free_port()
-        self.log = self.folder / 'log'
+        self.starts += 1
+        self.log = self.folder / f'log{self.starts}'
         self.log.write_bytes(b'')
         children = []
         for rank in range(world):
@@ -117,8 +120,13 @@ class Torture:
         return [statuses[child] for child in children], self.log.read_text(errors='replace')
 
     def lose(self, what: str) -> None:
+        """Notes it, and keeps what the last starts said."""
         self.lost.append(what)
         print(f'LOST: {what}', flush=True)
+        self.keep.mkdir(parents=True, exist_ok=True)
+        for number in range(max(1, self.starts - KEPT_LOGS + 1), self.starts + 1):
+            shutil.copy(self.folder / f'log{number}', self.keep / f'{len(self.lost)}-log{number}')
+        (self.keep / f'{len(self.lost)}').write_text(what)
 
     # ---------------------------------------------------------------------------------------- what is checked
 
@@ -315,6 +323,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (('kills', 100), ('damaged', 20), ('full', 20), ('lost', 20), ('seed', 0)):
         parser.add_argument(f'--{name}', type=int, default=default)
+    parser.add_argument('--keep', type=Path, default=Path('torture-losses'), help='where logs of losses go')
     args = parser.parse_args()
     quarter, rest = divmod(args.kills, 4)
     rows = [('SIGKILL, 1 process', quarter + rest, lambda t, n: kills(t, n, 1)),
@@ -326,7 +335,7 @@ def main() -> int:
     for name in IMPORTED:
         import_module(name)
     with tempfile.TemporaryDirectory() as folder:
-        torture, table = Torture(Path(folder), args.seed), []
+        torture, table = Torture(Path(folder), args.seed, args.keep), []
         for name, number, run in rows:
             since, before = time.monotonic(), len(torture.lost)
             if number:
