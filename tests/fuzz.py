@@ -44,7 +44,8 @@ from model import describe, open_model, restore
 from readers.dicom import decode_dicom
 from readers.images.archive import unpacked
 from readers.images.decode import decode
-from readers.lmdb.file import Lmdb, make_lmdb
+from readers.lmdb.file import make_lmdb
+from readers.lmdb.packed import GuardedLmdb
 from readers.published import arrays
 from readers.source import Unreadable
 from readers.split import read_split
@@ -211,8 +212,13 @@ def archive_files(folder: Path) -> dict[str, Target]:
         plain = Path(place, 'a.tar').read_bytes()
         make_lmdb(Path(place, 'a.lmdb'), lambda first: iter([b'x' * 300] * (20 - first)), 20)
         pages = Path(place, 'a.lmdb', 'data.mdb').read_bytes()
+
+    def records(path: Path) -> None:
+        with GuardedLmdb(path) as records:
+            for i in range(20):
+                records.get(b'%d' % i)
     return {'tar': Target([plain, gzip.compress(plain)], lambda path: unpacked(path, str(folder / 'cache'))),
-            'lmdb': Target([pages], lambda path: [Lmdb(path).get(b'%d' % i) for i in range(20)])}
+            'lmdb': Target([pages], records)}
 
 
 def targets(folder: Path) -> dict[str, Target]:
