@@ -19,7 +19,7 @@ from anomaly.maps.postprocessing import final_maps
 from anomaly.normal import Normal
 from anomaly.outputs import Outputs
 from anomaly.scores import Scoring
-from anomaly.scoring import Table, column
+from anomaly.scoring import Table
 from datasets import DataConfig, preparation
 from distributions import Pixels
 from evaluation.export_example import load
@@ -58,8 +58,8 @@ def exported(request, tmp_path_factory):
     scores, _ = choose_scores([primary, 'reconstruction', *['nelbo'] * has_bound], model)
     outputs = Outputs(model, x, SCORING)
     table = Table([SimpleNamespace(id=str(i)) for i in range(len(x))],
-                  {s.name: column(s.image(outputs)) for s in scores if s.image},
-                  {s.name: column(s.features(outputs)) for s in scores if s.features})
+                  {s.name: s.image(outputs).double().numpy() for s in scores if s.image},
+                  {s.name: s.features(outputs).double().numpy() for s in scores if s.features})
     normal = Normal.fit(table, scores, primary, SCORING, SMOOTH, Judging())
     normal.weights = fingerprint(model)
     normal.save(folder / 'thresholds.json')
