@@ -77,6 +77,8 @@ class PredictConfig:
     num_overlays: int = flag(50, 'number of images drawn with reconstruction and anomaly map, the most '
                                  'anomalous by the primary score; for volumes also written as NIfTI map and '
                                  'segmentation; -1 = all, 0 = none', least=-1, basic=True)
+    dicom_seg: bool = flag(False, 'write the segmentation of each drawn DICOM image also as a DICOM '
+                                  'segmentation object, which names its patient (needs highdicom)')
     thresholds: str = flag('', "thresholds.json of an anomaly evaluation; '' = that of the last evaluation "
                                "of the run")
 

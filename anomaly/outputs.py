@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anomaly.maps.postprocessing import gaussian_blur
@@ -175,13 +176,28 @@ class Outputs:
             return self.ask('residual').float()
         return self.x.float() - self.reconstruction()
 
+    def steady_residual(self) -> Tensor:
+        """The residual, where `residual_shift` is above 0 averaged with that of a shifted copy, shifted back:
+        a network that halves images several times depends on where the coarse grid lies. (B, C, *S).
+        """
+        residual, shift = self.residual(), self.scoring.residual_shift
+        if not shift:
+            return residual
+        axes, inside, framed = self.x.ndim - 2, self.model.pixels.inside, self.model.pixels.framed
+        ends, starts = ((..., *[part] * axes) for part in (slice(shift, None), slice(None, -shift)))
+        x, mean = inside(self.x), inside(residual).clone()
+        moved = F.pad(x, (shift, 0) * axes, mode='replicate')[starts]
+        copy = Outputs(self.model, framed(moved), self.scoring, self.bits, ids=self._ids).residual()
+        mean[starts] = (mean[starts] + inside(copy)[ends]) / 2
+        return framed(mean)
+
     def smooth_residual(self) -> Tensor:
         """|residual|, smoothed before the modulus, so that noise cancels; mean over channels: (B, 1, *S).
 
         By a Gaussian of `residual_smoothing` pixels, the residual mirrored at the edges of the image.
         """
         def make() -> Tensor:
-            smooth = gaussian_blur(self.residual(), self.scoring.residual_smoothing)
+            smooth = gaussian_blur(self.steady_residual(), self.scoring.residual_smoothing)
             return smooth.abs().mean(1, keepdim=True)
         return self.once(('smooth_residual',), make)
 

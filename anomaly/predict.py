@@ -21,6 +21,7 @@ from tqdm import tqdm
 from anomaly.choice import choose_map, choose_primary
 from anomaly.config import PredictConfig
 from anomaly.detect import score_columns
+from anomaly.maps import dicom_seg
 from anomaly.maps.nifti import file_names, plain, remove_maps, write_map
 from anomaly.maps.overlays import map_scale, overlay, titled
 from anomaly.maps.segmentation import segment
@@ -36,12 +37,14 @@ from distributed import launch
 from readers.images.decode import decode, from_size
 from readers.parallel import in_order
 from readers.paths import file_content, passed_line
+from readers.source import Unreadable
 from readers.split import count, some
 from utils import UserError, finite, read_flags, write_atomically, write_csv
 
 SOME_UNREADABLE_STATUS = 3        # exit status: all that could be read is scored, but some files could not
 ENDING = re.compile(r'(\.nii\.gz|\.\w{1,6})$')
-FOLDERS = {'map': 'maps', 'segmentation': 'segmentations'}
+FOLDERS = {'map': 'maps', 'segmentation': 'segmentations', 'dicom_seg': 'segmentations'}
+WITHOUT_SEG = 'without_seg'       # kind of a reason in place of a file
 SCALE_IMAGES = 16                 # most anomalous images that set the color scale of all overlays
 MAX_THREADS = 2                   # that decode at once: an image takes 30 bytes a pixel of its file meanwhile
 
@@ -88,6 +91,8 @@ def predict(run: Any) -> int:
     the exit status.
     """
     config, selection = read_flags(PredictConfig, run.args), read_flags(Selection, run.args)
+    if config.dicom_seg:
+        dicom_seg.check_possible(run.model.shape)
     path = Path(config.thresholds or run.run_folder / 'thresholds.json')
     normal = Normal.load(path, run.model, f'python evaluate.py --checkpoint {run.args.checkpoint} '
                                           f'--eval_mode anomaly')
@@ -104,7 +109,7 @@ def predict(run: Any) -> int:
     drawn = draw(run, files, ranked, shown, normal)
     if launch.is_main():
         write_predictions(run.out / 'scores.csv', files, table, drawn.written, normal, names)
-        result = summarize(run, found, files, table, drawn.written, normal, primary)
+        result = summarize(run, found, files, table, drawn, normal, primary)
         about = {'about': next(score.about for score in scores if score.name == primary),
                  'map_score': shown.name if shown else '', 'models': [about_run(run.model, run.run_folder)],
                  'command': 'python ' + shlex.join(sys.argv), **code_and_date()}
@@ -128,11 +133,12 @@ def new_files(run: Any, normal: Normal) -> tuple[Any, NewFiles]:
 
 class Drawn(NamedTuple):
     """What `draw` leaves: for each kind of file {id: name below the output folder}, and for the page a card
-    by id and the colors of the maps.
+    by id and the colors of the maps; and why files have no DICOM segmentation, by id.
     """
     written: dict[str, dict[str, str]]
     cards: dict[str, dict[str, Any]]
     look: dict[str, Any]
+    without_seg: dict[str, str]
 
 
 def draw(run: Any, files: NewFiles, ranked: Sequence[predictions.Prediction], shown: Score | None,
@@ -142,11 +148,13 @@ def draw(run: Any, files: NewFiles, ranked: Sequence[predictions.Prediction], sh
     """
     if launch.is_main():
         for name in ('overlays', *FOLDERS.values()):
-            for old in (run.out / name).glob('[0-9]*_*.png'):       # of an earlier call
-                old.unlink()
+            for old in (run.out / name).glob('[0-9]*_*.*'):         # of an earlier call
+                if old.suffix in ('.png', '.dcm'):
+                    old.unlink()
             remove_maps(run.out / name)
     launch.barrier()
-    number = read_flags(PredictConfig, run.args).num_overlays
+    config = read_flags(PredictConfig, run.args)
+    number = config.num_overlays
     chosen = [file.id for file in ranked[:None if number < 0 else number]]
     names = {i: picture_name(rank, len(chosen), i) for rank, i in enumerate(chosen, 1)}
     plain_names = dict(zip(sorted(chosen), file_names(sorted(chosen))))
@@ -175,12 +183,15 @@ def draw(run: Any, files: NewFiles, ranked: Sequence[predictions.Prediction], sh
             grids = write_volumes(run.out, plain_names[file.id], file, case, normal, shown.name)
         elif case.relative is not None and isinstance(path, str):                 # not a frame of a file
             grids = write_grids(run.out, names[file.id], path, case, run.data_config.fit,
-                                run.model.pixels.padding)
+                                run.model.pixels.padding, shown.name if config.dicom_seg else '')
         written += [(file.id, *one) for one in grids]
     written = launch.gather(written)
-    return Drawn({kind: {i: path for i, k, path in sorted(written) if k == kind}
-                  for kind in (*FOLDERS, 'overlay')},
-                 dict(launch.gather(cards)), look)
+    by_kind = {kind: {i: text for i, k, text in sorted(written) if k == kind}
+               for kind in (*FOLDERS, 'overlay', WITHOUT_SEG)}
+    without_seg = by_kind.pop(WITHOUT_SEG)
+    if not config.dicom_seg:
+        del by_kind['dicom_seg']
+    return Drawn(by_kind, dict(launch.gather(cards)), look, without_seg)
 
 
 def sorted_files(table: Table, normal: Normal, primary: str) -> list[predictions.Prediction]:
@@ -200,20 +211,29 @@ def picture_name(rank: int, number: int, name: str) -> str:
     return f'{rank:0{len(str(number))}d}_{plain(ENDING.sub("", name))}.png'
 
 
-def write_grids(out: Path, name: str, path: str, case: Case, fit: str,
-                border: int) -> Iterator[tuple[str, str]]:
+def write_grids(out: Path, name: str, path: str, case: Case, fit: str, border: int,
+                seg_score: str) -> Iterator[tuple[str, str]]:
     """Writes the map of an image, in hundredths of a standard deviation, and what is above the threshold of
-    pixels, 0 or 255, on the grid of its file; yields the (kind, name below `out`) of each.
+    pixels, 0 or 255, on the grid of its file; yields the (kind, name below `out`) of each. With the name of
+    the map's score as `seg_score`, a DICOM image has a DICOM segmentation too, or yields why it has none.
     """
-    height, width = decode(file_content(path)).shape[:2]
+    content = file_content(path)
+    height, width = decode(content).shape[:2]
     inner = slice(border, len(case.relative) - border)
     levels = {'map': np.minimum(np.round(100 * case.relative), 65535).astype(np.uint16),
               'segmentation': 255 * case.above.astype(np.uint8)}
     for kind, values in levels.items():
         place = f'{FOLDERS[kind]}/{name}'
-        picture = Image.fromarray(from_size(values[inner, inner], height, width, fit))
-        write_atomically(out / place, lambda path, picture=picture: picture.save(path, 'PNG'))
+        on_grid = from_size(values[inner, inner], height, width, fit)
+        write_atomically(out / place, lambda path, x=on_grid: Image.fromarray(x).save(path, 'PNG'))
         yield kind, place
+    if seg_score:                                                # `on_grid` is the segmentation, the last one
+        place = str(Path(place).with_suffix('.dcm'))
+        try:
+            if dicom_seg.write_segmentation(out / place, content, on_grid > 0, seg_score):
+                yield 'dicom_seg', place
+        except Unreadable as why:
+            yield WITHOUT_SEG, str(why)
 
 
 def write_volumes(out: Path, name: str, file: NewFile, case: Case, normal: Normal,
@@ -245,8 +265,8 @@ def write_predictions(path: Path, files: NewFiles, table: Table, written: dict[s
     write_csv(path, ['id', *columns, *written, 'error'], rows)
 
 
-def summarize(run: Any, found: Any, files: NewFiles, table: Table, written: dict[str, dict[str, str]],
-              normal: Normal, primary: str) -> dict[str, Any]:
+def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: Drawn, normal: Normal,
+              primary: str) -> dict[str, Any]:
     """Says what became of the files; keeps it in metrics.json, and returns it."""
     threshold, num_normal = normal.thresholds[primary], len(normal.validation[primary])
     anomalous = int(flagged(table.values[primary], threshold).sum())
@@ -267,9 +287,12 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, written: dict
     if len(table):
         run.say(f"{anomalous} of {len(table)} are anomalous: {primary} is above {threshold:.5g}. At most "
                 f"{100 * promised:.3g} % of normal images like those of the run exceed this threshold.")
-    for kind, paths in written.items():
+    for kind, paths in drawn.written.items():
         if paths:
-            run.say(f"{kind}s of the {len(paths)} most anomalous: {run.out / f'{kind}s'}")
+            run.say(f"{kind}s of the {len(paths)} most anomalous: {run.out / FOLDERS.get(kind, f'{kind}s')}")
+    for why in dict.fromkeys(drawn.without_seg.values()):
+        ids = [i for i, reason in drawn.without_seg.items() if reason == why]
+        run.say(f"no DICOM segmentation of {count(len(ids), 'image')}, as each {why}: {some(ids)}")
     unread = f"{len(files.errors)} could not be read" if files.errors else "all readable"
     run.say(f"{len(table)} scored, {unread}: see {run.out / 'scores.csv'}")
     return result

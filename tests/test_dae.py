@@ -1,6 +1,7 @@
 """The denoising autoencoder, its noise, and the scores of a smoothed residual."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from pytest import approx
 
 from anomaly.outputs import Outputs
 from anomaly.scores import SCORES, Scoring
-from distributions import Pixels, RowNoise
+from distributions import EIGHT_BITS, Pixels, RowNoise
 from families.autoencoder.config import AEConfig
 from families.autoencoder.model import AE
 from families.dae.config import DAEConfig
@@ -154,6 +155,8 @@ def test_coarse_noise_reaches_the_encoder_in_training_alone(family, config, opti
 class Known(torch.nn.Module):
     """Its residual is the image."""
 
+    pixels = EIGHT_BITS
+
     def reconstruct(self, x):
         return 0 * x
 
@@ -193,3 +196,32 @@ def test_the_signed_residual_is_smoothed_and_mirrored_at_the_edges():
     assert Outputs(Known(), checkers, Scoring()).smooth_residual()[..., 3:-3, 3:-3].max() < 0.01
     wider = values(spot[:1], residual_smoothing=2)['residual_top']
     assert wider.item() < values(spot[:1])['residual_top'].item()
+
+
+class Uneven(Known):
+    """Its residual is the image where row, column (and slice) are even, without the border."""
+
+    def residual(self, x):
+        x = self.pixels.inside(x)
+        even = [(torch.arange(side) % 2 == 0).double() for side in x.shape[2:]]
+        grid = torch.stack(torch.meshgrid(*even, indexing='ij')).prod(0)
+        return self.pixels.framed(x * grid)
+
+
+@pytest.mark.parametrize(('axes', 'padding'), [(2, 0), (2, 2), (3, 0)])
+def test_a_residual_is_averaged_with_that_of_a_shifted_copy(axes, padding):
+    x = torch.rand(2, 1, *[6 + 2 * padding] * axes, dtype=torch.float64)
+    known, uneven = Known(), Uneven()
+    known.pixels = uneven.pixels = replace(EIGHT_BITS, padding=padding)
+    x = known.pixels.framed(known.pixels.inside(x))
+    for shift in (1, 2):            # what does not depend on the place stays, up to the last row and column
+        assert torch.equal(Outputs(known, x, Scoring(residual_shift=shift)).steady_residual(), x.float())
+    single = Outputs(uneven, x, Scoring()).steady_residual()
+    assert torch.equal(Outputs(uneven, x, Scoring(residual_shift=2)).steady_residual(), single)
+    both = known.pixels.inside(Outputs(uneven, x, Scoring(residual_shift=1)).steady_residual())
+    x = known.pixels.inside(x).float()
+    places = torch.stack(torch.meshgrid(*[torch.arange(6)] * axes, indexing='ij'))
+    even, odd = ((places % 2 == parity).all(0) for parity in (0, 1))
+    inner = (places < 5).all(0)
+    expected = x * (0.5 * (even | odd) * inner + even * ~inner)        # at the far edges there is no copy
+    torch.testing.assert_close(both, expected)

@@ -8,7 +8,7 @@ import pydicom
 import pytest
 from pydicom.dataset import FileMetaDataset
 from pydicom.pixels import pack_bits
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLossless, RLELossless
 from pytest import approx
 from test_packed import make
 
@@ -187,7 +187,7 @@ def uncompressible():
     dataset = made(RAMP)
     dataset.PixelData = pydicom.encaps.encapsulate([b'\xff\xd8\xff\xd9'])
     dataset['PixelData'].VR = 'OB'
-    dataset.file_meta.TransferSyntaxUID = JPEGLSLossless
+    dataset.file_meta.TransferSyntaxUID = JPEGLossless
     return as_bytes(dataset)
 
 
@@ -217,7 +217,7 @@ UNREADABLE = {
     'height or width is 0': lambda: as_bytes(made(RAMP, Rows=0)),
     'has 400,000,000 pixels and claims': lambda: as_bytes(made(RAMP, Rows=20000, Columns=20000)),
     'kind of color that is not read': lambda: as_bytes(made(RAMP, NAME)),
-    'compressed as JPEG-LS Lossless': uncompressible,
+    'compressed as JPEG Lossless': uncompressible,
     'unknown transfer syntax': lambda: as_bytes(made(RAMP)).replace(
         b'1.2.840.10008.1.2.1\0', b'1.2.3.4.5.6.7.8.9.1\0'),
     'not finite': floats,

@@ -28,7 +28,7 @@ PYTHONUNBUFFERED=1 run "${train[@]}" --model nvae --save demo_nvae \
     --val_every 5 --val_iw_samples 2 "$@" > >(named nvae) 2>&1
 finish
 
-evaluate=(evaluate.py --batch_size 50 --residual_smoothing 0.5)        # in pixels: lesions are small, noise is weak
+evaluate=(evaluate.py --batch_size 50 --residual_smoothing 0.5 --residual_shift 2)   # lesions are small, noise is weak
 PYTHONUNBUFFERED=1 run "${evaluate[@]}" --compare "$DAE" "$NVAE" --save "$ROOT/demo_comparison" --num_draws 1 \
     > >(named comparison) 2>&1
 run "${evaluate[@]}" --checkpoint "$DAE/checkpoint.pt" --eval_mode anomaly --save "$DAE/anomaly"
