@@ -187,7 +187,7 @@ class Outputs:
         ends, starts = ((..., *[part] * axes) for part in (slice(shift, None), slice(None, -shift)))
         x, mean = inside(self.x), inside(residual).clone()
         moved = F.pad(x, (shift, 0) * axes, mode='replicate')[starts]
-        copy = Outputs(self.model, framed(moved), self.scoring, self.bits, ids=self._ids).residual()
+        copy = type(self)(self.model, framed(moved), self.scoring, self.bits, ids=self._ids).residual()
         mean[starts] = (mean[starts] + inside(copy)[ends]) / 2
         return framed(mean)
 

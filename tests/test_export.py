@@ -35,7 +35,7 @@ MODELS = {     # family -> flags of a small one, and a primary score
     'ae': ({'num_layers': 2, 'width': 4, 'latent_dim': 4}, 'reconstruction'),
     'dae': ({'widths': (8, 8)}, 'residual_top'),
 }
-SMOOTH, SCORING = MapConfig(map_smoothing=0.7), Scoring(num_draws=1)
+SMOOTH, SCORING = MapConfig(map_smoothing=0.7), Scoring(num_draws=1, residual_shift=2)
 
 
 @pytest.fixture(scope='module', params=MODELS)
