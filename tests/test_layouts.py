@@ -109,7 +109,7 @@ def test_every_value_of_a_mask_that_is_not_background_counts(name):
 
 NAMES = {'x': 'x', 'x_mask': 'x', 'x_seg': 'x', 'X_LABEL': 'x', 'x_GT': 'x', 'x-segmentation': 'x',
          'x mask': 'x', 'x_ground_truth': 'x', 'x_seg_7': 'x_7', 'x_mask_2': 'x', 'x_flair_7': 'x_seg_7',
-         'mask_x': 'x', 'mask_9': 'image_9',
+         'x_lesion': 'x', 'x.ROI2': 'x', 'x_lesion_mask': 'x_lesion', 'mask_x': 'x', 'mask_9': 'image_9',
          unicodedata.normalize('NFD', 'é_mask'): unicodedata.normalize('NFC', 'é')}
 
 
@@ -137,14 +137,16 @@ def test_a_mask_of_no_image_or_of_several_is_said(tmp_path):
     assert ('masks', 'test') not in counts(data)
 
 
-def test_masks_that_mark_nothing_or_everything_are_said(tmp_path):
+def test_masks_that_mark_nothing_or_the_background_are_said(tmp_path):
     root = tree(tmp_path / 'data', {'normal/{}.png': 8, 'sick/{}.png': 2})
     (root / 'masks').mkdir()
     for name, value in (('0', 0), ('1', 255)):
-        Image.fromarray(np.full((SIDE, SIDE), value, np.uint8)).save(root / 'masks' / f'{name}.png')
+        mask = np.full((SIDE, SIDE), value, np.uint8)
+        mask[2:6, 3:7] = 0                                          # a lesion, if the background were white
+        Image.fromarray(mask).save(root / 'masks' / f'{name}.png')
     data = read(root)
     assert said(data, '1 image with a mask that marks nothing at this size: sick/0.png')
-    assert said(data, '1 image with a mask that marks every pixel (is its background 0?): sick/1.png')
+    assert said(data, '1 image with a mask that marks all four corners (is its background 0?): sick/1.png')
 
 
 def test_what_counts_as_a_mask_by_its_name():
@@ -179,10 +181,12 @@ def test_what_is_passed_over_is_counted_with_an_example(tmp_path):
 
 
 def test_predictions_pass_over_masks_too(tmp_path):
-    root = tree(tmp_path / 'data', {'a{}.png': 2, 'a{}_mask.png': 1, 'ground_truth/{}.png': 2})
+    root = tree(tmp_path / 'data', {'a{}.png': 2, 'a{}_mask.png': 1, 'a{}_lesion.png': 1,
+                                    'ground_truth/{}.png': 2})
     found = find_files(root)
     assert list(found.files) == ['a0.png', 'a1.png']
-    assert found.passed_over == {'masks and folders of masks': ['ground_truth', 'a0_mask.png']}
+    assert {kind: sorted(names) for kind, names in found.passed_over.items()} == {
+        'masks and folders of masks': ['a0_lesion.png', 'a0_mask.png', 'ground_truth']}
 
 
 def test_suffixes_do_not_decide_what_a_file_is(tmp_path):

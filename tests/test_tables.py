@@ -307,3 +307,16 @@ def test_a_spreadsheet_is_called_one(tmp_path, start):
     (tmp_path / 'table.xlsx').write_bytes(start + bytes(100))
     with pytest.raises(UserError, match=r'table.xlsx is a spreadsheet or an archive.*as CSV'):
         read(tmp_path / 'table.xlsx')
+
+
+@pytest.mark.parametrize('header, extra, words', [
+    (' Path , class', ',', ''), ('path,class,class', ',sick', "two columns 'class'"),
+    ('path,class', ', of the left lung', 'row 1 has more cells')])
+def test_cells_that_no_column_is_known_of_are_refused(header, extra, words, tmp_path):
+    root = tree(tmp_path / 'data', {'a{}.png': 6})
+    table = write(root / 'table.csv', header, *(f'a{i}.png,normal{extra}' for i in range(6)))
+    if words:
+        with pytest.raises(UserError, match=words):
+            read(table)
+    else:
+        assert len(read(table).split['files']) == 6

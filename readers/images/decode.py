@@ -33,7 +33,7 @@ NARROW = ('with less than 1/15 of the gray scale in use, but for 1 % of the pixe
           'pixels or a wrong window take the scale, correct the files)')
 OUTLIERS = 0.005                                    # of the pixels, at either end
 FIRST_PAGE = 'of several pages, of which the first is taken (--frames each or middle takes others)'
-FULL_MASK = 'with a mask that marks every pixel (is its background 0?)'
+CORNERS_MASK = 'with a mask that marks all four corners (is its background 0?)'
 EMPTY_MASK = 'with a mask that marks nothing at this size'
 Image.MAX_IMAGE_PIXELS = None                       # check_pixels takes its place, whose limit can be raised
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)               # ITU-R BT.601
@@ -304,8 +304,9 @@ class ImageLoader:
         pixels = to_integers(image, self.size, self.channels, self.depth, self.fit)
         notes = [*range_notes(image, pixels)]
         if mask is not None:
-            whole, mask = mask.all(), self.framed(mask_to_integers(mask, self.size, self.fit))
-            notes += [FULL_MASK] * bool(whole) + [EMPTY_MASK] * (not mask.any())
+            corners = mask[[0, 0, -1, -1], [0, -1, 0, -1]].all()
+            mask = self.framed(mask_to_integers(mask, self.size, self.fit))
+            notes += [CORNERS_MASK] * bool(corners) + [EMPTY_MASK] * (not mask.any())
         return Loaded(self.framed(pixels), mask, sha256, num_bytes, repairs=tuple(notes))
 
     def framed(self, x: np.ndarray) -> np.ndarray:

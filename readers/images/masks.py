@@ -20,9 +20,10 @@ from readers.items import Item
 from readers.source import Unreadable, plain_name
 
 WORD = r'(?:masks?|gts?|ground[ _-]?truths?|seg(?:mentation)?s?|annotations?|labels?)'
+LAST = r'(?:lesions?|rois?)(?=[ _.-]*\d*$)'             # which may also be in the name of an image
 FOLDERS = re.compile(f'{WORD}$', re.IGNORECASE)
 MENTIONED = re.compile(rf'(.*[ _.-])?{WORD}([ _.-].*)?$', re.IGNORECASE)
-ENDING = re.compile(rf'[ _.-]+{WORD}(?P<rest>[ _.-]+.*|\d*)$', re.IGNORECASE)
+ENDING = re.compile(rf'[ _.-]+(?:{WORD}|{LAST})(?P<rest>[ _.-]+.*|\d*)$', re.IGNORECASE)
 NUMBER = re.compile(r'[ _.-]*\d+$')             # of one mask among several of an image
 START = re.compile(rf'{WORD}[ _.-]+', re.IGNORECASE)              # mask_1.png of 1.png or image_1.png
 CHANNEL = re.compile(r'(?:^|[ _.-])(?:image|img|flair|t1(?:ce|gd|n|c|w)?|t2(?:f|w)?)(?=$|[ _.-])',

@@ -162,7 +162,7 @@ def read_rows(table: Path, config: ReaderConfig) -> Iterator[Row]:
         else:
             first = text.partition('\n')[0]
             delimiter = max(',;\t', key=first.count)
-            rows = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter))
+            rows = list(csv_rows(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter)))
     except (ValueError, csv.Error) as error:
         raise UserError(f"--data: {table} cannot be read ({' '.join(str(error).split())}).") from None
     names = list(dict.fromkeys(name for row in rows for name in row if name))
@@ -172,6 +172,18 @@ def read_rows(table: Path, config: ReaderConfig) -> Iterator[Row]:
         if config.class_columns:
             values['class'] = next((name for name in config.class_columns if is_one(row.get(name))), '')
         yield values
+
+
+def csv_rows(table: csv.DictReader) -> Iterator[Row]:
+    """The rows of a table. Raises ValueError if it is not known which column a cell is of."""
+    names = [name for name in table.fieldnames or () if name]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f'it has two columns {twice!r}')
+    for number, row in enumerate(table, 1):
+        if any(map(str.strip, row.pop(None, ()))):
+            raise ValueError(f'row {number} has more cells than there are columns: put quotes around a cell '
+                             f'that holds the delimiter')
+        yield row
 
 
 def cell(value: Any, given: Sequence[str]) -> str:
@@ -202,7 +214,7 @@ def columns(config: ReaderConfig, names: Sequence[str], table: Path) -> dict[str
     for name in (*wanted.values(), *config.class_columns):
         if name not in names and first:
             raise UserError(f"--data: {table} has no column {name!r}: found {', '.join(names) or 'none'}.")
-    own = {name: next((place for place in names if place.lower() == name), '') for name in COLUMNS}
+    own = {name: next((place for place in names if place.strip().lower() == name), '') for name in COLUMNS}
     places = own | {name: place for name, place in wanted.items() if place in names}
     for box in BOXES:                                    # width and height alone are those of the image
         if not all(places[name] for name in box):
