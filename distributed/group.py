@@ -132,13 +132,14 @@ def connect(here: Environment, most: float) -> dist.Store:
     """The store at the address of process 0, which serves it unless torchrun does; or OSError, DistError."""
     by_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' \
         and os.environ.get('MASTER_PORT') == str(here.port)
+    limit, since = timedelta(seconds=most), time.monotonic()
     if here.rank == 0 and not by_torchrun:                  # the address may be one that only the others know
-        return dist.TCPStore(LOOPBACK[0], here.port, is_master=True, wait_for_workers=False)
-    since = time.monotonic()
+        return dist.TCPStore(LOOPBACK[0], here.port, is_master=True, wait_for_workers=False, timeout=limit)
     while True:                             # TCPStore would wait as well, but its failure is pages of text
         try:
             socket.create_connection((here.address, here.port), timeout=10).close()
-            return dist.TCPStore(here.address, here.port, is_master=False, wait_for_workers=False)
+            return dist.TCPStore(here.address, here.port, is_master=False, wait_for_workers=False,
+                                 timeout=limit)
         except OSError as error:
             if time.monotonic() - since > (NAME_TIME if isinstance(error, socket.gaierror) else most):
                 raise

@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,13 @@ def test_a_server_that_is_not_there_and_a_port_that_is_taken_are_one_line(monkey
             join_store(Environment(0, 2, 0, 2, '127.0.0.1', s.getsockname()[1]), 0.3)
 
 
+def test_the_store_waits_no_longer_than_processes_do():
+    """PyTorch's own limit is 5 minutes."""
+    port = free_port()
+    stores = [group.connect(Environment(rank, 2, rank, 2, '127.0.0.1', port), 7.0) for rank in (0, 1)]
+    assert [store.timeout for store in stores] == [timedelta(seconds=7)] * 2
+
+
 # ------------------------------------------------------------------------------------------- real processes
 
 def work(name):
@@ -90,15 +98,18 @@ def work(name):
 
 
 def killed_at(number):
-    """From now on the process is killed where it forms its group of this number, counted from 1."""
-    real, formed = torch.distributed.new_group, []
+    """From now on the process is killed where it forms its group of this number, counted from 0."""
+    formed = []
 
-    def new_group(*args, **kwargs):
-        formed.append(1)
-        if len(formed) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    torch.distributed.new_group = new_group
+    def forming(real):
+        def form(*args, **kwargs):
+            if len(formed) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            formed.append(1)
+            return real(*args, **kwargs)
+        return form
+    for name in ('init_process_group', 'new_group'):
+        setattr(torch.distributed, name, forming(getattr(torch.distributed, name)))
 
 
 def by_hand(name, folder):
@@ -126,7 +137,7 @@ def test_one_that_is_silent_is_lost(tmp_path):
 def test_one_that_is_killed_while_groups_are_formed_is_lost(tmp_path):
     """One group has no time limit: if it came before the heartbeat, process 0 would wait for ever."""
     for number in (1, 2):
-        assert end(*by_hand(f'killed{number}', tmp_path)) == [launch.LOST_STATUS, -signal.SIGKILL], number
+        assert end(*by_hand(f'killed{number}1', tmp_path)) == [launch.LOST_STATUS, -signal.SIGKILL], number
         told = (tmp_path / '0').read_text().splitlines()[-1]               # PyTorch may warn before
         assert told.startswith('error: lost touch with the other processes ('), told
 
@@ -180,7 +191,7 @@ ib1 0002010A 00000000 0001 0 0 0 00FFFFFF 0 0 0
 
 
 if __name__ == '__main__':
-    if sys.argv[1].startswith('killed') and os.environ['RANK'] == '1':
-        killed_at(int(sys.argv[1][-1]))
+    if sys.argv[1].startswith('killed') and os.environ['RANK'] == sys.argv[1][-1]:
+        killed_at(int(sys.argv[1][-2]))
     config = LaunchConfig(device='cpu', num_threads=1, timeout=1 / 60)
     run_program(lambda: launch.launch(work, sys.argv[1], config))
