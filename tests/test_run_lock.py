@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
+import torch
 from conftest import ROOT
 from test_train import run, start, wait_for
 
+import train
+from distributed.environment import free_port
 from storage.locks import LOCK, only_process
-from utils import UserError
+from utils import UserError, run_program
 
 HOLD = ('import sys, time; from pathlib import Path; from storage.locks import only_process\n'
         'with only_process(Path(sys.argv[1])) as other: print(other or "mine", flush=True); time.sleep(60)')
@@ -64,6 +68,36 @@ def test_a_refused_start_leaves_nothing_behind(more, told, train_flags, tmp_path
     with pytest.raises(UserError, match=told):
         run([*train_flags, *more], tmp_path / 'runs', 'a')
     assert not (tmp_path / 'runs').exists()
+
+
+def refused(rank, port, flags, folder):
+    """A process that was started by hand: its errors and its status go to files."""
+    os.dup2(os.open(folder / f'said{rank}', os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE='2',
+                      MASTER_PORT=str(port))
+    sys.argv = ['train.py', *flags, '--root', str(folder / 'runs')]
+    try:
+        run_program(train.main)
+    except SystemExit as ended:
+        (folder / f'status{rank}').write_text(str(ended.code))
+
+
+@pytest.mark.parametrize('told', ['is in use by process', 'holds a run without', '/nowhere'])
+def test_two_processes_are_refused_with_a_line_each_and_leave_nothing(told, train_flags, tmp_path,
+                                                                      forked_processes):
+    runs, folder = tmp_path / 'runs', tmp_path / 'runs' / 'eval-exp'
+    with only_process(folder) if 'use' in told else nullcontext():
+        if 'holds' in told:
+            folder.mkdir(parents=True)
+            (folder / 'args.json').touch()
+        before = sorted(runs.rglob('*'))
+        flags = [*train_flags, '--data', '/nowhere'] if told == '/nowhere' else train_flags
+        torch.multiprocessing.start_processes(refused, (free_port(), flags, tmp_path), nprocs=2)
+        assert sorted(runs.rglob('*')) == before
+    for rank in range(2):
+        said = (tmp_path / f'said{rank}').read_text()
+        assert said.startswith('error: ') and told in said and said.count('\n') == 1, said
+        assert (tmp_path / f'status{rank}').read_text() == '2'
 
 
 def test_a_second_start_is_refused_and_a_killed_run_can_go_on(train_flags, tmp_path):
