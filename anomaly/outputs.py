@@ -177,8 +177,8 @@ class Outputs:
         return self.x.float() - self.reconstruction()
 
     def steady_residual(self) -> Tensor:
-        """The residual, where `residual_shift` is above 0 averaged with that of a shifted copy, shifted back:
-        a network that halves images several times depends on where the coarse grid lies. (B, C, *S).
+        """The residual, with `residual_shift` averaged with that of a copy that begins so many pixels later:
+        a network that halves images several times depends on where its coarse grid lies. (B, C, *S).
         """
         residual, shift = self.residual(), self.scoring.residual_shift
         if not shift:
@@ -186,9 +186,9 @@ class Outputs:
         axes, inside, framed = self.x.ndim - 2, self.model.pixels.inside, self.model.pixels.framed
         ends, starts = ((..., *[part] * axes) for part in (slice(shift, None), slice(None, -shift)))
         x, mean = inside(self.x), inside(residual).clone()
-        moved = F.pad(x, (shift, 0) * axes, mode='replicate')[starts]
+        moved = F.pad(x, (0, shift) * axes, mode='replicate')[ends]
         copy = type(self)(self.model, framed(moved), self.scoring, self.bits, ids=self._ids).residual()
-        mean[starts] = (mean[starts] + inside(copy)[ends]) / 2
+        mean[ends] = (mean[ends] + inside(copy)[starts]) / 2
         return framed(mean)
 
     def smooth_residual(self) -> Tensor:

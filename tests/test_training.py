@@ -1,5 +1,6 @@
 """What a training step can do besides: accumulate batches, batch norms of averaged weights, the dry run."""
 
+import math
 import re
 from dataclasses import fields, replace
 from itertools import islice
@@ -71,12 +72,14 @@ def test_resume_with_accumulation_is_exact(train_flags, tmp_path, same_weights):
 # ------------------------------------------------------------------------------- rates, averages, updates
 
 def test_schedules():
-    """A warm-up of 10 of 100 steps, then none, or a factor of 0.3 after every 40 % of all steps."""
+    """A warm-up of 10 of 100 steps, then nothing, a cosine, or a factor of 0.3 after every 40 % of them."""
     def rates(schedule, lowest):
         config = TrainConfig(epochs=10, warmup_epochs=1, learning_rate=1.0, learning_rate_min=lowest,
                              lr_schedule=schedule)
         return [Schedule(config, 10).learning_rate(step) for step in (5, 10, 39, 40, 79, 80, 99)]
     assert rates('constant', 0.1) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1])
+    assert rates('cosine_by_step', 0.1) == pytest.approx(
+        [0.5, *(0.1 + 0.45 * (1 + math.cos(math.pi * step / 90)) for step in (0, 29, 30, 69, 70, 89))])
     assert rates('step', 0.0) == pytest.approx([0.5, 1, 1, 0.3, 0.3, 0.09, 0.09])
     assert rates('step', 0.1) == pytest.approx([0.5, 1, 1, 0.37, 0.37, 0.181, 0.181])
 

@@ -15,9 +15,15 @@ def cosine(schedule: 'Schedule', step: int) -> float:
     return (1 + math.cos(math.pi * min(epoch / last, 1.0))) / 2 if last > 0 else 1.0
 
 
+def cosine_by_step(schedule: 'Schedule', step: int) -> float:
+    """From 1 to 0 along a cosine over the steps after the warm-up."""
+    first = schedule.warmup
+    return (1 + math.cos(math.pi * min((step - first) / max(schedule.total - first, 1), 1.0))) / 2
+
+
 # Where the learning rate is after the warm-up: from 1, the highest, to 0, the lowest.
 DECAYS = {
-    'cosine': cosine,
+    'cosine': cosine, 'cosine_by_step': cosine_by_step,
     'step': lambda schedule, step: 0.3 ** int(step / (0.4 * schedule.steps * schedule.config.epochs)),  # SADE
     'constant': lambda schedule, step: 1.0}
 AVERAGE = 'ema_decay or ema_halflife_kimg'          # flags that keep an average of the weights
@@ -52,7 +58,8 @@ class TrainConfig:
     warmup_steps: int = flag(0, 'steps of that rise, if these are more', least=0)
     learning_rate: float = flag(1e-2, 'highest learning rate', least=0, basic=True)
     learning_rate_min: float = flag(1e-4, 'lowest learning rate, at the end of the schedule', least=0)
-    lr_schedule: str = flag('cosine', 'cosine = falls epoch by epoch; step = times 0.3 every 40 % of the run',
+    lr_schedule: str = flag('cosine', 'cosine = falls epoch by epoch, as published; cosine_by_step = step by '
+                                      'step; step = times 0.3 every 40 % of the run',
                             choices=tuple(DECAYS))
     optimizer: str = flag('adamax', 'optimizer', choices=('adamax', 'adam', 'adamw', 'radam'))
     beta1: float = flag(0.9, 'decay of the running mean of gradients', least=0, below=1)
@@ -113,12 +120,16 @@ class Schedule:
         """The last step: --max_steps may end the run early."""
         return min(self.total, self.config.max_steps or self.total)
 
+    @property
+    def warmup(self) -> int:
+        """Steps over which the learning rate rises."""
+        return max(self.config.warmup_epochs * self.steps, self.config.warmup_steps)
+
     def learning_rate(self, step: int) -> float:
         """Linear warm-up by step, then from the highest rate towards the lowest."""
         highest, lowest = self.config.learning_rate, self.config.learning_rate_min
-        warmup = max(self.config.warmup_epochs * self.steps, self.config.warmup_steps)
-        if step < warmup:
-            return highest * step / warmup
+        if step < self.warmup:
+            return highest * step / self.warmup
         return lowest + (highest - lowest) * DECAYS[self.config.lr_schedule](self, step)
 
     def due(self, step: int) -> set[str]:

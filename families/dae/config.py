@@ -10,7 +10,8 @@ GROUPS = 8                           # of every group norm
 @flags
 class DAEConfig:
     """Flags of --model dae"""
-    defaults = {'optimizer': 'adamw', 'learning_rate': 3e-3, 'learning_rate_min': 1e-5, 'warmup_epochs': 0,
+    defaults = {'optimizer': 'adamw', 'learning_rate': 3e-3, 'learning_rate_min': 1e-5,
+                'lr_schedule': 'cosine_by_step', 'warmup_epochs': 0,
                 'warmup_steps': 100, 'weight_decay': 1e-4, 'batch_size': 16, 'epochs': 20,
                 'ema_decay': 0.99, 'ema_ramp': True}
     primary_score = 'residual_top'
