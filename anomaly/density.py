@@ -165,8 +165,7 @@ class WhitenedKNN(Mahalanobis):
         self.reference = self.whitened(torch.from_numpy(features)).numpy()                          # (N, D)
 
     def distance(self, features: Tensor) -> Tensor:
-        z, reference = self.whitened(features), self.tensor('reference')
-        return (z[:, None] - reference[nearest(reference, z, int(self.k))]).norm(dim=2).mean(1)
+        return to_nearest(self.tensor('reference'), self.whitened(features), int(self.k)).mean(1)
 
 
 class KNN(Density):
@@ -181,16 +180,17 @@ class KNN(Density):
         self.reference = self.standardize(features)                                                 # (N, D)
 
     def energy(self, features: Tensor) -> Tensor:
-        z, reference = self.standardized(features), self.tensor('reference')
-        return (z - reference[nearest(reference, z, int(self.k))[:, -1]]).norm(dim=1)
+        return to_nearest(self.tensor('reference'), self.standardized(features), int(self.k))[:, -1]
 
 
-def nearest(reference: Tensor, z: Tensor, k: int) -> Tensor:
-    """Indices (N, k) of the rows of `reference` (M, D) nearest to those of z (N, D); of all, if M < k."""
+def to_nearest(reference: Tensor, z: Tensor, k: int) -> Tensor:
+    """Distances (N, k) from rows of z (N, D) to the nearest of `reference` (M, D), rising; to all, if M < k.
+    """
     # Of differences, not products of matrices: exact, and a row does not depend on how many others there are.
     distances = (torch.cdist(rows, reference, compute_mode='donot_use_mm_for_euclid_dist')
                  for rows in z.detach().nan_to_num(0, 0, 0).split(NEIGHBOR_ROWS))
-    return torch.cat([found.topk(min(k, len(reference)), largest=False).indices for found in distances])
+    rows = torch.cat([found.topk(min(k, len(reference)), largest=False).indices for found in distances])
+    return (z[:, None] - reference[rows]).norm(dim=2)
 
 
 class KDE(Density):

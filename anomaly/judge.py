@@ -46,14 +46,13 @@ class ScoreRow:
 
     def as_json(self) -> dict[str, Any]:
         """What metrics.json holds of the score; keys without a value are left out."""
-        optional = {'run': self.run or None, 'pixel_threshold': self.pixel_threshold,
-                    'pixels': self.pixels and self.pixels.as_json(),
-                    'segmentation': self.segmentation and self.segmentation.as_json()}
-        metrics = {group: {name: estimate.as_json() for name, estimate in found.items()}
-                   for group, found in self.metrics.items()}
-        return finite({'kind': self.kind, 'about': self.about, 'threshold': self.threshold,
-                       'metrics': metrics, 'flagged': dict(self.flagged),
-                       **{key: value for key, value in optional.items() if value is not None}})
+        values = {'kind': self.kind, 'about': self.about, 'threshold': self.threshold,
+                  'metrics': {group: {name: estimate.as_json() for name, estimate in found.items()}
+                              for group, found in self.metrics.items()},
+                  'flagged': dict(self.flagged), 'run': self.run or None,
+                  'pixel_threshold': self.pixel_threshold, 'pixels': self.pixels and self.pixels.as_json(),
+                  'segmentation': self.segmentation and self.segmentation.as_json()}
+        return finite({key: value for key, value in values.items() if value is not None})
 
 
 class Difference(NamedTuple):

@@ -118,24 +118,19 @@ class Outputs:
         seeds = [[mix_seed(self.scoring.seed, *purpose, number, i) for i in self.ids] for number in numbers]
         return map(as_float64, passes(self.model, self.x, seeds, skip=skip, **prior))
 
-    def terms(self, draw: int = 0, skip: int = 0) -> Terms:
-        """Terms of one of the D draws: recon, kl, log_q, log_p."""
-        together = getattr(self.model, 'takes_draws', False)
-        self._keep('terms', range(self.scoring.num_draws) if together else [draw], skip, lambda terms: terms)
-        return self._made['terms', draw, skip]
-
-    def _keep(self, name: str, numbers: Sequence[int], skip: int, function: Callable[[Terms], Any]) -> None:
-        """Makes those of these forward passes that are still to be made, and keeps a function of their terms.
-        """
-        missing = [number for number in numbers if (name, number, skip) not in self._made]
+    def terms(self, numbers: Sequence[int], skip: int = 0) -> list[Terms]:
+        """Terms of these forward passes, each made once. The first D are the draws."""
+        missing = [number for number in numbers if ('terms', number, skip) not in self._made]
         with torch.no_grad():
             for number, terms in zip(missing, self.forward(missing, skip)):
-                self._made[name, number, skip] = function(terms)
+                if number >= self.scoring.num_draws:            # of importance samples, which are many
+                    terms.pop('kl_channels', None)
+                self._made['terms', number, skip] = terms
+        return [self._made['terms', number, skip] for number in numbers]
 
     def mean(self, function: Callable[[Terms], Tensor], skip: int = 0) -> Tensor:
         """Mean over the draws of a function of the terms."""
-        draws = range(self.scoring.num_draws)
-        return torch.stack([function(self.terms(draw, skip)) for draw in draws]).mean(0)
+        return torch.stack([*map(function, self.terms(range(self.scoring.num_draws), skip))]).mean(0)
 
     def nelbo(self) -> Tensor:
         """Negative ELBO, mean over the draws, nats: (B,)."""
@@ -143,10 +138,7 @@ class Outputs:
 
     def log_weights(self, numbers: Sequence[int], skip: int = 0) -> Tensor:
         """Log weights of these forward passes, nats: (M, B). The first D passes are the draws."""
-        draws = self.scoring.num_draws
-        self._keep('log_weight', [number for number in numbers if number >= draws], skip, log_weight)
-        return torch.stack([log_weight(self.terms(number, skip)) if number < draws
-                            else self._made['log_weight', number, skip] for number in numbers])
+        return torch.stack([*map(log_weight, self.terms(numbers, skip))])
 
     def iw_bound(self, numbers: Sequence[int], skip: int = 0) -> Tensor:
         """Importance-weighted bound (Burda et al. 2016, eq. 8) from forward passes `numbers`, nats: (B,)."""

@@ -51,15 +51,15 @@ def auroc(scores, normal, other):
 
 
 def test_distances_to_neighbours(features, monkeypatch):
-    (train, normal, other), searched, search = features, {}, densities.nearest
+    (train, normal, other), searched, search = features, {}, densities.to_nearest
 
-    def nearest(reference, z, k):
+    def to_nearest(reference, z, k):
         """Searches once for all k: it takes long."""
         key = z[0, 0].item()
         if key not in searched:
             searched[key] = search(reference, z, max(NEIGHBOURS))
         return searched[key][:, :k]
-    monkeypatch.setattr(densities, 'nearest', nearest)
+    monkeypatch.setattr(densities, 'to_nearest', to_nearest)
     for k, known in NEIGHBOURS.items():
         found = auroc(KNN(k, scale=False).fit(train).score, normal, other)
         assert found == pytest.approx(known, abs=1e-6 if k == 5 else 5e-6), 'as many digits as are known'
