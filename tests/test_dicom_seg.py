@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from pydicom import dcmread
 from test_dicom import as_bytes, made
-from test_predict import NOISE, predict, trained  # noqa: F401  (a fixture)
 
 from anomaly.maps.dicom_seg import check_possible, write_segmentation
 from readers.source import Unreadable
@@ -50,18 +49,3 @@ def test_an_image_without_its_study_has_none_and_says_why(name, tmp_path):
 def test_volumes_have_none():
     with pytest.raises(UserError, match='NIfTI'):
         check_possible((1, 8, 8, 8))
-
-
-def test_predictions_of_dicom_images_have_one(trained, tmp_path, capfd):  # noqa: F811
-    data, out = tmp_path / 'data', tmp_path / 'out'
-    data.mkdir()
-    (data / 'complete.dcm').write_bytes(as_bytes(made(NOISE, **COMPLETE)))
-    (data / 'anonymous.dcm').write_bytes(as_bytes(made(NOISE.T.copy())))
-    status, rows = predict(trained, data, out, '--dicom_seg')
-    assert status == 0 and rows['anonymous.dcm']['dicom_seg'] == ''
-    segmentation = dcmread(out / rows['complete.dcm']['dicom_seg'])
-    assert segmentation.pixel_array.shape == NOISE.shape and segmentation.StudyInstanceUID == '1.2.3'
-    assert 'no DICOM segmentation of 1 image, as each is a DICOM file without StudyInstanceUID, which a ' \
-           'segmentation needs: anonymous.dcm' in capfd.readouterr().out
-    assert 'dicom_seg' not in predict(trained, data, out)[1]['complete.dcm']
-    assert not [*out.rglob('*.dcm')]                                     # that of the earlier call is gone

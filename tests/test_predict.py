@@ -11,6 +11,7 @@ import zlib
 from dataclasses import replace
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image
@@ -414,3 +415,19 @@ def test_infinite_thresholds_are_null_and_pixels_above_theirs_are_outlined(copy,
     assert {row['nelbo_flagged'] for row in rows.values()} == {'0'}
     below = sum(value < float(rows['000.png']['nelbo']) for value in known)
     assert below > 0 and float(rows['000.png']['nelbo_percentile']) == 100 * below / 8
+
+
+def test_predictions_of_dicom_images_may_have_a_dicom_segmentation(trained, tmp_path, capfd):
+    data, out = tmp_path / 'data', tmp_path / 'out'
+    data.mkdir()
+    study = {'StudyInstanceUID': '1.2.3', 'SeriesInstanceUID': '1.2.3.1', 'Modality': 'DX'}
+    (data / 'complete.dcm').write_bytes(as_bytes(made(NOISE, **study)))
+    (data / 'anonymous.dcm').write_bytes(as_bytes(made(NOISE.T.copy())))
+    status, rows = predict(trained, data, out, '--dicom_seg')
+    assert status == 0 and rows['anonymous.dcm']['dicom_seg'] == ''
+    segmentation = pydicom.dcmread(out / rows['complete.dcm']['dicom_seg'])
+    assert segmentation.pixel_array.shape == NOISE.shape and segmentation.StudyInstanceUID == '1.2.3'
+    assert 'no DICOM segmentation of 1 image, as each is a DICOM file without StudyInstanceUID, which a ' \
+           'segmentation needs: anonymous.dcm' in capfd.readouterr().out
+    assert 'dicom_seg' not in predict(trained, data, out)[1]['complete.dcm']
+    assert not [*out.rglob('*.dcm')]                                     # that of the earlier call is gone
