@@ -82,8 +82,9 @@ class Scoring:
     residual_smoothing: float = flag(1.0, 'residual: standard deviation in pixels of the Gaussian that '
                                           'smooths the residual; 0 = none', least=0, below=math.inf,
                                      scores='residual')
-    residual_shift: int = flag(0, 'residual: average with the residual of a copy that is shifted by so many '
-                                  'pixels along every axis; 0 = no copy', least=0, scores='residual')
+    residual_shift: int = flag(0, 'residual: average the residuals of the image and of a copy shifted by '
+                                  'this number of pixels along every axis; 0 = the image alone', least=0,
+                               scores='residual')
     regret_steps: int = flag(20, 'regret: Adam steps on the encoder for each image', least=1, scores='regret')
     regret_learning_rate: float = flag(1e-4, 'regret: learning rate of Adam', above=0, scores='regret')
     msma_levels: int = flag(20, 'msma: number of noise levels', least=1, scores='msma')

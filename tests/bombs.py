@@ -84,7 +84,7 @@ def dicom(path):
 
 
 def mat(path):
-    """A matrix of 4 GB, by its header."""
+    """A matrix of 6 GB, by its header."""
     with path.open('wb') as file:
         scipy.io.savemat(file, {'X': np.zeros((32, 32, 3, 2), np.uint8), 'y': np.uint8([[1], [2]])})
     dims = struct.pack('<4i', 32, 32, 3, 2)
@@ -208,7 +208,7 @@ def refusal(bomb: Callable[[Path], Callable[[], Any]], path: Path) -> Refusal:
 
 
 def main() -> int:
-    print('| bomb | CPU seconds | MB | what is said |\n|---|---|---|---|')
+    print('| file | CPU seconds | MB | error message |\n|---|---|---|---|')
     with tempfile.TemporaryDirectory() as folder:
         for bomb in BOMBS:
             told, seconds, megabytes = refusal(bomb, Path(folder, 'bomb'))

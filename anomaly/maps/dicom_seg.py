@@ -11,15 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from readers.dicom import is_dicom, without_words
+from anomaly.report.provenance import code_and_date
+from readers.dicom import INSTALL, is_dicom, without_words
 from readers.source import Unreadable
-from storage.provenance import commit
 from utils import UserError, write_atomically
 
-INSTALL = 'pip install -r requirements-formats.txt'
 SERIES_NUMBER = 9000               # far from the numbers that machines give
 LABEL = 'Anomaly'
-SHORT = 10                         # digits of a commit
 # What a segmentation takes over from its image: with a value, or empty where it is unknown.
 REQUIRED = ('SOPClassUID', 'SOPInstanceUID', 'StudyInstanceUID', 'SeriesInstanceUID', 'Modality')
 ALLOWED_EMPTY = ('PatientID', 'PatientName', 'PatientBirthDate', 'PatientSex', 'StudyDate', 'StudyTime',
@@ -46,7 +44,7 @@ def write_segmentation(path: Path, content: bytes, mask: np.ndarray, score: str)
     if not is_dicom(content):
         return False
     with without_words():
-        segmentation = segment_image(content, mask, score, commit()[:SHORT] or 'unknown')
+        segmentation = segment_image(content, mask, score, code_and_date()['commit'] or 'unknown')
     write_atomically(path, segmentation.save_as)
     return True
 
