@@ -169,8 +169,9 @@ class Outputs:
         return self.x.float() - self.reconstruction()
 
     def steady_residual(self) -> Tensor:
-        """The residual (B, C, *S). With `residual_shift` above 0, its mean with the residual of the same image
-        without that many pixels at the start of every axis, as networks with pooling are not shift-equivariant.
+        """The residual (B, C, *S). With `residual_shift` above 0, its mean with the residual of the image
+        without that many pixels at the start of every axis, as networks with pooling are not
+        shift-equivariant.
         """
         residual, shift = self.residual(), self.scoring.residual_shift
         if not shift:
