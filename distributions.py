@@ -119,7 +119,8 @@ class Normal:
     def kl(self, p: 'Normal') -> Tensor:
         """KL(self || p), elementwise."""
         ratio = self.std / p.std
-        return 0.5 * (((self.mean - p.mean) / p.std) ** 2 + ratio ** 2 - 1) - torch.log(ratio)
+        excess = ratio - 1          # ratio ** 2 - 1 would leave a small KL few digits in float32
+        return 0.5 * (((self.mean - p.mean) / p.std) ** 2 + excess ** 2) + (excess - torch.log(ratio))
 
 
 # ------------------------------------------------------------------------------------------------ likelihoods

@@ -27,6 +27,12 @@ def test_kl_of_two_normals_worked_by_hand():
     assert normal(1, 1).kl(normal(0, 2)).item() == approx(math.log(2) + (1 + 1) / 8 - 1 / 2)
 
 
+def test_a_small_kl_keeps_its_digits():
+    q, p = normal(0.5, 1.01 * (1 - 1e-3)), normal(0.5, 1.01)
+    exact = (q.std.double() / p.std.double()).pow(2)
+    assert q.kl(p).item() == approx(((exact - 1 - exact.log()) / 2).item(), rel=1e-3)       # 1e-6 nats
+
+
 def test_kl_is_the_mean_log_ratio():
     torch.manual_seed(0)
     q, p = normal(0.3, 0.7), normal(-0.2, 1.5)

@@ -213,7 +213,7 @@ class VAE(AE):
     def _posterior(self, x: Tensor) -> tuple[Normal, Tensor]:
         """q(z|x), and its KL from the prior, nats: (B, Z)."""
         mean, log_var = self._encode(x).chunk(2, dim=1)
-        kl = 0.5 * (mean ** 2 + log_var.exp() - 1 - log_var)         # Kingma and Welling 2014, appendix B
+        kl = 0.5 * (mean ** 2 + (torch.expm1(log_var) - log_var))    # Kingma and Welling 2014, appendix B
         return Normal(mean, torch.exp(0.5 * log_var)), kl
 
     def _prior(self, n: int) -> Normal:
