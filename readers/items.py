@@ -16,6 +16,7 @@ from readers.cache import cached_files, check_room
 from readers.config import DataSet, ReaderConfig
 from readers.duplicates import near_duplicates
 from readers.parallel import attempt
+from readers.paths import printable
 from readers.source import CLASSES_SHOWN, DTYPES, Array, Entry, Source, same_name
 from readers.split import count, some
 from utils import UserError
@@ -46,6 +47,11 @@ class Item:
     masks: tuple[Any, ...] = ()                  # paths, names or boxes (images/masks.py) of what marks it
     stamp: Any = ()                              # another one after the content has changed
     read: Callable[['Item'], Loaded] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a file name that is no UTF-8, which the id of a file of a run has to be."""
+        if printable(self.id) != self.id:
+            raise UserError(f"the file name {printable(self.id)} is no UTF-8: rename it.")
 
     @property
     def files(self) -> list[str]:

@@ -13,8 +13,8 @@ import numpy as np
 
 from readers.config import DataSet, ReaderConfig
 from readers.images.decode import ImageLoader
+from readers.images.files import image_files
 from readers.images.folder import read_images
-from readers.images.layout import image_files
 from readers.images.png import png_bytes
 from readers.items import Item
 from readers.lesions import IMAGE_MM, SIMULATIONS
@@ -99,9 +99,8 @@ def read_folder(wanted: Wanted, most: int, seed: int, loader: ImageLoader, confi
         raise UserError(f"--ood {name}: there is no image below {folder}. Correct the path; for a published "
                         f"data set take its name of --dataset as the name.")
     row = DataSet(read_folder, size=loader.size)                # without names of classes: all are taken
-    source = read_images(drawn(items, most, seed), loader, config, row, str(folder.resolve()),
-                         near_duplicates=False)
-    return replace(source, notes=[*source.notes, *passed_line(passed)])
+    return read_images(config, row, folder.resolve(), drawn(items, most, seed), passed_line(passed), loader,
+                       near_duplicates=False)
 
 
 def drawn(items: Sequence[Any], most: int, seed: int) -> list[Any]:

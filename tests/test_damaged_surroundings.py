@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 import utils
 from distributed import launch
 from readers.batches import _load
-from readers.images.layout import image_files
+from readers.images.files import image_files
+from readers.items import Item
 from storage import run_log
 from storage.checkpoint import copies, read_checkpoint
 from storage.provenance import starts
@@ -108,8 +109,9 @@ def test_errors_of_the_file_system_are_one_line():
 @pytest.mark.skipif(sys.platform != 'linux', reason='other systems have no such names')
 def test_a_file_name_that_is_no_utf_8_is_named(tmp_path):
     Image.new('L', (4, 4)).save(os.fsencode(tmp_path) + b'/a\xff.png', 'PNG')
-    with pytest.raises(UserError, match=r'the file name a\\xff.png .* rename it'):
-        image_files(tmp_path, {})
+    images, _ = image_files(tmp_path, {})
+    with pytest.raises(UserError, match=r'the file name a\\xff.png is no UTF-8: rename it'):
+        Item(images[0], 'normal')
 
 
 class Deadly(Dataset):

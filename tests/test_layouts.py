@@ -14,9 +14,8 @@ from layouts import LAYOUTS, SIDE, labels, tree
 from PIL import Image
 
 from datasets import DataConfig, load_data
-from readers.images.decode import decode_mask
+from readers.images.decode import ImageLoader, decode_mask
 from readers.images.masks import is_mask_folder, masks_beside
-from readers.paths import find_files
 from utils import UserError
 
 HALF = SIDE * SIDE // 2
@@ -183,10 +182,24 @@ def test_what_is_passed_over_is_counted_with_an_example(tmp_path):
 def test_predictions_pass_over_masks_too(tmp_path):
     root = tree(tmp_path / 'data', {'a{}.png': 2, 'a{}_mask.png': 1, 'a{}_lesion.png': 1,
                                     'ground_truth/{}.png': 2})
-    found = find_files(root)
+    found = ImageLoader(SIDE, 1, 8).find(root)
     assert list(found.files) == ['a0.png', 'a1.png']
     assert {kind: sorted(names) for kind, names in found.passed_over.items()} == {
-        'masks and folders of masks': ['a0_lesion.png', 'a0_mask.png', 'ground_truth']}
+        'masks and folders of masks': ['a0_lesion.png', 'a0_mask.png', 'ground_truth/0.png',
+                                       'ground_truth/1.png']}
+
+
+def test_folders_of_lesions_hold_masks_where_images_of_their_names_are_beside(tmp_path):
+    root = tree(tmp_path / 'data', {'normal/{}.png': 8, 'sick/images/{}.png': 2, 'sick/lesions/{}.png': 1,
+                                    'sick/rois/{}_roi_2.png': 2, 'ill/{}.png': 2, 'ill/{}.overlay.png': 2,
+                                    'ill/overlay/{}.png': 1, 'lesion/rois/{}.png': 3})
+    data = read(root)
+    assert counts(data)[('sick', 'test')] == counts(data)[('ill', 'test')] == 2
+    assert counts(data)[('lesion', 'test')] == 3, "of no image beside: images"
+    assert list(mask_pixels(data)) == ['sick/images/0.png', 'sick/images/1.png']
+    assert said(data, 'pictures laid over images (3, such as ill/0.overlay.png)')
+    found = ImageLoader(SIDE, 1, 8).find(root).passed_over
+    assert len(found['masks and folders of masks']) == len(found['pictures laid over images']) == 3
 
 
 def test_suffixes_do_not_decide_what_a_file_is(tmp_path):
@@ -201,7 +214,7 @@ def test_folders_of_other_masks_and_lone_masks_are_neither_images_nor_used(tmp_p
                                     'masks_png/sick/{}.png': 2, 'sick/odd_seg{}.png': 1})
     data = read(root)
     assert counts(data)[('sick', 'test')] == 3 and not mask_pixels(data)
-    assert said(data, 'masks and folders of masks (2, such as masks_png)')
+    assert said(data, 'masks and folders of masks (3, such as masks_png)')
     assert said(data, '1 image with the name of a mask, of no image beside: sick/odd_seg0.png')
     named = read(root, normal_classes=('normal',), anomalous_classes=('masks_png',))
     assert counts(named)[('masks_png', 'test')] == 2, 'a class by its flag'

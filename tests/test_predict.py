@@ -30,11 +30,12 @@ from model import load_model
 from readers.images.decode import ImageLoader, from_size, to_size
 from readers.new_files import Preparation
 from readers.parts import Transform
-from readers.paths import find_files, printable
+from readers.paths import printable
 from utils import UserError, read_flags, write_json
 
 SCORES = ('reconstruction', 'nelbo', 'regret', 'kl_profile', 'llr_1')        # in the table's order
 SETTINGS = ('--num_draws', '2', '--regret_steps', '1')
+LOADER = ImageLoader(16, 1, 8)
 
 
 @pytest.fixture(scope='module')
@@ -134,7 +135,7 @@ def test_a_file_becomes_the_x_that_it_is_in_the_run(data_folder, cache, flags):
     data = load_data(DataConfig(**{'dataset': 'folder', 'data': str(data_folder), 'image_size': 16,
                                    'cache_dir': str(cache)} | flags))
     prepared = preparation(data.config, data.shape, data.pixels)
-    files = find_files(data_folder).files
+    files = LOADER.find(data_folder).files
     wanted = data.test.items(range(len(data.test)))
     batch = prepared.batch([prepared.loader.load(files[name]) for name in wanted.id], wanted.id)
     assert torch.equal(batch.x, wanted.x) and batch.id == wanted.id and batch.x.std() > 0
@@ -249,9 +250,9 @@ def test_an_unreadable_file_is_a_row_with_its_reason_and_the_rest_go_on(trained,
     said = capfd.readouterr().out.splitlines()
     assert said[-1] == f"10 scored, 13 could not be read: see {tmp_path / 'scores.csv'}"
     assert said[0].startswith('1 image of several pages') and said[0].endswith(': pages.tif')
-    assert said[1] == ('passed over: links to folders (1, such as again); masks and folders of masks (1, '
-                       'such as masks); hidden files and folders (1, such as .hidden.png); files of other '
-                       'kinds (1, such as notes.txt)')
+    assert said[1] == ('passed over: hidden files and folders (1, such as .hidden.png); links to folders (1, '
+                       'such as again); files of other kinds (1, such as notes.txt); masks and folders of '
+                       'masks (1, such as masks/grey.png)')
     kept = json.loads((tmp_path / 'metrics.json').read_text())['predict']
     assert (kept['num_files'], kept['num_scored'], kept['num_unreadable']) == (23, 10, 13)
 
@@ -282,9 +283,9 @@ def test_the_results_in_the_folder_itself_are_not_taken_for_images(tmp_path):
     (tmp_path / 'out' / 'overlays').mkdir(parents=True)
     (tmp_path / 'out' / 'overlays' / '1_a.png').write_bytes(b'x')
     (tmp_path / 'a.png').write_bytes(b'x')
-    assert find_files(tmp_path, without=tmp_path / 'out') == ({'a.png': str(tmp_path / 'a.png')},
+    assert LOADER.find(tmp_path, without=tmp_path / 'out') == ({'a.png': str(tmp_path / 'a.png')},
                                                               {'folders of results': ['out']})
-    assert list(find_files(tmp_path).files) == ['a.png', 'out/overlays/1_a.png']
+    assert list(LOADER.find(tmp_path).files) == ['a.png', 'out/overlays/1_a.png']
     assert printable(os.fsdecode(b'caf\xe9 \xc3\xa9')) == 'caf\\xe9 é'
 
 
@@ -391,7 +392,7 @@ def test_thresholds_that_are_missing_or_of_something_else(copy, data_folder, mon
     assert 'which holds the thresholds' in fails(monkeypatch, capsys, *command)
     (copy / 'empty').mkdir()
     with pytest.raises(UserError, match='no file below'):
-        find_files(copy / 'empty')
+        LOADER.find(copy / 'empty')
 
 
 def test_infinite_thresholds_are_null_and_pixels_above_theirs_are_outlined(copy, data_folder, tmp_path):

@@ -15,19 +15,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from readers.config import DataSet, ReaderConfig
-from readers.dicom import MAGIC, MAGIC_START, decode_dicom, is_dicom
-from readers.images.frames import Frame, num_pages, places
+from readers.dicom import decode_dicom, is_dicom
+from readers.images.files import Frame, image_files, may_be_image, num_pages, places
 from readers.images.masks import Box
 from readers.items import Loaded
-from readers.paths import FOREIGN, Found, file_content, find_files, first_bytes, pass_over
+from readers.paths import FOREIGN, MASKS, Found, Passed, file_content, pass_over, printable, relative_name
 from readers.source import DTYPES, Unreadable, check_pixels
+from utils import UserError
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.tif', '.tiff', '.bmp', '.dcm', '.dicom')
 FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # of Pillow; decided by content, not by suffix
 DARK = 1 / 15                                       # 4095 of 65535 is 1/16
 DARK_NOTE = ('with less than 1/15 of the gray scale in use look black (if these are 12-bit values in 16-bit '
              'files, rescale them)')
-SIGNATURES = (b'\x89PNG', b'\xff\xd8\xff', b'II*\0', b'MM\0*', b'II+\0', b'MM\0+', b'BM')
 CONSTANT = 'of a single gray level, with nothing to be seen in them'
 NARROW = ('with less than 1/15 of the gray scale in use, but for 1 % of the pixels, look empty (if a few '
           'pixels or a wrong window take the scale, correct the files)')
@@ -40,20 +39,6 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)               # ITU-R BT.601
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 TIFF_COMPRESSION, TIFF_JPEG = 259, 7
 LOSSY = 0.25                                        # of the largest value of a JPEG mask: less is background
-
-
-def is_image_file(path: str) -> bool:
-    """Whether a file is looked at: by its suffix, or because it is DICOM, whose names often have none."""
-    return path.lower().endswith(SUFFIXES) or (
-        os.path.basename(path).upper() != 'DICOMDIR' and (first_bytes(path) or b'')[MAGIC_START:] == MAGIC)
-
-
-def is_foreign(path: str) -> bool:
-    """Whether a file is of another kind, such as notes beside the images: it has no suffix of an image, and
-    does not begin like one. What cannot be opened is not known to be foreign.
-    """
-    start = None if path.lower().endswith(SUFFIXES) else first_bytes(path)
-    return start is not None and not (start.startswith(SIGNATURES) or is_dicom(start))
 
 
 def decode(data: bytes, frame: int | None = None) -> np.ndarray:
@@ -278,16 +263,26 @@ class ImageLoader:
         return self.channels, side, side
 
     def find(self, path: str | Path, without: str | Path = '') -> Found:
-        """All files below a folder but for the folder `without` and files of other kinds, or the one file;
-        frames as --frames says.
+        """All files below a folder but for the folder `without`, masks and files of other kinds, or the one
+        file; frames as --frames says. Raises UserError if there is nothing.
         """
-        files, passed = find_files(path, without)
-        foreign = {name for name, file in files.items() if is_foreign(file)}
-        if len(foreign) < len(files):                      # else loading the one file, or all, says why not
-            pass_over(passed, FOREIGN, *foreign)
-            files = {name: file for name, file in files.items() if name not in foreign}
-        return Found({name + mark: place for name, file in files.items()
-                      for mark, place in places(file, self.frames)}, passed)
+        root, passed, unlisted = Path(path), Passed(), []
+        if not os.path.lexists(root):
+            raise UserError(f"--data: {root} does not exist. Give a folder of images, or an image file.")
+        names = [root.name]
+        if root.is_dir():
+            names, masks = image_files(root, passed, wanted=may_be_image, without=without,
+                                       unlisted=lambda error: unlisted.append(error.filename))
+            pass_over(passed, MASKS, *masks)
+            names = names or passed.pop(FOREIGN, [])               # loading them says why they are no images
+            # A folder that may not be listed takes the place of its files.
+            names = sorted([*names, *(relative_name(folder, root) for folder in unlisted)])
+        if not names:
+            raise UserError(f"--data: there is no file below {root}. Give a folder of images, or an image "
+                            f"file.")
+        folder = root if root.is_dir() else root.parent
+        return Found({printable(name) + mark: place for name in names
+                      for mark, place in places(str(folder / name), self.frames)}, passed)
 
     def load(self, file: str | Frame, masks: Sequence[str | Box] = ()) -> Loaded:
         """An image file, or one of its frames, and those of its masks. Raises Unreadable."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig
 from readers.images.decode import ImageLoader
-from readers.images.frames import places
-from readers.images.layout import LOOSE, PART_FOLDERS, Layout
+from readers.images.files import places
+from readers.images.layout import PART_FOLDERS, Layout
 from readers.images.masks import with_masks
 from readers.images.tables import is_arrays, is_table, read_npz, table_items
 from readers.items import Item, Listing, import_items
@@ -27,20 +27,19 @@ def read_folder(config: ReaderConfig, row: DataSet) -> Source:
     """Every image of the chosen classes, as (N, C, S, S)."""
     if row.tables and is_arrays(config.data):
         return read_npz(config, row)
-    root, items, notes = find_items(config, row)
-    source = read_images(items, ImageLoader.of(config, row), config, row, str(root))
-    return replace(source, notes=notes + source.notes)
+    return read_images(config, row, *find_items(config, row))
 
 
-def read_images(items: Sequence[Item], loader: ImageLoader, config: ReaderConfig, row: DataSet,
-                name: str, near_duplicates: bool = True) -> Source:
-    """Image files; `name` says in errors where their classes are."""
+def read_images(config: ReaderConfig, row: DataSet, root: Path, items: Sequence[Item], notes: list[str],
+                loader: ImageLoader | None = None, near_duplicates: bool = True) -> Source:
+    """Image files below `root`, by the `loader` of the flags or another; `notes` on what is passed over."""
+    loader = loader or ImageLoader.of(config, row)
     items = [framed for item in items for framed in with_frames(item, loader)]
-    key = {'images': name, 'size': loader.size, 'channels': loader.channels, 'fit': loader.fit,
-           'border': loader.border, 'frames': loader.frames,
+    key = {'images': str(root), **vars(loader),
            'files': [[item.id, item.class_name, item.part, *item.masks, item.stamp] for item in items]}
-    return import_items(config, row, key, lambda: Listing(name, items, loader.shape,
-                                                          near_duplicates=near_duplicates))
+    source = import_items(config, row, key, lambda: Listing(str(root), items, loader.shape,
+                                                            near_duplicates=near_duplicates))
+    return replace(source, notes=notes + source.notes)
 
 
 def with_frames(item: Item, loader: ImageLoader) -> Iterator[Item]:
@@ -57,20 +56,14 @@ def read_part_folders(config: ReaderConfig, row: DataSet, folders: Mapping[str, 
 
     Near-duplicates are not searched for: a letter in two typefaces is often nearly the same.
     """
-    root = find_root(config.data, row.where)
-    found, number = Layout(root, (), ()), 0
+    found = Layout(find_root(config.data, row.where))
     for part in row.parts:
-        if (root / folders[part]).is_dir():
-            pass_over(found.passed, LOOSE, *found.read_classes(root / folders[part], part))
-        if len(found.images) == number:
+        if (found.root / folders[part]).is_dir():
+            found.read_place(folders[part], part, {})
+        if not any(placed.item.part == part for placed in found.images):
             raise UserError(f"--data: {config.data!r} has no images in folders of classes in "
                             f"{folders[part]}. {row.where}")
-        number = len(found.images)
-    pass_over(found.passed, MASKS, *(mask.item.id for mask in found.masks))
-    items = sorted((placed.item for placed in found.images), key=lambda item: item.id)
-    source = read_images(items, ImageLoader.of(config, row), config, row, str(root.resolve()),
-                         near_duplicates=False)
-    return replace(source, notes=found.notes + passed_line(found.passed) + source.notes)
+    return read_images(config, row, *items_of(found, row), near_duplicates=False)
 
 
 def find_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], list[str]]:
@@ -88,6 +81,11 @@ def find_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], li
     root = find_class_root(row.folder(config, row), config.normal_classes or row.normal, row.where)
     found = Layout(root, config.normal_classes or row.normal, config.anomalous_classes)
     found.read()
+    return items_of(found, row)
+
+
+def items_of(found: Layout, row: DataSet) -> tuple[Path, list[Item], list[str]]:
+    """The images in folders of classes with their masks, where these mark anomalies: (root, items, notes)."""
     items, lost = with_masks(found.images, found.masks if row.masks else [], found.is_normal)
     if lost:
         found.notes.append(f'{count(len(lost), "mask")} not used, of no image or of several: '
@@ -95,7 +93,7 @@ def find_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], li
     if not row.masks:
         pass_over(found.passed, MASKS, *(mask.item.id for mask in found.masks))
     notes = found.notes + passed_line(found.passed) * (not row.phantoms)              # whose notes are ours
-    return root.resolve(), sorted(items, key=lambda item: item.id), notes
+    return found.root.resolve(), sorted(items, key=lambda item: item.id), notes
 
 
 def find_class_root(folder: str, normal: Sequence[str], where: str) -> Path:

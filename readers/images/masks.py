@@ -20,12 +20,16 @@ from readers.items import Item
 from readers.source import Unreadable, plain_name
 
 WORD = r'(?:masks?|gts?|ground[ _-]?truths?|seg(?:mentation)?s?|annotations?|labels?)'
-LAST = r'(?:lesions?|rois?)(?=[ _.-]*\d*$)'             # which may also be in the name of an image
+BESIDE = r'(?:lesions?|rois?|overlays?)'                # which are also names of classes and of images
+LAST = rf'{BESIDE}(?=[ _.-]*\d*$)'
+IN_IMAGES = re.compile('(?:images?|imgs?)$', re.IGNORECASE)
+IN_CLASS = re.compile(rf'(?:images?|imgs?|{BESIDE})$', re.IGNORECASE)      # beside images, or of them
 FOLDERS = re.compile(f'{WORD}$', re.IGNORECASE)
 MENTIONED = re.compile(rf'(.*[ _.-])?{WORD}([ _.-].*)?$', re.IGNORECASE)
 ENDING = re.compile(rf'[ _.-]+(?:{WORD}|{LAST})(?P<rest>[ _.-]+.*|\d*)$', re.IGNORECASE)
 NUMBER = re.compile(r'[ _.-]*\d+$')             # of one mask among several of an image
 START = re.compile(rf'{WORD}[ _.-]+', re.IGNORECASE)              # mask_1.png of 1.png or image_1.png
+OVERLAY = re.compile(r'overlays?(?:/[^/]*|[ _.-]*\d*\.\w+)$', re.IGNORECASE)   # overlay/x.png, x.overlay.png
 CHANNEL = re.compile(r'(?:^|[ _.-])(?:image|img|flair|t1(?:ce|gd|n|c|w)?|t2(?:f|w)?)(?=$|[ _.-])',
                      re.IGNORECASE)
 
@@ -49,11 +53,10 @@ class Box(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """An image or a mask, and where it stands: its part, '' if it is in none, the folders from that of its
-    class down, without those that only say what is in them, and its name without the suffix.
+    """An image or a mask, and where it stands: the folders from that of its class down, without those that
+    only say what is in them, and its name without the suffix.
     """
     item: Item
-    part: str
     steps: tuple[str, ...]
     stem: str
 
@@ -69,18 +72,28 @@ def is_of_masks(name: str) -> bool:
 
 
 def masks_beside(names: Iterable[str]) -> set[str]:
-    """The files that are masks of others in their folder: `x_mask.png` and `x_mask_1.png` beside `x.png`."""
-    stems = {name: fold(os.path.splitext(name)[0]) for name in names}
-    images = set(stems.values())
-    return {name for name, stem in stems.items() if (base := without_ending(stem)) and base in images}
+    """The files that are masks of others beside them: of `x.png` or `images/x.png` are `x_mask.png`,
+    `x_mask_1.png`, `lesions/x.png` and `rois/x_roi.png`. `x_overlay.png`, a picture of both, is among them.
+    """
+    places = {name: os.path.split(fold(os.path.splitext(name)[0])) for name in names}
+    images = {(without_last(folder, IN_IMAGES), base) for folder, base in places.values()}
+
+    def marked(folder: str, base: str) -> set[tuple[str, str]]:
+        above = without_last(folder, IN_CLASS)
+        return {(above, base), (above, without_ending(base))} - {(without_last(folder, IN_IMAGES), base)}
+    return {name for name, place in places.items() if marked(*place) & images}
 
 
-def without_ending(stem: str) -> str:
-    """'a/x' of 'a/x_mask' and of 'a/x_mask_1'; '' of a name that does not end like that of a mask."""
-    folder, base = os.path.split(stem)
-    ending = ENDING.search(base)
-    named = ending and NUMBER.fullmatch(ending['rest'] or '0')
-    return os.path.join(folder, base[:ending.start()]) if named else ''
+def without_last(folder: str, words: re.Pattern) -> str:
+    """The folder above, where the name of this one is one of `words`."""
+    above, last = os.path.split(folder)
+    return above if words.match(last) else folder
+
+
+def without_ending(name: str) -> str:
+    """'x' of 'x_mask' and of 'x_mask_1'; '' of a name that does not end like that of a mask."""
+    ending = ENDING.search(name)
+    return name[:ending.start()] if ending and NUMBER.fullmatch(ending['rest'] or '0') else ''
 
 
 def fold(name: str) -> str:
@@ -131,7 +144,7 @@ def with_masks(images: Sequence[Placed], masks: Sequence[Placed],
 
 def _owner(mask: Placed, images: Iterable[Placed], is_normal: Callable[[str], bool]) -> Placed | None:
     steps = [plain_name(step) for step in mask.steps]
-    fitting = [image for image in images if mask.part in ('', image.part)
+    fitting = [image for image in images if mask.item.part in ('', image.item.part)
                and [plain_name(step) for step in image.steps[len(image.steps) - len(steps):]] == steps]
     for prefer in (lambda image: True, lambda image: not is_normal(image.item.class_name),
                    lambda image: unicodedata.normalize('NFC', mask.stem).startswith(

@@ -20,11 +20,12 @@ import numpy as np
 
 from readers.cache import stamp
 from readers.config import BOXES, COLUMNS, DataSet, ReaderConfig
-from readers.images.decode import SUFFIXES, ImageLoader
+from readers.images.decode import ImageLoader
+from readers.images.files import SUFFIXES
 from readers.images.layout import PART_FOLDERS
 from readers.images.masks import Box, fold
 from readers.items import Item, Listing, import_items
-from readers.paths import Passed, pass_over, passed_line, stop_at, walk
+from readers.paths import Passed, files_below, pass_over, passed_line
 from readers.published.arrays import prepare, read_file
 from readers.source import Source, same_name
 from readers.split import count, some
@@ -258,8 +259,8 @@ class Files:
         """Paths of the files below a root by their relative names and, after a *, by their file names."""
         while len(self.tables) <= number:
             root, table = self.roots[len(self.tables)], {}
-            for path in sorted(walk(root, stop_at)[0]):
-                name = fold(Path(path).relative_to(root).as_posix())
+            for file in files_below(root, {}):
+                name, path = fold(file), os.path.join(root, file)
                 for key in {name, os.path.splitext(name)[0]}:
                     table.setdefault(key, []).append(path)
                     table.setdefault(f"*{key.rpartition('/')[2]}", []).append(path)

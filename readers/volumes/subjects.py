@@ -79,12 +79,11 @@ def volume_files(root: Path, names: Sequence[str], passed: Passed, without: str 
     """The volumes below `root` but for the folder `without`, as paths relative to it: files, and with `dicom`
     folders of slices; `names` are those of channels and masks. What is passed over goes to `passed`.
     """
-    left: Passed = {}
-    found = files_below(root, lambda path: path.lower().endswith(SUFFIXES), left, without=without)
-    series, slices = series_in(root, left[FOREIGN]) if dicom else ([], set())
-    used = slices | {file.name for file in key_files(root)}
-    for kind, others in left.items():
-        pass_over(passed, kind, *(name for name in others if name not in used))
+    names_below = files_below(root, passed, without=without)
+    found = [name for name in names_below if name.lower().endswith(SUFFIXES)]
+    others = {*names_below} - {*found}
+    series, slices = series_in(root, others) if dicom else ([], set())
+    pass_over(passed, FOREIGN, *(others - slices - {file.name for file in key_files(root)}))
     return sorted([*found, *named_by_folder(series, slices, names)])
 
 
