@@ -30,6 +30,7 @@ READ_ONLY = 'Name a folder that this user may write'
 LOST_STATUS = 75             # another process is gone: EX_TEMPFAIL, worth another try
 ENDING = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name))
 ENDED_ON_REQUEST = (143, 130, -signal.SIGTERM, -signal.SIGINT)
+QUIET = {'TORCH_CPP_LOG_LEVEL': 'ERROR'}     # PyTorch's warning of a lost process is a page; ours is a line
 CAUSE_FIRST = 1.0            # seconds that a process which lost another waits: the other is seen to end first
 
 FILE_ERRORS = {errno.ENOSPC: 'Make room there', errno.EDQUOT: 'Make room there', errno.EROFS: READ_ONLY,
@@ -48,6 +49,7 @@ def launch(work: Callable[[Any], int | None], argument: Any, config: LaunchConfi
     Where processes are started here, one that fails ends the others; SIGTERM and SIGINT reach them all.
     """
     here = resolve(config)
+    os.environ.update(QUIET | os.environ)               # before PyTorch is imported, which reads it then
     choose_device(config.device, here)                  # a wrong device is reported once, before all starts
     if here.spawn:
         return _spawn(work, argument, config, here)

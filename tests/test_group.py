@@ -116,7 +116,7 @@ def by_hand(name, folder):
     """The two processes."""
     port = str(free_port())
     return [start([sys.executable, __file__, name], folder / str(rank), PYTHONPATH=str(ROOT), RANK=str(rank),
-                  WORLD_SIZE='2', MASTER_PORT=port) for rank in range(2)]
+                  WORLD_SIZE='2', MASTER_PORT=port, **launch.QUIET) for rank in range(2)]
 
 
 def test_all_wait_for_the_last_however_late(tmp_path):
@@ -135,11 +135,24 @@ def test_one_that_is_silent_is_lost(tmp_path):
 
 
 def test_one_that_is_killed_while_groups_are_formed_is_lost(tmp_path):
-    """One group has no time limit: if it came before the heartbeat, process 0 would wait for ever."""
-    for number in (1, 2):
-        assert end(*by_hand(f'killed{number}1', tmp_path)) == [launch.LOST_STATUS, -signal.SIGKILL], number
-        told = (tmp_path / '0').read_text().splitlines()[-1]               # PyTorch may warn before
+    """One group has no time limit: if it came before the heartbeat, process 0 would wait for ever. With
+    process 0 the store is lost.
+    """
+    for number, killed in ((1, 1), (2, 1), (2, 0)):
+        (folder := tmp_path / f'{number}{killed}').mkdir()
+        statuses = end(*by_hand(f'killed{number}{killed}', folder))
+        assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] == launch.LOST_STATUS, number
+        told, = (folder / str(1 - killed)).read_text().splitlines()
         assert told.startswith('error: lost touch with the other processes ('), told
+
+
+def test_pytorch_does_not_warn_of_a_lost_process_too(monkeypatch):
+    monkeypatch.setattr(os, 'environ', {'RANK': '0', 'WORLD_SIZE': '1'})
+    launch.launch(lambda _: None, None, LaunchConfig(device='cpu'))
+    assert os.environ['TORCH_CPP_LOG_LEVEL'] == 'ERROR'
+    monkeypatch.setattr(os, 'environ', {'TORCH_CPP_LOG_LEVEL': 'INFO'})
+    launch.launch(lambda _: None, None, LaunchConfig(device='cpu'))
+    assert os.environ['TORCH_CPP_LOG_LEVEL'] == 'INFO'
 
 
 def test_one_that_failed_ends_the_others_at_once_whatever_they_do(tmp_path):
