@@ -91,7 +91,10 @@ def test_files_that_are_no_tar_or_damaged_are_named(folder, tmp_path):
     (tmp_path / 'other.tar').write_bytes(b'no tar' * 1000)
     packed = write_tar(tmp_path / 'cut.tar.gz', folder)
     packed.write_bytes(packed.read_bytes()[:len(packed.read_bytes()) // 2])
-    for name in ('other.tar', 'cut.tar.gz'):
+    long = tarfile.TarInfo('a.png')
+    long.type, long.size = tarfile.XHDTYPE, 2 ** 70                  # no index of Python's reaches so far
+    (tmp_path / 'long.tar').write_bytes(long.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    for name in ('other.tar', 'cut.tar.gz', 'long.tar'):
         with pytest.raises(UserError, match=rf'{name} cannot be unpacked') as error:
             load_data(config(tmp_path / name, tmp_path / 'cache'))
         assert '\n' not in str(error.value)
