@@ -19,6 +19,8 @@ import train
 from anomaly import scoring
 from anomaly.baselines import BASELINES
 from anomaly.compare import Run, common_images, compare, run_names
+from anomaly.metrics import Estimate
+from anomaly.report.comparison import forest
 from datasets import Data, DataConfig
 from distributed import launch
 from distributions import Pixels
@@ -391,3 +393,14 @@ def test_a_checkpoint_or_a_comparison():
     for words in ([], ['--checkpoint', 'a', '--compare', 'a', 'b']):
         with pytest.raises(UserError, match='give --checkpoint'):
             evaluate.parse_args(words)
+
+
+def test_every_panel_of_a_forest_plot_has_a_scale():
+    """Four panels are two rows, and a shared axis would leave the upper one without numbers."""
+    lines = {str(group): [Estimate(0.8, 0.7, 0.9)] for group in range(4)}
+    figure = forest(['a'], lines, ['black'], 0.5, 'AUROC')
+    figure.draw_without_rendering()
+    shown = [panel for panel in figure.axes if panel.get_visible()]
+    assert len(shown) == 4
+    for panel in shown:
+        assert any(label.get_visible() and label.get_text() for label in panel.get_xticklabels())

@@ -149,7 +149,7 @@ def forest_figure(judgement: Judgement) -> Any:
     colors = [COLORS[runs.index(row.run) % len(COLORS)] if row.run else FAINT for row in rows]
     lines = {group: [row.auroc(group) for row in rows] for group in judgement.shown_groups}
     return forest([f'{row.name} *' if row.primary else row.name for row in rows], lines, colors, 0.5,
-                  'AUROC, 95 %')
+                  'AUROC, 95 % interval')
 
 
 def difference_figure(judgement: Judgement) -> Any | None:
@@ -162,7 +162,7 @@ def difference_figure(judgement: Judgement) -> Any | None:
     by_name = {group: {f'{d.first.name} - {d.rival}': d.estimate for d in some}
                for group, some in found.items()}
     lines = {group: [known.get(name) for name in names] for group, known in by_name.items()}
-    return forest(names, lines, [COLORS[0]] * len(names), 0.0, 'difference of AUROC, 95 %')
+    return forest(names, lines, [COLORS[0]] * len(names), 0.0, 'difference of AUROC, 95 % interval')
 
 
 def forest(names: Sequence[str], lines: dict[str, Sequence[Estimate | None]], colors: Sequence[str],
@@ -179,5 +179,6 @@ def forest(names: Sequence[str], lines: dict[str, Sequence[Estimate | None]], co
         style(panel, group_title(group))
         panel.set_yticks(range(len(names)), names)
         panel.set_xlabel(unit)
+        panel.tick_params(labelbottom=True)                       # a shared axis would have them below alone
     panels[0].set_ylim(len(names) - 0.4, -0.6)                    # downwards
     return figure
