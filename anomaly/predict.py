@@ -38,7 +38,7 @@ from readers.images.decode import decode, from_size
 from readers.parallel import in_order
 from readers.paths import file_content, passed_line
 from readers.source import Unreadable
-from readers.split import count, some
+from readers.split import count, noted, some
 from utils import UserError, finite, read_flags, write_atomically, write_csv
 
 SOME_UNREADABLE_STATUS = 3        # exit status: all that could be read is scored, but some files could not
@@ -281,7 +281,7 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: Drawn,
     for repair in dict.fromkeys(repair for file in table.entries for repair in file.repairs):
         ids = sorted(file.id for file in table.entries if repair in file.repairs)
         kind = 'subject' if len(run.model.shape) == 4 else 'image'
-        run.say(f'{count(len(ids), kind)} {repair}: {some(ids)}')
+        run.say(*noted(ids, kind, repair))
     for line in passed_line(found.passed_over):
         run.say(line)
     if len(table):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_convert
+from torch.utils.data import DataLoader, default_convert
 
 from distributed import launch
 from readers.parts import Batch, Part
@@ -64,37 +64,15 @@ def eval_batches(part: Part, batch_size: int, *, workers: int = 0) -> Iterator[t
     return zip(numbers, _load(part, keys, workers), strict=True)
 
 
-class _ErrorsAsValues(Dataset):
-    """A part for other processes: it returns a UserError, which they would wrap into many lines if raised."""
-
-    def __init__(self, part: Part):
-        self.part = part
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | UserError:
-        try:
-            return self.part.__getitems__(keys)
-        except UserError as error:
-            return error
-
-
-def _or_raise(batch: Batch | UserError) -> Batch:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
-
-
 def _load(part: Part, keys: Iterator[list[tuple[int, int]]], workers: int) -> Iterator[Batch]:
+    """The batches of these keys, by as many worker processes. Raises UserError if one of these is killed."""
     if workers == 0:
-        return map(part.__getitems__, keys)
-    loader = DataLoader(_ErrorsAsValues(part), batch_sampler=keys, num_workers=workers,
-                        collate_fn=default_convert)
-    return map(_or_raise, _with_all_workers(loader))
-
-
-def _with_all_workers(loader: DataLoader) -> Iterator[Batch | UserError]:
-    """The batches of a loader. Raises UserError if one of its processes is killed."""
+        yield from map(part.__getitems__, keys)
+        return
     try:
-        yield from loader
+        yield from DataLoader(part, batch_sampler=keys, num_workers=workers, collate_fn=default_convert)
+    except UserError as error:                       # from a worker, with the traceback there before it
+        raise UserError(str(error).strip().rpartition(f'{UserError.__name__}: ')[2]) from None
     except RuntimeError as error:
         if 'DataLoader worker' not in str(error):
             raise

@@ -1,7 +1,8 @@
 """The cache on disk: filled once, then shared by all runs and processes.
 
-An entry is one folder `<cache_dir>/<key>/` with .npy files and `index.json`. It appears whole by one rename,
-so a killed run leaves nothing half done; checksums tell a damaged one, which is made anew.
+An entry is one folder `<cache_dir>/<key>/` with .npy files and `index`, a SHA-256 and the JSON that it is of.
+It appears whole by one rename, so a killed run leaves nothing half done; checksums tell a damaged one, which
+is made anew.
 """
 
 import contextlib
@@ -19,12 +20,13 @@ from typing import Any, TypeVar
 from storage.locks import locked, why_not_private
 from utils import UserError, finite, write_json
 
-CACHE_VERSION = 4      # raise it when what the readers make of the same files changes
+CACHE_VERSION = 5      # raise it when what the readers make of the same files changes
 CACHE_NAME = 'medical-anomaly'
 MARK = 'CACHEDIR.TAG'  # tells backups, and commands on another user's checkpoint, that this is a cache
 MARK_TEXT = 'Signature: 8a477f597d28d172789f06886806bc55\n# Decoded images of the project medical-anomaly.\n'
 
-MADE_OF = 'made_of.json'     # of an entry: which files, with their stamps, and the flags that it follows from
+INDEX = 'index'              # of an entry: what is in it
+MADE_OF = 'made_of.json'     # and which files, with their stamps, and the flags that it follows from
 
 T = TypeVar('T')
 
@@ -74,7 +76,7 @@ def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
     """`load(folder, fields)` of a cache folder: its .npy files were written by `make(folder)`, which returned
     the JSON `fields`, now or in an earlier run.
     """
-    digest = hashlib.sha256(json.dumps([CACHE_VERSION, key]).encode()).hexdigest()[:32]
+    digest = _sha256(json.dumps([CACHE_VERSION, key]))[:32]
     home = cache_folder(cache_dir)
     final = home / digest
     with locked(home / f'{digest}.lock') as alone:
@@ -86,7 +88,8 @@ def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
             try:
                 fields = make(temporary)
                 write_json(temporary / MADE_OF, key)
-                write_json(temporary / 'index.json', seal(fields | {'files': _contents(temporary)}))
+                index = json.dumps(finite(fields | {'files': _contents(temporary)}))
+                (temporary / INDEX).write_text(f'{_sha256(index)}\n{index}')
                 os.rename(temporary, final)
             except OSError as error:
                 if _load(final, load) is None:     # else another process, without locks here, was first
@@ -110,25 +113,13 @@ def check_room(folder: Path, num_bytes: int) -> None:
 def _load(folder: Path, load: Callable[[Path, dict], T]) -> T | None:
     """What is kept in `folder`; None if there is nothing, or if a file of it was changed."""
     try:
-        sealed = json.loads((folder / 'index.json').read_text())
-        fields = sealed['fields']
-        whole = sealed == {'fields': fields, 'sha256': checksum_of(fields)}
-        if not whole or fields.pop('files') != _contents(folder):
+        digest, _, index = (folder / INDEX).read_text().partition('\n')
+        fields = json.loads(index)
+        if digest != _sha256(index) or fields.pop('files') != _contents(folder):
             return None
         return load(folder, fields)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-
-
-def seal(fields: dict) -> dict:
-    """The fields of an entry with their own checksum: {'fields': ..., 'sha256': ...}."""
-    fields = json.loads(json.dumps(finite(fields)))                      # as they will be read
-    return {'fields': fields, 'sha256': checksum_of(fields)}
-
-
-def checksum_of(fields: dict) -> str:
-    """SHA-256 of fields as they are read."""
-    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
 def _contents(folder: Path) -> dict[str, int]:
@@ -136,7 +127,11 @@ def _contents(folder: Path) -> dict[str, int]:
     read, and checked, as any file of the user.
     """
     return {p.relative_to(folder).as_posix(): _checksum(p) if p.suffix == '.npy' else p.stat().st_size
-            for p in sorted(folder.rglob('*')) if p.is_file() and p != folder / 'index.json'}
+            for p in sorted(folder.rglob('*')) if p.is_file() and p != folder / INDEX}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _checksum(path: Path) -> int:

@@ -17,8 +17,8 @@ from readers.config import DataSet, ReaderConfig
 from readers.duplicates import near_duplicates
 from readers.parallel import attempt
 from readers.paths import printable
-from readers.source import CLASSES_SHOWN, DTYPES, Array, Entry, Source, same_name
-from readers.split import count, some
+from readers.source import CLASSES_SHOWN, DTYPES, Array, Entry, Source, is_among
+from readers.split import noted
 from utils import UserError
 
 LEARNED = ('train', 'val')           # parts from which a model learns: their anomalous images are left out
@@ -38,25 +38,28 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Item:
-    """One image or subject that a reader has found and not yet opened."""
+    """One image, or one person at one time, that a reader has found and not yet opened."""
     id: str
     class_name: str
     part: str = ''                               # 'train', 'val' or 'test' where the data set says so
     patient: str = ''
     path: str = ''                               # '' where it is not a file
     masks: tuple[Any, ...] = ()                  # paths, names or boxes (images/masks.py) of what marks it
+    others: tuple[str, ...] = ()                 # of a subject: the files of its further channels
+    body: str = ''                               # of a subject: the file that marks what to keep
     stamp: Any = ()                              # another one after the content has changed
     read: Callable[['Item'], Loaded] | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError for a file name that is no UTF-8, which the id of a file of a run has to be."""
-        if printable(self.id) != self.id:
+        if not self.id.isascii() and printable(self.id) != self.id:
             raise UserError(f"the file name {printable(self.id)} is no UTF-8: rename it.")
 
     @property
     def files(self) -> list[str]:
-        """The paths of its file and of those of its masks."""
-        return [self.path, *(mask for mask in self.masks if isinstance(mask, str))]
+        """The paths of all its files."""
+        masks = [mask for mask in self.masks if isinstance(mask, str)]
+        return [path for path in (self.path, *self.others, self.body, *masks) if path]
 
     def load(self) -> Loaded:
         """The image, as the model sees it. Raises Unreadable."""
@@ -127,7 +130,7 @@ def choose_classes(found: Sequence[str], config: ReaderConfig, row: DataSet,
     """
     named = config.normal_classes or row.normal
     usual = pick(found, config.normal_classes, 'normal', where) or \
-        [name for name in found if any(same_name(name, other) for other in row.normal)]
+        [name for name in found if is_among(name, row.normal)]
     if named and not usual:
         raise UserError(f"--data: {where} has no class of normal {'subjects' if row.dims == 3 else 'images'} "
                         f"named {' or '.join(named)}: found {', '.join(found[:CLASSES_SHOWN])}. Name the "
@@ -146,11 +149,11 @@ def choose_classes(found: Sequence[str], config: ReaderConfig, row: DataSet,
 def pick(found: Sequence[str], names: Sequence[str], kind: str, where: str) -> list[str]:
     """The classes among `found` that the user names. Raises UserError for one that is not there."""
     for name in names:
-        if not any(same_name(name, other) for other in found):
+        if not is_among(name, found):
             shown = [*found[:CLASSES_SHOWN], *['others'] * (len(found) > CLASSES_SHOWN)]
             raise UserError(f"{kind} class {name!r} is not in {where}: found {', '.join(shown)}. Check "
                             f"--data, or name the classes with --{kind}_classes.")
-    return [other for other in found if any(same_name(name, other) for name in names)]
+    return [name for name in found if is_among(name, names)]
 
 
 def chosen_items(listing: Listing, normal: Sequence[str], anomalous: Sequence[str],
@@ -171,9 +174,10 @@ def chosen_items(listing: Listing, normal: Sequence[str], anomalous: Sequence[st
     if row.dims == 2:
         left = [item.id for item in listing.items if item.class_name in anomalous and item.part in LEARNED]
         spare = [item.id for item in listing.items if item.class_name in normal and item.masks and row.masks]
-        listing.notes += [f'{count(len(ids), "image")} {words}: {some(ids)}' for ids, words in (
-            (left, 'of anomalous classes in a published part for training or validation left out'),
-            (spare, 'of normal classes with a mask, which is not used')) if ids]
+        listing.notes += [
+            *noted(left, 'image',
+                   'of anomalous classes in a published part for training or validation left out'),
+            *noted(spare, 'image', 'of normal classes with a mask, which is not used')]
     if not items and not listing.bad:
         raise UserError(f"--data: {listing.name} has no image of the classes "
                         f"{', '.join((*normal, *anomalous)[:CLASSES_SHOWN])}: choose others.")
@@ -214,8 +218,7 @@ def write_pixels(items: list[Item], listing: Listing, target: Path, depth: int) 
     listing.bad += [(item.id, r) for item, r in zip(items, results, strict=True) if isinstance(r, str)]
     good = [r for r in results if not isinstance(r, str)]
     for repair in dict.fromkeys(words for _, repairs in good for words in repairs):
-        ids = [entry.id for entry, repairs in good if repair in repairs]
-        listing.notes.append(f'{count(len(ids), listing.kind)} {repair}: {some(ids)}')
+        listing.notes += noted([e.id for e, repairs in good if repair in repairs], listing.kind, repair)
     # Rows that could not be read are black, which counts as similar to nothing.
     pairs = near_duplicates(pixels) if listing.near_duplicates else []
     for array in (pixels, masks):

@@ -6,7 +6,7 @@ N images, C channels, *S the size.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,13 +101,11 @@ class Source:
     flags: dict[str, Any] = field(default_factory=dict)                  # by which a packed set was prepared
 
 
-def same_name(a: str, b: str) -> bool:
-    """Whether two class names differ only in case or in the sign between words ('Lung_Opacity', 'lung
-    opacity').
-    """
-    return plain_name(a) == plain_name(b)
+def is_among(name: str, names: Iterable[str]) -> bool:
+    """Whether a class has one of these names, up to case and to the sign between words."""
+    return plain_name(name) in map(plain_name, names)
 
 
 def plain_name(name: str) -> str:
-    """The name of a class without case and without the sign between its words."""
+    """'lung opacity' of 'Lung_Opacity' and of 'LUNG-OPACITY'."""
     return unicodedata.normalize('NFC', name).casefold().replace('_', ' ').replace('-', ' ')

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PARTS = ('train', 'val', 'test')
 SPLIT = {'dataset': str, 'split_seed': int, 'normal_classes': list, 'anomalous_classes': list}
 FILE = ('id', 'class', 'part', 'sha256')
+LEFT_OUT = 'left out: '
 SHOWN = 5          # files named in one line
 FEW = 20           # normal validation images: below, a threshold of 5 % cannot be placed
 
@@ -280,7 +281,7 @@ def left_out(bad: Sequence[tuple[str, str]], used: int, skip_corrupt: bool, kind
     if lines and not skip_corrupt:
         raise UserError(f"{count(len(lines), kind)} of {len(lines) + used} cannot be used: {some(lines)}. "
                         f"Replace or remove them, or pass --skip_corrupt to leave them out.")
-    return [f'left out: {line}' for line in lines]
+    return [LEFT_OUT + line for line in lines]
 
 
 def find_duplicates(entries: Sequence[Entry], near: Sequence[tuple[str, str, float]],
@@ -324,26 +325,19 @@ def warnings(entries: Sequence[Entry], parts: Mapping[str, str],
     """What may spoil a result."""
     lines = []
     for kind, words in (('exact', 'the same file'), ('near', 'near-duplicates')):
-        pairs = [d for d in duplicates if d['kind'] == kind]
-        if pairs:
-            named = some([f"{d['ids'][0]} ({d['parts'][0]}) and {d['ids'][1]} "
-                          f"({d['parts'][1]})" for d in pairs])
-            lines.append(f"duplicates across parts: {count(len(pairs), 'pair')} of images are {words}: "
-                         f"{named}")
+        pairs = [f"{d['ids'][0]} ({d['parts'][0]}) and {d['ids'][1]} ({d['parts'][1]})"
+                 for d in duplicates if d['kind'] == kind]
+        lines += noted(pairs, 'pair', f'of images are {words}', 'duplicates across parts: ')
     val = [e.id for e in entries if parts[e.id] == 'val' and e.part == 'val' and not e.label]
     if 0 < len(val) < FEW:
         lines.append(f"the given validation part has {count(len(val), 'normal image')}: thresholds are "
                      f"coarse. --val_fraction draws more, from the training part too")
-    if contradicted := contradictions(entries):
-        lines.append(f"{count(len(contradicted), 'file')} of the same content are labeled normal and "
-                     f"anomalous: {some(contradicted)}")
-    if spread := spread_patients(entries, parts):
-        lines.append(f"{count(len(spread), 'patient')} in more than one part as given: {some(spread)}")
-    unmarked = [e.id for e in entries if not e.has_mask]
-    if unmarked and any(e.mask_row >= 0 for e in entries):
-        lines.append(f"{count(len(unmarked), 'anomalous image')} without a mask count in no pixel metric: "
-                     f"{some(unmarked)}")
-    return lines
+    masked = any(e.mask_row >= 0 for e in entries)
+    unmarked = [e.id for e in entries if masked and not e.has_mask]
+    return [*lines,
+            *noted(contradictions(entries), 'file', 'of the same content are labeled normal and anomalous'),
+            *noted(spread_patients(entries, parts), 'patient', 'in more than one part as given'),
+            *noted(unmarked, 'anomalous image', 'without a mask count in no pixel metric')]
 
 
 def contradictions(entries: Sequence[Entry]) -> list[str]:
@@ -360,6 +354,11 @@ def spread_patients(entries: Sequence[Entry], parts: Mapping[str, str]) -> list[
     for e in entries:
         places[e.patient].add(parts[e.id])
     return sorted(p for p in places if p and len(places[p]) > 1)
+
+
+def noted(names: Sequence[str], kind: str, words: str, before: str = '') -> list[str]:
+    """One line of the report that counts some files and names a few of them; none if there is nothing."""
+    return [f'{before}{count(len(names), kind)} {words}: {some(names)}'] if names else []
 
 
 def count(n: int, what: str) -> str:

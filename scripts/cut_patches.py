@@ -27,12 +27,13 @@ import numpy as np
 
 from command_line.parser import parse_flags
 from datasets import DATASETS, DataConfig
+from readers.items import Item
 from readers.parallel import attempt
 from readers.paths import Passed, passed_line
-from readers.source import Entry, same_name
-from readers.split import PARTS, count, left_out, some, split_given, with_patients
+from readers.source import Entry, is_among
+from readers.split import LEFT_OUT, PARTS, count, left_out, noted, split_given, with_patients
 from readers.volumes.nifti import Grid, resample, write_nifti
-from readers.volumes.subjects import KEYS, NORMAL, Subject, find_subjects, with_classes, with_keys
+from readers.volumes.subjects import KEYS, NORMAL, find_subjects, with_classes, with_keys
 from readers.volumes.volumes import LESION, MOST_THREADS, VolumeLoader, expect_one_spacing
 from utils import UserError, flag, flags, read_flags, run_program, write_atomically
 
@@ -59,7 +60,7 @@ class PatchConfig(DataConfig):
                                 below=1, basic=True)
 
 
-def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[list[Subject], dict[str, str]]:
+def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[list[Item], dict[str, str]]:
     """The subjects of which it is known where they are ill, and the part of each. Raises UserError."""
     root = Path(config.data)
     if not config.data or not root.is_dir():
@@ -69,16 +70,14 @@ def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[lis
                                dicom=config.dicom_series)
     notes += passed_line(passed) + left_out(bad, len(found), config.skip_corrupt, 'subject')
     subjects = with_keys(with_classes(found, ROW.normal, ROW.where), Path(config.key_files or root), notes)
-    if not any(s.label for s in subjects):
+    if not any(s.masks for s in subjects):
         raise UserError(f"--labels {labels}: no subject in {root} has a file of it.")
-    ill = lambda s: not any(same_name(s.class_name, name) for name in ROW.normal)
-    if lost := [s.id for s in subjects if ill(s) and not s.label]:
-        notes.append(f'left out: {count(len(lost), "subject")} of a class that is not normal, without a file '
-                     f'of {labels}: {some(lost)}')
-    subjects = [s for s in subjects if s.label or not ill(s)]
-    if unknown := [s.id for s in subjects if not s.label]:
-        notes.append(f'{count(len(unknown), "subject")} without a file of {labels} count as without lesion: '
-                     f'{some(unknown)}')
+    ill = lambda s: not is_among(s.class_name, ROW.normal)
+    lost = [s.id for s in subjects if ill(s) and not s.masks]
+    notes += noted(lost, 'subject', f'of a class that is not normal, without a file of {labels}', LEFT_OUT)
+    subjects = [s for s in subjects if s.masks or not ill(s)]
+    unknown = [s.id for s in subjects if not s.masks]
+    notes += noted(unknown, 'subject', f'without a file of {labels} count as without lesion')
     entries = [Entry(s.id, '', s.class_name, '', 0, row, part=s.part, label=int(ill(s)))
                for row, s in enumerate(subjects)]
     entries = with_patients(entries, '', config.patient_pattern, notes)
@@ -92,7 +91,7 @@ def corners(shape: tuple[int, ...], size: int, stride: int) -> Iterator[tuple[in
     return product(*(range(f, f + k * stride, stride) for f, k in zip(first, numbers, strict=True)))
 
 
-def cut(subject: Subject, grid: Grid, loader: VolumeLoader, config: PatchConfig,
+def cut(subject: Item, grid: Grid, loader: VolumeLoader, config: PatchConfig,
         with_lesions: bool) -> tuple[list[str], Counter]:
     """Writes the patches of a subject on `grid`; their ids, and how many there are of each kind. Raises
     Unreadable.
@@ -101,7 +100,7 @@ def cut(subject: Subject, grid: Grid, loader: VolumeLoader, config: PatchConfig,
     grid = grid.centered(np.maximum(grid.shape, size))
     volume = loader.on_grid(subject, grid)
     # Where interpolation brought a lesion into the image, be it less than half a voxel of it.
-    label = loader.lesions(subject, loader.first(subject))
+    label = loader.marked(subject.masks, loader.first(subject))
     reached = resample(label[0].astype(np.float32), label[1], grid) > 0 if label else \
         np.zeros(grid.shape, bool)
     written, kinds = [], Counter()
@@ -142,7 +141,7 @@ def make(config: PatchConfig) -> None:
     if grids:
         expect_one_spacing({subject.id: grid for subject, grid in grids.items()})
 
-    def work(subject: Subject) -> tuple[list[str], Counter]:
+    def work(subject: Item) -> tuple[list[str], Counter]:
         return cut(subject, grids[subject], loader, config, parts[subject.id] == 'test')
 
     done = whatever_works(work, list(grids), 'cutting volumes', config, notes)
@@ -152,8 +151,8 @@ def make(config: PatchConfig) -> None:
     report(config, done, parts, notes)
 
 
-def whatever_works(work: Callable[[Subject], T], subjects: list[Subject], title: str, config: PatchConfig,
-                   notes: list[str]) -> dict[Subject, T]:
+def whatever_works(work: Callable[[Item], T], subjects: list[Item], title: str, config: PatchConfig,
+                   notes: list[str]) -> dict[Item, T]:
     """What `work` makes of each subject. Raises UserError for those that cannot be used, or leaves them out.
     """
     results = dict(zip(subjects, attempt(work, subjects, title, MOST_THREADS), strict=True))
@@ -162,7 +161,7 @@ def whatever_works(work: Callable[[Subject], T], subjects: list[Subject], title:
     return {subject: result for subject, result in results.items() if not isinstance(result, str)}
 
 
-def report(config: PatchConfig, done: dict[Subject, tuple[list[str], Counter]], parts: dict[str, str],
+def report(config: PatchConfig, done: dict[Item, tuple[list[str], Counter]], parts: dict[str, str],
            notes: list[str]) -> None:
     """Prints what was made."""
     for note in notes:

@@ -353,7 +353,7 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_anew(config, tmp_path, monk
     damaged[-1] ^= 1
     array.write_bytes(damaged)
     assert torch.equal(load_data(config).train.items(range(5)).x, expected) and len(scans) == 1
-    next((tmp_path / 'cache').glob('*/index.json')).write_text('{"entr')
+    next((tmp_path / 'cache').glob('*/index')).write_text('{"entr')
     assert torch.equal(load_data(config).train.items(range(5)).x, expected) and len(scans) == 2
     assert not list((tmp_path / 'cache').glob('*.tmp'))
 

@@ -118,7 +118,7 @@ def test_a_cifar10_file_that_is_damaged_or_a_program_is_named(config, tmp_path, 
     path.write_bytes(whole[:-40])
     fails(config('cifar10'), 'data_batch_3 is not a batch of CIFAR-10')
     path.write_bytes(pickle.dumps({'data': np.uint8([1]), 'labels': [shutil.rmtree]}))
-    fails(config('cifar10'), 'data_batch_3 is not a batch .*it asks for shutil')
+    fails(config('cifar10'), 'data_batch_3 is not a batch of CIFAR-10')
     path.unlink()
     fails(config('cifar10'), r'torchvision.datasets.CIFAR10\(FOLDER, download=True\)')
     path.write_bytes(whole)

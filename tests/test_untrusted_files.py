@@ -1,6 +1,5 @@
 """What a file of a stranger cannot do: run code, touch memory, write where it says, fool a spreadsheet."""
 
-import json
 import pickle
 from types import SimpleNamespace
 
@@ -47,8 +46,8 @@ class Over:
 
 
 @pytest.mark.parametrize('value, told', [
-    (Pointers(), 'an array of O'), (Over(), 'no attribute'), (np.zeros((2, 3072)), 'an array of f8'),
-    (np.array([{}] * 2), 'an array of O'), (bytearray(3072), 'no'), ([0] * 6144, "'list' object")])
+    (Pointers(), 'no array of bytes'), (Over(), 'no array of bytes'), (np.array([{}] * 2), 'no array'),
+    (np.zeros((2, 3072)), 'no array'), (bytearray(3072), 'no array'), ([0] * 6144, 'no array')])
 def test_other_arrays_are_refused(value, told, tmp_path):
     with pytest.raises(UserError, match=f'is not a batch of CIFAR-10 .*{told}'):
         arrays.read_batch(batch_of(value, tmp_path / 'b', 5 if isinstance(value, bytearray) else 2))
@@ -136,8 +135,7 @@ def test_an_entry_that_was_changed_is_made_anew(tmp_path):
     assert fields == {'n': 3} and use() == (folder, fields) and len(made) == 1
     changes = [lambda: (folder / 'sub' / 'a.txt').write_text('abcd'),
                lambda: (folder / 'planted').write_text(''),
-               lambda: (folder / 'index.json').write_text(
-                   json.dumps(json.loads((folder / 'index.json').read_text())).replace('"n": 3', '"n": 4'))]
+               lambda: (folder / 'index').write_text((folder / 'index').read_text().replace('3', '4'))]
     for number, change in enumerate(changes, 2):
         change()
         assert use() == (folder, {'n': 3}) and len(made) == number

@@ -8,7 +8,6 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -198,29 +197,14 @@ def from_size(values: np.ndarray, height: int, width: int, fit: str) -> np.ndarr
     return np.where(inside[0][:, None] & inside[1], values[rows[:, None], columns], values.dtype.type(0))
 
 
-def to_integers(x: np.ndarray, size: int, channels: int, depth: int, fit: str) -> np.ndarray:
-    """(H, W, C) in [0, 1] as a model's image: (channels, S, S) uint8 or uint16, of `depth` 8 or 16 bits."""
-    dtype = np.dtype(DTYPES[depth])
-    return np.rint(to_size(to_channels(x, channels), size, fit) * np.iinfo(dtype).max).astype(dtype)
-
-
-def mask_to_integers(mask: np.ndarray, size: int, fit: str) -> np.ndarray:
-    """(H, W, 1) bool as (1, S, S) uint8 0 or 1: anomalous where at least half of the pixel is."""
-    return (to_size(mask.astype(np.float32), size, fit) >= 0.5).astype(np.uint8)
-
-
-def read_mask(path: str, frame: int | None = None) -> np.ndarray:
-    """What a mask file, or this frame of it, marks: (H, W, 1) bool. Raises Unreadable."""
-    return decode_mask(file_content(path), frame)
-
-
 def load_masks(masks: Sequence[str | Box], shape: Sequence[int],
                frame: int | None = None) -> np.ndarray | None:
     """What any of these files and boxes marks of an image of this shape (H, W, ...): (H, W, 1) bool; None
     without one. Raises Unreadable.
     """
     marked = [mask.marked(shape) if isinstance(mask, Box) else
-              load_mask(partial(read_mask, mask, frame), os.path.basename(mask), shape) for mask in masks]
+              load_mask(lambda mask=mask: decode_mask(file_content(mask), frame), os.path.basename(mask),
+                        shape) for mask in masks]
     return np.any(marked, axis=0) if marked else None
 
 
@@ -296,11 +280,14 @@ class ImageLoader:
 
     def finish(self, image: np.ndarray, mask: np.ndarray | None, sha256: str, num_bytes: int) -> Loaded:
         """An image (H, W, C) in [0, 1] and its mask (H, W, 1) bool."""
-        pixels = to_integers(image, self.size, self.channels, self.depth, self.fit)
+        dtype = np.dtype(DTYPES[self.depth])
+        pixels = to_size(to_channels(image, self.channels), self.size, self.fit) * np.iinfo(dtype).max
+        pixels = np.rint(pixels).astype(dtype)
         notes = [*range_notes(image, pixels)]
         if mask is not None:
             corners = mask[[0, 0, -1, -1], [0, -1, 0, -1]].all()
-            mask = self.framed(mask_to_integers(mask, self.size, self.fit))
+            shares = to_size(mask.astype(np.float32), self.size, self.fit)
+            mask = self.framed((shares >= 0.5).astype(np.uint8))
             notes += [CORNERS_MASK] * bool(corners) + [EMPTY_MASK] * (not mask.any())
         return Loaded(self.framed(pixels), mask, sha256, num_bytes, repairs=tuple(notes))
 

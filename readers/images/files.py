@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from readers.dicom import MAGIC, MAGIC_START, count_frames, is_dicom
-from readers.images.masks import OVERLAY, is_mask_folder, is_of_masks, masks_beside
+from readers.images.masks import OVERLAY, are_of_masks, masks_beside
 from readers.paths import FOREIGN, MASKS, Passed, files_below, first_bytes, pass_over
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.tif', '.tiff', '.bmp', '.dcm', '.dicom')
@@ -41,8 +41,7 @@ def image_files(root: Any, passed: Passed, below: str = '', wanted: Callable[[st
     pass_over(passed, FOREIGN, *({*names} - {*found}))
     beside, images, masks = masks_beside(found), [], []
     for name in found:
-        folders = name[len(below):].split('/')[:-1]
-        of_masks = [is_mask_folder(folder) for folder in folders if is_of_masks(folder)]
+        of_masks = are_of_masks(name[len(below):].rpartition('/')[0])
         if not all(of_masks):
             pass_over(passed, MASKS, name)
         elif name in beside and OVERLAY.search(name):

@@ -18,8 +18,8 @@ from readers.images.masks import with_masks
 from readers.images.tables import is_arrays, is_table, read_npz, table_items
 from readers.items import Item, Listing, import_items
 from readers.paths import MASKS, find_root, pass_over, passed_line, subfolders
-from readers.source import Source, same_name
-from readers.split import count, some
+from readers.source import Source, is_among
+from readers.split import noted
 from utils import UserError
 
 
@@ -87,9 +87,7 @@ def find_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], li
 def items_of(found: Layout, row: DataSet) -> tuple[Path, list[Item], list[str]]:
     """The images in folders of classes with their masks, where these mark anomalies: (root, items, notes)."""
     items, lost = with_masks(found.images, found.masks if row.masks else [], found.is_normal)
-    if lost:
-        found.notes.append(f'{count(len(lost), "mask")} not used, of no image or of several: '
-                           f'{some(sorted(lost))}')
+    found.notes += noted(sorted(lost), 'mask', 'not used, of no image or of several')
     if not row.masks:
         pass_over(found.passed, MASKS, *(mask.item.id for mask in found.masks))
     notes = found.notes + passed_line(found.passed) * (not row.phantoms)              # whose notes are ours
@@ -99,7 +97,7 @@ def items_of(found: Layout, row: DataSet) -> tuple[Path, list[Item], list[str]]:
 def find_class_root(folder: str, normal: Sequence[str], where: str) -> Path:
     """`folder`, or the one folder below it, that has a normal class, itself or in the folder of a part."""
     def has_normal(place: Path) -> bool:
-        return any(same_name(sub.name, name) for sub in subfolders(place) for name in normal)
+        return any(is_among(sub.name, normal) for sub in subfolders(place))
 
     def holds(place: Path) -> bool:
         return has_normal(place) or any(has_normal(sub) for sub in subfolders(place)

@@ -7,14 +7,15 @@ import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from readers.images.files import SUFFIXES, image_files
 from readers.images.masks import IN_CLASS, Placed, is_mask_folder, is_of_masks, without_ending
 from readers.items import Item
 from readers.paths import MASKS, Passed, pass_over, subfolders
-from readers.source import plain_name, same_name
-from readers.split import count, some
+from readers.source import is_among, plain_name
+from readers.split import noted
 from utils import UserError
 
 IMAGES = 'images'
@@ -38,7 +39,7 @@ class Layout:
     passed: Passed = field(default_factory=dict)
 
     def is_normal(self, class_name: str) -> bool:
-        return any(same_name(class_name, name) for name in self.normal)
+        return is_among(class_name, self.normal)
 
     def read(self) -> None:
         """Finds all of it. Raises UserError for a class folder without images."""
@@ -47,11 +48,10 @@ class Layout:
         if self.flat:
             normal = next(filter(self.is_normal, self.classes.values()), self.normal[0])
             self.images += self.placed(os.path.dirname(self.flat[0]), self.flat, 'train', normal)
-            self.notes.append(f'{count(len(self.flat), "image")} in no class folder of the training part '
-                              f'count as {normal}: {some(self.flat)}')
-        if odd := [placed.item.id for placed in self.images if without_ending(placed.stem)]:
-            self.notes.append(f'{count(len(odd), "image")} with the name of a mask, of no image beside: '
-                              f'{some(odd)}')
+            self.notes += noted(self.flat, 'image',
+                                f'in no class folder of the training part count as {normal}')
+        odd = [placed.item.id for placed in self.images if without_ending(placed.stem)]
+        self.notes += noted(odd, 'image', 'with the name of a mask, of no image beside')
 
     def read_place(self, place: str, part: str, parts: Mapping[str, str]) -> None:
         """The folders and files in the folder `place`: it has the folders of `parts`, by their names in lower
@@ -59,7 +59,7 @@ class Layout:
         """
         for sub in subfolders(self.root / place):
             name = posixpath.join(place, sub.name)
-            named = not parts and any(same_name(sub.name, name) for name in (*self.normal, *self.anomalous))
+            named = not parts and is_among(sub.name, (*self.normal, *self.anomalous))
             if sub.name.lower() in parts:
                 self.read_place(name, parts[sub.name.lower()], {})
             elif is_mask_folder(sub.name) and not named:
@@ -98,9 +98,16 @@ class Layout:
     def placed(self, place: str, names: Sequence[str], part: str, class_name: str) -> Iterator[Placed]:
         """Files below the folder `place` of a class, or of masks of no one class."""
         for name in names:
-            *folders, base = name[len(place) + 1:].split('/')
-            own = PART_FOLDERS.get(folders[0].lower()) if folders and not (part or class_name) else None
-            steps = [step for step in folders[bool(own):]                     # of masks/test/<class>/x.png
-                     if not (IN_CLASS.match(step) or is_mask_folder(step))]
-            item = Item(name, class_name, own or part, path=os.path.join(self.root, name))
-            yield Placed(item, (class_name, *steps) if class_name else (*steps,), os.path.splitext(base)[0])
+            folder, _, base = name[len(place) + 1:].rpartition('/')
+            steps = steps_of(folder)
+            own = PART_FOLDERS.get(steps[0].lower()) if steps and not (part or class_name) else None
+            steps = steps[1:] if own else steps                               # of masks/test/<class>/x.png
+            item = Item(name, class_name, own or part, path=f'{self.root}/{name}')
+            yield Placed(item, (class_name, *steps) if class_name else steps, os.path.splitext(base)[0])
+
+
+@lru_cache
+def steps_of(folder: str) -> tuple[str, ...]:
+    """The names in a path of folders, without those that only say what is in them."""
+    return tuple(step for step in folder.split('/')
+                 if step and not (IN_CLASS.match(step) or is_mask_folder(step)))

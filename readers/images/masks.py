@@ -12,6 +12,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +67,12 @@ def is_mask_folder(name: str) -> bool:
     return FOLDERS.match(name) is not None
 
 
+@lru_cache
+def are_of_masks(path: str) -> list[bool]:
+    """Of each folder in a path that has a name of masks, whether it holds those of the images beside."""
+    return [is_mask_folder(name) for name in path.split('/') if is_of_masks(name)]
+
+
 def is_of_masks(name: str) -> bool:
     """Whether a folder of this name holds masks, perhaps of something else: `lung masks`, `masks_png`."""
     return MENTIONED.match(name) is not None
@@ -75,7 +82,7 @@ def masks_beside(names: Iterable[str]) -> set[str]:
     """The files that are masks of others beside them: of `x.png` or `images/x.png` are `x_mask.png`,
     `x_mask_1.png`, `lesions/x.png` and `rois/x_roi.png`. `x_overlay.png`, a picture of both, is among them.
     """
-    places = {name: os.path.split(fold(os.path.splitext(name)[0])) for name in names}
+    places = {name: fold(os.path.splitext(name)[0]).rpartition('/')[::2] for name in names}
     images = {(without_last(folder, IN_IMAGES), base) for folder, base in places.values()}
 
     def marked(folder: str, base: str) -> set[tuple[str, str]]:
@@ -84,6 +91,7 @@ def masks_beside(names: Iterable[str]) -> set[str]:
     return {name for name, place in places.items() if marked(*place) & images}
 
 
+@lru_cache
 def without_last(folder: str, words: re.Pattern) -> str:
     """The folder above, where the name of this one is one of `words`."""
     above, last = os.path.split(folder)

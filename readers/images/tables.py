@@ -20,15 +20,14 @@ import numpy as np
 
 from readers.cache import stamp
 from readers.config import BOXES, COLUMNS, DataSet, ReaderConfig
-from readers.images.decode import ImageLoader
 from readers.images.files import SUFFIXES
 from readers.images.layout import PART_FOLDERS
 from readers.images.masks import Box, fold
-from readers.items import Item, Listing, import_items
+from readers.items import Item
 from readers.paths import Passed, files_below, pass_over, passed_line
-from readers.published.arrays import prepare, read_file
-from readers.source import Source, same_name
-from readers.split import count, some
+from readers.published.arrays import import_arrays, read_file
+from readers.source import Source, is_among
+from readers.split import LEFT_OUT, count, noted
 from storage.limits import excess
 from utils import UserError, read_text
 
@@ -66,11 +65,9 @@ def table_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], l
                         f"--skip_corrupt to leave them out.")
     items = [one_image(rows, config.normal_classes or row.normal) for rows in found.values()]
     mixed = [name for name, rows in found.items() if len({item.class_name for item in rows} - {''}) > 1]
-    notes = [f'{words}: {some(names)}' for words, names in (
-        (f'left out: {count(len(lost), "row")} of images that are not there', lost),
-        (f'left out: {count(len(empty), "row")} without an image or a class', empty),
-        (f'{count(len(mixed), "image")} of several classes count as their first anomalous one', mixed))
-        if names]
+    notes = [*noted(lost, 'row', 'of images that are not there', LEFT_OUT),
+             *noted(empty, 'row', 'without an image or a class', LEFT_OUT),
+             *noted(mixed, 'image', 'of several classes count as their first anomalous one')]
     passed: Passed = {}
     pass_over(passed, UNNAMED, *files.unused())
     return files.roots[0].resolve(), sorted(items, key=lambda item: item.id), notes + passed_line(passed)
@@ -113,7 +110,7 @@ def by_image(tables: Mapping[Path, str], config: ReaderConfig, normal: Sequence[
 def one_image(rows: Sequence[Item], normal: Sequence[str]) -> Item:
     """An image with several rows in the tables: its first anomalous class and all its masks."""
     full = [item for item in rows if item.class_name]
-    ill = (item for item in full if not any(same_name(item.class_name, name) for name in normal))
+    ill = (item for item in full if not is_among(item.class_name, normal))
     masks = dict.fromkeys(mask for item in rows for mask in item.masks)
     return replace(next(ill, full[0]), masks=tuple(masks))
 
@@ -192,7 +189,7 @@ def cell(value: Any, given: Sequence[str]) -> str:
     `given` as one of a class.
     """
     text = '' if value is None else str(value).strip()
-    return '' if text.lower() in MISSING and not any(same_name(text, name) for name in given) else text
+    return '' if text.lower() in MISSING and not is_among(text, given) else text
 
 
 def json_rows(found: Any) -> Iterator[dict[str, Any]]:
@@ -287,18 +284,13 @@ def read_npz(config: ReaderConfig, row: DataSet) -> Source:
     the numbers in it. If an image has several labels of 0 and 1, the first 1 counts; `none` is the class
     without any.
     """
-    path, loader = Path(config.data), ImageLoader.of(config, row)
+    path = Path(config.data)
 
-    def list_images() -> Listing:
-        items = []
+    def parts() -> Iterator[tuple[str, np.ndarray, list[str]]]:
         for part, images, labels in read_file(path, 'an npz file of images and labels', parts_of_npz):
-            names = [name_of(label) for label in labels.reshape(len(labels), -1)]
-            items += [Item(f'{part}/{i:06d}', name, part, read=lambda item, x=x: prepare(x, loader))
-                      for i, (x, name) in enumerate(zip(images, names, strict=True))]
-        return Listing(str(path), items, loader.shape, near_duplicates=False)
+            yield part, images, [name_of(label) for label in labels.reshape(len(labels), -1)]
 
-    return import_items(config, row, {'npz': str(path.resolve()), 'stamp': stamp(path), **vars(loader)},
-                        list_images)
+    return import_arrays(config, row, {'npz': str(path.resolve()), 'stamp': stamp(path)}, str(path), parts)
 
 
 def parts_of_npz(data: bytes) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:

@@ -7,6 +7,7 @@ from its LMDB. Volumes are stored as they were prepared, on the model's grid.
 
 import hashlib
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -37,7 +38,7 @@ from readers.lmdb.format import (
     values_of,
 )
 from readers.source import DTYPES, Source, Unreadable
-from readers.split import count, some
+from readers.split import noted
 from readers.volumes.nifti import Grid
 from utils import UserError
 
@@ -57,28 +58,23 @@ class GuardedLmdb(Closing):
         with self._lock:
             if self._ends == MOST_ENDS:
                 raise Damaged(key, f'was not tried: {MOST_ENDS} others ended the process that reads')
-            status, value = self._ask(key)
-        if status == lmdb_child.ERROR:
-            raise Damaged(key, f'cannot be read ({value.decode(errors="replace")})')
-        return None if status == lmdb_child.ABSENT else value
+            value = self._ask(key)
+        if isinstance(value, str):
+            raise Damaged(key, f'cannot be read ({value})')
+        return value
 
-    def _ask(self, key: bytes) -> tuple[bytes, bytes]:
+    def _ask(self, key: bytes) -> bytes | str | None:
         self._child = self._child or subprocess.Popen(
             [sys.executable, '-P', lmdb_child.__file__, self.path],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
             self._child.stdin.write(key + b'\n')
             self._child.stdin.flush()
-            head = self._child.stdout.read(lmdb_child.HEAD.size)
-            status, length = lmdb_child.HEAD.unpack(head)
-            value = self._child.stdout.read(length)
-            if len(value) == length:
-                return status, value
-        except (BrokenPipeError, lmdb_child.struct.error):
-            pass
-        self._ends += 1
-        self.close()
-        return lmdb_child.ERROR, b'it ends the process that reads'
+            return pickle.load(self._child.stdout)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+            self._ends += 1
+            self.close()
+            return 'it ends the process that reads'
 
     def __len__(self) -> int:
         return int(self.get(b''))
@@ -240,9 +236,9 @@ def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, An
     if volumes:
         expect_prepared(packed, given, depth)
         listing.notes, listing.flags, listing.kind = list(volumes['notes']), volumes['flags'], 'subject'
-    elif left_out := [f'{name} {reason}' for name, reason in meta.get('left_out', [])]:
-        listing.notes.append(f'{count(len(left_out), "file")} had been left out when {path} was made: '
-                             f'{some(left_out)}')
+    else:
+        left_out = [f'{name} {reason}' for name, reason in meta.get('left_out', [])]
+        listing.notes += noted(left_out, 'file', f'had been left out when {path} was made')
     seen = set()
     for number in range(len(packed)):
         try:

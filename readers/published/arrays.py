@@ -7,8 +7,9 @@ H x W as the files have them, C channels, S x S pixels as the model sees them, b
 import hashlib
 import io
 import math
-import pickle
-from collections.abc import Callable, Mapping, Sequence
+import pickletools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,23 +47,33 @@ def read_arrays(config: ReaderConfig, row: DataSet, name: str) -> Source:
 
     Its files are read only if they have changed since the arrays were cached.
     """
-    arrays, loader = SETS[name], ImageLoader.of(config, row)
+    arrays = SETS[name]
     files = find_files(config, row, {part: arrays.files[part] for part in row.parts}, arrays.folders)
     paths = [path for found in files.values() for path in found]
-    key = {'arrays': name, 'files': [[str(path.resolve()), *stamp(path)] for path in paths], **vars(loader)}
+    key = {'arrays': name, 'files': [[str(path.resolve()), *stamp(path)] for path in paths]}
 
-    def list_images() -> Listing:
-        items = []
+    def parts() -> Iterable[tuple[str, np.ndarray, list[str]]]:
         for part, found in files.items():
             images, labels = arrays.read(part, *found)
             check_labels(found[-1], images, labels, len(arrays.classes))
-            items += [Item(f'{part}/{i:05d}', arrays.classes[label], part=part,
-                           read=lambda item, x=x: prepare(x, loader))
-                      for i, (x, label) in enumerate(zip(images, labels.tolist(), strict=True))]
-        return Listing(f'{name} in {paths[0].parent}', items, loader.shape, arrays.classes,
-                       near_duplicates=False)
+            yield part, images, [arrays.classes[label] for label in labels.tolist()]
 
-    return import_items(config, row, key, list_images)
+    return import_arrays(config, row, key, f'{name} in {paths[0].parent}', parts, arrays.classes)
+
+
+def import_arrays(config: ReaderConfig, row: DataSet, key: dict[str, Any], name: str,
+                  parts: Callable[[], Iterable[tuple[str, np.ndarray, Sequence[str]]]],
+                  classes: Sequence[str] = ()) -> Source:
+    """The images of the chosen classes, where `parts()` gives (part, images, class of each image)."""
+    loader = ImageLoader.of(config, row)
+
+    def list_images() -> Listing:
+        items = [Item(f'{part}/{i:05d}', class_name, part, read=lambda item, x=x: prepare(x, loader))
+                 for part, images, names in parts()
+                 for i, (x, class_name) in enumerate(zip(images, names, strict=True))]
+        return Listing(name, items, loader.shape, classes, near_duplicates=False)
+
+    return import_items(config, row, {**key, **vars(loader)}, list_images)
 
 
 def prepare(image: np.ndarray, loader: ImageLoader) -> Loaded:
@@ -181,57 +192,35 @@ CIFAR10_MD5 = {
     'data_batch_3': '54ebc095f3ab1f0389bbae665268c751', 'data_batch_4': '634d18415352ddfa80567beed471001a',
     'data_batch_5': '482c414d41f54cd18b22e5b47cb7c3cb', 'test_batch': '40351d587109b95175f43aff81a1287e'}
 PUBLISHED_BATCH = 10_000
+BATCH_KEYS = ('data', 'labels', 'batch_label', 'filenames')
+FLAGS = {'NEWTRUE': True, 'NEWFALSE': False}
+NUMBERS = ('INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1')
 
 
-class ByteType:
-    """In a pickle, numpy.dtype: that of unsigned bytes, and no other."""
-
-    def __init__(self, name: str, *_: Any):
-        if name not in ('u1', '|u1', 'uint8'):
-            raise pickle.UnpicklingError(f'it has an array of {str(name)[:20]}')
-
-    def __setstate__(self, _: Any) -> None:
-        pass                                                             # byte order and the like
-
-
-class ByteArray:
-    """In a pickle, numpy.ndarray: unsigned bytes that stand in the file, so that it names no memory."""
-    values: np.ndarray                                                   # which the state sets
-
-    def __init__(self, *_: Any):
-        pass                                                             # a shape that the state replaces
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, kind, columns_first, data = state
-        if not isinstance(kind, ByteType):
-            raise pickle.UnpicklingError('it has an array that is not of bytes')
-        data = latin1(data) if isinstance(data, str) else bytes(data)
-        self.values = np.frombuffer(data, np.uint8).reshape(shape, order='F' if columns_first else 'C')
-
-
-def latin1(text: str, *_: Any) -> bytes:
-    """In a pickle, _codecs.encode: bytes that Python 2 and older protocols write as text."""
-    return text.encode('latin1')
-
-
-STAND_INS = {('numpy', 'ndarray'): ByteArray, ('numpy', 'dtype'): ByteType, ('_codecs', 'encode'): latin1,
-             ('numpy.core.multiarray', '_reconstruct'): ByteArray,
-             ('numpy._core.multiarray', '_reconstruct'): ByteArray}
-
-
-class ArrayUnpickler(pickle._Unpickler):
-    """Reads a pickle of plain containers and arrays of bytes: no name in it reaches code but ours.
-
-    The one that is written in Python: that in C reserves memory for as many objects as a file announces, as
-    both do for a bytearray.
+def sections(data: bytes) -> dict[str, list[str | int]]:
+    """The texts, numbers and flags that follow each of BATCH_KEYS in a pickled dictionary, bytes as Latin-1.
+    The pickle is only looked at: nothing that it asks for is made or called. Raises ValueError.
     """
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
-                if code != pickle.BYTEARRAY8[0]}
+    found, key = defaultdict(list), ''
+    for code, value, _ in pickletools.genops(data):
+        value = FLAGS.get(code.name, value)
+        value = value.decode('latin1') if isinstance(value, bytes) else value
+        if value in BATCH_KEYS:
+            key = value
+        elif isinstance(value, (str, bool)) or code.name in NUMBERS:
+            found[key].append(value)
+    return found
 
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in STAND_INS:
-            raise pickle.UnpicklingError(f'it asks for {module}.{name}')
-        return STAND_INS[module, name]
+
+def pickled_bytes(found: Sequence[str | int]) -> np.ndarray:
+    """The array (N, 3072) of bytes among what follows a key. Raises ValueError if there is none."""
+    texts = [value for value in found if isinstance(value, str)]
+    flags = [value for value in found if isinstance(value, bool)]
+    # The arrays of NumPy that are made by `_reconstruct` end in (type, stored by columns, bytes).
+    if 'u1' not in texts or not flags or not any(text.endswith('_reconstruct') for text in texts):
+        raise ValueError('it has no array of bytes')
+    values = np.frombuffer(max(texts, key=len).encode('latin1'), np.uint8)
+    return values.reshape(-1, 3072, order='F' if flags[-1] else 'C')
 
 
 def read_cifar10(part: str, *paths: Path) -> Labeled:
@@ -242,12 +231,12 @@ def read_cifar10(part: str, *paths: Path) -> Labeled:
 def read_batch(path: Path) -> Labeled:
     """A batch as the page publishes it for Python. Raises UserError naming a damaged file."""
     def decode(data: bytes) -> Labeled:
-        batch = ArrayUnpickler(io.BytesIO(data), encoding='latin1').load()
-        x = batch['data'].values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        found = sections(data)
+        x = pickled_bytes(found['data']).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         if len(x) == PUBLISHED_BATCH and md5 != CIFAR10_MD5[path.stem]:
             raise ValueError('its MD5 is not the published one')
-        return x, np.array(batch['labels'], np.int64)
+        return x, np.array(found['labels'], np.int64)
     return read_file(path, 'a batch of CIFAR-10', decode)
 
 

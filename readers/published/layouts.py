@@ -24,29 +24,26 @@ from utils import UserError
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Decoding):
     """Where a data set keeps its two parts, and what is in their records."""
     class_name: str = 'image'
     train: str = 'train.lmdb'
     test: str = 'validation.lmdb'
     listed: bool = False             # keys are no numbers: they are listed once and kept in the cache
     celeba: bool = False             # the files of CelebA do as well
-    encoded: bool = False            # of Decoding (records.py), and the following two
-    box: tuple[int, ...] = ()
-    crop: bool = False
 
 
 def read_records(config: ReaderConfig, row: DataSet, **layout: Any) -> Source:
-    """A published data set, (N, C, S, S) uint8, decoded when it is used; `layout` are fields of Layout.
+    """A published data set, (N, C, S, S) uint8, decoded when it is used; `layout` are fields of Layout, those
+    of Decoding among them.
 
     Raises UserError if a part is missing, unfinished or cut off, or if its first image cannot be decoded.
     """
-    layout = Layout(**layout)
-    decoding, size = Decoding(layout.encoded, layout.box, layout.crop), config.image_size or row.size
+    layout, size = Layout(**layout), config.image_size or row.size
     stores = _stores(config, row, layout)
-    images = LazyImages(stores, decoding, config.channels or row.channels, size)
+    images = LazyImages(stores, layout, config.channels or row.channels, size)
     images[[0, len(stores[0])]]                                      # raises UserError if these are damaged
-    width, height = decoding.open(stores[0].read(0)).size
+    width, height = layout.open(stores[0].read(0)).size
     notes = []
     if len(stores[0]) != row.num_train:
         notes.append(f'{stores[0].path} has {len(stores[0]):,} images, the published training part '

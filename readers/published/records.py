@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from readers.lmdb.file import Lmdb
-from readers.source import Array, Entry, check_pixels
-from utils import UserError, check_regular
+from readers.paths import file_content
+from readers.source import Array, Entry, Unreadable, check_pixels
+from utils import UserError
 
 FORMATS = ('JPEG', 'PNG', 'WEBP')              # decided by content; LSUN is in WebP
 MODES = {1: 'L', 3: 'RGB'}                   # number of channels -> Pillow's mode; 'L' is luma, ITU-R BT.601
@@ -24,20 +25,11 @@ MODES = {1: 'L', 3: 'RGB'}                   # number of channels -> Pillow's mo
 
 # ----------------------------------------------------------------------------------------------------- stores
 
-class LmdbStore:
-    """An LMDB whose keys are '0' to 'N - 1', or those that are listed in `keys` (N,) bytes."""
+class Store:
+    """The images of a part by their names, which are '0' to 'N - 1' or `keys` (N,) bytes."""
 
-    def __init__(self, part: str, path: str | Path, keys: Array | None = None):
-        """Raises UserError if the file is damaged, as far as can be told without reading it all."""
-        self.part, self.path, self.keys = part, str(path), keys
-        self.lmdb = Lmdb(path)
-        self.count = len(self.lmdb)
-        if not self.count:
-            raise UserError(f"{path} is an LMDB without records. Make it anew.")
-        for index in (0, self.count - 1):
-            if self.lmdb.get(self.key(index)) is None:
-                raise UserError(f"{path} has {self.count:,} records but none with the key "
-                                f"{self.name(index)!r}: expected 0 to {self.count - 1}. Make it anew.")
+    def __init__(self, part: str, path: str | Path, count: int, keys: Array | np.ndarray | None = None):
+        self.part, self.path, self.count, self.keys = part, str(path), count, keys
 
     def __len__(self) -> int:
         return self.count
@@ -53,6 +45,21 @@ class LmdbStore:
             return map(str, range(self.count))
         return (key.decode(errors='replace') for key in self.keys[:].tolist())
 
+
+class LmdbStore(Store):
+    """An LMDB."""
+
+    def __init__(self, part: str, path: str | Path, keys: Array | None = None):
+        """Raises UserError if the file is damaged, as far as can be told without reading it all."""
+        self.lmdb = Lmdb(path)
+        super().__init__(part, path, len(self.lmdb), keys)
+        if not self.count:
+            raise UserError(f"{path} is an LMDB without records. Make it anew.")
+        for index in (0, self.count - 1):
+            if self.lmdb.get(self.key(index)) is None:
+                raise UserError(f"{path} has {self.count:,} records but none with the key "
+                                f"{self.name(index)!r}: expected 0 to {self.count - 1}. Make it anew.")
+
     def read(self, index: int) -> bytes:
         value = self.lmdb.get(self.key(index))
         if value is None:
@@ -60,31 +67,18 @@ class LmdbStore:
         return value
 
 
-class FileStore:
+class FileStore(Store):
     """Files of a folder, in the order of their list."""
 
     def __init__(self, part: str, folder: str | Path, files: Sequence[str]):
-        self.part, self.path, self.files = part, str(folder), np.array(files, 'S')
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        return self.files[index].decode()
-
-    def names(self) -> Iterator[str]:
-        return (name.decode() for name in self.files.tolist())
+        super().__init__(part, folder, len(files), np.array(files, 'S'))
 
     def read(self, index: int) -> bytes:
         path = Path(self.path, self.name(index))
         try:
-            check_regular(path)
-            return path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error}). Restore the file.") from None
-
-
-Store = LmdbStore | FileStore
+            return file_content(path)
+        except Unreadable as error:
+            raise UserError(f"{path} {error}. Restore the file.") from None
 
 
 # ----------------------------------------------------------------------------------------- entries and pixels

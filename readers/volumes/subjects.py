@@ -18,11 +18,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+from readers.items import Item
 from readers.paths import FOREIGN, Passed, files_below, pass_over
-from readers.source import same_name
+from readers.source import is_among
 from readers.split import PARTS, count, some
 from readers.volumes.nifti import SUFFIXES, stem
 from readers.volumes.series import series_in
@@ -36,21 +37,6 @@ IMAGES = 'imagestr'                 # a folder that is no part of a subject's na
 LABEL_WORD = r'(masks?|labels?|gts?|ground[-_]?truth|seg(mentation)?s?|annotations?|rois?|[da]seg)'
 LABEL_FOLDER = re.compile(f'{LABEL_WORD}(tr|ts)?$', re.IGNORECASE)
 LABEL_FILE = re.compile(rf'(.*[-_.])?({LABEL_WORD}|lesions?)$', re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The files of one person at one time; label and body are '' where there is none."""
-    id: str
-    files: tuple[str, ...]                 # one a channel, or one with all channels
-    label: str = ''
-    body: str = ''
-    class_name: str = NORMAL
-    part: str = ''
-
-    @property
-    def all_files(self) -> tuple[str, ...]:
-        return (*self.files, *(path for path in (self.label, self.body) if path))
 
 
 def owner(path: str, names: Iterable[str]) -> tuple[str, str]:
@@ -100,7 +86,7 @@ def named_by_folder(series: Iterable[str], slices: Collection[str], names: Seque
 
 def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str, passed: Passed, *,
                   without: str | Path = '',
-                  dicom: bool = False) -> tuple[list[Subject], list[tuple[str, str]]]:
+                  dicom: bool = False) -> tuple[list[Item], list[tuple[str, str]]]:
     """The subjects below `root`, and (id, reason) of those that lack a file; `passed`, `without` and `dicom`
     as in `volume_files`. Raises UserError if there are none.
     """
@@ -129,9 +115,11 @@ def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str,
         if lacking := [name for name in wanted if name not in files]:
             bad.append((subject, f'has no file of {lacking[0] or "the volume"}'))
             continue
-        place = lambda name, files=files: str(root / files[name]) if name and name in files else ''
-        subjects.append(Subject(subject, tuple(str(root / files[c]) for c in channels), place(labels),
-                                place(body)))
+        paths = {name: str(root / path) for name, path in files.items()}
+        first, *others = (paths[channel] for channel in channels)
+        masks = (paths[labels],) if labels and labels in paths else ()
+        subjects.append(Item(subject, NORMAL, path=first, others=(*others,), masks=masks,
+                             body=paths[body] if body else ''))
     if not subjects and bad:
         raise UserError(f"--data: no subject in {root} is complete: {bad[0][0]} {bad[0][1]}.")
     if not subjects:
@@ -153,7 +141,7 @@ def key_files(folder: Path) -> dict[Path, str]:
     return found
 
 
-def with_keys(subjects: list[Subject], folder: Path, notes: list[str]) -> list[Subject]:
+def with_keys(subjects: list[Item], folder: Path, notes: list[str]) -> list[Item]:
     """The subjects that the `key_files` in `folder` name, with their part or class; all if there is no such
     file. Raises UserError for a name that no subject has, or several, and for one that is named twice.
     """
@@ -187,12 +175,12 @@ def with_keys(subjects: list[Subject], folder: Path, notes: list[str]) -> list[S
     return chosen
 
 
-def with_classes(subjects: list[Subject], normal: Sequence[str], where: str) -> list[Subject]:
+def with_classes(subjects: list[Item], normal: Sequence[str], where: str) -> list[Item]:
     """The subjects with the folder of their class, if one of the topmost folders has the name of a normal
     class.
     """
     tops = {s.id.split('/')[0] for s in subjects if '/' in s.id}
-    if not any(same_name(top, name) for top in tops for name in normal):
+    if not any(is_among(top, normal) for top in tops):
         return subjects
     if loose := [s.id for s in subjects if '/' not in s.id]:
         raise UserError(f"--data: {loose[0]} lies in no class folder, others lie in {some(sorted(tops))}: "

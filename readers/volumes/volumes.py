@@ -21,14 +21,13 @@ from readers.items import Item, Listing, Loaded, import_items
 from readers.parallel import attempt
 from readers.paths import Found, Passed, find_root, passed_line, printable
 from readers.source import DTYPES, Source, Unreadable
-from readers.split import count, some
+from readers.split import count, noted
 from readers.volumes.nifti import Grid, Nifti, read_nifti, resample
 from readers.volumes.series import members, series_in
 from readers.volumes.subjects import (
     AUTO,
     KEYS,
     NORMAL,
-    Subject,
     find_subjects,
     key_files,
     owner,
@@ -78,11 +77,11 @@ class VolumeLoader:
         if not root.is_dir() or (self.config.dicom_series and '.' in series_in(root, os.listdir(root))[0]):
             self._expect_all_in(root, mask)
             name, _ = owner(root.name, [*filter(None, (*self.modalities, self.labels, mask))])
-            return Found({printable(name): Subject(root.name, (str(root),))}, {})
+            return Found({printable(name): Item(printable(root.name), NORMAL, path=str(root))}, {})
         passed: Passed = {}
         subjects, bad = find_subjects(root, self.modalities, self.labels, mask, passed, without=without,
                                       dicom=self.config.dicom_series)
-        found = {s.id: replace(s, label='') for s in subjects} | {name: Unreadable(why) for name, why in bad}
+        found = {s.id: replace(s, masks=()) for s in subjects} | {name: Unreadable(why) for name, why in bad}
         return Found({printable(name): found[name] for name in sorted(found)}, passed)
 
     def _expect_all_in(self, file: Path, mask: str) -> None:
@@ -98,7 +97,7 @@ class VolumeLoader:
             raise UserError(f"--data {file} has 1 channel, the model takes {self.channels} "
                             f"({', '.join(self.modalities)}): give the folder that holds a file of each.")
 
-    def load(self, subject: Subject | Unreadable, outline: Grid | None = None) -> Loaded:
+    def load(self, subject: Item | Unreadable, outline: Grid | None = None) -> Loaded:
         """A subject in the shape of the model; `outline` where it is known already. Raises Unreadable."""
         if isinstance(subject, Unreadable):
             raise subject
@@ -107,7 +106,7 @@ class VolumeLoader:
         cut = any(have > kept for have, kept in zip(outline.shape, self.shape, strict=True))
         return loaded._replace(repairs=(*loaded.repairs, CUT)) if cut else loaded
 
-    def outline(self, subject: Subject) -> Grid:
+    def outline(self, subject: Item) -> Grid:
         """The voxels that a model should see: cropped, at the wanted spacing, as far as the body goes. Raises
         Unreadable.
         """
@@ -129,10 +128,10 @@ class VolumeLoader:
         box = ndimage.find_objects(inside)[0]
         return grid.box([s.start for s in box], [s.stop - s.start for s in box])
 
-    def on_grid(self, subject: Subject, grid: Grid) -> Loaded:
+    def on_grid(self, subject: Item, grid: Grid) -> Loaded:
         """A subject on any grid. Raises Unreadable."""
         first = self.first(subject)
-        files = [first, *(self._read(path, first) for path in subject.files[1:])]
+        files = [first, *(self._read(path, first) for path in subject.others)]
         channels = [(values, file.grid) for file in files for values in file.values]
         if len(channels) != self.channels:
             raise Unreadable(f'has {count(len(channels), "channel")}, {self.channels} expected: as many as '
@@ -140,7 +139,7 @@ class VolumeLoader:
         inside = self._body(subject, first)
         inside = np.ones(grid.shape, bool) if inside is None else resample(*inside, grid, order=0) > 0
         pixels = np.stack([self._scaled(*channel, grid, inside) for channel in channels])    # (C, *S)
-        label, mask, class_name = self.lesions(subject, first), None, ''
+        label, mask, class_name = self.marked(subject.masks, first), None, ''
         if label:
             mask = resample(*label, grid, order=0)[None]
             ml = float(label[0].sum() * abs(np.linalg.det(label[1].affine[:3, :3])) / 1000)
@@ -152,9 +151,9 @@ class VolumeLoader:
         return Loaded(pixels, mask, digest, sum(f.num_bytes for f in files), (grid, first.own),
                       tuple(words for words, happened in repairs.items() if happened), class_name, inside)
 
-    def first(self, subject: Subject) -> Nifti:
+    def first(self, subject: Item) -> Nifti:
         """The file of its first channel, which gives the grid. Raises Unreadable."""
-        return self._read(subject.files[0])
+        return self._read(subject.path)
 
     def _read(self, path: str, like: Nifti | None = None) -> Nifti:
         try:
@@ -162,12 +161,12 @@ class VolumeLoader:
         except Unreadable as error:
             raise Unreadable(f'has a file {os.path.basename(path)} that {error}') from None
 
-    def _body(self, subject: Subject, first: Nifti) -> tuple[np.ndarray, Grid] | None:
+    def _body(self, subject: Item, first: Nifti) -> tuple[np.ndarray, Grid] | None:
         """The inside (X, Y, Z) uint8 0 or 1 with its grid; None if all is inside."""
         if self.config.volume_mask == AUTO:
             values = first.values[0]
             return body(values[None, None], otsu(values), largest=True)[0].astype(np.uint8), first.grid
-        return self._marked(subject.body, first)
+        return self.marked((subject.body,) * bool(subject.body), first)
 
     def _scaled(self, values: np.ndarray, source: Grid, grid: Grid, inside: np.ndarray) -> np.ndarray:
         """One channel (*S) as integers; percentiles are over all voxels, as published, the padding's too."""
@@ -181,16 +180,13 @@ class VolumeLoader:
         dtype = np.dtype(DTYPES[self.depth])
         return np.rint(np.clip((x - low) / (high - low), 0, 1) * np.iinfo(dtype).max).astype(dtype)
 
-    def lesions(self, subject: Subject, first: Nifti) -> tuple[np.ndarray, Grid] | None:
-        """What is labeled as lesion (X, Y, Z) uint8 0 or 1 with its grid, None without a label; `first` is
-        the first file of the subject. Raises Unreadable.
+    def marked(self, masks: Sequence[str], first: Nifti) -> tuple[np.ndarray, Grid] | None:
+        """What the one file of `masks` marks (X, Y, Z) uint8 0 or 1 with its grid, None without a file;
+        `first` is the first file of the subject. Raises Unreadable.
         """
-        return self._marked(subject.label, first)
-
-    def _marked(self, path: str, first: Nifti) -> tuple[np.ndarray, Grid] | None:
-        if not path:
+        if not masks:
             return None
-        file = self._read(path, first)
+        file = self._read(masks[0], first)
         return (file.values > 0).any(0).astype(np.uint8), file.grid
 
 
@@ -201,8 +197,7 @@ def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
     root, loader, notes = find_root(row.folder(config, row), row.where), VolumeLoader.of(config, row), []
     subjects, bad, by_label = find_all(root, config, row, loader, notes)
     loader = replace(loader, by_label=by_label)
-    items = [Item(s.id, s.class_name, s.part, path=s.files[0], masks=(s.label,) * bool(s.label),
-                  stamp=[(file, *stamp(file)) for path in s.all_files for file in members(path)])
+    items = [replace(s, stamp=[(file, *stamp(file)) for path in s.files for file in members(path)])
              for s in subjects]
     side = config.image_size or row.size
     key = {'volumes': str(root.resolve()), **volume_flags(config, 'augment'), 'channels': loader.modalities,
@@ -211,7 +206,7 @@ def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
 
     def read() -> Listing:
         listing = Listing(str(root), items, classes=[LESION] * by_label, threads=MOST_THREADS, kind='subject')
-        listing.measure = lambda chosen: measure(chosen, {s.id: s for s in subjects}, loader, side, listing)
+        listing.measure = lambda chosen: measure(chosen, loader, side, listing)
         return listing
 
     source = import_items(config, row, key, read)
@@ -219,7 +214,7 @@ def read_volumes(config: ReaderConfig, row: DataSet) -> Source:
 
 
 def find_all(root: Path, config: ReaderConfig, row: DataSet, loader: VolumeLoader,
-             notes: list[str]) -> tuple[list[Subject], list[tuple[str, str]], bool]:
+             notes: list[str]) -> tuple[list[Item], list[tuple[str, str]], bool]:
     """The subjects below `root` with their classes and parts, (id, reason) of those that lack a file, and
     whether labels decide who is normal: no folder says so.
     """
@@ -228,9 +223,9 @@ def find_all(root: Path, config: ReaderConfig, row: DataSet, loader: VolumeLoade
                                dicom=config.dicom_series)
     subjects = with_classes(found, config.normal_classes or row.normal, row.where)
     in_folders = subjects is not found
-    if config.labels and not any(s.label for s in subjects):
+    if config.labels and not any(s.masks for s in subjects):
         raise UserError(f"--labels {loader.labels}: no subject in {root} has a file of it.")
-    in_one_file = len(loader.modalities) != 1 and len(found[0].files) == 1
+    in_one_file = len(loader.modalities) != 1 and not found[0].others
     if in_one_file and (deep := [s.id for s in subjects if s.id.count('/') > in_folders]):
         raise UserError(f"--data: {deep[0]} lies in a folder of a channel or a subject: name the channels "
                         f"with --modalities{FRAMES_ALONE * config.dicom_series}. {row.where}")
@@ -238,22 +233,19 @@ def find_all(root: Path, config: ReaderConfig, row: DataSet, loader: VolumeLoade
     if config.key_files and not key_files(keys):
         raise UserError(f"--key_files {keys}: there is no file NAME{KEYS} or NAME-train.txt in it.")
     subjects = with_keys(subjects, keys, notes)
-    by_label = not in_folders and any(s.label for s in subjects)
-    unknown = [s.id for s in subjects if by_label and s.class_name == NORMAL and not s.label]
-    if unknown:
-        notes.append(f'{count(len(unknown), "subject")} without a file of {loader.labels} count as without '
-                     f'lesion: {some(unknown)}')
+    by_label = not in_folders and any(s.masks for s in subjects)
+    unknown = [s.id for s in subjects if by_label and s.class_name == NORMAL and not s.masks]
+    notes += noted(unknown, 'subject', f'without a file of {loader.labels} count as without lesion')
     notes += passed_line(passed) * (not row.phantoms)
     return subjects, bad, by_label
 
 
-def measure(items: list[Item], subjects: dict[str, Subject], loader: VolumeLoader, side: int,
+def measure(items: list[Item], loader: VolumeLoader, side: int,
             listing: Listing) -> tuple[tuple[int, ...], list[Item]]:
     """The shape (C, *S) that all volumes are brought to, and the items that can be: a cube of `side`, as the
     flags say, or the shape of the largest, rounded up.
     """
-    outlines = attempt(lambda item: loader.outline(subjects[item.id]), items, 'measuring volumes',
-                       MOST_THREADS)
+    outlines = attempt(loader.outline, items, 'measuring volumes', MOST_THREADS)
     listing.bad += [(item.id, o) for item, o in zip(items, outlines, strict=True) if isinstance(o, str)]
     outlines = {item.id: o for item, o in zip(items, outlines, strict=True) if not isinstance(o, str)}
     if not outlines:
@@ -267,11 +259,9 @@ def measure(items: list[Item], subjects: dict[str, Subject], loader: VolumeLoade
     listing.notes.append(f"volumes of {' x '.join(map(str, shape))} voxels to the right, front and up, "
                          f"{in_mm(spacing)} mm apart")
     placed = replace(loader, shape=shape)
-
-    def read(item: Item) -> Loaded:
-        return placed.load(subjects[item.id], outlines[item.id])
-
-    return (loader.channels, *shape), [replace(item, read=read) for item in items if item.id in outlines]
+    measured = [replace(item, read=lambda item: placed.load(item, outlines[item.id]))
+                for item in items if item.id in outlines]
+    return (loader.channels, *shape), measured
 
 
 def apart(spacings: np.ndarray, usual: Sequence[float]) -> np.ndarray:
