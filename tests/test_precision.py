@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training import precision
+from training import optimization as precision
 
 
 class Timed(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 
 import train
 from distributed import launch
-from training.trackers import TRACKERS, start_trackers
+from training.trackers import TRACKERS, Tracker, start_trackers
 from utils import UserError, read_flags
 
 
@@ -60,7 +60,8 @@ def test_mlflow_gets_flags_once_and_every_finite_metric(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'mlflow', SimpleNamespace(**{name: note(name) for name in (
         'set_experiment', 'start_run', 'log_params', 'log_metrics', 'end_run')}))
     for known in (None, 'id-1'):
-        tracker, = start_trackers(tmp_path, {'mlflow_experiment': 'brains', 'epochs': 3, 'data': 'x' * 600})
+        trackers = start_trackers(tmp_path, {'mlflow_experiment': 'brains', 'epochs': 3, 'data': 'x' * 600})
+        tracker = trackers['mlflow']
         tracker.metrics(7, {'val/loss': 0.5, 'train/grad_norm': float('nan')})
         tracker.finish()
         assert asked.pop(0) == ('set_experiment', 'brains')
@@ -75,8 +76,7 @@ def test_mlflow_gets_flags_once_and_every_finite_metric(monkeypatch, tmp_path):
 def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(train_flags, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise ConnectionError('no server')
-    service = SimpleNamespace(metrics=fail, finish=fail)
-    monkeypatch.setitem(TRACKERS, 'mlflow_experiment', lambda *_: service)
+    monkeypatch.setitem(TRACKERS, 'mlflow_experiment', ('json', lambda *_: Tracker('id-1', fail, fail)))
     run([*train_flags, '--root', str(tmp_path), '--mlflow_experiment', 'brains'])
     told = capsys.readouterr().out
     assert told.count('WARNING: nothing more goes to') == 1 and 'done: 8 steps' in told

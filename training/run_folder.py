@@ -47,7 +47,7 @@ class RunFolder(RunLog):
     def __init__(self, run: RunConfig, flags: dict[str, Any], step: int = 0, split: str = ''):
         """`flags` are all flags of the command; `step` steps are done; `split` is the hash of split.json."""
         self.flags, self.split = flags, split
-        self.trackers = start_trackers(run.folder, flags) if launch.is_main() else []
+        self.trackers = start_trackers(run.folder, flags) if launch.is_main() else {}
         end_events_quietly()
         super().__init__(run.folder, active=launch.is_main(), step=step)
 
@@ -73,12 +73,12 @@ class RunFolder(RunLog):
 
     def _each_tracker(self, method: str, *values: Any) -> None:
         """Calls a method of the trackers. One that fails, in whatever way, is left out: the run goes on."""
-        for tracker in self.trackers[:]:
+        for name, tracker in [*self.trackers.items()]:
             try:
                 getattr(tracker, method)(*values)
             except Exception as error:
-                self.trackers.remove(tracker)
-                self.say(f'WARNING: nothing more goes to {type(tracker).__name__} ({error})')
+                del self.trackers[name]
+                self.say(f'WARNING: nothing more goes to {name} ({error})')
 
 
 def begun_mark() -> Path | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from utils import UserError, write_atomically
 
@@ -25,75 +25,55 @@ CURVES = {     # tags in TensorBoard -> what they are
 MOST_TEXT, MOST_PARAMETERS = 500, 100            # characters of a parameter, and parameters a call, of MLflow
 
 
-class Tracker(Protocol):
-    """A run on a tracking service: started with its folder, the project and the flags of the command."""
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs values of a step, where the service does not take them from the events of TensorBoard."""
-
-    def finish(self) -> None: ...
+class Tracker(NamedTuple):
+    """A run on a tracking service."""
+    id: str                                                      # with which a resumed run goes on
+    metrics: Callable[[int, Mapping[str, float]], None]          # logs values of a step
+    finish: Callable[[], None]
 
 
-def library(name: str, flag: str) -> Any:
-    """A library that is not a requirement. Raises UserError if it is not installed."""
-    try:
-        return import_module(name)
-    except ImportError:
-        raise UserError(f"--{flag} needs a library: pip install {name}. Or leave it out: TensorBoard and "
-                        f"metrics.jsonl get the same.") from None
-
-
-def known_id(folder: Path, service: str) -> tuple[Path, str | None]:
-    """The file that keeps the id of this run, which a resumed run goes on with, and the id."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f'{service}_id.txt'
-    return file, file.read_text().strip() if file.exists() else None
-
-
-class WeightsAndBiases(Tracker):
+def weights_and_biases(wandb: Any, folder: Path, flags: dict[str, Any], known: str | None) -> Tracker:
     """Passes on the events of TensorBoard, so it is started before the first of them."""
-
-    def __init__(self, folder: Path, project: str, flags: dict[str, Any]):
-        wandb = library('wandb', 'wandb_project')
-        file, known = known_id(folder, 'wandb')
-        self.run = wandb.init(project=project, name=folder.name, dir=str(folder), config=flags,
-                              sync_tensorboard=True, id=known, resume='allow')
-        write_atomically(file, lambda path: path.write_text(self.run.id))
-
-    def finish(self) -> None:
-        self.run.finish()
+    run = wandb.init(project=flags['wandb_project'], name=folder.name, dir=str(folder), config=flags,
+                     sync_tensorboard=True, id=known, resume='allow')
+    return Tracker(run.id, lambda step, values: None, run.finish)
 
 
-class MLflow(Tracker):
+def ml_flow(mlflow: Any, folder: Path, flags: dict[str, Any], known: str | None) -> Tracker:
     """Logs to the server of MLFLOW_TRACKING_URI, or where the library does without."""
-
-    def __init__(self, folder: Path, project: str, flags: dict[str, Any]):
-        self.mlflow = library('mlflow', 'mlflow_experiment')
-        file, known = known_id(folder, 'mlflow')
-        self.mlflow.set_experiment(project)
-        run = self.mlflow.start_run(run_id=known, run_name=folder.name)
-        if known is None:                        # a parameter can be logged only once
-            texts = [(name, str(value)[:MOST_TEXT]) for name, value in flags.items()]
-            for first in range(0, len(texts), MOST_PARAMETERS):
-                self.mlflow.log_params(dict(texts[first:first + MOST_PARAMETERS]))
-        write_atomically(file, lambda path: path.write_text(run.info.run_id))
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.mlflow.log_metrics({name: value for name, value in values.items() if math.isfinite(value)},
-                                step=step)
-
-    def finish(self) -> None:
-        self.mlflow.end_run()
+    mlflow.set_experiment(flags['mlflow_experiment'])
+    run = mlflow.start_run(run_id=known, run_name=folder.name)
+    texts = [(name, str(value)[:MOST_TEXT]) for name, value in flags.items()]
+    for first in range(0, len(texts), MOST_PARAMETERS) if known is None else ():     # may be logged only once
+        mlflow.log_params(dict(texts[first:first + MOST_PARAMETERS]))
+    return Tracker(run.info.run_id, lambda step, values: mlflow.log_metrics(
+        {name: value for name, value in values.items() if math.isfinite(value)}, step=step), mlflow.end_run)
 
 
-# by the flag that names a project
-TRACKERS: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {
-    'wandb_project': WeightsAndBiases, 'mlflow_experiment': MLflow}
+# the flag that names a project -> the library, and what starts a run on its service
+TRACKERS: dict[str, tuple[str, Callable[..., Tracker]]] = {
+    'wandb_project': ('wandb', weights_and_biases), 'mlflow_experiment': ('mlflow', ml_flow)}
 
 
-def start_trackers(folder: Path, flags: dict[str, Any]) -> list[Tracker]:
-    """Those that the flags of the command ask for. Raises UserError for a library that is not installed."""
-    return [start(folder, flags[flag], flags) for flag, start in TRACKERS.items() if flags.get(flag)]
+def start_trackers(folder: Path, flags: dict[str, Any]) -> dict[str, Tracker]:
+    """Those that the flags of the command ask for, by their library. Raises UserError where it is not
+    installed.
+    """
+    started = {}
+    for flag, (name, start) in TRACKERS.items():
+        if not flags.get(flag):
+            continue
+        try:
+            library = import_module(name)
+        except ImportError:
+            raise UserError(f"--{flag} needs a library: pip install {name}. Or leave it out: TensorBoard and "
+                            f"metrics.jsonl get the same.") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f'{name}_id.txt'                 # a resumed run goes on with the same id
+        known = file.read_text().strip() if file.exists() else None
+        started[name] = tracker = start(library, folder, flags, known)
+        write_atomically(file, lambda path, kept=tracker.id: path.write_text(kept))
+    return started
 
 
 def end_events_quietly() -> None:

@@ -27,8 +27,7 @@ from readers.split import read_split, split_digest, why_other_split
 from storage.checkpoint import copies, read_checkpoint
 from storage.provenance import add_start
 from training.config import RunConfig, Schedule, TrainConfig
-from training.optimization import Optimization, capture_passes, check_graph
-from training.precision import choose_bf16, multiplies_bf16
+from training.optimization import Optimization, capture_passes, check_graph, choose_bf16, multiplies_bf16
 from training.run_folder import RunFolder, begun_mark, read_resumable
 from training.trackers import describe_run
 from utils import UserError, mix_seed, read_flags, seed_noise, write_json
