@@ -32,11 +32,11 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def naming(what: str) -> Iterator[None]:
-    """A UserError of the block says what it is about: '<what>: <message>'."""
+    """A UserError of the block says what it is about: '<what>: <message>'; or as it is, where this is ''."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{what}: {error}") from None
+        raise UserError(f"{what}: {error}" if what else str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------------ flags

@@ -1,7 +1,9 @@
 """From a model and a data set to scores, thresholds, metrics and a report: the mode `anomaly`.
 
 Training and validation images are normal; only the test part has anomalous ones, and nothing is fitted,
-chosen or thresholded on it.
+chosen or thresholded on it. Several runs give one score, the sum of z-scores of theirs, that is judged and
+reported like that of one run. Their models may be of different families and image sizes; they must share the
+data, the validation images and the test images. A score of one of several runs is named run/score.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,19 +21,27 @@ import numpy as np
 import torch
 
 from anomaly import metrics
-from anomaly.baselines import EXPOSURE, fit_baselines
-from anomaly.choice import choose_map, choose_primary, choose_scores, preset
+from anomaly.baselines import BASELINES, EXPOSURE, fit_baselines
+from anomaly.choice import choose_map, sum_score
 from anomaly.config import Judging, MapConfig, Showing
-from anomaly.judge import Judgement, judge, unjudged, validation_warnings
+from anomaly.judge import (
+    Judgement,
+    broken_promises,
+    compare_normal,
+    join,
+    judge,
+    unjudged,
+    validation_warnings,
+)
 from anomaly.maps import segmentation
 from anomaly.maps.nifti import write_cases
 from anomaly.matching import match
 from anomaly.normal import Normal
 from anomaly.report import page
-from anomaly.report.datacard import broken_promises, compare_normal, describe
 from anomaly.report.figures import read_history
 from anomaly.report.gallery import MOST_VOLUMES, choose_cases, original, spacing
-from anomaly.report.provenance import about_run, code_and_date
+from anomaly.report.provenance import about_data, about_run, code_and_date
+from anomaly.runs import Chosen, Run, check_same_validation, choose, on_common_images
 from anomaly.scores import Score, Scoring, Selection
 from anomaly.scoring import Table, part_batches, pictures, score_images, select_maps
 from distributed import launch
@@ -38,7 +49,7 @@ from readers.config import volume_flags
 from readers.parts import SomeOf
 from storage.checkpoint import fingerprint
 from storage.provenance import versions
-from utils import UserError, finite, mix_seed, read_flags, read_json, write_csv, write_json
+from utils import UserError, finite, mix_seed, naming, read_flags, read_json, write_csv, write_json
 
 
 @dataclass(frozen=True)
@@ -154,53 +165,122 @@ def training_part(part: Any, settings: Settings) -> Any:
     return SomeOf(part, [part.entries[row].id for row in sorted(random.permutation(number)[:most])])
 
 
-def draw_cases(model: Any, data: Any, found: Evaluated, settings: Settings) -> list[Any]:
-    """The pictures of the test images that are shown, by falling primary score, with the map that is shown;
-    on rank 0.
+# ---------------------------------------------------------------------------------------------- several runs
+
+@contextmanager
+def on_device(model: Any) -> Iterator[Any]:
+    """The model, which is on the device within the block alone: others may need its memory."""
+    try:
+        yield model.to(launch.device())
+    finally:
+        model.cpu()
+
+
+def evaluate_all(runs: Sequence[Run], chosen: Sequence[Chosen], settings: Settings) -> dict[str, Evaluated]:
+    """By its name, each run with the scores that are chosen for it, the first that counts as the primary one.
     """
-    normal, showing = found.normal, settings.showing
-    most = showing.num_gallery if len(data.shape) == 3 else min(showing.num_gallery, MOST_VOLUMES)
+    found: dict[str, Evaluated] = {}
+    for run, (scores, own) in zip(runs, chosen):
+        with naming(run.name), on_device(run.model) as model:
+            found[run.name] = evaluate(model, run.data, scores, own[0], settings,
+                                       next(iter(found.values()), None))
+    return found
+
+
+def join_tables(tables: Mapping[str, Table]) -> Table:
+    """The tables of runs on the same images as one, with scores named run/score, but for the baselines."""
+    first = next(iter(tables.values()))
+    ids = [entry.id for entry in first.entries]
+    values = {score if score in BASELINES else f'{run}/{score}': column for run, table in tables.items()
+              for score, column in table.select(ids).values.items()}
+    return replace(first, values=values, features={}, seconds=sum(one.seconds for one in tables.values()))
+
+
+def add_up(found: Mapping[str, Evaluated], terms: Sequence[tuple[str, str]], settings: Settings) -> Evaluated:
+    """The tables of several runs as one, with the sum of the scores `terms`, (run, score), and its judgement.
+    """
+    named = lambda part: {f'{name}/{key}': value for name, one in found.items() for key, value in part(one)}
+    scores = {name: replace(score, name=name) for name, score in named(
+        lambda one: ((score.name, score) for score in one.scores)).items()}
+    names = ['/'.join(term) for term in terms]
+    total = sum_score('+'.join(names), [scores[name] for name in names])
+    validation, test = (join_tables({name: getattr(one, part) for name, one in found.items()})
+                        for part in ('validation', 'test'))
+    normal = Normal.fit(validation, [total], total.name, settings.scoring, settings.maps, settings.judging)
+    normal.pixel_thresholds = named(lambda one: one.normal.pixel_thresholds.items())
+    normal.spreads = named(lambda one: one.normal.spreads.items())
+    shown = next((replace(one.shown, name=f'{name}/{one.shown.name}') for name, one in found.items()
+                  if one.shown), None)
+    normal.apply(test, [total])
+    judgement = None
+    if launch.is_main():
+        of_runs = join({name: one.judgement for name, one in found.items()})
+        rows = unjudged([total], 'model', normal.thresholds, {}, total.name)
+        judged = judge(test, rows, settings.judging, settings.maps, settings.scoring.seed, of_runs.classes,
+                       list(of_runs.matched.values()))
+        others = {name: replace(row, primary=False) for name, row in of_runs.rows.items()}
+        judgement = replace(of_runs, rows={**judged.rows, **others})
+    return Evaluated(normal, validation, test, [total], judgement, shown)
+
+
+def draw_cases(runs: Sequence[Run], found: Evaluated, settings: Settings) -> list[Any]:
+    """The pictures of the test images that are shown, by falling primary score, with the map that is shown
+    and by the run that has it; on rank 0.
+    """
+    normal, showing, shown = found.normal, settings.showing, found.shown.name if found.shown else ''
+    run = next((run for run in runs if shown.startswith(f'{run.name}/')), runs[0])
+    most = showing.num_gallery if len(run.data.shape) == 3 else min(showing.num_gallery, MOST_VOLUMES)
     places = choose_cases(found.test.values[normal.primary_score], found.test.labels, showing.num_cases, most)
     ids = [found.test.entries[place].id for place in places]
-    batches = part_batches(SomeOf(data.test, ids), settings.batch_size, 'pictures')
-    drawn = pictures(model, batches, found.shown, normal)
-    cases = dict(launch.gather([(entry.id, case) for entry, case in drawn]))
+    batches = part_batches(SomeOf(run.data.test, ids), settings.batch_size, 'pictures')
+    with on_device(run.model) as model:
+        cases = dict(launch.gather([(entry.id, case) for entry, case in
+                                    pictures(model, batches, found.shown, normal)]))
     if not launch.is_main():
         return []
     paths = [getattr(found.test.entries[place], 'path', '') for place in places]
-    return [cases[i]._replace(place=place, original=original(path, data.shape, data.config))
+    return [cases[i]._replace(place=place, original=original(path, run.data.shape, run.data.config))
             for i, place, path in zip(ids, places, paths)]
 
 
 # ----------------------------------------------------------------------------------------------------- mode
 
-def detect(model: Any, data: Any, out: str | Path, settings: Settings, run_folder: str | Path | None = None,
-           log: Callable[[str], None] = print, findings: Sequence[str] = ()) -> dict[str, Any]:
+def detect(runs: Sequence[Run], out: str | Path, settings: Settings, log: Callable[[str], None] = print,
+           findings: Sequence[str] = ()) -> dict[str, Any]:
     """Scores validation and test images, sets thresholds on the former, judges on the latter, and reports.
 
-    Writes OUT/scores.csv, metrics.json (its other keys are kept), thresholds.json (also to `run_folder`, if
-    it is writable; its log gives the training curves), figures/ and report.html, for volumes with known
-    lesions segmentation.csv, and maps/ of the volumes in the report, from rank 0; prints the tables with
-    `log`, and returns what stands under 'anomaly' in metrics.json; other ranks return {}. `findings` of an
-    audit stand in the report. Raises UserError if a part is empty or a score unknown.
+    The primary score of several runs is that of the settings, 'a/kl_knn+b/residual_top', or one score that
+    all have, or the sum of their own primary scores. Writes OUT/scores.csv, metrics.json (its other keys are
+    kept), thresholds.json (also to the folder of a single run, if it is writable; its log gives the training
+    curves), figures/ and report.html, for volumes with known lesions segmentation.csv, and maps/ of the
+    volumes in the report, from rank 0; prints the tables with `log`, and returns what stands under 'anomaly'
+    in metrics.json; other ranks return {}. `findings` of an audit stand in the report. Raises UserError if a
+    part is empty, a score unknown, or if runs do not fit together.
     """
-    started, out, run_folder = time.perf_counter(), Path(out), Path(run_folder or out)
-    scores, left_out = choose_scores(settings.selection.names, model)
-    own = preset(model, getattr(data.config, 'dataset', ''))
-    primary = choose_primary(settings.selection.primary_score, own, [score.name for score in scores])
-    found = evaluate(model, data, scores, primary, settings)
+    started, out = time.perf_counter(), Path(out)
+    runs, left_out = on_common_images(runs)
+    check_same_validation(runs)
+    chosen, lacking = choose(runs, settings.selection, added_up=True)
+    of_runs = evaluate_all(runs, chosen, settings)
+    terms = [(run.name, name) for run, (_, own) in zip(runs, chosen) for name in own]
+    found = add_up(of_runs, terms, settings) if len(runs) > 1 else of_runs['']
     scored = time.perf_counter()
-    found.test.cases = draw_cases(model, data, found, settings)
+    found.test.cases = draw_cases(runs, found, settings)
     if not launch.is_main():
         return {}
-    found.normal.preparation = volume_preparation(data)
-    found.normal.weights = fingerprint(model)
-    result = summarize(data, found, settings, findings, left_out)
-    result['models'] = [about_run(model, run_folder)]
-    result['seconds'] = round(time.perf_counter() - started, 1)
+    run_folder = Path(runs[0].path) if len(runs) == 1 else out
+    if len(runs) == 1:
+        found.normal.preparation = volume_preparation(runs[0].data)
+        found.normal.weights = fingerprint(runs[0].model)
+    result = summarize(runs[0].data, found, settings, findings, [*left_out, *lacking])
+    result |= {'models': [about_run(run.model, run.path) for run in runs],
+               'seconds': round(time.perf_counter() - started, 1)}
+    if len(runs) > 1:
+        result['runs'] = {run.name: run.path for run in runs}
     write(out, result, found, settings, run_folder)
     log(f'scoring took {scored - started:.0f} s, the report {time.perf_counter() - scored:.0f} s')
-    for line in report_lines(out, result, found.judgement):
+    for line in [*page.text_tables(found.judgement), *result['warnings'],
+                 *(row['text'] for row in result['verdict']), f"report: {out / 'report.html'}"]:
         log(line)
     return result
 
@@ -217,17 +297,11 @@ def summarize(data: Any, found: Evaluated, settings: Settings, findings: Sequenc
         'dataset': getattr(data.config, 'dataset', ''),
         **settings.facts(),
         'baselines_fitted_on': min(len(data.train), settings.judging.max_train_images),
-        **describe(data), 'findings': list(findings), **judgement.as_json(),
+        **about_data(data), 'findings': list(findings), **judgement.as_json(),
         'warnings': [*left_out, *judgement.warnings, *broken_promises(judgement, normal_parts)],
         'notes': [*left_out, *found.normal.notes], **code_and_date(),
         'verdict': [{**difference.as_json(), 'text': difference.text} for difference in verdict],
         'normal_parts': normal_parts})
-
-
-def report_lines(out: Path, result: dict[str, Any], judgement: Judgement) -> list[str]:
-    """What is printed: tables, warnings, the comparison with the best baseline, where the report is."""
-    return [*page.text_tables(judgement), *result['warnings'], *(row['text'] for row in result['verdict']),
-            f"report: {out / 'report.html'}"]
 
 
 def volume_preparation(data: Any) -> dict[str, Any]:

@@ -16,7 +16,15 @@ from anomaly.maps.localization import Localization, localize
 from anomaly.maps.segmentation import Segmentation
 from anomaly.maps.segmentation import judge as judge_segmentations
 from anomaly.matching import LEAST_PAIRS, Group
-from anomaly.metrics import Estimate, Resamples, evaluate_score, flagged, make_finite, smallest_sample
+from anomaly.metrics import (
+    Estimate,
+    Resamples,
+    evaluate_score,
+    flagged,
+    make_finite,
+    smallest_sample,
+    wilson_interval,
+)
 from utils import finite
 
 
@@ -256,3 +264,40 @@ def validation_warnings(validation: Any, target_fpr: float) -> list[str]:
         f"which needs at least {least}. The thresholds are their largest scores, which promise "
         f"{100 / (n + 1):.1f} %."]
     return few + not_finite('validation', validation)
+
+
+def compare_normal(validation: Any, test: Any, number: int, seed: int) -> dict[str, dict[str, float]]:
+    """AUROC of normal validation against normal test images for every score, with its 95 % interval from
+    `number` resamples; empty without normal test images.
+
+    It should be 0.5: these images differ by chance only. If they do not, thresholds do not hold in the test.
+    """
+    normal = test.labels == 0
+    if not normal.any():
+        return {}
+    drawn = Resamples.draw(len(validation.entries), int(normal.sum()), number, seed)
+    # made finite together, so that "the largest" is the same number in both parts
+    both = {name: make_finite(np.concatenate([validation.values[name], values[normal]]))
+            for name, values in test.values.items()}
+    first = len(validation.entries)
+    return {name: evaluate_score(values[:first], values[first:], drawn)['auroc'].as_json()
+            for name, values in both.items()}
+
+
+def broken_promises(judgement: Judgement, normal_parts: dict[str, dict[str, float]]) -> list[str]:
+    """A line where normal test images contradict the threshold of a primary score, or differ from those of
+    validation in it, both beyond chance (95 %).
+    """
+    lines, target = [], judgement.judging.target_fpr
+    for row in judgement.primaries if normal_parts else ():
+        calls, drift = row.flagged['normal'], normal_parts[row.name]
+        low, high = wilson_interval(*calls)
+        if not low <= target <= high:
+            lines.append(f"{row.name}: {100 * calls.count / calls.total:.1f} % of the normal test images "
+                         f"are flagged (95 % interval {100 * low:.1f} to {100 * high:.1f} %), "
+                         f"{100 * target:g} % is the target.")
+        if not drift['low'] <= 0.5 <= drift['high']:
+            side = 'higher' if drift['value'] > 0.5 else 'lower'
+            lines.append(f"{row.name}: normal test images score {side} than normal validation images "
+                         f"(AUROC {drift['value']:.3f} between them): the threshold does not hold for them.")
+    return lines

@@ -6,19 +6,9 @@ from dataclasses import replace
 import numpy as np
 
 from datasets import DATASETS, Data, DataConfig
+from readers import out_of_distribution as ood
 from readers.images.decode import ImageLoader
 from readers.lmdb.packed import is_packed, read_packed
-from readers.out_of_distribution import (
-    ENHANCED,
-    OWN,
-    Changed,
-    Wanted,
-    as_class,
-    drawn,
-    parse,
-    read_folder,
-    with_sizes,
-)
 from readers.parts import JoinedPart, Part, SomeOf
 from readers.published.records import Records
 from readers.source import Source
@@ -35,12 +25,12 @@ def with_ood(data: Data, sets: Sequence[str], most: int = 0, seed: int = 0) -> D
     They are brought to the shape, the bits and the likelihood of `data`. At most `most` images of each set,
     drawn by `seed`; 0 = all. Raises UserError. What the run stores of its split does not change.
     """
-    wanted, report = [parse(text) for text in sets], list(data.report)
+    wanted, report = [ood.parse(text) for text in sets], list(data.report)
     parts = {'': data.test}
     for one in wanted:
         if one.name in parts or one.name in {*data.normal_classes, *data.anomalous_classes}:
             raise UserError(f"--ood {one.name}: there is a class of this name already. Take another name.")
-        read = _own_part if one.path == OWN else _foreign_part
+        read = _own_part if one.path == ood.OWN else _foreign_part
         parts[one.name] = part = read(data, one, most, seed, report)
         if not len(part):
             raise UserError(f"--ood {one.name}: there is no image in {one.path} to take.")
@@ -54,21 +44,21 @@ def with_ood(data: Data, sets: Sequence[str], most: int = 0, seed: int = 0) -> D
                    anomalous_classes=(*data.anomalous_classes, *anomalous))
 
 
-def _own_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
+def _own_part(data: Data, wanted: ood.Wanted, most: int, seed: int, report: list[str]) -> Part:
     """The run's own normal test images, changed; or those with known lesions, if these are to be changed.
 
     Their border is the same on all sides and turns with them.
     """
-    part, of_lesions = data.test, ENHANCED in wanted.changes
-    entries = drawn([e for e in part.entries if bool(e.label) == of_lesions and
+    part, of_lesions = data.test, ood.ENHANCED in wanted.changes
+    entries = ood.drawn([e for e in part.entries if bool(e.label) == of_lesions and
                      (e.mask_row >= 0 or not of_lesions)], most, seed)
     if not wanted.gives_masks:                       # a turned image is odd everywhere, not in its lesions
         entries = [replace(e, mask_row=-1) for e in entries]
-    images = Changed(part.images, entries, wanted, part.masks, depth=part.transform.depth, seed=seed)
+    images = ood.Changed(part.images, entries, wanted, part.masks, depth=part.transform.depth, seed=seed)
     return _ood_part(data, wanted, images, data.config.invert != wanted.inverted)
 
 
-def _foreign_part(data: Data, wanted: Wanted, most: int, seed: int, report: list[str]) -> Part:
+def _foreign_part(data: Data, wanted: ood.Wanted, most: int, seed: int, report: list[str]) -> Part:
     """Images that the run does not know; of a published data set its test part."""
     border, config = data.pixels.padding, replace(data.config, data=wanted.path, image_size=0, channels=0,
                                                   normal_classes=(), anomalous_classes=())
@@ -83,7 +73,7 @@ def _foreign_part(data: Data, wanted: Wanted, most: int, seed: int, report: list
         entries = entries.at(np.flatnonzero(entries.in_test()))
     elif any(e.part for e in entries):
         entries = [e for e in entries if e.part == 'test']
-    entries = drawn(entries, most, seed)
+    entries = ood.drawn(entries, most, seed)
     if wanted.name in DATASETS and not is_packed(wanted.path):
         # The size as a PNG of the published size and colors would give a set away.
         entries = [e if e.path else replace(e, file_bytes=0) for e in entries]
@@ -91,12 +81,12 @@ def _foreign_part(data: Data, wanted: Wanted, most: int, seed: int, report: list
     if same := [e.id for e in entries if e.sha256 in known]:
         report.append(f"{count(len(same), 'image')} of {wanted.name} are images of the run's own data: "
                       f"{some(same)}")
-    images = Changed(source.pixels, entries, wanted, source.masks, depth=config.depth, border=border,
+    images = ood.Changed(source.pixels, entries, wanted, source.masks, depth=config.depth, border=border,
                      seed=seed)
     return _ood_part(data, wanted, images, wanted.inverted)
 
 
-def _foreign_images(data: Data, wanted: Wanted, config: DataConfig, most: int, seed: int) -> Source:
+def _foreign_images(data: Data, wanted: ood.Wanted, config: DataConfig, most: int, seed: int) -> Source:
     """From an LMDB, from the files of a published data set, or from any folder; without a border."""
     published, size = DATASETS.get(wanted.name), data.shape[1] - 2 * data.pixels.padding
     row = replace(published or DATASETS[config.dataset], size=size, channels=data.shape[0], padding=0,
@@ -104,12 +94,12 @@ def _foreign_images(data: Data, wanted: Wanted, config: DataConfig, most: int, s
     if is_packed(wanted.path):
         return read_packed(config, row)
     if not published or published.folder:
-        return read_folder(wanted, most, seed, ImageLoader.of(config, row), config)
+        return ood.read_folder(wanted, most, seed, ImageLoader.of(config, row), config)
     with naming(f'--ood {wanted.name}'):
         return published.read(config, row)
 
 
-def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
+def _foreign_volumes(data: Data, wanted: ood.Wanted, config: DataConfig) -> Source:
     """All subjects of a folder, whatever their class, as the run's flags say, in the run's shape; with the
     masks of their lesions.
     """
@@ -126,9 +116,10 @@ def _foreign_volumes(data: Data, wanted: Wanted, config: DataConfig) -> Source:
     return source
 
 
-def _ood_part(data: Data, wanted: Wanted, images: Changed, invert: bool) -> Part:
+def _ood_part(data: Data, wanted: ood.Wanted, images: ood.Changed, invert: bool) -> Part:
     # A size that only one side has would be a perfect baseline.
     known = len(data.test) and data.test.entries[0].file_bytes
-    entries = as_class(list(images.entries.values()), wanted)
-    source = Source(with_sizes(entries, images if known else None), images, images.masks, (), (wanted.name,))
+    entries = ood.as_class(list(images.entries.values()), wanted)
+    sized = ood.with_sizes(entries, images if known else None)
+    source = Source(sized, images, images.masks, (), (wanted.name,))
     return Part(source.entries, source, replace(data.test.transform, invert=invert))

@@ -10,6 +10,7 @@ the drawn latents, to which skipped groups add nothing.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from anomaly.maps.postprocessing import gaussian_blur
 from anomaly.scores import Scoring
 from distributions import LEAST_KL, RowNoise, log_mean_exp
-from utils import mix_seed
+from utils import mix_seed, seed_noise
 
 Terms = dict[str, Tensor]
 LEAST_SPREAD = 1e-2        # of a latent over positions, whose prior has a standard deviation of about 1
@@ -237,9 +238,48 @@ class Outputs:
         """Norms of the model's score at n levels of noise, float64 on the CPU: (B, n)."""
         return self.ask('score_norms', **self.scoring.msma).double().cpu()
 
+    def regret(self) -> Tensor:
+        """Likelihood regret: ELBO after minus before its encoder is fitted to the image alone, nats: (B,)."""
+        return self.once(('regret',), lambda: torch.cat([
+            regret(self.model, image, self.scoring, name)
+            for image, name in zip(self.x.split(1), self.ids, strict=True)]))
+
     def ask(self, method: str, **options: Any) -> Any:
         """What a method of the model says of the images."""
         def make() -> Any:
             with self.noise(method):
                 return getattr(self.model, method)(self.x, **options)
         return self.once((method, *options.items()), make)
+
+
+def regret(model: Any, image: Tensor, scoring: Scoring, name: str) -> Tensor:
+    """Likelihood regret of one image (1, C, H, W), nats: (1,) float64 on the CPU (Xiao, Yan, Amit 2020,
+    "Likelihood regret: an out-of-distribution detection score for variational auto-encoder").
+
+    The encoder was trained on normal images, so their bound rises little when it is fitted to one of them;
+    that of an unusual image rises more, however likely the image is. The decoder stays as it is. The model
+    has `encoder_parameters() -> [Parameter, ...]`.
+
+    The trained encoder takes `regret_steps` steps of Adam, each with noise of its own: with the same noise in
+    every step the posterior would be fitted to that noise. Both bounds take the same D draws, so that their
+    difference varies less. An optimal encoder has a regret near 0, which may be slightly negative because of
+    the noise of the steps.
+    """
+    model = deepcopy(model).eval().requires_grad_(False)         # eval: batch norms stay as they are
+    encoder = [parameter.requires_grad_(True) for parameter in model.encoder_parameters()]
+    optimizer = torch.optim.Adam(encoder, lr=scoring.regret_learning_rate)
+
+    def bound(*draw: int | str) -> Tensor:
+        seed_noise(scoring.seed, 'regret', name, *draw)
+        return elbo(model(image))
+
+    def mean_bound() -> Tensor:
+        return torch.stack([bound(draw).double().cpu() for draw in range(scoring.num_draws)]).mean(0)
+
+    before = mean_bound()
+    for step in range(scoring.regret_steps):
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            (-bound('step', step)).sum().backward()
+        optimizer.step()
+    return mean_bound() - before

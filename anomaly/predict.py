@@ -43,8 +43,9 @@ from utils import UserError, finite, read_flags, write_atomically, write_csv
 
 SOME_UNREADABLE_STATUS = 3        # exit status: all that could be read is scored, but some files could not
 ENDING = re.compile(r'(\.nii\.gz|\.\w{1,6})$')
-FOLDERS = {'map': 'maps', 'segmentation': 'segmentations', 'dicom_seg': 'segmentations'}
-WITHOUT_SEG = 'without_seg'       # kind of a reason in place of a file
+# kind of a file -> its folder
+FOLDERS = {'map': 'maps', 'segmentation': 'segmentations', 'dicom_seg': 'segmentations',
+           'overlay': 'overlays'}
 SCALE_IMAGES = 16                 # most anomalous images that set the color scale of all overlays
 MAX_THREADS = 2                   # that decode at once: an image takes 30 bytes a pixel of its file meanwhile
 
@@ -106,14 +107,16 @@ def predict(run: Any) -> int:
     shown = choose_map(primary, scores, run.model, normal.scoring)
     names = [primary, *(name for name in names if name != primary)]
     ranked = sorted_files(table, normal, primary)
-    drawn = draw(run, files, ranked, shown, normal)
+    drawn, look = draw(run, files, ranked, shown, normal)
     if launch.is_main():
-        write_predictions(run.out / 'scores.csv', files, table, drawn.written, normal, names)
+        kinds = [kind for kind in FOLDERS if kind != 'dicom_seg' or config.dicom_seg]
+        write_predictions(run.out / 'scores.csv', files, table, drawn, kinds, normal, names)
         result = summarize(run, found, files, table, drawn, normal, primary)
         about = {'about': next(score.about for score in scores if score.name == primary),
                  'map_score': shown.name if shown else '', 'models': [about_run(run.model, run.run_folder)],
                  'command': 'python ' + shlex.join(sys.argv), **code_and_date()}
-        predictions.write(run.out, result | about, ranked, files.errors, drawn.cards, drawn.look)
+        cards = {name: one.card for name, one in drawn.items()}
+        predictions.write(run.out, result | about, ranked, files.errors, cards, look)
     return SOME_UNREADABLE_STATUS if files.errors else 0
 
 
@@ -132,66 +135,53 @@ def new_files(run: Any, normal: Normal) -> tuple[Any, NewFiles]:
 # --------------------------------------------------------------------------------------------------- pictures
 
 class Drawn(NamedTuple):
-    """What `draw` leaves: for each kind of file {id: name below the output folder}, and for the page a card
-    by id and the colors of the maps; and why files have no DICOM segmentation, by id.
-    """
-    written: dict[str, dict[str, str]]
-    cards: dict[str, dict[str, Any]]
-    look: dict[str, Any]
-    without_seg: dict[str, str]
+    """What `draw` leaves of a file."""
+    names: dict[str, str]                # kind of a file -> its name below the output folder
+    card: dict[str, Any]                 # for the page
+    without_seg: str                     # why it has no DICOM segmentation; '' = it has, or none is asked for
 
 
 def draw(run: Any, files: NewFiles, ranked: Sequence[predictions.Prediction], shown: Score | None,
-         normal: Normal) -> Drawn:
+         normal: Normal) -> tuple[dict[str, Drawn], dict[str, Any]]:
     """Draws the --num_overlays first of the files with the map of the score `shown`, and writes map and
-    segmentation; every rank has all that it returns.
+    segmentation. Returns on every rank what there is of each, by its id, and the colors of the maps.
     """
     if launch.is_main():
-        for name in ('overlays', *FOLDERS.values()):
-            for old in (run.out / name).glob('[0-9]*_*.*'):         # of an earlier call
+        for folder in {run.out / name for name in FOLDERS.values()}:
+            for old in folder.glob('[0-9]*_*.*'):                           # of an earlier call
                 if old.suffix in ('.png', '.dcm'):
                     old.unlink()
-            remove_maps(run.out / name)
+            remove_maps(folder)
     launch.barrier()
     config = read_flags(PredictConfig, run.args)
-    number = config.num_overlays
-    chosen = [file.id for file in ranked[:None if number < 0 else number]]
-    names = {i: picture_name(rank, len(chosen), i) for rank, i in enumerate(chosen, 1)}
+    chosen = [file.id for file in ranked[:None if config.num_overlays < 0 else config.num_overlays]]
+    pictured = {name: picture_name(rank, len(chosen), name) for rank, name in enumerate(chosen, 1)}
     plain_names = dict(zip(sorted(chosen), file_names(sorted(chosen))))
 
     def cases(ids: Sequence[str], title: str) -> Iterator[tuple[NewFile, Case]]:
         return pictures(run.model, files.batches(ids, title), shown, normal)
     # One color scale for all, that of the most anomalous.
-    most_anomalous = chosen[:SCALE_IMAGES]
-    look = map_scale(launch.gather([case.shown for _, case in cases(most_anomalous, 'colors')]))
-    written, cards = [], []
+    look = map_scale(launch.gather([case.shown for _, case in cases(chosen[:SCALE_IMAGES], 'colors')]))
+    drawn = []
     for file, case in cases(chosen, 'overlays'):
-        name = f'overlays/{names[file.id]}'
-        spacing = file.grids[0].spacing if file.grids else (1, 1)
+        names, why = {'overlay': f'overlays/{pictured[file.id]}'}, ''
+        spacing, path = file.grids[0].spacing if file.grids else (1, 1), files.files[file.id]
         picture = overlay(case, look, spacing)
         if not file.grids:                                        # of a volume, rows and not columns
             picture = titled(picture, [title for title, shown in (
                 ('input', case.image), ('reconstruction', case.reconstruction), ('map', case.shown))
                 if shown is not None])
-        write_atomically(run.out / name, lambda path, picture=picture: picture.save(path, 'PNG'))
-        written.append((file.id, 'overlay', name))
-        path = files.files[file.id]
-        case = case._replace(original=original(path, run.model.shape, run.data_config))
-        cards.append((file.id, case_pictures(case, look, np.array(spacing), MOST_BYTES / len(chosen))))
-        grids: Iterator[tuple[str, str]] = iter(())
+        write_atomically(run.out / names['overlay'], lambda path, image=picture: image.save(path, 'PNG'))
         if file.grids and case.map is not None:
-            grids = write_volumes(run.out, plain_names[file.id], file, case, normal, shown.name)
+            names |= write_volumes(run.out, plain_names[file.id], file, case, normal, shown.name)
         elif case.relative is not None and isinstance(path, str):                 # not a frame of a file
-            grids = write_grids(run.out, names[file.id], path, case, run.data_config.fit,
-                                run.model.pixels.padding, shown.name if config.dicom_seg else '')
-        written += [(file.id, *one) for one in grids]
-    written = launch.gather(written)
-    by_kind = {kind: {i: text for i, k, text in sorted(written) if k == kind}
-               for kind in (*FOLDERS, 'overlay', WITHOUT_SEG)}
-    without_seg = by_kind.pop(WITHOUT_SEG)
-    if not config.dicom_seg:
-        del by_kind['dicom_seg']
-    return Drawn(by_kind, dict(launch.gather(cards)), look, without_seg)
+            more, why = write_grids(run, pictured[file.id], path, case,
+                                    shown.name if config.dicom_seg else '')
+            names |= more
+        case = case._replace(original=original(path, run.model.shape, run.data_config))
+        card = case_pictures(case, look, np.array(spacing), MOST_BYTES / len(chosen))
+        drawn.append((file.id, Drawn(names, card, why)))
+    return dict(sorted(launch.gather(drawn))), look
 
 
 def sorted_files(table: Table, normal: Normal, primary: str) -> list[predictions.Prediction]:
@@ -211,61 +201,60 @@ def picture_name(rank: int, number: int, name: str) -> str:
     return f'{rank:0{len(str(number))}d}_{plain(ENDING.sub("", name))}.png'
 
 
-def write_grids(out: Path, name: str, path: str, case: Case, fit: str, border: int,
-                seg_score: str) -> Iterator[tuple[str, str]]:
+def write_grids(run: Any, name: str, path: str, case: Case, seg_score: str) -> tuple[dict[str, str], str]:
     """Writes the map of an image, in hundredths of a standard deviation, and what is above the threshold of
-    pixels, 0 or 255, on the grid of its file; yields the (kind, name below `out`) of each. With the name of
-    the map's score as `seg_score`, a DICOM image has a DICOM segmentation too, or yields why it has none.
+    pixels, 0 or 255, on the grid of its file; returns their names by kind. With the name of the map's score
+    as `seg_score`, a DICOM image has a DICOM segmentation too, or there is a reason why it has none.
     """
-    content = file_content(path)
+    content, border, names = file_content(path), run.model.pixels.padding, {}
     height, width = decode(content).shape[:2]
     inner = slice(border, len(case.relative) - border)
     levels = {'map': np.minimum(np.round(100 * case.relative), 65535).astype(np.uint16),
               'segmentation': 255 * case.above.astype(np.uint8)}
     for kind, values in levels.items():
-        place = f'{FOLDERS[kind]}/{name}'
-        on_grid = from_size(values[inner, inner], height, width, fit)
-        write_atomically(out / place, lambda path, x=on_grid: Image.fromarray(x).save(path, 'PNG'))
-        yield kind, place
+        names[kind] = f'{FOLDERS[kind]}/{name}'
+        on_grid = from_size(values[inner, inner], height, width, run.data_config.fit)
+        write_atomically(run.out / names[kind], lambda path, x=on_grid: Image.fromarray(x).save(path, 'PNG'))
     if seg_score:                                                # `on_grid` is the segmentation, the last one
-        place = str(Path(place).with_suffix('.dcm'))
+        place = str(Path(names['segmentation']).with_suffix('.dcm'))
         try:
-            if dicom_seg.write_segmentation(out / place, content, on_grid > 0, seg_score):
-                yield 'dicom_seg', place
+            if dicom_seg.write_segmentation(run.out / place, content, on_grid > 0, seg_score):
+                names['dicom_seg'] = place
         except Unreadable as why:
-            yield WITHOUT_SEG, str(why)
+            return names, str(why)
+    return names, ''
 
 
 def write_volumes(out: Path, name: str, file: NewFile, case: Case, normal: Normal,
-                  score: str) -> Iterator[tuple[str, str]]:
-    """Writes the map of a volume, and its segmentation where there is a threshold; yields the (kind, name
-    below `out`) of each file.
+                  score: str) -> dict[str, str]:
+    """Writes the map of a volume, and its segmentation where there is a threshold; returns their names by
+    kind.
     """
-    volumes = {'map': (f'{name}_{score}', case.map)}
+    volumes = {f'maps/{name}_{score}.nii.gz': case.map}
     threshold = normal.pixel_threshold(score)
     if math.isfinite(threshold):
-        volumes['segmentation'] = name, segment(case.map, case.image, threshold, normal.maps)
-    for kind, (stem, values) in volumes.items():
-        path = f'{FOLDERS[kind]}/{stem}.nii.gz'
-        write_map(out / path, values, *file.grids)
-        yield kind, path
+        volumes[f'segmentations/{name}.nii.gz'] = segment(case.map, case.image, threshold, normal.maps)
+    for place, values in volumes.items():
+        write_map(out / place, values, *file.grids)
+    return dict(zip(('map', 'segmentation'), volumes))
 
 
 # ------------------------------------------------------------------------------------------- what is written
 
-def write_predictions(path: Path, files: NewFiles, table: Table, written: dict[str, dict[str, str]],
-                      normal: Normal, names: Sequence[str]) -> None:
+def write_predictions(path: Path, files: NewFiles, table: Table, drawn: dict[str, Drawn],
+                      kinds: Sequence[str], normal: Normal, names: Sequence[str]) -> None:
     """scores.csv: one row a file. For an unreadable one the scores are empty and `error` says why; the
-    columns of `written` name the files that `draw` made.
+    columns `kinds` name the files that `draw` made.
     """
     columns = score_columns(table, normal, names)
     cells = {entry.id: row for entry, *row in zip(table.entries, *columns.values(), strict=True)}
-    rows = [[i, *cells.get(i, [''] * len(columns)), *(paths.get(i, '') for paths in written.values()),
+    named = {name: one.names for name, one in drawn.items()}
+    rows = [[i, *cells.get(i, [''] * len(columns)), *(named.get(i, {}).get(kind, '') for kind in kinds),
              files.errors.get(i, '')] for i in files.ids]
-    write_csv(path, ['id', *columns, *written, 'error'], rows)
+    write_csv(path, ['id', *columns, *kinds, 'error'], rows)
 
 
-def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: Drawn, normal: Normal,
+def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: dict[str, Drawn], normal: Normal,
               primary: str) -> dict[str, Any]:
     """Says what became of the files; keeps it in metrics.json, and returns it."""
     threshold, num_normal = normal.thresholds[primary], len(normal.validation[primary])
@@ -287,11 +276,11 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: Drawn,
     if len(table):
         run.say(f"{anomalous} of {len(table)} are anomalous: {primary} is above {threshold:.5g}. At most "
                 f"{100 * promised:.3g} % of normal images like those of the run exceed this threshold.")
-    for kind, paths in drawn.written.items():
-        if paths:
-            run.say(f"{kind}s of the {len(paths)} most anomalous: {run.out / FOLDERS.get(kind, f'{kind}s')}")
-    for why in dict.fromkeys(drawn.without_seg.values()):
-        ids = [i for i, reason in drawn.without_seg.items() if reason == why]
+    for kind, folder in FOLDERS.items():
+        if number := sum(kind in one.names for one in drawn.values()):
+            run.say(f"{kind}s of the {number} most anomalous: {run.out / folder}")
+    for why in dict.fromkeys(one.without_seg for one in drawn.values() if one.without_seg):
+        ids = [i for i, one in drawn.items() if one.without_seg == why]
         run.say(f"no DICOM segmentation of {count(len(ids), 'image')}, as each {why}: {some(ids)}")
     unread = f"{len(files.errors)} could not be read" if files.errors else "all readable"
     run.say(f"{len(table)} scored, {unread}: see {run.out / 'scores.csv'}")

@@ -177,12 +177,6 @@ def complexity(outputs: Outputs) -> Tensor:
     return outputs.nelbo() / math.log(2) - compressed_bits(outputs.x, outputs.bits)
 
 
-def regret(outputs: Outputs) -> Tensor:
-    """Likelihood regret (Xiao et al. 2020), nats: (B,)."""
-    from anomaly.regret import likelihood_regret
-    return likelihood_regret(outputs)
-
-
 def highest(values: Tensor, inside: Tensor | None, fraction: float) -> Tensor:
     """Mean of the highest values (B, 1, *S), this fraction of those `inside`, None = all: (B,) float64 on the
     CPU.
@@ -306,7 +300,7 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
         complexity)],
     'regret': lambda L: [Score(
         'regret', 'encoder parameters', "likelihood regret: gain of the bound when the encoder is fitted to "
-        "the image alone, nats", regret)],
+        "the image alone, nats", lambda outputs: outputs.regret())],
     'typicality': lambda L: [Score(
         'typicality', 'likelihood terms', "|NELBO - mean NELBO of normal validation images|, nats",
         features=lambda outputs: outputs.likelihood_features(), density=unfitted('Typicality'))],

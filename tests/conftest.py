@@ -113,11 +113,13 @@ def undisturbed(train_flags, tmp_path_factory):
 def without_pictures(request, monkeypatch):
     """Drawing takes longer than all the rest: tests that look at a report or its figures have that mark."""
     has = request.node.get_closest_marker
-    names = ['page.keep', *(f'comparison.{name}' for name in (
-        'keep', 'forest_figure', 'difference_figure', 'curve_figure'))]
-    names = [] if has('figures') else names if has('page') else [*names, 'page.write']
-    for name in names:
-        monkeypatch.setattr(f'anomaly.report.{name}', lambda *given: '')
+    kept = lambda drawn, out: {name: '' for name, figure in drawn.items() if figure is not None}
+    drawn = {'figures.keep': kept, 'comparison.keep': kept} | dict.fromkeys(
+        (f'comparison.{name}' for name in ('forest_figure', 'difference_figure', 'curve_figure')),
+        lambda *given: '')
+    drawn = {} if has('figures') else drawn if has('page') else drawn | {'page.write': lambda *given: ''}
+    for name, stand_in in drawn.items():
+        monkeypatch.setattr(f'anomaly.report.{name}', stand_in)
 
 
 @pytest.fixture

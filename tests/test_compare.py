@@ -18,9 +18,10 @@ import evaluate
 import train
 from anomaly import scoring
 from anomaly.baselines import BASELINES
-from anomaly.compare import Run, common_images, compare, run_names
+from anomaly.compare import compare
 from anomaly.metrics import Estimate
 from anomaly.report.comparison import forest
+from anomaly.runs import Run, common_images, run_names
 from datasets import Data, DataConfig
 from distributed import launch
 from distributions import Pixels

@@ -14,10 +14,11 @@ from test_scores import LinearGaussian, seeded
 from anomaly import scoring
 from anomaly.config import Judging, MapConfig
 from anomaly.detect import Settings, detect
+from anomaly.judge import compare_normal
 from anomaly.metrics import threshold
 from anomaly.normal import Normal
 from anomaly.outputs import Outputs
-from anomaly.report.datacard import compare_normal
+from anomaly.runs import Run
 from anomaly.scores import SCORES, Scoring
 from distributed import launch
 from distributions import Pixels
@@ -89,8 +90,9 @@ def make_model():
     return LinearGaussian(tau2=0.01, sigma2=0.01)
 
 
-def run(out, data=None, model=None, config=CONFIG, log=lambda line: None, **options):
-    return detect(model or make_model(), data or make_data(), out, config, log=log, **options)
+def run(out, data=None, model=None, config=CONFIG, run_folder=None, **options):
+    only = Run('', str(run_folder or out), model or make_model(), data or make_data())
+    return detect([only], out, config, **{'log': lambda line: None, **options})
 
 
 def rows_of(path):

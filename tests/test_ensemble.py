@@ -8,14 +8,14 @@ from test_compare import Constant, Copy, gaussian, make_data, run
 from test_detect import settings
 
 import evaluate
-from anomaly.ensemble import detect_together
+from anomaly.detect import detect
 from utils import UserError, read_json
 
 SUM = 'dark/reconstruction+bound/nelbo'
 
 
 def together(runs, out, log=lambda line: None, **flags):
-    return detect_together(runs, out, settings(num_draws=2, num_bootstrap=40, **flags), log)
+    return detect(runs, out, settings(num_draws=2, num_bootstrap=40, **flags), log)
 
 
 def column(out, part, name):

@@ -11,9 +11,8 @@ from PIL import Image
 from toy_volumes import LESION, SHAPE, one_case
 
 from anomaly.judge import ScoreRow
-from anomaly.maps.overlays import map_scale, overlay
+from anomaly.maps.overlays import VIEWS, cuts, focus, map_scale, overlay, sheet, stack
 from anomaly.maps.postprocessing import Spread
-from anomaly.maps.slices import VIEWS, cuts, focus, sheet, stack
 from anomaly.report import gallery as cards
 from anomaly.report.gallery import (
     LARGEST,

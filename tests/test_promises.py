@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 from test_compare import Constant, make_data
+from test_detect import run as detected
 from test_detect import settings
 from test_scores import LinearGaussian
 
 from anomaly.config import Judging
 from anomaly.density import KNN, Mahalanobis, are_alike, cross_fit
-from anomaly.detect import detect, training_part
-from anomaly.judge import Judgement, ScoreRow, Share
-from anomaly.report.datacard import broken_promises
+from anomaly.detect import training_part
+from anomaly.judge import Judgement, ScoreRow, Share, broken_promises
 
 
 def judgement(flagged, total):
@@ -52,14 +52,14 @@ def test_training_images_take_part_in_every_fit_and_validation_images_never_in_t
 
 def test_the_run_says_what_a_density_has_learned_from(tmp_path):
     flags = {'scores': ('kl_knn',), 'num_draws': 1, 'num_bootstrap': 20, 'num_cases': 0, 'num_gallery': 0}
-    alike = detect(LinearGaussian(), make_data(), tmp_path / 'auto', settings(**flags))
-    alone = detect(LinearGaussian(), make_data(), tmp_path / 'val', settings(**flags, density_images='val'))
+    alike = detected(tmp_path / 'auto', make_data(), LinearGaussian(), settings(**flags))
+    alone = detected(tmp_path / 'val', make_data(), LinearGaussian(), settings(**flags, density_images='val'))
     assert any('kl_knn has learned from 20 training images too' in line for line in alike['warnings'])
     assert not any('has learned' in line for line in alone['warnings'])
     assert alike['scores']['kl_knn']['threshold'] != alone['scores']['kl_knn']['threshold']
     darker = make_data()
     darker.train.images = darker.train.images // 4          # a copy: validation keeps the old one
-    biased = detect(LinearGaussian(), darker, tmp_path / 'biased', settings(**flags))
+    biased = detected(tmp_path / 'biased', darker, LinearGaussian(), settings(**flags))
     assert any('learned from the 20 validation images alone' in line for line in biased['warnings'])
 
 
@@ -72,5 +72,5 @@ def test_the_training_images_are_all_or_some_drawn_by_the_seed():
 
 
 def test_a_model_without_densities_needs_no_training_images(tmp_path):
-    result = detect(Constant(), make_data(), tmp_path, settings(num_bootstrap=20))
+    result = detected(tmp_path, make_data(), Constant(), settings(num_bootstrap=20))
     assert not any('has learned' in line for line in result['warnings'])

@@ -11,9 +11,9 @@ import pytest
 import torch
 from scipy.spatial.distance import directed_hausdorff
 from test_detect import Part, settings
+from test_detect import run as detected
 
 from anomaly.config import MapConfig
-from anomaly.detect import detect
 from anomaly.maps import segmentation
 from anomaly.maps.segmentation import (
     compare,
@@ -219,7 +219,7 @@ CONFIG = settings(4, seed=0, **FLAGS, seg_dilation=0.0)
 
 def segmented(out, order, config=CONFIG):
     printed = []
-    result = detect(Brightness(), volumes(order), out, config, log=printed.append)
+    result = detected(out, volumes(order), Brightness(), config, log=printed.append)
     with (out / 'segmentation.csv').open() as file:
         return result, {row['id']: row for row in csv.DictReader(file)}, printed
 

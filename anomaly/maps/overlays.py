@@ -1,19 +1,20 @@
 """A picture of one image: input | reconstruction | input under its anomaly map. Pixels alone, no metadata.
 
-C channels, *S pixels, (H, W) or (D, H, W).
+C channels, *S pixels, (H, W), or voxels (D, H, W), which run to the right, to the front and upwards (RAS+).
+Slices of a volume follow the radiological convention: the patient's right is on the left of the picture; the
+front is at the top, or on the left of a sagittal one. A sheet has all slices of one view: n of h x w pixels.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from scipy import ndimage
 
-from anomaly.maps.slices import VIEWS, cuts, focus
-
 SHOWN_SIZE = 256            # pixels that a small image is enlarged to, about
+CONVENTION = "radiological: the patient's right is on the left of the picture"
 STRENGTH = 0.8              # how much of a pixel the color of the largest map value covers
 GAP = 4                     # white pixels between the panels
 TITLE_HEIGHT = 14           # pixels of a line of titles
@@ -22,12 +23,64 @@ LESION = '#39e0d0'          # outline of lesion masks
 ABOVE = {'inferno': '#ffffff', 'coolwarm': '#000000'}    # outline of pixels above the threshold, by color map
 
 
+# ----------------------------------------------------------------------------------------------------- slices
+
+class View(NamedTuple):
+    """Axes are those of *S; rows and columns of a picture run backwards."""
+    name: str
+    across: int              # the axis along which slices follow one another
+    rows: int
+    columns: int
+    letters: str             # what is at the left, right, top and bottom
+
+
+VIEWS = (View('axial', 2, 1, 0, 'RLAP'), View('coronal', 1, 2, 0, 'RLSI'), View('sagittal', 0, 2, 1, 'APSI'))
+
+
+def stack(volume: np.ndarray, view: View) -> np.ndarray:
+    """All slices of a volume (..., *S) as they are shown, in the order of the voxels: (..., n, h, w)."""
+    axes = [axis - 3 for axis in (view.across, view.rows, view.columns)]
+    return np.moveaxis(volume, axes, (-3, -2, -1))[..., ::-1, ::-1]
+
+
+def cuts(volume: np.ndarray, place: Sequence[int]) -> list[np.ndarray]:
+    """The slices (..., h, w) of every view through one voxel of a volume (..., *S)."""
+    return [stack(volume, view)[..., place[view.across], :, :] for view in VIEWS]
+
+
+def focus(anomaly_map: np.ndarray | None, size: Sequence[int]) -> tuple[int, ...]:
+    """The voxel through which slices go: the maximum of the map (*S), or without a map, or in a constant one,
+    the middle of `size`.
+    """
+    if anomaly_map is not None:
+        values = np.nan_to_num(anomaly_map.astype(np.float64), nan=-np.inf)
+        if values.min() < values.max():
+            return tuple(int(i) for i in np.unravel_index(values.argmax(), values.shape))
+    return tuple(n // 2 for n in size)
+
+
+def sheet_columns(number: int) -> int:
+    """How many of `number` slices are in a row of a sheet that is about square."""
+    return math.ceil(math.sqrt(number))
+
+
+def sheet(slices: np.ndarray) -> np.ndarray:
+    """Slices (n, h, w, ...) side by side in one picture, row by row; the rest is 0."""
+    number, height, width, *rest = slices.shape
+    columns = sheet_columns(number)
+    full = np.pad(slices, [(0, -number % columns), *[(0, 0)] * (slices.ndim - 1)])
+    rows = full.reshape(-1, columns, height, width, *rest).swapaxes(1, 2)       # (rows, h, columns, w, ...)
+    return rows.reshape(-1, columns * width, *rest)
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
 def overlay(case: Any, look: dict[str, Any], spacing: Sequence[float] = (1, 1, 1)) -> Image.Image:
     """The picture of a Case (scoring.py). Lesions are outlined, and on the map what is above its threshold.
     Voxels are `spacing` apart, in any unit.
 
     `look` is the color scale of `map_scale`. For a volume the first channel is shown, in a row each for
-    input, reconstruction and map: axial, coronal and sagittal slices (slices.py) through the largest value of
+    input, reconstruction and map: axial, coronal and sagittal slices through the largest value of
     the map, else through the middle.
     """
     volume, size, anomaly_map = case.image.ndim == 4, case.image.shape[1:], case.shown

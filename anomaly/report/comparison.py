@@ -12,8 +12,7 @@ from anomaly.judge import Difference, Judgement, group_title
 from anomaly.maps import localization
 from anomaly.metrics import METRICS, Estimate
 from anomaly.report.figures import COLORS, FAINT, INK, curve_figure, keep, panel_grid, style
-from anomaly.report.html import write_page
-from anomaly.report.page import MATCH_NOTE, MOST_TABLES, PIXEL_NOTE, pixel_table
+from anomaly.report.page import MATCH_NOTE, MOST_TABLES, PIXEL_NOTE, pixel_table, write_page
 from anomaly.report.tables import (
     MISSING,
     Column,
@@ -42,9 +41,8 @@ def write(out: Path, result: dict[str, Any], judgement: Judgement, test: Any) ->
     save_csv(out / 'comparison.csv', csv_rows(result, judgement))
     figures = {'forest': forest_figure(judgement), 'differences': difference_figure(judgement),
                'roc': curve_figure(judgement, test, 'roc')}
-    kept = {name: keep(figure, out, name) for name, figure in figures.items() if figure is not None}
     write_page(out / 'comparison.html', 'comparison.html.j2', result=result, judgement=judgement,
-               groups=groups, figures=kept, tables=tables(result, judgement, groups),
+               groups=groups, figures=keep(figures, out), tables=tables(result, judgement, groups),
                runs=run_table(result), notes=notes(result, judgement))
 
 

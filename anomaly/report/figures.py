@@ -36,8 +36,14 @@ def new_figure(width: float, height: float, layout: str | None = 'constrained') 
     return Figure(figsize=(width, height), layout=layout)
 
 
-def keep(figure: Any, out: Path, name: str) -> str:
-    """Writes figures/NAME.png and NAME.svg; returns the SVG, its ink the color of the text around it."""
+def keep(drawn: dict[str, Any], out: Path) -> dict[str, str]:
+    """Writes figures/NAME.png and NAME.svg of each figure that there is; returns the SVGs by name, their ink
+    the color of the text around them.
+    """
+    return {name: keep_one(figure, out, name) for name, figure in drawn.items() if figure is not None}
+
+
+def keep_one(figure: Any, out: Path, name: str) -> str:
     import matplotlib
     (out / 'figures').mkdir(parents=True, exist_ok=True)
     text = io.StringIO()

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from anomaly.judge import ScoreRow
-from anomaly.maps.overlays import as_color, as_gray, as_picture, blend, layer, map_scale, overlay
-from anomaly.maps.slices import CONVENTION, VIEWS, View, focus, sheet, sheet_columns, stack
+from anomaly.maps import overlays
+from anomaly.maps.overlays import View, as_color, as_gray, as_picture, blend, map_scale, sheet, sheet_columns
 from anomaly.metrics import flagged, make_finite, percentile
 from anomaly.report.figures import FAINT, INK, new_figure
 from anomaly.scoring import Case
@@ -87,7 +87,7 @@ def about_cards(cards: list[dict[str, Any]], look: dict[str, Any]) -> dict[str, 
     volumes = any('views' in card for card in cards)
     return {'cards': cards, 'classes': sorted({card['class'] for card in cards}), 'volumes': volumes,
             'scale': scale_bar(look) if any(card['mapped'] for card in cards) else None,
-            'relative': any(card['relative'] for card in cards), 'convention': CONVENTION,
+            'relative': any(card['relative'] for card in cards), 'convention': overlays.CONVENTION,
             'above': any(card['above'] for card in cards), 'skips': max([1, *(c['step'] for c in cards)]),
             'outlined': any(card['outlined'] for card in cards)}
 
@@ -114,7 +114,7 @@ def flat_pictures(case: Case, look: dict[str, Any]) -> dict[str, Any]:
     if case.shown is not None:
         pictures.append({'title': 'map', 'source': picture_source(blend(colors, case.shown, look)),
                          'lesion': True, 'above': True,
-                         'large': data_address(layer(case.shown, look), lossless=True)})
+                         'large': data_address(overlays.layer(case.shown, look), lossless=True)})
     return {'pictures': pictures, 'lesion_path': path(case.mask), 'above_path': path(case.above),
             'height': case.image.shape[-2], 'width': case.image.shape[-1]}
 
@@ -144,9 +144,9 @@ def volume_views(case: Case, look: dict[str, Any], distance: np.ndarray, most_by
     value of the map among them, unless one slice a direction takes more.
     """
     size = case.image.shape[1:]
-    place, step = focus(case.map, size), math.ceil(max(size) / MOST_SLICES)
+    place, step = overlays.focus(case.map, size), math.ceil(max(size) / MOST_SLICES)
     while True:
-        views = [one_view(case, view, place[view.across], look, distance, step) for view in VIEWS]
+        views = [one_view(case, view, place[view.across], look, distance, step) for view in overlays.VIEWS]
         taken = sum(len(view['outline']) + sum(len(s['source']) for s in view['sheets']) for view in views)
         if taken <= most_bytes or step >= max(size):
             return {'views': views, 'step': step}
@@ -159,7 +159,7 @@ def one_view(case: Case, view: View, place: int, look: dict[str, Any], distance:
     input and of the reconstruction, and one with the map over the first channel.
     """
     total, chosen = case.image.shape[1 + view.across], slice(place % step, None, step)
-    slices = lambda volume: stack(volume, view)[..., chosen, :, :]                    # (..., n, h, w)
+    slices = lambda volume: overlays.stack(volume, view)[..., chosen, :, :]                   # (..., n, h, w)
     sheets = [{'title': title if len(volume) == 1 else f'{title}, channel {channel}', 'outlined': outlined,
                'source': sheet_source(as_gray(one))}
               for title, volume, outlined in (('input', case.image, True),
@@ -231,7 +231,7 @@ def case_figure(row: ScoreRow, validation: Any, test: Any, each: int) -> Any:
     for column, title, cases in zip(panels.T, ('most anomalous', 'least anomalous'), (most, least)):
         for panel, case in zip(column, cases):
             entry, score = test.entries[case.place], test.values[row.name][case.place]
-            panel.imshow(overlay(case, look, spacing(entry)), interpolation='none')
+            panel.imshow(overlays.overlay(case, look, spacing(entry)), interpolation='none')
             panel.set_axis_off()
             call = ', flagged' if flagged(score, row.threshold) else ''
             panel.set_title(f"{entry.class_name} · {shorten(entry.id)}\n{row.name} {score:.5g}, percentile "

@@ -1,5 +1,11 @@
-"""What people read of an evaluation: tables of the terminal, and report.html."""
+"""What people read of an evaluation: tables of the terminal, and report.html.
 
+A page is one HTML file: everything is escaped but our own SVG and scripts, and nothing comes from a network.
+"""
+
+import base64
+import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,21 +13,12 @@ from typing import Any
 from anomaly.judge import Judgement, group_title
 from anomaly.maps import localization, segmentation
 from anomaly.metrics import METRICS, Estimate, wilson_interval
-from anomaly.report.figures import (
-    CURVES,
-    curve_figure,
-    figure_scores,
-    histogram_figure,
-    keep,
-    level_figure,
-    levels,
-    training_figure,
-)
-from anomaly.report.gallery import OUTCOMES, case_figure, gallery
-from anomaly.report.html import write_page
+from anomaly.report import figures, tables
+from anomaly.report.gallery import OUTCOMES, case_figure, gallery, short_number
 from anomaly.report.tables import Column, Label, ReportTable, as_text, metric_columns, score_table
-from utils import finite
+from utils import finite, write_atomically
 
+TEMPLATES = Path(__file__).parent / 'templates'
 MOST_TABLES = 4      # groups that get a table of their own in the terminal, and an open one on the page
 SCORE_NOTE = ("* primary score, chosen beforehand. Sensitivity and FPR: at the threshold from normal "
               "validation images, for {:g} %.")
@@ -133,26 +130,43 @@ def write(out: Path, result: dict[str, Any], judgement: Judgement, validation: A
     `result` is what metrics.json holds. `num_cases` most and least anomalous images are in the figure of
     cases; `history` is what training logged.
     """
-    figures = {kind: curve_figure(judgement, test, kind) for kind in CURVES if judgement.has_metrics}
-    figures |= {'histograms': histogram_figure(judgement, validation, test),
-                'levels': level_figure(judgement, test, lk_is_elbo=result['iw_samples_lk'] == 1),
-                'training': training_figure(history)}
-    kept = {name: keep(figure, out, name) for name, figure in figures.items() if figure is not None}
-    primary, = judgement.primaries
+    primary, groups = judgement.primaries[0], judgement.shown_groups
+    drawn = {kind: figures.curve_figure(judgement, test, kind)
+             for kind in figures.CURVES if judgement.has_metrics}
+    drawn |= {'histograms': figures.histogram_figure(judgement, validation, test),
+              'levels': figures.level_figure(judgement, test, lk_is_elbo=result['iw_samples_lk'] == 1),
+              'training': figures.training_figure(history)}
     if num_cases and test.cases:                     # as a file; the page has them in its gallery
-        keep(case_figure(primary, validation, test, num_cases), out, 'cases')
-    groups = judgement.shown_groups
+        figures.keep({'cases': case_figure(primary, validation, test, num_cases)}, out)
     write_page(
         out / 'report.html', 'report.html.j2', ('gallery.js', 'report.js'), result=result,
         judgement=judgement, primary=primary, threshold=finite(primary.threshold), groups=groups,
-        folded=len(groups) > MOST_TABLES, figures=kept,
+        folded=len(groups) > MOST_TABLES, figures=figures.keep(drawn, out),
         gallery=gallery(primary, validation, test), outcomes=OUTCOMES,
         page_data=page_data(judgement, validation, test), wilson=lambda share: wilson_interval(*share),
-        has_levels=bool(levels(judgement, 'llr') or levels(judgement, 'lk')),
+        has_levels=bool(figures.levels(judgement, 'llr') or figures.levels(judgement, 'lk')),
         aurocs=auroc_table(judgement) if len(groups) > 1 and judgement.has_metrics else None,
         group_tables=[group_table(judgement, group) for group in groups],
         pixels=pixel_table(judgement), segmentations=segmentation_table(judgement),
         counts=count_table(result), confounds=confound_table(result, judgement))
+
+
+def write_page(path: Path, template: str, scripts: Sequence[str] = ('gallery.js',), **variables: Any) -> None:
+    """Fills a template with `variables`; a policy for the browser allows the `scripts` and forbids whatever
+    comes from a network.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+    script = ''.join((TEMPLATES / name).read_text(encoding='utf-8') for name in scripts)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {name: getattr(tables, name)
+                            for name in ('number', 'bracket', 'show', 'shade', 'percent')}
+    page = environment.get_template(template).render(
+        script=Markup(script), script_hash=f'sha256-{digest}', group_title=group_title,
+        short_number=short_number, **variables)
+    write_atomically(path, lambda path: path.write_text(page, encoding='utf-8'))
 
 
 def page_data(judgement: Judgement, validation: Any, test: Any) -> dict[str, Any]:
@@ -165,4 +179,4 @@ def page_data(judgement: Judgement, validation: Any, test: Any) -> dict[str, Any
         'class': [classes.index(name) for name in test.classes],
         'scores': {row.name: {'threshold': row.threshold, 'test': test.values[row.name].tolist(),
                               'validation': validation.values[row.name].tolist()}
-                   for row in figure_scores(judgement)}})
+                   for row in figures.figure_scores(judgement)}})

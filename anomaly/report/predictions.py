@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anomaly.report.gallery import about_cards, short_number
-from anomaly.report.html import write_page
+from anomaly.report.page import write_page
 from anomaly.report.tables import Column, Label, ReportTable
 
 MOST_ROWS = 2000        # of the worklist on the page; scores.csv has all

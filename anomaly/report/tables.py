@@ -1,7 +1,7 @@
 """Tables of a report: rows of any kind under columns, drawn as text, Markdown, HTML and CSV.
 
 A column says what its cell of a row is: text, a number, a `Label`, a `Share`, an `Estimate`, or None where
-there is no value. How a cell looks follows from its type. HTML is drawn by templates/table.html.j2.
+there is no value. How a cell looks follows from its type. HTML is drawn by templates/macros.html.j2.
 """
 
 import math
