@@ -50,8 +50,7 @@ from utils import UserError, flag, flags, read_flags
 
 if TYPE_CHECKING:
     from distributions import Pixels
-    from readers.new_files import Preparation
-    from readers.parts import Part
+    from readers.parts import Part, Preparation
     from readers.published.records import Records
     from readers.source import Entry, Source
 
@@ -231,8 +230,7 @@ def preparation(config: DataConfig, shape: Sequence[int], pixels: Pixels,
     the files of a subject; `spacing` is that of the run's volumes in mm, which flags need not say.
     """
     from readers.images.decode import ImageLoader
-    from readers.new_files import Preparation
-    from readers.parts import Transform
+    from readers.parts import Preparation, Transform
     from readers.volumes.volumes import VolumeLoader
     row = DATASETS[config.dataset]
     channels, *sides = shape

@@ -1,8 +1,8 @@
 """The importer: the one way from what a reader lists to the pixels that a model sees.
 
 A reader lists Items and says how each is loaded. The importer chooses the classes, loads on all cores, writes
-the cache, finds near-duplicates and collects notes. New images are loaded by the same functions
-(readers/new_files.py), so that every check on pixels holds for both. N images, C channels, *S the size.
+the cache, finds near-duplicates and collects notes. New images are loaded by the same functions (Preparation
+in readers/parts.py), so that every check on pixels holds for both. N images, C channels, *S the size.
 """
 
 from collections.abc import Callable, Collection, Sequence

@@ -5,6 +5,7 @@ B images, C channels, *S = (H, W) pixels or (D, H, W) voxels; label 0 normal, 1 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distributions import Pixels
+from readers.images.decode import ImageLoader
+from readers.items import Loaded
 from readers.published.records import LazyImages, Records, columns
 from readers.source import Entry, Source
 from readers.volumes.augment import augmented
+from readers.volumes.volumes import VolumeLoader
 from utils import mix_seed
 
 # Number of axes of a batch -> the axis from left to right: the last of an image, the first of a volume (RAS).
@@ -128,6 +132,24 @@ class Part(Dataset):
         known = rows >= 0
         masks[torch.from_numpy(known)] = torch.from_numpy(self.masks[rows[known]].astype(bool))
         return masks
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a run does to new files, without classes or labels, before its model sees them."""
+    loader: ImageLoader | VolumeLoader           # finds and loads files, in the shape of the model
+    transform: Transform
+
+    def batch(self, loaded: Sequence[Loaded], ids: Sequence[str]) -> Batch:
+        """What the loader gave, as the run's own in an evaluation; what is random follows from ids."""
+        entries = [Entry(name, '', '', '', 0, row) for row, name in enumerate(ids)]
+        source = Source(entries, np.stack([x.pixels for x in loaded]), None, (), ())
+        return Part(entries, source, self.transform).items(range(len(entries)))
+
+    def images(self, paths: Sequence[str | Path]) -> Batch:
+        """Image files as a batch, as they would be in an evaluation of the run. Raises Unreadable."""
+        loaded = [self.loader.load(str(path)) for path in paths]
+        return self.batch(loaded, [Path(path).name for path in paths])
 
 
 class JoinedPart(Part):

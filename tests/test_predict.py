@@ -28,8 +28,7 @@ from distributed import launch
 from distributions import Pixels
 from model import load_model
 from readers.images.decode import ImageLoader, from_size, to_size
-from readers.new_files import Preparation
-from readers.parts import Transform
+from readers.parts import Preparation, Transform
 from readers.paths import printable
 from utils import UserError, read_flags, write_json
 

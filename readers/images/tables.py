@@ -11,10 +11,11 @@ import io
 import json
 import os
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +39,7 @@ ANOMALOUS = 'anomalous'                     # the class of an image of label 1, 
 MISSING = ('nan', 'na', 'n/a', '<na>', 'none', 'null')             # as pandas, R and databases write it
 UNNAMED = 'images that the table does not name'
 
+T = TypeVar('T')
 Row = Mapping[str, str]                     # of a table: what its columns hold, by the names in COLUMNS
 
 
@@ -94,8 +96,9 @@ def by_image(tables: Mapping[Path, str], config: ReaderConfig, normal: Sequence[
             elif values['mask'] and not mask:
                 raise UserError(f"{where}: there is no mask {values['mask']!r} below {files.roots[0]}.")
             else:
-                item = Item(files.id_of(path), class_name, part_of(values['part'], where) or part,
-                            values['patient'], path, (mask,) if mask else ())
+                own = known(PART_FOLDERS, values['part'], 'part', where) if values['part'] else part
+                item = Item(files.id_of(path), class_name, own, values['patient'], path,
+                            (mask,) if mask else ())
                 found.setdefault(item.id, []).append(item)
     for name, rows in list(found.items()):
         full = [item for item in rows if item.class_name]
@@ -137,16 +140,15 @@ def class_of(values: Row, normal: Sequence[str], where: str) -> str:
     class_name = values['class'].split('|')[0].strip()
     if not values['label']:
         return class_name
-    label = LABELS.get(values['label'].lower().removesuffix('.0'))
-    if label is None:
-        raise UserError(f"{where}: the label {values['label']!r} is none of {', '.join(LABELS)}.")
+    label = known(LABELS, values['label'].removesuffix('.0'), 'label', where)
     return (class_name or ANOMALOUS) if label else normal[0]
 
 
-def part_of(name: str, where: str) -> str:
-    if name and name.lower() not in PART_FOLDERS:
-        raise UserError(f"{where}: the part {name!r} is none of {', '.join(PART_FOLDERS)}.")
-    return PART_FOLDERS.get(name.lower(), '')
+def known(table: Mapping[str, T], word: str, what: str, where: str) -> T:
+    """What a table says of a word in a row. Raises UserError for a word that is not in it."""
+    if word.lower() not in table:
+        raise UserError(f"{where}: the {what} {word!r} is none of {', '.join(table)}.")
+    return table[word.lower()]
 
 
 # ------------------------------------------------------------------------------------------------------ rows
@@ -236,7 +238,7 @@ class Files:
     """The files below some folders, found by what a table calls them."""
     roots: Sequence[Path]
     used: set[str] = field(default_factory=set)
-    tables: list[dict[str, list[str]]] = field(default_factory=list)
+    tables: dict[Path, dict[str, list[str]]] = field(default_factory=dict)
 
     def find(self, name: str) -> str:
         """The file of a path, with its suffix or without, perhaps below more folders than there are here, or
@@ -245,24 +247,23 @@ class Files:
         if not (steps := PurePosixPath(name.replace('\\', '/')).parts):
             return ''
         keys = [fold('/'.join(steps[k:])) for k in range(len(steps))] + [f'*{fold(steps[-1])}']
-        for number in range(len(self.roots)):
+        for root in self.roots:
             for key in keys:
-                if len(found := self.table(number).get(key, ())) == 1:
+                if len(found := self.table(root).get(key, ())) == 1:
                     self.used.add(found[0])
                     return found[0]
         return ''
 
-    def table(self, number: int) -> dict[str, list[str]]:
+    def table(self, root: Path) -> dict[str, list[str]]:
         """Paths of the files below a root by their relative names and, after a *, by their file names."""
-        while len(self.tables) <= number:
-            root, table = self.roots[len(self.tables)], {}
+        if root not in self.tables:
+            table = self.tables[root] = defaultdict(list)
             for file in files_below(root, {}):
-                name, path = fold(file), os.path.join(root, file)
+                name = fold(file)
                 for key in {name, os.path.splitext(name)[0]}:
-                    table.setdefault(key, []).append(path)
-                    table.setdefault(f"*{key.rpartition('/')[2]}", []).append(path)
-            self.tables.append(table)
-        return self.tables[number]
+                    table[key].append(os.path.join(root, file))
+                    table[f"*{key.rpartition('/')[2]}"].append(os.path.join(root, file))
+        return self.tables[root]
 
     def id_of(self, path: str) -> str:
         root = next(root for root in self.roots if Path(path).is_relative_to(root))
@@ -270,7 +271,7 @@ class Files:
 
     def unused(self) -> list[str]:
         """Images below the first root that were never asked for."""
-        paths = {path for found in self.table(0).values() for path in found}
+        paths = {path for found in self.table(self.roots[0]).values() for path in found}
         return sorted(self.id_of(path) for path in paths - self.used if path.lower().endswith(SUFFIXES))
 
 

@@ -75,16 +75,13 @@ class Lmdb:
             raise UserError(f"{path} is not an LMDB: expected a folder with data.mdb, or such a file.")
         check_whole(path)
 
-    def _environment(self) -> lmdb.Environment:
-        real = os.path.realpath(self.path)
-        if real not in _open:
-            _open[real] = lmdb.open(real, subdir=os.path.isdir(real), readonly=True, lock=False,
-                                    readahead=False, meminit=False)
-        return _open[real]
-
     def _begin(self) -> lmdb.Transaction:
+        real = os.path.realpath(self.path)
         try:
-            return self._environment().begin()
+            if real not in _open:
+                _open[real] = lmdb.open(real, subdir=os.path.isdir(real), readonly=True, lock=False,
+                                        readahead=False, meminit=False)
+            return _open[real].begin()
         except lmdb.Error as error:
             raise UserError(f"{self.path} cannot be opened ({error}): it is damaged or still being written. "
                             f"Make it anew.") from None

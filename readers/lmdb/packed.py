@@ -198,12 +198,10 @@ def read_packed(config: ReaderConfig, row: DataSet) -> Source:
     """
     path = config.data
     file = os.path.join(path, 'data.mdb') if os.path.isdir(path) else path
-    loader = None if row.dims == 3 else ImageLoader.of(config, row)
-    given = stored_flags(config)
-    usual = stored_flags(ReaderConfig())
-    given = {name: value for name, value in given.items() if value != usual[name]} if row.dims == 3 else {}
-    key = {'packed': os.path.realpath(file), 'stamp': stamp(file), 'flags': given,
-           **({'loader': vars(loader)} if loader else {})}
+    loader, usual = None if row.dims == 3 else ImageLoader.of(config, row), stored_flags(ReaderConfig())
+    given = {name: value for name, value in stored_flags(config).items() if value != usual[name]}
+    key = {'packed': os.path.realpath(file), 'stamp': stamp(file),
+           **(vars(loader) if loader else {'flags': given})}
 
     def read() -> Listing:
         packed = Packed(path)

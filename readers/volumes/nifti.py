@@ -22,7 +22,7 @@ from readers.dicom import is_dicom
 from readers.paths import file_content
 from readers.source import Unreadable
 from readers.volumes.itk import IMAGE_IO, ItkImage, is_itk
-from readers.volumes.series import DicomSeries, members
+from readers.volumes.series import members, read_series
 from storage.limits import excess, most_bytes, unpack
 from utils import UserError, check_regular, write_atomically
 
@@ -169,7 +169,12 @@ def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
     nib = nibabel()
     contents = [file_content(file, most_bytes()) for file in members(path)]
     try:
-        image = DicomSeries(contents) if is_dicom(contents[0]) else _opened(path, _unpacked(contents[0]))
+        if is_dicom(contents[0]):
+            image = nib.Nifti1Image(*read_series(contents))
+        elif is_itk(path, content := _unpacked(contents[0])):
+            image = ItkImage(path, content)
+        else:
+            image = _kind(content).from_bytes(content)
         _expect_volume(image)
         values = np.asarray(image.dataobj, np.float32)
     except (Unreadable, UserError):
@@ -196,10 +201,6 @@ def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
         digest.update(data)
     return Nifti(np.moveaxis(values, -1, 0), Grid(values.shape[:3], affine), own, placed, repaired,
                  digest.hexdigest(), sum(map(len, contents)))
-
-
-def _opened(path: str | Path, content: bytes) -> Any:
-    return ItkImage(path, content) if is_itk(path, content) else _kind(content).from_bytes(content)
 
 
 def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:

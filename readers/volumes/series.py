@@ -73,22 +73,17 @@ def read_slices(data: bytes, number: int) -> Iterator[Slice]:
         yield Slice(values.T, place, turn.reshape(2, 3) * size[::-1, None], str(dataset.get(PLACE[3])))
 
 
-class DicomSeries:
-    """A volume, as nibabel has its images: `shape` (X, Y, Z), `affine` (4, 4) to mm, RAS+, and `dataobj`."""
+def read_series(contents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """A volume from the bytes of its files: (X, Y, Z) float32, and its affine (4, 4), index to mm, RAS+.
 
-    def __init__(self, contents: Sequence[bytes]):
-        """From the bytes of its files. Raises Unreadable if their slices are no straight stack."""
-        with without_words():
-            slices = [piece for data in contents for piece in read_slices(data, len(contents))]
-            slices, step = stacked(slices)
-        values = np.stack([piece.values for piece in slices], axis=-1)                     # (X, Y, Z)
-        self.dataobj = np.where(np.isnan(values), np.nanmin(values), values).astype(np.float32)
-        self.shape, self.affine = values.shape, np.eye(4)
-        self.affine[:3] = np.column_stack([*slices[0].steps, step, slices[0].place])
-        self.affine = TO_RAS @ self.affine
-
-    def get_data_dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
+    Raises Unreadable if their slices are no straight stack.
+    """
+    with without_words():
+        slices = [piece for data in contents for piece in read_slices(data, len(contents))]
+        slices, step = stacked(slices)
+    values, affine = np.stack([piece.values for piece in slices], axis=-1), np.eye(4)
+    affine[:3] = np.column_stack([*slices[0].steps, step, slices[0].place])
+    return np.where(np.isnan(values), np.nanmin(values), values).astype(np.float32), TO_RAS @ affine
 
 
 def stacked(slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray]:

@@ -16,15 +16,16 @@ Labels of lesions and masks of the body are found as the modalities are.
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from readers.images.masks import WORD
 from readers.items import Item
 from readers.paths import FOREIGN, Passed, files_below, pass_over
 from readers.source import is_among
-from readers.split import PARTS, count, some
+from readers.split import LEFT_OUT, PARTS, noted, some
 from readers.volumes.nifti import SUFFIXES, stem
 from readers.volumes.series import series_in
 from utils import UserError, read_text
@@ -34,9 +35,8 @@ KEYS = '_keys.txt'
 LABELS, CHANNELS = 'labels or masks that no flag names', 'volumes that are no channel of these subjects'
 AUTO = 'auto'                       # a mask that is made, not found
 IMAGES = 'imagestr'                 # a folder that is no part of a subject's name, as labels are elsewhere
-LABEL_WORD = r'(masks?|labels?|gts?|ground[-_]?truth|seg(mentation)?s?|annotations?|rois?|[da]seg)'
-LABEL_FOLDER = re.compile(f'{LABEL_WORD}(tr|ts)?$', re.IGNORECASE)
-LABEL_FILE = re.compile(rf'(.*[-_.])?({LABEL_WORD}|lesions?)$', re.IGNORECASE)
+LABEL_FOLDER = re.compile(f'({WORD}|rois?|[da]seg)(tr|ts)?$', re.IGNORECASE)
+LABEL_FILE = re.compile(f'(.*[-_.])?({WORD}|rois?|[da]seg|lesions?)$', re.IGNORECASE)
 
 
 def owner(path: str, names: Iterable[str]) -> tuple[str, str]:
@@ -145,34 +145,27 @@ def with_keys(subjects: list[Item], folder: Path, notes: list[str]) -> list[Item
     """The subjects that the `key_files` in `folder` name, with their part or class; all if there is no such
     file. Raises UserError for a name that no subject has, or several, and for one that is named twice.
     """
-    named: dict[str, tuple[str, Path]] = {}
-    by_name: dict[str, list[str]] = {}
+    named: dict[str, tuple[Item, Path]] = {}
+    by_name = defaultdict(list)
     for subject in subjects:
         for name in {subject.id, subject.id.rsplit('/', 1)[-1]}:
-            by_name.setdefault(name, []).append(subject.id)
+            by_name[name].append(subject)
     files = key_files(folder)
     for file, group in files.items():
-        for line in filter(None, map(str.strip, read_text(file).splitlines())):
-            key = stem(line)
+        for key in map(stem, filter(None, map(str.strip, read_text(file).splitlines()))):
             found = by_name.get(key) or by_name.get(key.replace('_', ''), [])        # SADE's key files have _
             if len(found) != 1:
                 raise UserError(f"{file} names {key!r}, which {len(found) or 'no'} "
                                 f"subject{'s have' if found else ' has'}: correct it, or check --data.")
-            if found[0] in named:
-                raise UserError(f"{file} names {key!r}, and so does {named[found[0]][1]}: a subject can be "
+            subject = found[0]
+            if subject.id in named:
+                raise UserError(f"{file} names {key!r}, and so does {named[subject.id][1]}: a subject can be "
                                 f"in one alone.")
-            named[found[0]] = group, file
-    if not files:
-        return subjects
-    chosen = []
-    for subject in subjects:
-        if subject.id in named:
-            group = named[subject.id][0]
-            what = {'part': group} if group in PARTS else {'class_name': group}
-            chosen.append(replace(subject, **what))
-    if left := len(subjects) - len(chosen):
-        notes.append(f'left out: {count(left, "subject")} that no key file in {folder} names')
-    return chosen
+            what = {'part' if group in PARTS else 'class_name': group}
+            named[subject.id] = replace(subject, **what), file
+    left = [s.id for s in subjects if files and s.id not in named]
+    notes += noted(left, 'subject', f'that no key file in {folder} names', LEFT_OUT)
+    return [named[s.id][0] for s in subjects if s.id in named] if files else subjects
 
 
 def with_classes(subjects: list[Item], normal: Sequence[str], where: str) -> list[Item]:
