@@ -9,8 +9,9 @@ the score in torch, for gradients.
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -26,16 +27,14 @@ GMM_RIDGE = 1e-3             # the same for a component of a mixture, which may 
 CHOOSING_FOLDS = 5           # of the cross-validation that chooses a mixture, or a kernel and its bandwidth
 MOST_TO_CHOOSE = 2000        # images with which it chooses a kernel: its time grows with their square
 COVARIANCES = ('full', 'diag')
-# Arguments of GMM as published: in 3D (SADE), and in 2D (Mahmood et al. 2021).
+# Arguments of GMM as published in 3D (SADE).
 SADE_RULE = {'components': (3, 4, 5), 'covariances': ('full',), 'quantile': 0.1, 'reg_covar': 1e-6,
              'max_iter': 100_000}
-MSMA_2D_RULE = {'components': range(2, 21, 2), 'covariances': ('full',), 'choosing_folds': 10,
-                'reg_covar': 1e-6, 'max_iter': 100_000}
 
 
 class Density(ABC):
     """What densities have in common. Features that are not finite are ignored by `fit` and score NaN."""
-    learned: tuple[str, ...] = ()       # attributes that `fit` sets, numbers and arrays
+    learned: ClassVar[tuple[str, ...]] = ()     # attributes that `fit` sets, numbers and arrays
     least = 2                           # smallest number of images to learn from
     folds = 50                          # largest number of fits of `cross_fit`
     scale = True                        # whether `standardize` does so
@@ -121,17 +120,15 @@ class Typicality(Density):
         return (features.sum(1) - self.tensor('mean')).abs()
 
 
+@dataclass(eq=False)
 class Mahalanobis(Density):
     """Mahalanobis distance from normal images, in standard deviations, or its logarithm.
 
     The covariance of the standardized features is shrunk (Ledoit and Wolf 2004), so that there may be as many
     features as images.
     """
+    log: bool = False           # of logarithms, sums of scores are less dominated by the farthest images
     learned, least = ('mean', 'std', 'root', 'log'), 3
-
-    def __init__(self, log: bool = False):
-        """With `log`, of which sums of scores are less dominated by the farthest images."""
-        self.log = log
 
     def learn(self, features: np.ndarray) -> None:
         from sklearn.covariance import ledoit_wolf
@@ -151,14 +148,13 @@ class Mahalanobis(Density):
         return distance.clamp(min=SMALLEST).log() if self.log else distance
 
 
+@dataclass(eq=False)
 class WhitenedKNN(Mahalanobis):
     """Mean distance to the k nearest normal images, or to all if there are fewer, of features that are scaled
     to unit covariance.
     """
+    k: int = 5
     learned = (*Mahalanobis.learned, 'reference', 'k')
-
-    def __init__(self, k: int = 5, log: bool = False):
-        self.k, self.log = k, log
 
     def learn(self, features: np.ndarray) -> None:
         super().learn(features)
@@ -168,13 +164,12 @@ class WhitenedKNN(Mahalanobis):
         return to_nearest(self.tensor('reference'), self.whitened(features), int(self.k)).mean(1)
 
 
+@dataclass(eq=False)
 class KNN(Density):
     """Euclidean distance to the k-th nearest normal image, or to the farthest if there are fewer than k."""
+    k: int = 5
+    scale: bool = True          # distances are between standardized features
     learned = ('mean', 'std', 'reference', 'k')
-
-    def __init__(self, k: int = 5, scale: bool = True):
-        """With `scale`, distances are between standardized features."""
-        self.k, self.scale = k, scale
 
     def learn(self, features: np.ndarray) -> None:
         self.reference = self.standardize(features)                                                 # (N, D)
@@ -193,23 +188,21 @@ def to_nearest(reference: Tensor, z: Tensor, k: int) -> Tensor:
     return (z[:, None] - reference[rows]).norm(dim=2)
 
 
+@dataclass(eq=False)
 class KDE(Density):
     """-log density of a kernel density estimate, nats, with a kernel on every normal image.
 
-    Kernel and bandwidth maximize the log density of left-out images in a cross-validation, which is
-    determined by `seed`. As published, features are not scaled, and a bandwidth is in their unit.
+    Kernel and bandwidth, of which all pairs are tried, maximize the log density of left-out images in a
+    cross-validation, which is determined by `seed`. As published, features are not scaled, and a bandwidth is
+    in their unit.
     """
-    learned, folds = ('mean', 'std', 'reference', 'kernel', 'bandwidth'), 10
-    takes_training = False
-
-    def __init__(self, kernels: Iterable[str] = ('gaussian', 'exponential'),
-                 bandwidths: Iterable[float] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0), scale: bool = False,
-                 seed: int = 0):
-        """All pairs are tried; with `scale`, on standardized features."""
-        self.kernels, self.bandwidths, self.scale, self.seed = tuple(kernels), tuple(bandwidths), scale, seed
+    kernels: Sequence[str] = ('gaussian', 'exponential')
+    bandwidths: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+    seed: int = 0
+    learned, folds, takes_training = ('reference', 'kernel', 'bandwidth'), 10, False
 
     def learn(self, features: np.ndarray) -> None:
-        self.reference = self.standardize(features)                                                 # (N, D)
+        self.reference = features                                                                   # (N, D)
         subset = np.random.default_rng(self.seed).permutation(len(features))[:MOST_TO_CHOOSE]
         self.kernel, self.bandwidth = cross_validated(
             self.reference[subset], list(itertools.product(self.kernels, self.bandwidths)), self.estimate,
@@ -221,39 +214,41 @@ class KDE(Density):
         return KernelDensity(kernel=str(kernel), bandwidth=float(bandwidth)).fit(z)
 
     def energy(self, features: Tensor) -> Tensor:
-        """Up to a constant."""
-        u = torch.cdist(self.standardized(features), self.tensor('reference')) / self.tensor('bandwidth')
-        return -torch.logsumexp(-u if self.kernel == 'exponential' else -u ** 2 / 2, dim=1)
+        number, d = self.reference.shape
+        u = torch.cdist(features, self.tensor('reference')) / self.tensor('bandwidth')
+        if self.kernel == 'exponential':          # its integral is S^(d-1) (d - 1)!, S the area of the sphere
+            log_kernel = -u - math.log(2 * math.pi ** (d / 2)) + math.lgamma(d / 2) - math.lgamma(d)
+        else:
+            log_kernel = -u ** 2 / 2 - d / 2 * math.log(2 * math.pi)
+        return math.log(number) + d * self.tensor('bandwidth').log() - torch.logsumexp(log_kernel, dim=1)
 
     def rate(self, features: np.ndarray) -> np.ndarray:
         """By scikit-learn, which needs less memory than all distances at once."""
         estimate = self.estimate(self.reference, self.kernel, self.bandwidth)
-        return -estimate.score_samples(self.standardized(torch.from_numpy(features)))
+        return -estimate.score_samples(features)
 
 
+@dataclass(eq=False)
 class GMM(Density):
     """-log density of the standardized features under a Gaussian mixture, nats.
 
     The number of components and the type of their covariances maximize the log density of left-out images in
     a cross-validation, which is determined by `seed`: few images get a single component. (BIC would prefer
-    components that have collapsed onto two or three images.)
+    components that have collapsed onto two or three images.) All pairs of `components` and `covariances`
+    ('full' or 'diag') are tried, except for those with fewer than two images, or `images_per_feature` for
+    each feature, per component; if none is left, fewer components of both types are tried. They are compared
+    by the sum of the log density of left-out images, or by its `quantile`.
     """
+    components: Sequence[int] = (1, 2, 3, 4, 5)
+    covariances: Sequence[str] = COVARIANCES
+    seed: int = 0
+    quantile: float | None = None
+    choosing_folds: int = CHOOSING_FOLDS
+    images_per_feature: int = 0
+    reg_covar: float = GMM_RIDGE        # this and the next are arguments of scikit-learn's GaussianMixture
+    max_iter: int = 100
     learned, least, folds = ('mean', 'std', 'weights', 'centers', 'roots'), 4, 10
     takes_training = False
-
-    def __init__(self, components: Iterable[int] = (1, 2, 3, 4, 5), covariances: Iterable[str] = COVARIANCES,
-                 seed: int = 0, *, quantile: float | None = None, choosing_folds: int = CHOOSING_FOLDS,
-                 images_per_feature: int = 0, **options: Any):
-        """All pairs of `components` and `covariances` ('full' or 'diag') are tried, except for those with
-        fewer than two images, or `images_per_feature` for each feature, per component; if none is left, fewer
-        components of both types are tried.
-
-        They are compared by the sum of the log density of left-out images, or by its `quantile`. `options`
-        are those of scikit-learn's GaussianMixture.
-        """
-        self.components, self.covariances, self.seed = tuple(components), tuple(covariances), seed
-        self.quantile, self.choosing_folds = quantile, choosing_folds
-        self.images_per_feature, self.options = images_per_feature, {'reg_covar': GMM_RIDGE} | options
 
     def learn(self, features: np.ndarray) -> None:
         z = self.standardize(features)                                                                # (N, D)
@@ -282,7 +277,7 @@ class GMM(Density):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', ConvergenceWarning)      # left-out images decide
             return GaussianMixture(components, covariance_type=covariance, random_state=self.seed,
-                                   **self.options).fit(z)
+                                   reg_covar=self.reg_covar, max_iter=self.max_iter).fit(z)
 
     def energy(self, features: Tensor) -> Tensor:
         z, roots = self.standardized(features), self.tensor('roots')
@@ -293,17 +288,14 @@ class GMM(Density):
         return -torch.logsumexp(self.tensor('weights').log() + log_normal, dim=1)                       # (N,)
 
 
+@dataclass(eq=False)
 class PCAGMM(GMM):
-    """GMM of the first principal components of the features, scaled to variance 1.
+    """GMM of the first principal components of the features, at most `dimensions`, scaled to variance 1.
 
     The features are not scaled before, so those with the largest variances dominate.
     """
+    dimensions: int = 5
     learned = ('mean', 'axes', 'weights', 'centers', 'roots')
-
-    def __init__(self, dimensions: int = 5, **options: Any):
-        """At most `dimensions` components; `options` are those of GMM."""
-        super().__init__(**options)
-        self.dimensions = dimensions
 
     def standardize(self, features: np.ndarray) -> np.ndarray:
         """Sets mean (D,) and axes (D, d); returns the principal components (N, d)."""

@@ -1,5 +1,6 @@
 """A density of features by a normalizing flow. N images, D features each."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ CHECK_EVERY = 25             # steps between evaluations of the held-out images
 PATIENCE = 5                 # evaluations without a gain after which it ends
 
 
+@dataclass(eq=False)
 class Flow(Density):
     """-log density of the standardized features under a masked autoregressive flow, nats.
 
@@ -22,14 +24,13 @@ class Flow(Density):
     1 to i - 1 (Papamakarios et al. 2017); several such transforms may follow one another. Trained on nine
     tenths of the images, with early stopping by the log density of the others; determined by `seed`.
     """
+    hidden: tuple[int, ...] = (128, 128)        # widths of the layers of each network
+    transforms: int = 1                         # networks
+    steps: int = 1000                           # batches of 128, at most
+    learning_rate: float = 3e-3
+    seed: int = 0
     learned, least, folds = ('mean', 'std', 'hidden', 'transforms', 'weights'), 4, 5
     takes_training = False
-
-    def __init__(self, hidden: tuple[int, ...] = (128, 128), transforms: int = 1, steps: int = 1000,
-                 learning_rate: float = 3e-3, seed: int = 0):
-        """`transforms` networks with layers of these `hidden` widths; at most `steps` batches of 128."""
-        self.hidden, self.transforms, self.steps = hidden, transforms, steps
-        self.learning_rate, self.seed = learning_rate, seed
 
     def network(self, features: int) -> Any:
         """zuko's flow of D `features`, its base a standard normal."""

@@ -112,31 +112,28 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Resamples:
-    """How often each image is drawn: normal (R, n), anomalous (R, m). The same for all scores: paired."""
+    """How often each image counts: normal (1 + R, n), anomalous (1 + R, m). Row 0 is the sample itself, each
+    image once, the others are resamples. The same for all scores: paired.
+    """
     normal: np.ndarray
     anomalous: np.ndarray
 
     @classmethod
-    def draw(cls, n: int, m: int, number: int, seed: int) -> 'Resamples':
+    def draw(cls, n: int, m: int, number: int = 0, seed: int = 0) -> 'Resamples':
         """Stratified bootstrap: n of the n normal and m of the m anomalous images, with replacement."""
         random = np.random.default_rng(seed)
 
         def counts(size: int) -> np.ndarray:
             # One byte a count: that an image is drawn 256 times has a probability below 1e-500.
-            drawn = np.empty((number, size), np.uint8)
-            for row in drawn:
+            drawn = np.ones((1 + number, size), np.uint8)
+            for row in drawn[1:]:
                 row[:] = np.bincount(random.integers(0, size, size), minlength=size)
             return drawn
         return cls(counts(n), counts(m))
 
-    @classmethod
-    def once(cls, n: int, m: int) -> 'Resamples':
-        """Every image once: the sample itself, R = 1."""
-        return cls(np.ones((1, n), np.uint8), np.ones((1, m), np.uint8))
-
 
 def roc_curves(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples) -> Iterator[Curves]:
-    """The curves of all resamples of the scores (n,) and (m,), some resamples at a time.
+    """The curves of the scores (n,) and (m,) and of all their resamples, some at a time.
 
     Scores are sorted once; a resample only changes how often each counts.
     """
@@ -161,7 +158,7 @@ def roc_curves(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples) 
 
 def bootstrap(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples,
               metrics: Sequence[Metric] = METRICS) -> dict[str, np.ndarray]:
-    """Each metric on every resample of the scores (n,) and (m,): {name: (R,)}."""
+    """Each metric on the scores (n,) and (m,) and on every resample of them: {name: (1 + R,)}."""
     chunks = [[metric.function(curves) for metric in metrics]
               for curves in roc_curves(normal, anomalous, resamples)]
     return {metric.name: np.concatenate(values) for metric, values in zip(metrics, zip(*chunks))}
@@ -170,10 +167,10 @@ def bootstrap(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples,
 def evaluate_score(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples,
                    metrics: Sequence[Metric] = METRICS) -> dict[str, Estimate]:
     """Each metric of a score of n normal (n,) and m anomalous images (m,), all finite, by its name."""
-    normal, anomalous = np.asarray(normal, np.float64), np.asarray(anomalous, np.float64)
-    values = bootstrap(normal, anomalous, Resamples.once(len(normal), len(anomalous)), metrics)
-    resampled = bootstrap(normal, anomalous, resamples, [metric for metric in metrics if metric.resampled])
-    return {name: Estimate.of(value[0], resampled.get(name)) for name, value in values.items()}
+    values = bootstrap(np.asarray(normal, np.float64), np.asarray(anomalous, np.float64), resamples, metrics)
+    return {metric.name: Estimate.of(values[metric.name][0],
+                                     values[metric.name][1:] if metric.resampled else None)
+            for metric in metrics}
 
 
 def make_finite(scores: np.ndarray) -> np.ndarray:

@@ -48,5 +48,6 @@ def monitor(model: Any, data: Any, part: Any, batch_size: int) -> dict[str, floa
                             scores)
     model.train(training)
     values, labels = make_finite(test.values[name]), test.labels
-    once = Resamples.once(int((labels == 0).sum()), int((labels == 1).sum()))
-    return {name: evaluate_score(values[labels == 0], values[labels == 1], once)['auroc'].value}
+    normal, anomalous = values[labels == 0], values[labels == 1]
+    found = evaluate_score(normal, anomalous, Resamples.draw(len(normal), len(anomalous)))
+    return {name: found['auroc'].value}

@@ -15,10 +15,10 @@ from anomaly.scores import MSMA_MAPS, NEED_CAPTUM, SCORES, Scoring, msma_map
 from utils import UserError
 
 DENSITIES = {
-    'mahalanobis': Mahalanobis(), 'knn': KNN(2), 'whitened knn': WhitenedKNN(2, log=True),
+    'mahalanobis': Mahalanobis(), 'knn': KNN(2), 'whitened knn': WhitenedKNN(k=2, log=True),
     'gaussian kernel': KDE(('gaussian',)),
-    'exponential kernel': KDE(('exponential',), scale=True), 'gmm': GMM((2,), ('full',)),
-    'pca gmm': PCAGMM(2, components=(2,), covariances=('diag',)), 'flow': Flow((8,), steps=25)}
+    'exponential kernel': KDE(('exponential',)), 'gmm': GMM((2,), ('full',)),
+    'pca gmm': PCAGMM(dimensions=2, components=(2,), covariances=('diag',)), 'flow': Flow((8,), steps=25)}
 
 
 class LinearScores(nn.Module):

@@ -33,7 +33,7 @@ def by_scikit_learn(labels, scores):
 def point_estimates(labels, scores):
     """Ours: {name: value}."""
     normal, anomalous = scores[labels == 0], scores[labels == 1]
-    found = evaluate_score(normal, anomalous, Resamples.once(len(normal), len(anomalous)))
+    found = evaluate_score(normal, anomalous, Resamples.draw(len(normal), len(anomalous)))
     return {name: estimate.value for name, estimate in found.items()}
 
 

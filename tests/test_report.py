@@ -307,7 +307,7 @@ def test_curves_of_scores_that_are_right_and_wrong():
 def test_areas_below_the_curves_are_the_metrics():
     random = np.random.default_rng(0)
     normal, anomalous = random.integers(0, 9, 40), random.integers(3, 12, 25)              # with many ties
-    found = evaluate_score(normal, anomalous, Resamples.once(40, 25))
+    found = evaluate_score(normal, anomalous, Resamples.draw(40, 25))
     for name, curve in (('auroc', roc), ('auprc', precision_recall)):
         x, y = curve(np.arange(65) >= 40, np.r_[normal, anomalous])
         assert np.trapezoid(y, x) == pytest.approx(found[name].value), name

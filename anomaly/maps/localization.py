@@ -189,6 +189,6 @@ def draw(has_lesion: np.ndarray, number: int, seed: int) -> np.ndarray:
     Images with lesions, (N,) bool, are drawn among themselves, the others too.
     """
     resamples = Resamples.draw(int((~has_lesion).sum()), int(has_lesion.sum()), number, seed)
-    drawn = np.ones((1 + number, len(has_lesion)), np.float32)
-    drawn[1:, ~has_lesion], drawn[1:, has_lesion] = resamples.normal, resamples.anomalous
+    drawn = np.empty((1 + number, len(has_lesion)), np.float32)
+    drawn[:, ~has_lesion], drawn[:, has_lesion] = resamples.normal, resamples.anomalous
     return drawn

@@ -107,7 +107,7 @@ def roc_band(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.
     grid, drawn = np.linspace(0, 1, 101), Resamples.draw(len(normal), len(anomalous), BAND_RESAMPLES, seed=0)
     labels, scores = np.arange(len(normal) + len(anomalous)) >= len(normal), np.r_[normal, anomalous]
     tpr = [np.interp(grid, *roc(labels, scores, np.r_[counts]))
-           for counts in zip(drawn.normal, drawn.anomalous)]
+           for counts in zip(drawn.normal[1:], drawn.anomalous[1:])]
     return grid, *np.percentile(tpr, [2.5, 97.5], axis=0)
 
 
