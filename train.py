@@ -76,8 +76,8 @@ def work(args: argparse.Namespace) -> int:
         trainer = Trainer(args)
         trainer.announce()
         folder, optimization = trainer.folder, trainer.optimization
-        stop, read = StopSignal(), time.perf_counter()
-        with launch.on_signals((signal.SIGINT, *launch.ENDING), stop.note):
+        stop, read = [], time.perf_counter()
+        with launch.on_signals((signal.SIGINT, *launch.ENDING), partial(note_signal, stop, os.getpid())):
             loop(trainer, stop)
             folder.say(f'reading took {read - started:.0f} s, training {time.perf_counter() - read:.0f} s')
             if finished := optimization.step >= trainer.schedule.end:
@@ -88,10 +88,10 @@ def work(args: argparse.Namespace) -> int:
                 folder.say(f'stopped at step {optimization.step}, checkpoint written: continue with '
                            f'--cont_training')
         folder.close()
-    return 0 if finished else 128 + (stop.number or signal.SIGTERM)          # as shells write it
+    return 0 if finished else 128 + [signal.SIGTERM, *stop][-1]          # as shells write it
 
 
-def loop(trainer: Trainer, stop: StopSignal) -> None:
+def loop(trainer: Trainer, stop: list[int]) -> None:
     """Steps up to the end of the schedule, or to a signal; then the last one is in the checkpoint."""
     from training.recovery import go_back
     from training.run_folder import Progress
@@ -106,7 +106,7 @@ def loop(trainer: Trainer, stop: StopSignal) -> None:
         images = next(steps)                                    # batches of this process, each (B, C, *S)
         logs = train_step(trainer, images)
         progress.update(logs, schedule.joint_batch)
-        stopping = launch.any_rank(stop.number > 0)
+        stopping = launch.any_rank(bool(stop))
         step, due = optimization.step, schedule.due(optimization.step)
         if 'log' in due:
             folder.metrics(step, {name: float(value) for name, value in (logs | progress.read()).items()})
@@ -147,20 +147,14 @@ def train_step(trainer: Trainer, images: list[Tensor]) -> dict[str, Any]:
     return logs | optimization.update()     # clips gradients, skips those that are not finite
 
 
-class StopSignal:
+def note_signal(stop: list[int], process: int, number: int, _: Any) -> None:
     """SIGTERM and its like, or Ctrl-C, end the run after the step at hand, with a checkpoint; a second Ctrl-C
-    ends it at once.
+    ends it at once. `stop` gets the signal as that of the two which it is like.
     """
-    number = 0
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-
-    def note(self, number: int, _: Any) -> None:
-        if launch.is_main() and not self.number and os.getpid() == self.process:      # no loader worker
-            os.write(2, b'\nstopping after this step, with a checkpoint; Ctrl-C ends the run at once\n')
-        self.number = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if launch.is_main() and not stop and os.getpid() == process:                            # no loader worker
+        os.write(2, b'\nstopping after this step, with a checkpoint; Ctrl-C ends the run at once\n')
+    stop.append(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def dry_run(args: argparse.Namespace) -> int:

@@ -23,12 +23,12 @@ from anomaly.config import PredictConfig
 from anomaly.detect import score_columns
 from anomaly.maps import dicom_seg
 from anomaly.maps.nifti import file_names, plain, remove_maps, write_map
-from anomaly.maps.overlays import map_scale, overlay, titled
+from anomaly.maps.overlays import map_scale, overlay
 from anomaly.maps.segmentation import segment
 from anomaly.metrics import flagged, percentile
 from anomaly.normal import Normal
-from anomaly.report import predictions
 from anomaly.report.gallery import MOST_BYTES, case_pictures, original
+from anomaly.report.page import Prediction, write_predictions
 from anomaly.report.provenance import about_run, code_and_date
 from anomaly.scores import Score, Selection
 from anomaly.scoring import Batches, Case, Table, pictures, score_images
@@ -110,13 +110,13 @@ def predict(run: Any) -> int:
     drawn, look = draw(run, files, ranked, shown, normal)
     if launch.is_main():
         kinds = [kind for kind in FOLDERS if kind != 'dicom_seg' or config.dicom_seg]
-        write_predictions(run.out / 'scores.csv', files, table, drawn, kinds, normal, names)
+        write_scores(run.out / 'scores.csv', files, table, drawn, kinds, normal, names)
         result = summarize(run, found, files, table, drawn, normal, primary)
         about = {'about': next(score.about for score in scores if score.name == primary),
                  'map_score': shown.name if shown else '', 'models': [about_run(run.model, run.run_folder)],
                  'command': 'python ' + shlex.join(sys.argv), **code_and_date()}
         cards = {name: one.card for name, one in drawn.items()}
-        predictions.write(run.out, result | about, ranked, files.errors, cards, look)
+        write_predictions(run.out, result | about, ranked, files.errors, cards, look)
     return SOME_UNREADABLE_STATUS if files.errors else 0
 
 
@@ -141,7 +141,7 @@ class Drawn(NamedTuple):
     without_seg: str                     # why it has no DICOM segmentation; '' = it has, or none is asked for
 
 
-def draw(run: Any, files: NewFiles, ranked: Sequence[predictions.Prediction], shown: Score | None,
+def draw(run: Any, files: NewFiles, ranked: Sequence[Prediction], shown: Score | None,
          normal: Normal) -> tuple[dict[str, Drawn], dict[str, Any]]:
     """Draws the --num_overlays first of the files with the map of the score `shown`, and writes map and
     segmentation. Returns on every rank what there is of each, by its id, and the colors of the maps.
@@ -166,11 +166,7 @@ def draw(run: Any, files: NewFiles, ranked: Sequence[predictions.Prediction], sh
     for file, case in cases(chosen, 'overlays'):
         names, why = {'overlay': f'overlays/{pictured[file.id]}'}, ''
         spacing, path = file.grids[0].spacing if file.grids else (1, 1), files.files[file.id]
-        picture = overlay(case, look, spacing)
-        if not file.grids:                                        # of a volume, rows and not columns
-            picture = titled(picture, [title for title, shown in (
-                ('input', case.image), ('reconstruction', case.reconstruction), ('map', case.shown))
-                if shown is not None])
+        picture = overlay(case, look, spacing, titles=True)
         write_atomically(run.out / names['overlay'], lambda path, image=picture: image.save(path, 'PNG'))
         if file.grids and case.map is not None:
             names |= write_volumes(run.out, plain_names[file.id], file, case, normal, shown.name)
@@ -184,14 +180,14 @@ def draw(run: Any, files: NewFiles, ranked: Sequence[predictions.Prediction], sh
     return dict(sorted(launch.gather(drawn))), look
 
 
-def sorted_files(table: Table, normal: Normal, primary: str) -> list[predictions.Prediction]:
+def sorted_files(table: Table, normal: Normal, primary: str) -> list[Prediction]:
     """The files that could be read, the most anomalous first; scores that are not finite count as the
     largest.
     """
     values = table.values[primary]
     percentiles = percentile(values, normal.validation[primary])
     calls = flagged(values, normal.thresholds[primary]).tolist()
-    files = [predictions.Prediction(entry.id, float(value), float(share), call)
+    files = [Prediction(entry.id, float(value), float(share), call)
              for entry, value, share, call in zip(table.entries, values, percentiles, calls)]
     return sorted(files, key=lambda file: (-file.score if math.isfinite(file.score) else -math.inf, file.id))
 
@@ -241,7 +237,7 @@ def write_volumes(out: Path, name: str, file: NewFile, case: Case, normal: Norma
 
 # ------------------------------------------------------------------------------------------- what is written
 
-def write_predictions(path: Path, files: NewFiles, table: Table, drawn: dict[str, Drawn],
+def write_scores(path: Path, files: NewFiles, table: Table, drawn: dict[str, Drawn],
                       kinds: Sequence[str], normal: Normal, names: Sequence[str]) -> None:
     """scores.csv: one row a file. For an unreadable one the scores are empty and `error` says why; the
     columns `kinds` name the files that `draw` made.

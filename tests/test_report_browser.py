@@ -18,9 +18,8 @@ from test_detect import make_data, make_model, rows_of, run, settings
 from toy_volumes import LESION, SHAPE, Mean, make_volumes
 
 from anomaly.metrics import wilson_interval
-from anomaly.report import predictions
 from anomaly.report.gallery import case_pictures
-from anomaly.report.predictions import Prediction
+from anomaly.report.page import Prediction, write_predictions
 from anomaly.scoring import Case
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -363,7 +362,7 @@ def test_a_worklist_is_sorted_and_its_pictures_are_enlarged_in_the_files_resolut
     result = {'primary_score': 'nelbo', 'map_score': 'nelbo', 'about': 'negative ELBO', 'data': 'new',
               'models': [], 'date': '', 'commit': '', 'command': 'evaluate.py', 'num_flagged': 1,
               'num_scored': 2, 'num_unreadable': 1, 'passed_over': 0, 'threshold': 5.0, 'promised': 0.05}
-    predictions.write(tmp_path, result, files, {'c.png': 'is empty (0 bytes)'},
+    write_predictions(tmp_path, result, files, {'c.png': 'is empty (0 bytes)'},
                       {'b.png': case_pictures(case, look, np.ones(2), 1e6)}, look)
     chromium.get_log('browser')
     chromium.get((tmp_path / 'predictions.html').as_uri())

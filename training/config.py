@@ -8,22 +8,17 @@ from model import MODELS
 from utils import UserError, flag, flags
 
 
-def cosine(schedule: 'Schedule', step: int) -> float:
-    """From 1 to 0 along a cosine, constant within an epoch."""
-    last = schedule.config.epochs - schedule.config.warmup_epochs - 1
-    epoch = step // schedule.steps - schedule.config.warmup_epochs
-    return (1 + math.cos(math.pi * min(epoch / last, 1.0))) / 2 if last > 0 else 1.0
-
-
-def cosine_by_step(schedule: 'Schedule', step: int) -> float:
-    """From 1 to 0 along a cosine over the steps after the warm-up."""
-    first = schedule.warmup
-    return (1 + math.cos(math.pi * min((step - first) / max(schedule.total - first, 1), 1.0))) / 2
+def cosine(done: float, total: float) -> float:
+    """From 1 to 0 along a cosine, as `done` rises to `total`; 1 where there is no way to go."""
+    return (1 + math.cos(math.pi * min(done / total, 1.0))) / 2 if total > 0 else 1.0
 
 
 # Where the learning rate is after the warm-up: from 1, the highest, to 0, the lowest.
 DECAYS = {
-    'cosine': cosine, 'cosine_by_step': cosine_by_step,
+    'cosine': lambda schedule, step: cosine(                                    # constant within an epoch
+        step // schedule.steps - schedule.config.warmup_epochs,
+        schedule.config.epochs - schedule.config.warmup_epochs - 1),
+    'cosine_by_step': lambda schedule, step: cosine(step - schedule.warmup, schedule.total - schedule.warmup),
     'step': lambda schedule, step: 0.3 ** int(step / (0.4 * schedule.steps * schedule.config.epochs)),  # SADE
     'constant': lambda schedule, step: 1.0}
 AVERAGE = 'ema_decay or ema_halflife_kimg'          # flags that keep an average of the weights

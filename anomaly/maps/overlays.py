@@ -6,7 +6,7 @@ front is at the top, or on the left of a sagittal one. A sheet has all slices of
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,36 +75,58 @@ def sheet(slices: np.ndarray) -> np.ndarray:
 
 # --------------------------------------------------------------------------------------------------- pictures
 
-def overlay(case: Any, look: dict[str, Any], spacing: Sequence[float] = (1, 1, 1)) -> Image.Image:
+def overlay(case: Any, look: dict[str, Any], spacing: Sequence[float] = (1, 1, 1),
+            titles: bool = False) -> Image.Image:
     """The picture of a Case (scoring.py). Lesions are outlined, and on the map what is above its threshold.
-    Voxels are `spacing` apart, in any unit.
+    Voxels are `spacing` apart, in any unit. With `titles` they stand above the columns of an image.
 
     `look` is the color scale of `map_scale`. For a volume the first channel is shown, in a row each for
     input, reconstruction and map: axial, coronal and sagittal slices through the largest value of
     the map, else through the middle.
     """
-    volume, size, anomaly_map = case.image.ndim == 4, case.image.shape[1:], case.shown
-    place = focus(anomaly_map, size) if volume else ()
+    volume, size = case.image.ndim == 4, case.image.shape[1:]
+    place = focus(case.shown, size) if volume else ()
     parts = lambda x: cuts(x, place) if volume else [x]
     scale = SHOWN_SIZE / max(n * mm for n, mm in zip(size, spacing))
     times = [max(1, round(scale * mm)) for mm in spacing]                          # pixels that show a voxel
     axes = [(view.rows, view.columns) for view in VIEWS] if volume else [(0, 1)]
     enlarged = lambda row: [x.repeat(times[a], 0).repeat(times[b], 1) for x, (a, b) in zip(row, axes)]
-    shown = [parts(x[:1] if volume else x) for x in (case.image, case.reconstruction)
-             if x is not None]
-    rows = [enlarged([as_color(x) for x in row]) for row in shown]
-    if anomaly_map is not None:
-        maps = parts(anomaly_map)
-        colors = enlarged([blend(as_color(x), values, look) for x, values in zip(shown[0], maps)])
-        if case.above is not None:
-            outline(colors, enlarged(parts(case.above)), ABOVE[look['cmap']])
-        rows.append(colors)
-    if case.mask is not None:
-        for row in (rows[0], *rows[len(shown):]):                                  # not the reconstruction
-            outline(row, enlarged(parts(case.mask)), LESION)
+    rows, shown = [], panels(case, look, parts)
+    for panel in shown:
+        rows.append(enlarged(panel.pictures))
+        if panel.title == 'map' and case.above is not None:
+            outline(rows[-1], enlarged(parts(case.above)), ABOVE[look['cmap']])
+        if panel.outlined and case.mask is not None:
+            outline(rows[-1], enlarged(parts(case.mask)), LESION)
     if volume:
         rows = [[lettered(x, view.letters) for x, view in zip(row, VIEWS)] for row in rows]
-    return as_picture(joined([joined(row, 1) for row in rows], 0 if volume else 1))
+    picture = as_picture(joined([joined(row, 1) for row in rows], 0 if volume else 1))
+    return titled(picture, [panel.title for panel in shown]) if titles and not volume else picture
+
+
+class Panel(NamedTuple):
+    """One picture of a case, or the same part of it from several sides."""
+    title: str
+    pictures: list[np.ndarray]           # (..., h, w, 3)
+    outlined: bool                       # whether lesions are outlined: not on a reconstruction
+
+
+def panels(case: Any, look: dict[str, Any], parts: Callable[[np.ndarray], list[np.ndarray]],
+           channels: int = 1) -> list[Panel]:
+    """The input, the reconstruction and the map over the input, as far as a case has them. `parts` are what
+    is shown of an array (..., *S); of a volume the first `channels` are shown, in gray.
+    """
+    found = []
+    for title, x in (('input', case.image), ('reconstruction', case.reconstruction)):
+        if x is not None:
+            images = [x] if x.ndim == 3 else np.split(x, len(x))[:channels]
+            found += [Panel(title if len(images) == 1 else f'{title}, channel {number}',
+                            [as_color(part) for part in parts(image)], title == 'input')
+                      for number, image in enumerate(images, 1)]
+    if case.shown is not None:
+        found.append(Panel('map', [blend(background, part, look) for background, part in zip(
+            found[0].pictures, parts(case.shown))], True))
+    return found
 
 
 def outline(pictures: Sequence[np.ndarray], regions: Sequence[np.ndarray], color: str) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from anomaly.judge import ScoreRow
 from anomaly.maps import overlays
-from anomaly.maps.overlays import View, as_color, as_gray, as_picture, blend, map_scale, sheet, sheet_columns
+from anomaly.maps.overlays import View, as_color, as_picture, blend, map_scale, sheet, sheet_columns
 from anomaly.metrics import flagged, make_finite, percentile
 from anomaly.report.figures import FAINT, INK, new_figure
 from anomaly.scoring import Case
@@ -104,17 +104,13 @@ def case_pictures(case: Case, look: dict[str, Any], distance: np.ndarray,
 
 def flat_pictures(case: Case, look: dict[str, Any]) -> dict[str, Any]:
     """The pictures of an image (C, H, W); for the enlarged case the file itself, and the map as a layer."""
-    colors, path = as_color(case.image), lambda mask: '' if mask is None else outline_path(mask)
-    pictures = [{'title': 'input', 'source': picture_source(colors), 'lesion': True, 'above': False}]
+    path = lambda mask: '' if mask is None else outline_path(mask)
+    pictures = [{'title': title, 'source': picture_source(one), 'lesion': outlined, 'above': title == 'map'}
+                for title, (one,), outlined in overlays.panels(case, look, lambda x: [x])]
     if case.original is not None:
         pictures[0]['large'] = data_address(as_picture(as_color(case.original)), lossless=False)
-    if case.reconstruction is not None:
-        pictures.append({'title': 'reconstruction', 'lesion': False, 'above': False,
-                         'source': picture_source(as_color(case.reconstruction))})
     if case.shown is not None:
-        pictures.append({'title': 'map', 'source': picture_source(blend(colors, case.shown, look)),
-                         'lesion': True, 'above': True,
-                         'large': data_address(overlays.layer(case.shown, look), lossless=True)})
+        pictures[-1]['large'] = data_address(overlays.layer(case.shown, look), lossless=True)
     return {'pictures': pictures, 'lesion_path': path(case.mask), 'above_path': path(case.above),
             'height': case.image.shape[-2], 'width': case.image.shape[-1]}
 
@@ -160,14 +156,8 @@ def one_view(case: Case, view: View, place: int, look: dict[str, Any], distance:
     """
     total, chosen = case.image.shape[1 + view.across], slice(place % step, None, step)
     slices = lambda volume: overlays.stack(volume, view)[..., chosen, :, :]                   # (..., n, h, w)
-    sheets = [{'title': title if len(volume) == 1 else f'{title}, channel {channel}', 'outlined': outlined,
-               'source': sheet_source(as_gray(one))}
-              for title, volume, outlined in (('input', case.image, True),
-                                              ('reconstruction', case.reconstruction, False))
-              if volume is not None for channel, one in enumerate(slices(volume), 1)]
-    if case.shown is not None:
-        sheets.append({'title': 'map', 'outlined': True, 'source': sheet_source(
-            blend(as_gray(slices(case.image)[0]), slices(case.shown), look))})
+    sheets = [{'title': title, 'outlined': outlined, 'source': sheet_source(one)} for title, (one,), outlined
+              in overlays.panels(case, look, lambda x: [slices(x)], channels=len(case.image))]
     number, height, width = slices(case.image).shape[1:]
     columns = sheet_columns(number)
     return {'name': view.name, 'letters': dict(zip(('left', 'right', 'top', 'bottom'), view.letters)),

@@ -1,24 +1,26 @@
-"""What people read of an evaluation: tables of the terminal, and report.html.
+"""What people read of an evaluation, tables of the terminal and report.html, and of predictions.
 
 A page is one HTML file: everything is escaped but our own SVG and scripts, and nothing comes from a network.
 """
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from anomaly.judge import Judgement, group_title
 from anomaly.maps import localization, segmentation
 from anomaly.metrics import METRICS, Estimate, wilson_interval
 from anomaly.report import figures, tables
-from anomaly.report.gallery import OUTCOMES, case_figure, gallery, short_number
+from anomaly.report.gallery import OUTCOMES, about_cards, case_figure, gallery, short_number
 from anomaly.report.tables import Column, Label, ReportTable, as_text, metric_columns, score_table
 from utils import finite, write_atomically
 
 TEMPLATES = Path(__file__).parent / 'templates'
+MOST_ROWS = 2000     # of the worklist of predictions on their page; scores.csv has all
+CALLS = {'flagged': 'anomalous', 'clear': 'not flagged'}
 MOST_TABLES = 4      # groups that get a table of their own in the terminal, and an open one on the page
 SCORE_NOTE = ("* primary score, chosen beforehand. Sensitivity and FPR: at the threshold from normal "
               "validation images, for {:g} %.")
@@ -180,3 +182,34 @@ def page_data(judgement: Judgement, validation: Any, test: Any) -> dict[str, Any
         'scores': {row.name: {'threshold': row.threshold, 'test': test.values[row.name].tolist(),
                               'validation': validation.values[row.name].tolist()}
                    for row in figures.figure_scores(judgement)}})
+
+
+# ----------------------------------------------------------------------------------------------- predictions
+
+class Prediction(NamedTuple):
+    """A file that was read, as a row of the worklist: its score, percentile and call."""
+    id: str
+    score: float
+    percentile: float        # among normal validation images
+    flagged: bool
+
+
+def write_predictions(out: Path, result: dict[str, Any], files: Sequence[Prediction],
+                      errors: Mapping[str, str], cards: Mapping[str, dict[str, Any]],
+                      look: dict[str, Any]) -> None:
+    """Writes predictions.html. `files` are those that could be read, by falling score, `errors` tell of the
+    others; `cards` are pictures by id, `look` the colors of their maps.
+    """
+    rows = [{'id': file.id, 'class': '', 'place': rank, 'outcome': 'flagged' if file.flagged else 'clear',
+             'score': short_number(file.score), 'percentile': f'{file.percentile:.0f}'}
+            for rank, file in enumerate(files, 1)]
+    worklist = ReportTable('Worklist', [
+        Column('file', lambda row: Label(row['id'])), Column('call', lambda row: CALLS[row['outcome']]),
+        Column(result['primary_score'], lambda row: row['score']),
+        Column('percentile', lambda row: row['percentile']), Column('rank', lambda row: row['place'])],
+        rows[:MOST_ROWS])
+    unreadable = ReportTable('Files that could not be read', [
+        Column('file', lambda row: Label(row[0])), Column('why', lambda row: row[1])], sorted(errors.items()))
+    shown = [cards[row['id']] | row for row in rows if row['id'] in cards]
+    write_page(out / 'predictions.html', 'predictions.html.j2', result=result, outcomes=CALLS,
+               gallery=about_cards(shown, look), worklist=worklist, unreadable=unreadable)
