@@ -46,7 +46,7 @@ class Item:
     path: str = ''                               # '' where it is not a file
     masks: tuple[Any, ...] = ()                  # paths, names or boxes (images/masks.py) of what marks it
     others: tuple[str, ...] = ()                 # of a subject: the files of its further channels
-    body: str = ''                               # of a subject: the file that marks what to keep
+    body: tuple[str, ...] = ()                   # of a subject: the file that marks what to keep
     stamp: Any = ()                              # another one after the content has changed
     read: Callable[['Item'], Loaded] | None = None
 
@@ -59,7 +59,7 @@ class Item:
     def files(self) -> list[str]:
         """The paths of all its files."""
         masks = [mask for mask in self.masks if isinstance(mask, str)]
-        return [path for path in (self.path, *self.others, self.body, *masks) if path]
+        return [self.path, *self.others, *self.body, *masks]
 
     def load(self) -> Loaded:
         """The image, as the model sees it. Raises Unreadable."""

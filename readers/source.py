@@ -33,6 +33,11 @@ def check_pixels(pixels: int, num_bytes: int) -> None:
         raise Unreadable(f'has {pixels:,} pixels and {words}')
 
 
+def to_integers(x: np.ndarray, depth: int) -> np.ndarray:
+    """Values in [0, 1] as integers of `depth` bits: uint8 or uint16."""
+    return (x * (2 ** depth - 1)).round().astype(DTYPES[depth])
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One image: where it comes from, and what is known of it."""

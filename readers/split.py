@@ -5,7 +5,6 @@ Images that belong together (one patient, one content) are one group, and a grou
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from readers.source import CLASSES_SHOWN, Entry
-from utils import UserError, finite, mix_seed, read_json, read_text
+from utils import UserError, finite, mix_seed, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -248,21 +247,19 @@ def with_patients(entries: list[Entry], metadata: str, name_pattern: str, report
 
 
 def _patient_column(text: str) -> Callable[[str], str]:
-    """The patient of an id after a CSV file, given FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' where it is not
+    """The patient of an id after a table, given FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' where it is not
     listed.
     """
     if text.count(':') < 2:
         raise UserError(f"--patient_metadata {text!r}: expected FILE:FILE_NAME_COLUMN:PATIENT_COLUMN.")
     path, name_column, patient_column = text.rsplit(':', 2)
-    try:
-        table = csv.DictReader(read_text(path).splitlines())
-        for column in (name_column, patient_column):
-            if column not in (table.fieldnames or ()):
-                raise UserError(f"--patient_metadata: {path} has no column {column!r}: found "
-                                f"{', '.join(table.fieldnames or ()) or 'none'}.")
-        patients = {row[name_column]: row[patient_column] or '' for row in table}
-    except csv.Error as error:
-        raise UserError(f"--patient_metadata: {path} cannot be read ({error}).") from None
+    from readers.images.tables import read_table
+    rows, found = read_table(Path(path))
+    for column in (name_column, patient_column):
+        if column not in found:
+            raise UserError(f"--patient_metadata: {path} has no column {column!r}: found "
+                            f"{', '.join(found) or 'none'}.")
+    patients = {str(row.get(name_column)): str(row.get(patient_column) or '') for row in rows}
 
     def patient(name: str) -> str:
         file = name.rsplit('/', 1)[-1]

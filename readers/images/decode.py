@@ -19,7 +19,7 @@ from readers.images.files import Frame, image_files, may_be_image, num_pages, pl
 from readers.images.masks import Box
 from readers.items import Loaded
 from readers.paths import FOREIGN, MASKS, Found, Passed, file_content, pass_over, printable, relative_name
-from readers.source import DTYPES, Unreadable, check_pixels
+from readers.source import Unreadable, check_pixels, to_integers
 from utils import UserError
 
 FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # of Pillow; decided by content, not by suffix
@@ -280,9 +280,8 @@ class ImageLoader:
 
     def finish(self, image: np.ndarray, mask: np.ndarray | None, sha256: str, num_bytes: int) -> Loaded:
         """An image (H, W, C) in [0, 1] and its mask (H, W, 1) bool."""
-        dtype = np.dtype(DTYPES[self.depth])
-        pixels = to_size(to_channels(image, self.channels), self.size, self.fit) * np.iinfo(dtype).max
-        pixels = np.rint(pixels).astype(dtype)
+        pixels = to_size(to_channels(image, self.channels), self.size, self.fit)           # (C, S, S)
+        pixels = to_integers(pixels, self.depth)
         notes = [*range_notes(image, pixels)]
         if mask is not None:
             corners = mask[[0, 0, -1, -1], [0, -1, 0, -1]].all()

@@ -15,7 +15,7 @@ from readers.images.decode import ImageLoader
 from readers.images.files import places
 from readers.images.layout import PART_FOLDERS, Layout
 from readers.images.masks import with_masks
-from readers.images.tables import is_arrays, is_table, read_npz, table_items
+from readers.images.tables import is_arrays, is_table, read_array_file, table_items
 from readers.items import Item, Listing, import_items
 from readers.paths import MASKS, find_root, pass_over, passed_line, subfolders
 from readers.source import Source, is_among
@@ -26,7 +26,7 @@ from utils import UserError
 def read_folder(config: ReaderConfig, row: DataSet) -> Source:
     """Every image of the chosen classes, as (N, C, S, S)."""
     if row.tables and is_arrays(config.data):
-        return read_npz(config, row)
+        return read_array_file(config, row)
     return read_images(config, row, *find_items(config, row))
 
 

@@ -154,11 +154,12 @@ def _owner(mask: Placed, images: Iterable[Placed], is_normal: Callable[[str], bo
     steps = [plain_name(step) for step in mask.steps]
     fitting = [image for image in images if mask.item.part in ('', image.item.part)
                and [plain_name(step) for step in image.steps[len(image.steps) - len(steps):]] == steps]
-    for prefer in (lambda image: True, lambda image: not is_normal(image.item.class_name),
-                   lambda image: unicodedata.normalize('NFC', mask.stem).startswith(
-                       unicodedata.normalize('NFC', image.stem)),
-                   lambda image: os.path.splitext(image.item.path)[1] == os.path.splitext(mask.item.path)[1]):
-        fitting = list(filter(prefer, fitting)) or fitting
-        if len(fitting) == 1:
-            return fitting[0]
-    return None
+
+    def rank(image: Placed) -> tuple[bool, bool, bool]:
+        spelled = unicodedata.normalize('NFC', mask.stem).startswith(unicodedata.normalize('NFC', image.stem))
+        suffixes = {os.path.splitext(item.path)[1] for item in (image.item, mask.item)}
+        return is_normal(image.item.class_name), not spelled, len(suffixes) > 1
+    if len(fitting) > 1:
+        best = min(map(rank, fitting))
+        fitting = [image for image in fitting if rank(image) == best]
+    return fitting[0] if len(fitting) == 1 else None

@@ -10,9 +10,8 @@ import csv
 import io
 import json
 import os
-import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -26,10 +25,10 @@ from readers.images.layout import PART_FOLDERS
 from readers.images.masks import Box, fold
 from readers.items import Item
 from readers.paths import Passed, files_below, pass_over, passed_line
-from readers.published.arrays import import_arrays, read_file
+from readers.published.arrays import import_arrays
 from readers.source import Source, is_among
-from readers.split import LEFT_OUT, count, noted
-from storage.limits import excess
+from readers.split import LEFT_OUT, PARTS, count, noted
+from storage.arrays import read_npz
 from utils import UserError, read_text
 
 ARRAYS = '.npz'
@@ -70,9 +69,9 @@ def table_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], l
     notes = [*noted(lost, 'row', 'of images that are not there', LEFT_OUT),
              *noted(empty, 'row', 'without an image or a class', LEFT_OUT),
              *noted(mixed, 'image', 'of several classes count as their first anomalous one')]
-    passed: Passed = {}
-    pass_over(passed, UNNAMED, *files.unused())
-    return files.roots[0].resolve(), sorted(items, key=lambda item: item.id), notes + passed_line(passed)
+    pass_over(files.passed, UNNAMED, *files.unused())
+    items = sorted(items, key=lambda item: item.id)
+    return files.roots[0].resolve(), items, notes + passed_line(files.passed)
 
 
 def by_image(tables: Mapping[Path, str], config: ReaderConfig, normal: Sequence[str],
@@ -153,8 +152,8 @@ def known(table: Mapping[str, T], word: str, what: str, where: str) -> T:
 
 # ------------------------------------------------------------------------------------------------------ rows
 
-def read_rows(table: Path, config: ReaderConfig) -> Iterator[Row]:
-    """The rows of a CSV, TSV or JSON file. Raises UserError if it is none or lacks a column."""
+def read_table(table: Path) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The rows of a CSV, TSV or JSON file, and the names of all columns. Raises UserError."""
     text = read_text(table)
     try:
         if table.suffix.lower() == '.json':
@@ -164,8 +163,13 @@ def read_rows(table: Path, config: ReaderConfig) -> Iterator[Row]:
             delimiter = max(',;\t', key=first.count)
             rows = list(csv_rows(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter)))
     except (ValueError, csv.Error) as error:
-        raise UserError(f"--data: {table} cannot be read ({' '.join(str(error).split())}).") from None
-    names = list(dict.fromkeys(name for row in rows for name in row if name))
+        raise UserError(f"the table {table} cannot be read ({' '.join(str(error).split())}).") from None
+    return rows, list(dict.fromkeys(name for row in rows for name in row if name))
+
+
+def read_rows(table: Path, config: ReaderConfig) -> Iterator[Row]:
+    """The rows of a table by the names in COLUMNS. Raises UserError if it lacks a column."""
+    rows, names = read_table(table)
     places, given = columns(config, names, table), (*config.normal_classes, *config.anomalous_classes)
     for row in rows:
         values = {name: cell(row.get(place), given) for name, place in places.items()}
@@ -238,6 +242,7 @@ class Files:
     """The files below some folders, found by what a table calls them."""
     roots: Sequence[Path]
     used: set[str] = field(default_factory=set)
+    passed: Passed = field(default_factory=dict)             # below the first one
     tables: dict[Path, dict[str, list[str]]] = field(default_factory=dict)
 
     def find(self, name: str) -> str:
@@ -258,7 +263,7 @@ class Files:
         """Paths of the files below a root by their relative names and, after a *, by their file names."""
         if root not in self.tables:
             table = self.tables[root] = defaultdict(list)
-            for file in files_below(root, {}):
+            for file in files_below(root, self.passed if root == self.roots[0] else {}):
                 name = fold(file)
                 for key in {name, os.path.splitext(name)[0]}:
                     table[key].append(os.path.join(root, file))
@@ -280,7 +285,7 @@ class Files:
 NONE = 'none'                               # the class of an image with several labels, all of them 0
 
 
-def read_npz(config: ReaderConfig, row: DataSet) -> Source:
+def read_array_file(config: ReaderConfig, row: DataSet) -> Source:
     """The images of an npz file with `train_images`, `train_labels` and so on, as (N, C, S, S); classes are
     the numbers in it. If an image has several labels of 0 and 1, the first 1 counts; `none` is the class
     without any.
@@ -288,30 +293,21 @@ def read_npz(config: ReaderConfig, row: DataSet) -> Source:
     path = Path(config.data)
 
     def parts() -> Iterator[tuple[str, np.ndarray, list[str]]]:
-        for part, images, labels in read_file(path, 'an npz file of images and labels', parts_of_npz):
+        arrays = read_npz(path)
+        given = [part for part in PARTS if f'{part}_images' in arrays and f'{part}_labels' in arrays]
+        if not given:
+            raise UserError(f"--data: {path} holds {', '.join(arrays) or 'nothing'}: expected train_images, "
+                            f"train_labels and perhaps those of val and test.")
+        for part in given:
+            images, labels = arrays[f'{part}_images'], arrays[f'{part}_labels']
+            flat = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+            if images.dtype != np.uint8 or not flat or labels.dtype.kind not in 'iu' \
+                    or labels.shape[:1] != images.shape[:1]:
+                raise UserError(f"--data: {path} has {part}_images {images.dtype} {images.shape} with labels "
+                                f"{labels.dtype} {labels.shape}: expected images in 2D, uint8.")
             yield part, images, [name_of(label) for label in labels.reshape(len(labels), -1)]
 
     return import_arrays(config, row, {'npz': str(path.resolve()), 'stamp': stamp(path)}, str(path), parts)
-
-
-def parts_of_npz(data: bytes) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
-    """(part, images (N, H, W) or (N, H, W, 3) uint8, labels (N, ...)). Raises ValueError."""
-    with zipfile.ZipFile(io.BytesIO(data)) as packed:
-        if why := excess(sum(info.file_size for info in packed.infolist()), len(data)):
-            raise ValueError(f'it {why}')
-    file, found = np.load(io.BytesIO(data)), []
-    for part in ('train', 'val', 'test'):
-        if f'{part}_images' in file:
-            images, labels = file[f'{part}_images'], file[f'{part}_labels']
-            flat = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
-            if images.dtype != np.uint8 or not flat or labels.dtype.kind not in 'iu' \
-                    or len(labels) != len(images):
-                raise ValueError(f'its {part}_images are {images.dtype} {images.shape} with labels '
-                                 f'{labels.dtype} {labels.shape}, expected images in 2D')
-            found.append((part, images, labels))
-    if not found:
-        raise ValueError(f'it holds {", ".join(file.files)}')
-    return found
 
 
 def name_of(label: np.ndarray) -> str:

@@ -8,8 +8,8 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
 
 import lmdb
 from tqdm import tqdm
@@ -105,11 +105,8 @@ class Lmdb:
             yield from cursor.iternext(keys=True, values=False)
 
 
-class Closing:
+class Closing(AbstractContextManager):
     """Closed at the end of a `with` block."""
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

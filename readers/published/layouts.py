@@ -20,7 +20,7 @@ from readers.lmdb.file import Lmdb, is_lmdb, unfinished
 from readers.paths import find_root
 from readers.published.records import Decoding, FileStore, LazyImages, LmdbStore, Records, Store
 from readers.source import Array, Source
-from utils import UserError
+from utils import UserError, read_text
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,7 @@ def find_celeba(folder: str | Path) -> Path | None:
 def celeba_names(folder: Path, split: str) -> list[str]:
     """The files of the published part 'train', 'valid' or 'test', in the order of the list."""
     path = folder / PARTITION
-    try:
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
+    lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
     if bad := next((line for line in lines if len(line) != 2 or line[1] not in PARTS.values()), None):
         raise UserError(f"{path} has the line {' '.join(bad)!r}: expected a file name and 0, 1 or 2. "
                         f"Fetch it again.")

@@ -117,9 +117,9 @@ def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str,
             continue
         paths = {name: str(root / path) for name, path in files.items()}
         first, *others = (paths[channel] for channel in channels)
-        masks = (paths[labels],) if labels and labels in paths else ()
-        subjects.append(Item(subject, NORMAL, path=first, others=(*others,), masks=masks,
-                             body=paths[body] if body else ''))
+        subjects.append(Item(subject, NORMAL, path=first, others=(*others,),
+                             masks=(paths[labels],) if labels and labels in paths else (),
+                             body=(paths[body],) if body else ()))
     if not subjects and bad:
         raise UserError(f"--data: no subject in {root} is complete: {bad[0][0]} {bad[0][1]}.")
     if not subjects:

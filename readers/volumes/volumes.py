@@ -20,7 +20,7 @@ from readers.config import DataSet, ReaderConfig, VolumeConfig, volume_flags
 from readers.items import Item, Listing, Loaded, import_items
 from readers.parallel import attempt
 from readers.paths import Found, Passed, find_root, passed_line, printable
-from readers.source import DTYPES, Source, Unreadable
+from readers.source import Source, Unreadable, to_integers
 from readers.split import count, noted
 from readers.volumes.nifti import Grid, Nifti, read_nifti, resample
 from readers.volumes.series import members, series_in
@@ -166,7 +166,7 @@ class VolumeLoader:
         if self.config.volume_mask == AUTO:
             values = first.values[0]
             return body(values[None, None], otsu(values), largest=True)[0].astype(np.uint8), first.grid
-        return self.marked((subject.body,) * bool(subject.body), first)
+        return self.marked(subject.body, first)
 
     def _scaled(self, values: np.ndarray, source: Grid, grid: Grid, inside: np.ndarray) -> np.ndarray:
         """One channel (*S) as integers; percentiles are over all voxels, as published, the padding's too."""
@@ -177,8 +177,7 @@ class VolumeLoader:
         if not high > low:
             raise Unreadable(f'shows the same value everywhere in a channel (percentiles {low:g} and '
                              f'{high:g}): it is empty, or lies elsewhere than the first channel')
-        dtype = np.dtype(DTYPES[self.depth])
-        return np.rint(np.clip((x - low) / (high - low), 0, 1) * np.iinfo(dtype).max).astype(dtype)
+        return to_integers(np.clip((x - low) / (high - low), 0, 1), self.depth)
 
     def marked(self, masks: Sequence[str], first: Nifti) -> tuple[np.ndarray, Grid] | None:
         """What the one file of `masks` marks (X, Y, Z) uint8 0 or 1 with its grid, None without a file;
