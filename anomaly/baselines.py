@@ -19,7 +19,7 @@ from anomaly.image_statistics import bands, frame_histogram, haar_energies, hist
 from anomaly.maps.postprocessing import gaussian_blur
 from anomaly.outputs import Outputs
 from anomaly.scores import LESION_FRACTION, Score, highest
-from readers.images.png import png_bytes
+from readers.images.decode import png_bytes
 from utils import UserError
 
 PCA_VARIANCE = 0.9       # fraction of the variance of normal images that the components of `pca` keep

@@ -15,7 +15,7 @@ from scipy.ndimage import convolve, laplace
 
 from anomaly.image_statistics import frame
 from audit.headers import Header, read_file_header
-from readers.images.png import png_bytes
+from readers.images.decode import png_bytes
 from readers.parts import LEFT_RIGHT
 
 BAR = 8 / 255              # lines at an edge are a bar if their values differ by less

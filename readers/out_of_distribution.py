@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from readers.config import DataSet, ReaderConfig
-from readers.images.decode import ImageLoader
+from readers.images.decode import ImageLoader, png_bytes
 from readers.images.files import image_files
 from readers.images.folder import read_images
-from readers.images.png import png_bytes
 from readers.items import Item
 from readers.lesions import IMAGE_MM, SIMULATIONS
 from readers.parts import LEFT_RIGHT

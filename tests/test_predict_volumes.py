@@ -305,8 +305,8 @@ def test_one_file(world, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / 'out' / 'maps').exists()
     assert float(rows['both']['reconstruction']) == pytest.approx(float(apart['both']['reconstruction']))
     command = ('--checkpoint', world.root, '--eval_mode', 'predict', '--save', tmp_path / 'out')
-    line = fails(monkeypatch, capsys, *command, '--data', tmp_path / 'jane_t1.nii.gz')
-    assert 'has 1 channel, the model takes 2 (t1, flair): give the folder' in line
+    status, rows = predict(world.root, tmp_path / 'jane_t1.nii.gz', tmp_path / 'out')
+    assert status == 3 and 'has 1 channel, 2 expected (t1, flair): as many' in rows['jane']['error']
     assert 'Give a folder of NIfTI files' in fails(monkeypatch, capsys, *command, '--data', '/no/where')
     one = DataConfig(dataset='brain', volume_mask='brain', modalities=('t1',))
     with pytest.raises(UserError, match=r"inside the mask 'brain' of each subject .* folder that holds both"):

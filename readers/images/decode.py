@@ -222,6 +222,19 @@ def load_mask(read: Callable[[], np.ndarray], name: str, shape: Sequence[int]) -
     return mask
 
 
+def png_bytes(values: np.ndarray, optimize: bool = True) -> int:
+    """Bytes of an image (C, *S), uint8 or uint16, as a PNG: the smallest, or as most programs write it.
+
+    Three channels of 8 bits are stored as RGB. Other channels, and the slices of volumes, are stacked in one
+    gray image.
+    """
+    rgb = values.ndim == 3 and len(values) == 3 and values.dtype == np.uint8
+    image = Image.fromarray(np.moveaxis(values, 0, -1) if rgb else values.reshape(-1, values.shape[-1]))
+    file = io.BytesIO()
+    image.save(file, 'PNG', optimize=optimize)
+    return file.tell()
+
+
 @dataclass(frozen=True)
 class ImageLoader:
     """What is done to every image file, whether of a run's data set or new: S x S pixels of `depth` 8 or 16

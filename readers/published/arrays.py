@@ -18,8 +18,7 @@ import numpy as np
 
 from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig
-from readers.images.decode import ImageLoader
-from readers.images.png import png_bytes
+from readers.images.decode import ImageLoader, png_bytes
 from readers.items import Item, Listing, Loaded, import_items
 from readers.paths import find_root
 from readers.source import Source

@@ -68,14 +68,16 @@ class VolumeLoader:
 
     def find(self, path: str | Path, without: str | Path = '') -> Found:
         """The subjects below a folder as in training, but for the folder `without`; or the one of a file.
-        Raises UserError if there is none, or if one file is too few.
+        Raises UserError if there is none, or if one file comes without its mask.
         """
         mask = self.config.volume_mask
         root, mask = Path(path), '' if mask == AUTO else mask
         if not root.exists():
             raise UserError(f"--data: {root} does not exist. Give a folder of NIfTI files, or one file.")
         if not root.is_dir() or (self.config.dicom_series and '.' in series_in(root, os.listdir(root))[0]):
-            self._expect_all_in(root, mask)
+            if mask:
+                raise UserError(f"--data {root}: the run keeps what is inside the mask {mask!r} of each "
+                                f"subject (--volume_mask). Give the folder that holds both files.")
             name, _ = owner(root.name, [*filter(None, (*self.modalities, self.labels, mask))])
             return Found({printable(name): Item(printable(root.name), NORMAL, path=str(root))}, {})
         passed: Passed = {}
@@ -83,19 +85,6 @@ class VolumeLoader:
                                       dicom=self.config.dicom_series)
         found = {s.id: replace(s, masks=()) for s in subjects} | {name: Unreadable(why) for name, why in bad}
         return Found({printable(name): found[name] for name in sorted(found)}, passed)
-
-    def _expect_all_in(self, file: Path, mask: str) -> None:
-        """Raises UserError if a subject is more than one such file; whether that can be read shows later."""
-        if mask:
-            raise UserError(f"--data {file}: the run keeps what is inside the mask {mask!r} of each subject "
-                            f"(--volume_mask). Give the folder that holds both files.")
-        try:
-            found = len(read_nifti(file).values) if self.channels > 1 else 1
-        except Unreadable:
-            return
-        if found == 1 < self.channels:
-            raise UserError(f"--data {file} has 1 channel, the model takes {self.channels} "
-                            f"({', '.join(self.modalities)}): give the folder that holds a file of each.")
 
     def load(self, subject: Item | Unreadable, outline: Grid | None = None) -> Loaded:
         """A subject in the shape of the model; `outline` where it is known already. Raises Unreadable."""
@@ -134,8 +123,9 @@ class VolumeLoader:
         files = [first, *(self._read(path, first) for path in subject.others)]
         channels = [(values, file.grid) for file in files for values in file.values]
         if len(channels) != self.channels:
-            raise Unreadable(f'has {count(len(channels), "channel")}, {self.channels} expected: as many as '
-                             f'--modalities names')
+            names = f' ({", ".join(self.modalities)})' * bool(self.modalities)
+            raise Unreadable(f'has {count(len(channels), "channel")}, {self.channels} expected{names}: as '
+                             f'many as --modalities names, in a file of each or in one')
         inside = self._body(subject, first)
         inside = np.ones(grid.shape, bool) if inside is None else resample(*inside, grid, order=0) > 0
         pixels = np.stack([self._scaled(*channel, grid, inside) for channel in channels])    # (C, *S)
