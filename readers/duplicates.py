@@ -40,16 +40,11 @@ def _thumbnails(pixels: np.ndarray) -> np.ndarray:
     """Means over a raster of SIZE cells along each axis: (b, C, *S) -> (b, SIZE^2 or SIZE^3); smaller images
     keep their pixels.
     """
-    gray = pixels.mean(axis=1, dtype=np.float32)                         # (b, *S)
-    axes = range(1, gray.ndim)
-    for axis in axes:
-        length = gray.shape[axis]
-        if length > SIZE:
-            edges = np.arange(SIZE) * length // SIZE
-            others = [other for other in axes if other != axis]
-            widths = np.diff(edges, append=length).astype(np.float32)
-            gray = np.add.reduceat(gray, edges, axis=axis) / np.expand_dims(widths, [0, *others])
-    return gray.reshape(len(gray), -1)
+    import torch
+    from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
+    gray = torch.from_numpy(pixels.mean(axis=1, dtype=np.float32))       # (b, *S)
+    pool = adaptive_avg_pool2d if gray.ndim == 3 else adaptive_avg_pool3d
+    return pool(gray, [min(SIZE, length) for length in gray.shape[1:]]).flatten(1).numpy()
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -173,7 +173,7 @@ def test_celeba_script_names_what_is_missing_or_damaged(script, tmp_path):
     fails(make(), f"record '{name}' cannot be decoded")
     assert not (tmp_path / 'out' / 'train.lmdb').exists()
     path.unlink()
-    fails(make(), f'{name} cannot be read')
+    fails(make(), f'{name} cannot be opened (No such file or directory)')
     path.write_bytes(whole)
     assert make()[0] == 0
     listed.write_text('000001.jpg 0\nwhat is this\n')
