@@ -17,7 +17,8 @@ from PIL import Image, JpegImagePlugin
 from readers.dicom import complete, is_dicom, read_dataset
 from readers.images.decode import FORMATS
 from readers.paths import first_bytes
-from readers.volumes.nifti import SUFFIXES, read_header
+from readers.volumes.itk import IMAGE_IO, ItkImage, is_itk
+from readers.volumes.nifti import MGH, SUFFIXES, header_of, read_start, unit_of
 from readers.volumes.series import members
 from utils import UserError, check_regular
 
@@ -118,14 +119,24 @@ def _dicom(path: str | Path) -> Header:
 
 
 def _volume(path: str | Path) -> Header:
-    header = read_header(path)
-    width, height, depth = (int(n) for n in header.shape[:3])
-    spacing = ' x '.join(f'{mm:.3g}' for mm in header.spacing)
+    start, packed = read_start(path)
+    unit, program = 1.0, ''
+    if is_itk(path, start):
+        image = ItkImage(path, start)
+        kind, shape, spacing = 'NRRD' if start[:4] in IMAGE_IO else 'MetaImage', image.shape, image.spacing
+        dtype = image.get_data_dtype()
+    else:
+        header = header_of(start)
+        kind, shape, spacing = 'MGH', header.get_data_shape(), header.get_zooms()
+        dtype = header.get_data_dtype()
+        if start[:4] != MGH:
+            kind, unit = 'NIfTI, packed' if packed else 'NIfTI', unit_of(header)
+            program = bytes(header['descrip'].item()).decode('latin-1')
     # Numbers are of the scan (echo time, hour), not of the program.
-    program = re.sub(r'\d+(\.\d+)?', '#', header.program)
-    return Header(header.format, width, height, f'{header.dtype} values',
-                 ' '.join(program.split())[:MOST_SIGNS] or 'no program named', depth=depth,
-                 spacing=f'{spacing} mm')
+    program = ' '.join(re.sub(r'\d+(\.\d+)?', '#', program).split())[:MOST_SIGNS] or 'no program named'
+    width, height, depth = (int(n) for n in shape[:3])
+    return Header(kind, width, height, f'{dtype} values', program, depth=depth,
+                  spacing=' x '.join(f'{step * unit:.3g}' for step in spacing[:3]) + ' mm')
 
 
 READERS = {'PNG': _png, 'JPEG': _jpeg, 'TIFF': _other, 'BMP': _other}

@@ -10,7 +10,7 @@ from audit.headers import read_file_header
 from readers.lmdb.file import is_lmdb
 from readers.published import arrays
 from readers.source import Unreadable
-from readers.volumes.nifti import read_header, read_nifti
+from readers.volumes.nifti import read_nifti, read_start
 from storage import limits
 from storage.arrays import read_npz
 from storage.checkpoint import read_checkpoint
@@ -48,7 +48,7 @@ def test_packed_data_are_unpacked_up_to_the_limit():
 
 
 @pytest.mark.parametrize('read', [
-    read_json, read_text, read_npz, read_checkpoint, read_nifti, read_header, read_file_header, is_lmdb,
+    read_json, read_text, read_npz, read_checkpoint, read_nifti, read_start, read_file_header, is_lmdb,
     arrays.read_idx], ids=lambda read: read.__name__)
 def test_a_pipe_is_never_waited_for(read, tmp_path):
     os.mkfifo(tmp_path / 'pipe')

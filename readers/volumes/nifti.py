@@ -21,7 +21,7 @@ from scipy.ndimage import affine_transform, gaussian_filter
 from readers.dicom import is_dicom
 from readers.paths import file_content
 from readers.source import Unreadable
-from readers.volumes.itk import IMAGE_IO, ItkImage, is_itk
+from readers.volumes.itk import ItkImage, is_itk
 from readers.volumes.series import members, read_series
 from storage.limits import excess, most_bytes, unpack
 from utils import UserError, check_regular, write_atomically
@@ -210,39 +210,19 @@ def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
     write_atomically(path, lambda p: p.write_bytes(data))
 
 
-class VolumeHeader(NamedTuple):
-    """What the header of a file says: `spacing` of its voxels along each axis in mm, `program` that has
-    written it, '' if none is named.
+def read_start(path: str | Path) -> tuple[bytes, bool]:
+    """How a file begins, unpacked, as far as any header goes, and whether it is packed. Raises OSError,
+    UserError.
     """
-    format: str
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
-    dtype: str
-    program: str = ''
-
-
-def read_header(path: str | Path) -> VolumeHeader:
-    """The header of a file. Raises Unreadable, OSError, UserError."""
     check_regular(path)
     with open(path, 'rb') as file:
         packed = file.read(2) == PACKED
     with (gzip.open if packed else open)(path, 'rb') as file:
-        start = file.read(LONGEST_HEADER)
-    if is_itk(path, start):
-        image = ItkImage(path, start)
-        name = 'NRRD' if start[:4] in IMAGE_IO else 'MetaImage'
-        return VolumeHeader(name, image.shape, tuple(image.spacing), str(image.get_data_dtype()))
-    header = _header(start)
-    shape, dtype = header.get_data_shape(), str(header.get_data_dtype())
-    if start[:4] == MGH:
-        return VolumeHeader('MGH', shape, header.get_zooms()[:3], dtype)
-    spacing = tuple(float(step) * _in_mm(header) for step in header.get_zooms()[:3])
-    return VolumeHeader('NIfTI, packed' if packed else 'NIfTI', shape, spacing, dtype,
-                        bytes(header['descrip'].item()).decode('latin-1'))
+        return file.read(LONGEST_HEADER), packed
 
 
-def _in_mm(header: Any) -> float:
-    """The unit of length of a NIfTI header."""
+def unit_of(header: Any) -> float:
+    """The unit of length of a NIfTI header, in mm."""
     return IN_MM.get(int(header['xyzt_units']) & 7, 1.0)
 
 
@@ -250,7 +230,7 @@ def _place(image: Any) -> tuple[np.ndarray, bool]:
     """The affine (4, 4) of a file in mm, and whether the file gives it."""
     affine, header = np.array(image.affine, np.float64), getattr(image, 'header', {})
     if 'xyzt_units' in header:
-        affine[:3] *= _in_mm(header)
+        affine[:3] *= unit_of(header)
         return affine, bool(header['sform_code'] > 0 or header['qform_code'] > 0)
     return affine, bool(header['goodRASFlag'] > 0) if 'goodRASFlag' in header else True
 
@@ -266,7 +246,7 @@ def _kind(start: bytes) -> Any:
     raise Unreadable(f"is not a NIfTI file, nor another of {', '.join(SUFFIXES)}")
 
 
-def _header(start: bytes) -> Any:
+def header_of(start: bytes) -> Any:
     """The header in the first LONGEST_HEADER bytes of a NIfTI or MGH file."""
     kind = _kind(start).header_class
     length = kind.template_dtype.itemsize
@@ -289,7 +269,7 @@ def _unpacked(data: bytes) -> bytes:
 
 def _claim(start: bytes) -> int:
     """The bytes of the voxels after this header. Raises Unreadable if they are more than --max_gb allows."""
-    header = _header(start)
+    header = header_of(start)
     voxels = math.prod(int(n) for n in header.get_data_shape())
     if words := excess(max(4, header.get_data_dtype().itemsize) * voxels):
         raise Unreadable(words)
