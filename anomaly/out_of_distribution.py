@@ -9,7 +9,7 @@ from datasets import DATASETS, Data, DataConfig
 from readers import out_of_distribution as ood
 from readers.images.decode import ImageLoader
 from readers.lmdb.packed import is_packed, read_packed
-from readers.parts import JoinedPart, Part, SomeOf
+from readers.parts import Part, Selection, SomeOf
 from readers.published.records import Records
 from readers.source import Source
 from readers.split import count, left_out, some
@@ -39,7 +39,7 @@ def with_ood(data: Data, sets: Sequence[str], most: int = 0, seed: int = 0) -> D
     if not all(one.label for one in wanted):
         parts[''] = SomeOf(data.test, [e.id for e in data.test.entries if e.label])
     anomalous, normal = ([one.name for one in wanted if one.label == label] for label in (1, 0))
-    return replace(data, test=JoinedPart(list(parts.values())), report=report,
+    return replace(data, test=Selection([(part, range(len(part))) for part in parts.values()]), report=report,
                    normal_classes=(*data.normal_classes, *normal),
                    anomalous_classes=(*data.anomalous_classes, *anomalous))
 

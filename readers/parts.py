@@ -152,40 +152,38 @@ class Preparation:
         return self.batch(loaded, [Path(path).name for path in paths])
 
 
-class JoinedPart(Part):
-    """Several parts as one, each with its own images and what is done to them: one after the other."""
+class Selection(Part):
+    """Images of parts, each with its own images and what is done to them, one part after the other."""
 
-    def __init__(self, parts: Sequence[Part]):
-        self.parts = list(parts)
-        self.entries = [e for part in self.parts for e in part.entries]
-        self.labels = torch.cat([part.labels for part in self.parts])
-        self.ends = np.cumsum([len(part) for part in self.parts])
+    def __init__(self, chosen: Sequence[tuple[Part, Sequence[int]]]):
+        """`chosen` are parts, and of each the places of its images."""
+        self.parts, places = zip(*((part, np.asarray(of_part, np.int64)) for part, of_part in chosen))
+        self.places = np.concatenate(places)
+        self.owners = np.repeat(np.arange(len(places)), [len(of_part) for of_part in places])
+        self.entries = [part.entries[i] for part, of_part in chosen for i in of_part]
+        self.labels = torch.cat([part.labels[of_part] for part, of_part in zip(self.parts, places)])
         self.has_masks = any(part.has_masks for part in self.parts)
 
     def items(self, indices: Sequence[int], draw: int = 0) -> Batch:
-        singles = []
-        for index, owner in zip(indices, np.searchsorted(self.ends, indices, 'right'), strict=True):
-            part = self.parts[owner]
-            singles.append(part.items([index - (self.ends[owner] - len(part))], draw))
-        x, masks = torch.cat([batch.x for batch in singles]), None
+        indices = np.asarray(indices, np.int64)
+        order = np.argsort(self.owners[indices], kind='stable')                 # those of one part together
+        owners, places = self.owners[indices[order]], self.places[indices[order]]
+        batches = [self.parts[k].items(places[owners == k], draw) for k in np.unique(owners)]
+        back = torch.from_numpy(np.argsort(order))
+        x, masks = torch.cat([batch.x for batch in batches])[back], None
         if self.has_masks:
-            nothing = torch.zeros(1, 1, *x.shape[2:], dtype=torch.bool)
-            masks = torch.cat([nothing if batch.mask is None else batch.mask for batch in singles])
+            masks = torch.cat([torch.zeros(len(batch.x), 1, *x.shape[2:], dtype=torch.bool)
+                               if batch.mask is None else batch.mask for batch in batches])[back]
         return Batch(x, self.labels[indices], masks, [self.entries[i].id for i in indices])
 
 
-class SomeOf(Part):
+class SomeOf(Selection):
     """Some images of a part, in the order in which they are named."""
 
     def __init__(self, part: Part, ids: Sequence[str]):
         """Raises KeyError for an id that the part does not have."""
         places = {entry.id: i for i, entry in enumerate(part.entries)}
-        self.part, self.places = part, np.array([places[name] for name in ids], np.int64)
-        self.entries = [part.entries[i] for i in self.places]
-        self.labels, self.has_masks = part.labels[self.places], part.has_masks
-
-    def items(self, indices: Sequence[int], draw: int = 0) -> Batch:
-        return self.part.items(self.places[np.asarray(indices, np.int64)], draw)
+        super().__init__([(part, [places[name] for name in ids])])
 
 
 def dequantized(values: np.ndarray, depth: int, bits: int, u: Tensor) -> Tensor:
