@@ -101,7 +101,9 @@ class Normal:
     def apply(self, table: Table, scores: Sequence[Score]) -> Table:
         """The same table with the values of the scores that are densities, from its features, or sums."""
         for score in scores:
-            if score.density is not None:
+            if not len(table):                                     # no file could be read
+                table.values[score.name] = np.empty(0)
+            elif score.density is not None:
                 table.values[score.name] = self.densities[score.name].score(table.features[score.name])
         self.add_sums(table, scores)
         return table
