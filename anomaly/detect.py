@@ -24,15 +24,7 @@ from anomaly import metrics
 from anomaly.baselines import BASELINES, EXPOSURE, fit_baselines
 from anomaly.choice import choose_map, sum_score
 from anomaly.config import Judging, MapConfig, Showing
-from anomaly.judge import (
-    Judgement,
-    broken_promises,
-    compare_normal,
-    join,
-    judge,
-    unjudged,
-    validation_warnings,
-)
+from anomaly.judge import Judgement, broken_promises, compare_normal, join, judge, validation_warnings
 from anomaly.maps import segmentation
 from anomaly.maps.nifti import write_cases
 from anomaly.matching import match
@@ -127,9 +119,8 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
     test = normal.apply(score(data.test, 'test', [*every, *described], normal.densities), scores)
     judgement = None
     if launch.is_main():
-        rows = [row for kind, some in (('model', scores), ('baseline', baselines))
-                for row in unjudged(some, kind, normal.thresholds, normal.pixel_thresholds, primary)]
-        pairs = list(first.judgement.matched.values()) if first else (
+        rows = [*normal.rows(scores, 'model'), *normal.rows(baselines, 'baseline')]
+        pairs = first.judgement.matched if first else (
             match(test.features[EXPOSURE.name], test.labels, test.classes) if described else [])
         judgement = judge(test, rows, judging, settings.maps, scoring.seed, data.anomalous_classes, pairs)
         judgement = replace(judgement, warnings=[*validation_warnings(validation, judging.target_fpr),
@@ -215,9 +206,8 @@ def add_up(found: Mapping[str, Evaluated], terms: Sequence[tuple[str, str]], set
     judgement = None
     if launch.is_main():
         of_runs = join({name: one.judgement for name, one in found.items()})
-        rows = unjudged([total], 'model', normal.thresholds, {}, total.name)
-        judged = judge(test, rows, settings.judging, settings.maps, settings.scoring.seed, of_runs.classes,
-                       list(of_runs.matched.values()))
+        judged = judge(test, normal.rows([total], 'model'), settings.judging, settings.maps,
+                       settings.scoring.seed, of_runs.classes, of_runs.matched)
         others = {name: replace(row, primary=False) for name, row in of_runs.rows.items()}
         judgement = replace(of_runs, rows={**judged.rows, **others})
     return Evaluated(normal, validation, test, [total], judgement, shown)

@@ -4,27 +4,20 @@ A group is one anomalous class, or 'all' of them; each is judged against all nor
 are also the images of a class that have a normal partner of the same exposure, judged against their partners.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from anomaly import metrics
 from anomaly.config import Judging, MapConfig
 from anomaly.maps.localization import Localization, localize
 from anomaly.maps.segmentation import Segmentation
 from anomaly.maps.segmentation import judge as judge_segmentations
 from anomaly.matching import LEAST_PAIRS, Group
-from anomaly.metrics import (
-    Estimate,
-    Resamples,
-    evaluate_score,
-    flagged,
-    make_finite,
-    smallest_sample,
-    wilson_interval,
-)
+from anomaly.metrics import Estimate, Resamples, evaluate_score, flagged, make_finite
 from utils import finite
 
 
@@ -104,14 +97,17 @@ class Difference(NamedTuple):
 class Judgement:
     """All scores on the test images, of one run or of several; trivial baselines last."""
     rows: Mapping[str, ScoreRow]
-    groups: Sequence[str]                        # anomalous classes in their order, and 'all'
+    groups: Mapping[str, Group]                  # anomalous classes in their order, 'all', and matched ones
     judging: Judging
     warnings: Sequence[str] = ()
-    matched: Mapping[str, Group] = field(default_factory=dict)           # those of `groups` that are matched
 
     @property
     def classes(self) -> list[str]:
-        return [group for group in self.groups if group != 'all' and group not in self.matched]
+        return [name for name, group in self.groups.items() if name != 'all' and not group.of]
+
+    @property
+    def matched(self) -> list[Group]:
+        return [group for group in self.groups.values() if group.of]
 
     @property
     def shown_groups(self) -> list[str]:
@@ -130,15 +126,11 @@ class Judgement:
 
     def normal(self, group: str) -> str:
         """The name in `flagged` of the normal images of a group."""
-        return self.matched[group].normal_name if group in self.matched else 'normal'
+        return self.groups[group].normal_name
 
     def images(self, group: str) -> int:
         """The number of test images of a group, or of `normal` ones."""
         return next(iter(self.rows.values())).flagged[group].total
-
-    def members(self, test: Any, group: str) -> Group:
-        """Which test images are in a group."""
-        return self.matched[group] if group in self.matched else members(test, group)
 
     def best_baseline(self, group: str) -> ScoreRow | None:
         """That with the AUROC farthest from 0.5, because a user may negate it; None without metrics."""
@@ -152,10 +144,10 @@ class Judgement:
             return []
         turned = best.auroc(group).value < 0.5
         rival = best.auroc(group).negated if turned else best.auroc(group)
-        of = self.matched[group].of if group in self.matched else ''
         return [*(Difference(group, a, b, False, a.auroc(group) - b.auroc(group))
                   for a, b in combinations(self.primaries, 2)),
-                *(Difference(group, row, best, turned, row.auroc(group) - rival, of)
+                *(Difference(group, row, best, turned, row.auroc(group) - rival,
+                             self.groups[group].of)
                   for row in self.primaries)]
 
     def as_json(self) -> dict[str, Any]:
@@ -169,13 +161,6 @@ def group_title(group: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- judging
-
-def unjudged(scores: Iterable[Any], kind: str, thresholds: Mapping[str, float],
-             pixel_thresholds: Mapping[str, float], primary: str) -> list[ScoreRow]:
-    """The rows of scores, or of baselines, before any test image is seen."""
-    return [ScoreRow(score.name, kind, score.about, thresholds[score.name], pixel_thresholds.get(score.name),
-                     primary=score.name == primary) for score in scores]
-
 
 def members(test: Any, name: str) -> Group:
     """The normal test images, and the anomalous ones of a class or of 'all'."""
@@ -215,8 +200,7 @@ def judge(test: Any, rows: Sequence[ScoreRow], judging: Judging, maps: MapConfig
                      for name, where in ((group.normal_name, group.normal), (one, group.anomalous))},
             metrics={name: evaluate_score(scores[groups[name].normal], scores[groups[name].anomalous],
                                           resamples) for name, resamples in drawn.items()})
-    return Judgement(judged, list(groups), judging, warnings,
-                     {name: group for name, group in groups.items() if group.of})
+    return Judgement(judged, groups, judging, warnings)
 
 
 def judge_maps(test: Any, row: ScoreRow, judging: Judging, maps: MapConfig, seed: int) -> dict[str, Any]:
@@ -258,7 +242,7 @@ def not_finite(part: str, table: Any) -> list[str]:
 
 def validation_warnings(validation: Any, target_fpr: float) -> list[str]:
     """What limits the thresholds: too few normal validation images, and scores that are not finite."""
-    n, least = len(validation.entries), smallest_sample(target_fpr)
+    n, least = len(validation.entries), metrics.smallest_sample(target_fpr)
     few = [] if n >= least else [
         f"{n} normal validation images cannot promise a false-positive rate of {100 * target_fpr:g} %, "
         f"which needs at least {least}. The thresholds are their largest scores, which promise "
@@ -291,7 +275,7 @@ def broken_promises(judgement: Judgement, normal_parts: dict[str, dict[str, floa
     lines, target = [], judgement.judging.target_fpr
     for row in judgement.primaries if normal_parts else ():
         calls, drift = row.flagged['normal'], normal_parts[row.name]
-        low, high = wilson_interval(*calls)
+        low, high = metrics.wilson_interval(*calls)
         if not low <= target <= high:
             lines.append(f"{row.name}: {100 * calls.count / calls.total:.1f} % of the normal test images "
                          f"are flagged (95 % interval {100 * low:.1f} to {100 * high:.1f} %), "

@@ -20,6 +20,7 @@ from anomaly.baselines import BASELINES
 from anomaly.choice import choose_scores
 from anomaly.config import Judging, MapConfig
 from anomaly.density import Density, are_alike, cross_fit
+from anomaly.judge import ScoreRow
 from anomaly.maps.postprocessing import Spread, pixel_threshold
 from anomaly.scores import Score, Scoring
 from anomaly.scoring import Case, Table
@@ -107,6 +108,12 @@ class Normal:
                 table.values[score.name] = self.densities[score.name].score(table.features[score.name])
         self.add_sums(table, scores)
         return table
+
+    def rows(self, scores: Sequence[Score], kind: str) -> list[ScoreRow]:
+        """The rows of scores, or of baselines, before any test image is seen."""
+        return [ScoreRow(score.name, kind, score.about, self.thresholds[score.name],
+                         self.pixel_thresholds.get(score.name), primary=score.name == self.primary_score)
+                for score in scores]
 
     def pixel_threshold(self, name: str) -> float:
         """Above which a pixel of the map of a score is anomalous; infinite where there is no threshold."""

@@ -36,12 +36,12 @@ TEST = table(nelbo=[1, 2, 3, 4, 5, 3.5, 0], png_size=[4, 3, 2, 1, 0, 0.5, 0])
 
 def test_calls_and_aurocs_by_hand():
     found = judged(TEST, nelbo=3, png_size=9, order=['B', 'A'])
-    assert found.groups == ['B', 'A', 'all'] == found.shown_groups and found.classes == ['B', 'A']
+    assert list(found.groups) == ['B', 'A', 'all'] == found.shown_groups and found.classes == ['B', 'A']
     nelbo = found.rows['nelbo']
     assert nelbo.flagged == {'normal': Share(1, 4), 'B': Share(2, 2), 'A': Share(0, 1), 'all': Share(2, 3)}
     assert [nelbo.auroc(group).value for group in found.groups] == pytest.approx([7 / 8, 0, 7 / 12])
     assert found.rows['png_size'].flagged['all'] == (0, 3)
-    assert judged(TEST, nelbo=3).groups == ['A', 'B', 'all'], "unknown classes in the order of their names"
+    assert list(judged(TEST, nelbo=3).groups) == ['A', 'B', 'all'], 'unknown classes in the order of names'
 
 
 def test_a_baseline_below_chance_is_negated_in_the_difference():

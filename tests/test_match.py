@@ -49,7 +49,7 @@ def test_pairs_are_judged_against_each_other_alone(monkeypatch):
     matched = [Group(bool_rows(2, 3), bool_rows(4, 5), 'B'), Group(bool_rows(1), bool_rows(6), 'A')]
     found = judge.judge(test, rows(nelbo=3, png_size=9), Judging(num_bootstrap=20), MapConfig(), 0, ['B'],
                         matched)
-    assert found.groups == ['B', 'A', 'all', 'B (matched)'] and found.classes == ['B', 'A']
+    assert list(found.groups) == ['B', 'A', 'all', 'B (matched)'] and found.classes == ['B', 'A']
     nelbo = found.rows['nelbo']
     assert nelbo.auroc('B (matched)').value == 3 / 4 and nelbo.auroc('B').value == 7 / 8
     assert nelbo.flagged['normal like B'] == (1, 2) and nelbo.flagged['B (matched)'] == (2, 2)

@@ -15,7 +15,7 @@ from anomaly.judge import Judgement, ScoreRow, Share, broken_promises
 
 def judgement(flagged, total):
     row = ScoreRow('nelbo', 'model', '', 1.0, primary=True, flagged={'normal': Share(flagged, total)})
-    return Judgement({'nelbo': row}, ['all'], Judging(target_fpr=0.05))
+    return Judgement({'nelbo': row}, {}, Judging(target_fpr=0.05))
 
 
 @pytest.mark.parametrize('flagged, low, high, said', [

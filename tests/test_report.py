@@ -15,7 +15,7 @@ from test_scores import LinearGaussian
 from toy_volumes import LESION, SHAPE, Mean, make_volumes
 
 from anomaly.config import Judging
-from anomaly.judge import Judgement, ScoreRow, Share
+from anomaly.judge import Judgement, ScoreRow, Share, members
 from anomaly.metrics import Estimate, Resamples, evaluate_score
 from anomaly.report.figures import (
     curve_figure,
@@ -78,9 +78,13 @@ def made(tmp_path_factory):
     return SimpleNamespace(out=out, result=result, source=source, page=Page(source), lines=lines)
 
 
-def judged(*rows, groups=('COVID', 'all')):
-    """A judgement of these rows."""
-    return Judgement({row.name: row for row in rows}, groups, Judging())
+NOTHING = SimpleNamespace(labels=np.zeros(0), classes=np.zeros(0, object))
+
+
+def judged(*rows, groups=('COVID', 'all'), test=NOTHING):
+    """A judgement of these rows on the images of a table."""
+    return Judgement({row.name: row for row in rows}, {name: members(test, name) for name in groups},
+                     Judging())
 
 
 def block(source):
@@ -250,8 +254,9 @@ def hierarchy(classes=('COVID', 'Other')):
     values['nelbo'] = within
     groups = [*classes, 'all']
     metrics = {group: {'auroc': Estimate(0.75, 0.5, 0.9)} for group in groups if classes}
-    found = judged(*(ScoreRow(name, 'model', '', 1.0, metrics=metrics) for name in values), groups=groups)
-    return found, SimpleNamespace(values=values, labels=label, classes=np.array(names, object))
+    test = SimpleNamespace(values=values, labels=label, classes=np.array(names, object))
+    return judged(*(ScoreRow(name, 'model', '', 1.0, metrics=metrics) for name in values), groups=groups,
+                  test=test), test
 
 
 def test_levels_are_in_the_order_of_their_numbers():
@@ -294,7 +299,8 @@ def test_curves_of_scores_that_are_right_and_wrong():
     names = ['Normal'] * 3 + ['COVID']
     test = SimpleNamespace(labels=np.array([0, 0, 0, 1]), classes=np.array(names, object),
                            values={'nelbo': np.array([1.0, 2, 3, 4]), 'kl': np.array([2.0, 3, 4, 1])})
-    found = judged(*(ScoreRow(name, 'model', '', 1.0, primary=name == 'nelbo') for name in test.values))
+    found = judged(*(ScoreRow(name, 'model', '', 1.0, primary=name == 'nelbo') for name in test.values),
+                   test=test)
     right, wrong, chance = curve_figure(found, test, 'roc').axes[0].get_lines()
     assert (0, 1) in zip(*right.get_data()) and (1, 0) in zip(*wrong.get_data())
     assert list(chance.get_ydata()) == [0, 1]

@@ -11,20 +11,10 @@ from typing import Any
 from anomaly.judge import Difference, Judgement, group_title
 from anomaly.maps import localization
 from anomaly.metrics import METRICS, Estimate
+from anomaly.report import tables
 from anomaly.report.figures import COLORS, FAINT, INK, curve_figure, keep, panel_grid, style
 from anomaly.report.page import MATCH_NOTE, MOST_TABLES, PIXEL_NOTE, pixel_table, write_page
-from anomaly.report.tables import (
-    MISSING,
-    Column,
-    Label,
-    ReportTable,
-    as_markdown,
-    as_text,
-    escape_markdown,
-    metric_columns,
-    save_csv,
-    score_table,
-)
+from anomaly.report.tables import Column, Label, ReportTable, as_markdown, as_text, escape_markdown
 from utils import write_atomically, write_json
 
 OUTCOMES = {'better': '{} is better', 'worse': '{} is worse', 'undecided': 'cannot be told apart'}
@@ -38,11 +28,11 @@ def write(out: Path, result: dict[str, Any], judgement: Judgement, test: Any) ->
     write_json(out / 'comparison.json', result)
     page, groups = markdown(result, judgement), judgement.shown_groups
     write_atomically(out / 'comparison.md', lambda path: path.write_text(page, encoding='utf-8'))
-    save_csv(out / 'comparison.csv', csv_rows(result, judgement))
+    tables.save_csv(out / 'comparison.csv', csv_rows(result, judgement))
     figures = {'forest': forest_figure(judgement), 'differences': difference_figure(judgement),
                'roc': curve_figure(judgement, test, 'roc')}
     write_page(out / 'comparison.html', 'comparison.html.j2', result=result, judgement=judgement,
-               groups=groups, figures=keep(figures, out), tables=tables(result, judgement, groups),
+               groups=groups, figures=keep(figures, out), tables=all_tables(result, judgement, groups),
                runs=run_table(result), notes=notes(result, judgement))
 
 
@@ -55,8 +45,8 @@ def group_table(result: dict[str, Any], judgement: Judgement, group: str) -> Rep
         return Column(name, lambda row: form.format(**runs[row.run]) if row.run else None)
     title = (f"Normal ({judgement.images(judgement.normal(group))}) against {group_title(group)} "
              f"({judgement.images(group)} test images)")
-    metrics = metric_columns(METRICS, lambda row: row.metrics[group], interval=True)
-    return score_table(title, [*metrics, fact('s/image', '{seconds_per_image:.2g}'),
+    metrics = tables.metric_columns(METRICS, lambda row: row.metrics[group], interval=True)
+    return tables.score_table(title, [*metrics, fact('s/image', '{seconds_per_image:.2g}'),
                                fact('parameters', '{parameters:,}')], judgement.rows.values())
 
 
@@ -81,7 +71,7 @@ def run_table(result: dict[str, Any]) -> ReportTable:
                             for title, form in forms.items()], rows)
 
 
-def tables(result: dict[str, Any], judgement: Judgement, groups: Sequence[str]) -> list[ReportTable]:
+def all_tables(result: dict[str, Any], judgement: Judgement, groups: Sequence[str]) -> list[ReportTable]:
     """Scores and differences of each group, and the metrics of maps where there are masks."""
     pixels = pixel_table(judgement)
     return [*(table for group in groups for table in (group_table(result, judgement, group),
@@ -109,7 +99,7 @@ def text_tables(result: dict[str, Any], judgement: Judgement) -> list[str]:
     """Aligned lines, with one table of all classes together where they are many."""
     groups = judgement.shown_groups
     many = len(groups) > MOST_TABLES
-    shown = tables(result, judgement, ['all'] if many else groups)
+    shown = all_tables(result, judgement, ['all'] if many else groups)
     return [*(['', 'The tables of each class are in comparison.md.'] if many else []),
             *(line for table in shown for line in ['', *as_text(table)]), '', *notes(result, judgement), '']
 
@@ -119,7 +109,7 @@ def markdown(result: dict[str, Any], judgement: Judgement) -> str:
     lines = [*notes(result, judgement), *result['left_out'], *result['warnings']]
     return '\n\n'.join([
         f"# Comparison on {result['dataset']}", as_markdown(run_table(result)),
-        *map(as_markdown, tables(result, judgement, judgement.shown_groups)),
+        *map(as_markdown, all_tables(result, judgement, judgement.shown_groups)),
         '\n'.join(f'- {escape_markdown(line)}' for line in lines), f"```\n{result['command']}\n```\n"])
 
 
@@ -128,7 +118,8 @@ def csv_rows(result: dict[str, Any], judgement: Judgement) -> Iterator[dict[str,
     masks = pixel_table(judgement) is not None
     for row in judgement.rows.values():
         run, found = result['runs'].get(row.run, {}), row.pixels.metrics if row.pixels else {}
-        pixels = {f'pixel_{metric.name}': found.get(metric.name, MISSING) for metric in localization.METRICS}
+        pixels = {f'pixel_{metric.name}': found.get(metric.name, tables.MISSING)
+                  for metric in localization.METRICS}
         for group in judgement.shown_groups:
             normal, anomalous = row.flagged[judgement.normal(group)], row.flagged[group]
             yield {'row': row.name, 'run': row.run, 'kind': row.kind, 'primary': int(row.primary),

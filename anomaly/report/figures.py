@@ -144,7 +144,7 @@ def curve_figure(judgement: Judgement, test: Any, kind: str) -> Any:
     looks = [{'color': COLORS[i % len(COLORS)], 'lw': 2.2 if row.primary else 1.4} if row.kind == 'model' else
              {'color': INK, 'lw': 1.1, 'dashes': next(dashes), 'alpha': 0.75} for i, row in enumerate(rows)]
     for group, panel in zip(groups, panels):
-        normal, anomalous, _ = judgement.members(test, group)
+        normal, anomalous, _ = judgement.groups[group]
         judged = normal | anomalous
         for row, look in zip(rows, looks):
             scores = make_finite(test.values[row.name])
@@ -170,7 +170,7 @@ def histogram_figure(judgement: Judgement, validation: Any, test: Any) -> Any:
     best = [judgement.best_baseline(group) for group in judgement.shown_groups]
     rows = sorted(figure_scores(judgement), key=lambda row: not (row.primary or row in best))[:6]
     figure, panels = panel_grid(len(rows), (3.5, 2.3), (0, 0.5))
-    parts = {group: judgement.members(test, group).anomalous for group in judgement.classes}
+    parts = {group: judgement.groups[group].anomalous for group in judgement.classes}
     fewest = min([len(validation.entries), *(int(part.sum()) for part in parts.values())])
     edges = int(np.clip(3 * fewest ** (1 / 3), 8, 40)) + 1                  # Rice's rule, somewhat finer
     for panel, row in zip(panels, rows):
@@ -228,7 +228,7 @@ def level_figure(judgement: Judgement, test: Any, lk_is_elbo: bool) -> Any | Non
     for i, column in enumerate(panels.T):
         group = classes[i] if classes else ''
         parts = [('normal', test.labels == 0, NORMAL),
-                 *([(group, judgement.members(test, group).anomalous, COLORS[1 + i % 5])] if group else [])]
+                 *([(group, judgement.groups[group].anomalous, COLORS[1 + i % 5])] if group else [])]
         for panel, (title, rows) in zip(column, lines.items()):
             for label, images, color in parts:
                 draw_quartiles(panel, {k: test.values[row.name][images] for k, row in rows.items()},
