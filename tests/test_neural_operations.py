@@ -20,7 +20,7 @@ from families.nvae.layers import (
     depthwise_filter_gradient,
     initialize_from_data,
 )
-from families.nvae.regularizers import SpectralRegularizer, batch_norm_regularizer, filters
+from families.nvae.regularizers import SpectralRegularizer, batch_norm_regularizer
 from neural_operations import Conv3d, ConvTranspose3d, activation_bytes, checkpoint_activations
 
 OPS = [*RESIDUAL_OPS, 'mconv_e6k5g0', 'mconv_e3k5g8', 'mconv_e6k11g0', 'mconv_e6k9g0']
@@ -105,14 +105,30 @@ def test_spectral_regularizer_finds_the_sum_of_largest_singular_values():
     assert value.item() == approx(exact, rel=1e-5)
 
 
-def test_filters_of_convolutions_of_a_shape_are_those_of_each():
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('masked', [False, True])
+def test_largest_singular_values_have_the_gradients_of_autograd(channels_last, masked):
     torch.manual_seed(2)
-    mask = (torch.rand(4, 3, 3, 3) > 0.5).float()
-    normed = [WeightNormConv2d(3, 4, 3), WeightNormConv2d(3, 4, 3, mask=mask)]
-    weight, factor = filters(normed)
-    each = torch.stack([conv.effective_weight() for conv in normed]).flatten(2)
-    torch.testing.assert_close(weight * factor[..., None], each)
-    assert filters([nn.Conv2d(3, 4, 3)])[1] is None
+    mask = (torch.rand(5, 3, 3, 3) > 0.5).double() if masked else None
+    convs = [WeightNormConv2d(3, 5, 3, mask=mask).double() for _ in range(2)] + [nn.Conv2d(3, 5, 3).double()]
+    convs[0].weight.data[1] = 0                                                        # its norm has no slope
+    if channels_last:
+        nn.ModuleList(convs).to(memory_format=torch.channels_last)
+    plain, regularizer = copy.deepcopy(convs), SpectralRegularizer(convs).double()
+    value, expected = 0.3 * regularizer(), 0.0
+    value.backward()
+    for i, conv in enumerate(plain):
+        weight = conv.weight
+        if i < 2:
+            weight = weight if mask is None else weight * mask
+            norm = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
+            weight = weight * conv.log_weight_norm.exp() / (norm + 1e-5)
+        expected = expected + 0.3 * (regularizer.u0[i] @ weight.flatten(1) @ regularizer.v0[i])
+    expected.backward()
+    torch.testing.assert_close(value, expected)
+    for ours, one in zip(nn.ModuleList(convs).parameters(), nn.ModuleList(plain).parameters()):
+        if one.grad is not None:
+            torch.testing.assert_close(ours.grad, one.grad)
 
 
 def test_singular_values_do_not_depend_on_how_many_matrices_the_cache_holds(monkeypatch):
