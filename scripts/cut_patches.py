@@ -66,8 +66,7 @@ def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[lis
     if not config.data or not root.is_dir():
         raise UserError(f"--data: the folder {config.data!r} does not exist. {ROW.where}")
     passed: Passed = {}
-    found, bad = find_subjects(root, config.modalities, labels, config.volume_mask, passed,
-                               dicom=config.dicom_series)
+    found, bad = find_subjects(root, config, config.modalities, labels, passed)
     notes += passed_line(passed) + left_out(bad, len(found), config.skip_corrupt, 'subject')
     subjects = with_keys(with_classes(found, ROW.normal, ROW.where), Path(config.key_files or root), notes)
     if not any(s.masks for s in subjects):

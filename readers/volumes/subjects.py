@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from readers.config import VolumeConfig
 from readers.images.masks import WORD
 from readers.items import Item
 from readers.paths import FOREIGN, Passed, files_below, pass_over
@@ -84,16 +85,15 @@ def named_by_folder(series: Iterable[str], slices: Collection[str], names: Seque
     return [files.get(name, name) if alone else name for name in series]
 
 
-def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str, passed: Passed, *,
-                  without: str | Path = '',
-                  dicom: bool = False) -> tuple[list[Item], list[tuple[str, str]]]:
-    """The subjects below `root`, and (id, reason) of those that lack a file; `passed`, `without` and `dicom`
-    as in `volume_files`. Raises UserError if there are none.
+def find_subjects(root: Path, config: VolumeConfig, modalities: Sequence[str], labels: str, passed: Passed,
+                  without: str | Path = '') -> tuple[list[Item], list[tuple[str, str]]]:
+    """The subjects below `root`, and (id, reason) of those that lack a file; `passed` and `without` as in
+    `volume_files`. Raises UserError if there are none.
     """
-    body = '' if body == AUTO else body
+    body = '' if config.volume_mask == AUTO else config.volume_mask
     names = [*modalities, *(name for name in (labels, body) if name)]
     table: dict[str, dict[str, str]] = {}
-    for path in volume_files(root, names, passed, without, dicom):
+    for path in volume_files(root, names, passed, without, config.dicom_series):
         subject, name = owner(path, names)
         subject = subject or root.resolve().name                  # of its own folder
         if not name and is_label(path):
@@ -126,7 +126,7 @@ def find_subjects(root: Path, modalities: Sequence[str], labels: str, body: str,
         found = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())[:10]) or 'no folders'
         raise UserError(f"--data: {root} holds no {', '.join(SUFFIXES)} file of "
                         f"{', '.join(modalities) or 'a volume'}: found {found}."
-                        + ' --dicom_series reads DICOM too.' * (not dicom))
+                        + ' --dicom_series reads DICOM too.' * (not config.dicom_series))
     return subjects, bad
 
 

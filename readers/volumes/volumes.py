@@ -81,8 +81,7 @@ class VolumeLoader:
             name, _ = owner(root.name, [*filter(None, (*self.modalities, self.labels, mask))])
             return Found({printable(name): Item(printable(root.name), NORMAL, path=str(root))}, {})
         passed: Passed = {}
-        subjects, bad = find_subjects(root, self.modalities, self.labels, mask, passed, without=without,
-                                      dicom=self.config.dicom_series)
+        subjects, bad = find_subjects(root, self.config, self.modalities, self.labels, passed, without)
         found = {s.id: replace(s, masks=()) for s in subjects} | {name: Unreadable(why) for name, why in bad}
         return Found({printable(name): found[name] for name in sorted(found)}, passed)
 
@@ -208,8 +207,7 @@ def find_all(root: Path, config: ReaderConfig, row: DataSet, loader: VolumeLoade
     whether labels decide who is normal: no folder says so.
     """
     passed: Passed = {}
-    found, bad = find_subjects(root, loader.modalities, loader.labels, config.volume_mask, passed,
-                               dicom=config.dicom_series)
+    found, bad = find_subjects(root, config, loader.modalities, loader.labels, passed)
     subjects = with_classes(found, config.normal_classes or row.normal, row.where)
     in_folders = subjects is not found
     if config.labels and not any(s.masks for s in subjects):
