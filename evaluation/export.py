@@ -181,7 +181,9 @@ def write_onnx(run: Evaluation, program: torch.export.ExportedProgram) -> str:
         with warnings.catch_warnings(action='ignore'):
             made = torch.onnx.export(program, input_names=['image'], verbose=False)
     except Exception as error:       # an operator that ONNX lacks, in whatever way it is told
-        return f"no model.onnx: ONNX cannot express this score ({str(error).splitlines()[0][:120]})"
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if 'No ONNX function' in line), lines[0])
+        return f"no model.onnx: ONNX cannot express this score ({reason[:200]})"
     write_atomically(run.out / 'model.onnx', lambda path: made.save(str(path)))
     return f"ONNX: {run.out / 'model.onnx'}"
 
