@@ -22,6 +22,7 @@ from utils import UserError
 SIGNIFICANT = 0.05           # of tests whether training images differ
 SMALLEST = 1e-12             # of a distance whose logarithm is taken
 RIDGE = 1e-9                 # added to the variances of standardized features, as one may be constant
+NEIGHBOR_ROWS = 1024         # whose distances to all normal images are in memory at once
 GMM_RIDGE = 1e-3             # the same for a component of a mixture, which may have few images
 CHOOSING_FOLDS = 5           # of the cross-validation that chooses a mixture, or a kernel and its bandwidth
 MOST_TO_CHOOSE = 2000        # images with which it chooses a kernel: its time grows with their square
@@ -181,9 +182,8 @@ def to_nearest(reference: Tensor, z: Tensor, k: int) -> Tensor:
     """Distances (N, k) from rows of z (N, D) to the nearest of `reference` (M, D), rising; to all, if M < k.
     """
     # Of differences, not products of matrices: exact, and a row does not depend on how many others there are.
-    # Row by row, which is as fast as torch.cdist, and ONNX knows how.
-    distances = (torch.linalg.vector_norm(row[:, None] - reference, dim=2)
-                 for row in z.detach().nan_to_num(0, 0, 0).split(1))
+    distances = (torch.cdist(rows, reference, compute_mode='donot_use_mm_for_euclid_dist')
+                 for rows in z.detach().nan_to_num(0, 0, 0).split(NEIGHBOR_ROWS))
     rows = torch.cat([found.topk(min(k, len(reference)), largest=False).indices for found in distances])
     return (z[:, None] - reference[rows]).norm(dim=2)
 

@@ -52,6 +52,17 @@ class NoNoise(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class Differences(TorchFunctionMode):
+    """Inside, distances are made of operations that ONNX has too; it lacks torch.cdist."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        if function is torch.cdist:
+            rows, reference = args
+            return torch.linalg.vector_norm(rows[:, None] - reference, dim=2)
+        return function(*args, **(kwargs or {}))
+
+
 class Noiseless(Outputs):
     """Outputs for scores that draw nothing."""
 
@@ -102,7 +113,7 @@ def draws_nothing(model: Any, normal: Normal, score: Score) -> bool:
 def trace(scorer: Scorer) -> torch.export.ExportedProgram:
     """The program of a score. Raises UserError for a score that is more than operations on tensors."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Differences():
             return torch.export.export(scorer.eval(), (probe(scorer.model),), strict=False)
     except Exception as error:       # the tracer raises whatever what it cannot follow leads to
         raise UserError(f"--primary_score {scorer.score.name}: PyTorch cannot export it "

@@ -23,7 +23,7 @@ from anomaly.maps.segmentation import (
     surface_distances,
     without_small,
 )
-from anomaly.report import page as report
+from anomaly.report import figures
 from datasets import DataConfig
 from distributions import Pixels
 from readers.body import body
@@ -228,9 +228,9 @@ def segmented(out, order, config=CONFIG):
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp('segmented')
     with pytest.MonkeyPatch.context() as patch:                  # drawing takes its time
-        patch.setattr(report, 'keep', lambda *args: '')
+        patch.setattr(figures, 'keep', lambda drawn, out: dict.fromkeys(drawn, ''))
         for name in ('curve_figure', 'histogram_figure'):
-            patch.setattr(report, name, lambda *args: '')
+            patch.setattr(figures, name, lambda *args: '')
         result, rows, printed = segmented(out, range(6))
     return SimpleNamespace(out=out, result=result, rows=rows, printed=printed)
 
