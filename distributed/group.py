@@ -24,6 +24,7 @@ from utils import UserError
 
 MEETING_TIME = 120.0         # seconds that processes may start apart, if --timeout is shorter
 NAME_TIME = 30.0             # seconds in which a name server may come to know the host of process 0
+CLIENT_TIME = 30.0           # seconds in which a store that was just reached lets a process in
 PAUSE = 0.1                  # seconds between two looks at what is awaited
 PULSE = 5.0                  # seconds between two heartbeats, at most
 NO_LIMIT = timedelta(days=365)
@@ -138,9 +139,12 @@ def connect(here: Environment, most: float) -> dist.Store:
     while True:                             # TCPStore would wait as well, but its failure is pages of text
         try:
             socket.create_connection((here.address, here.port), timeout=10).close()
-            return dist.TCPStore(here.address, here.port, is_master=False, wait_for_workers=False,
-                                 timeout=limit)
-        except OSError as error:
+            # Process 0 may be killed at this moment, and TCPStore tries for much longer than its timeout.
+            store = dist.TCPStore(here.address, here.port, is_master=False, wait_for_workers=False,
+                                  timeout=timedelta(seconds=min(most, CLIENT_TIME)))
+            store.set_timeout(limit)
+            return store
+        except (OSError, dist.DistError) as error:
             if time.monotonic() - since > (NAME_TIME if isinstance(error, socket.gaierror) else most):
                 raise
             time.sleep(PAUSE)

@@ -81,6 +81,17 @@ def test_the_store_waits_no_longer_than_processes_do():
     assert [store.timeout for store in stores] == [timedelta(seconds=7)] * 2
 
 
+def test_a_server_that_is_killed_while_others_connect_is_not_waited_for_longer(monkeypatch):
+    """It takes the first connection, which looks whether it is there, and then it is gone."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        ThreadPoolExecutor(1).submit(lambda: (server.accept()[0].close(), server.close()))
+        monkeypatch.setattr(group, 'CLIENT_TIME', 0.5)
+        since = time.monotonic()
+        with pytest.raises(OSError):
+            group.connect(Environment(1, 2, 1, 2, '127.0.0.1', server.getsockname()[1]), 4.0)
+    assert time.monotonic() - since < 7
+
+
 # ------------------------------------------------------------------------------------------- real processes
 
 def work(name):
