@@ -146,8 +146,10 @@ def export(run: Evaluation) -> None:
     score = scores[names.index(choose_primary(config.primary_score, normal.primary_score, names))]
     if not draws_nothing(model, normal, score):
         others = [one.name for one in scores if draws_nothing(model, normal, one)]
+        advice = f"Name one that has none with --primary_score: {', '.join(others)}." if others else \
+            "Repeat --eval_mode anomaly with a score that has none, such as reconstruction."
         raise UserError(f"score {score.name} averages over random draws, which an exported program cannot "
-                        f"repeat. Name one that has none with --primary_score: {', '.join(others)}.")
+                        f"repeat. {advice}")
     mapped = choose_map(score.name, scores, model, normal.scoring)
     scorer = Scorer(model, normal, score, mapped)
     program = trace(scorer)

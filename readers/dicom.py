@@ -177,7 +177,7 @@ def stored_values(dataset: Any, frame: int) -> np.ndarray:
     from pydicom.uid import JPEG2000TransferSyntaxes, JPEGExtended12Bit, RLELossless
     try:
         decoder = get_decoder(dataset.file_meta.TransferSyntaxUID)
-    except NotImplementedError:
+    except NotImplementedError:                          # so pydicom says that it knows no such syntax
         raise Unreadable('is a DICOM file of an unknown transfer syntax') from None
     syntax = decoder.UID
     if not decoder.is_available:

@@ -92,7 +92,7 @@ class SpectralRegularizer(nn.Module):
 
     def __init__(self, convs: Sequence[nn.Conv2d]):
         super().__init__()
-        groups: dict[tuple[int, ...], list[nn.Conv2d]] = {}
+        groups: dict[tuple[int, int], list[nn.Conv2d]] = {}
         for conv in convs:
             groups.setdefault((conv.out_channels, conv.weight[0].numel()), []).append(conv)
         self._groups = list(groups.values())              # a plain list: the convolutions belong to the model
@@ -109,6 +109,7 @@ class SpectralRegularizer(nn.Module):
             size = members[0].weight.numel()
             most = max(1, IN_CACHE // size) if u.device.type == 'cpu' else len(members)
             start = 0
+            # The kernel too, as it is part of the order of v.
             for _, alike in groupby(members, lambda conv: (is_normed(conv), conv.kernel_size)):
                 alike = list(alike)
                 for first in range(0, len(alike), most):
