@@ -17,7 +17,7 @@ block() { echo "{\"block\": \"ResBlockConv2d\", \"out_channels\": 24, \"kernel_s
     --config_deterministic "[[$(block 5 2), $(block 3 1)], [$(block 3 2), $(block 3 1)], [$(block 3 1), $(block 3 1)]]" \
     --config_stochastic '[{"block": "GaussianConv2d", "latent_features": 8}, {"block": "GaussianDense", "latent_features": 16},
         {"block": "GaussianDense", "latent_features": 8}]' \
-    --batch_size 128 --epochs 3 --optimizer adam --learning_rate 1e-3 --learning_rate_min 1e-4 --warmup_epochs 0 \
+    --batch_size 128 --epochs 6 --optimizer adam --learning_rate 1e-3 --learning_rate_min 1e-4 --warmup_epochs 0 \
     --weight_decay 0 --free_nats 2 --free_nats_portion 0.4 --kl_anneal_portion 0.2 \
     --val_fraction 0.05 --keep_best --val_every 1 --val_iw_samples 1 --image_every 0 --cont_training "$@"
 
