@@ -2,7 +2,6 @@
 graph.
 """
 
-import math
 import statistics
 import time
 import warnings
@@ -73,7 +72,8 @@ class Optimization:
         finite = bool(torch.isfinite(norm))
         self.step += 1
         if finite:
-            nn.utils.clip_grads_with_norm_(weights, self.config.grad_clip or math.inf, norm)
+            if self.config.grad_clip:
+                nn.utils.clip_grads_with_norm_(weights, self.config.grad_clip, norm)
             self.optimizer.step()
             copy_all(self.good_buffers, self.buffers)
             self._update_average()
