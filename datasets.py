@@ -308,7 +308,8 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     if split and not config.normal_classes:
         config = replace(config, normal_classes=tuple(split['normal_classes']))
     source = (read_packed if is_packed(config.data) else row.read)(config, row)
-    report = list(source.notes) + left_out(source.bad, len(source.entries), config.skip_corrupt)
+    kind = 'subject' if row.dims == 3 else 'file'
+    report = list(source.notes) + left_out(source.bad, len(source.entries), config.skip_corrupt, kind)
     are_records = isinstance(source.entries, Records)
     if split and are_records != ('records' in split):
         raise UserError(f"{config.data} is kept in another form than the data that the run's split.json "

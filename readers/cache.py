@@ -72,9 +72,9 @@ def is_cache(folder: str) -> bool:
 
 
 def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
-                 load: Callable[[Path, dict], T]) -> T:
+                 load: Callable[[Path, dict], T | None]) -> T:
     """`load(folder, fields)` of a cache folder: its .npy files were written by `make(folder)`, which returned
-    the JSON `fields`, now or in an earlier run.
+    the JSON `fields`, now or in an earlier run. Where `load` gives None, it is made anew.
     """
     digest = _sha256(json.dumps([CACHE_VERSION, key]))[:32]
     home = cache_folder(cache_dir)
@@ -92,6 +92,9 @@ def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
                 (temporary / INDEX).write_text(f'{_sha256(index)}\n{index}')
                 os.rename(temporary, final)
             except OSError as error:
+                if error.filename and not str(error.filename).startswith(str(home)):
+                    raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its "
+                                    f"permissions.") from None
                 if _load(final, load) is None:     # else another process, without locks here, was first
                     raise UserError(f"cannot write the cache folder {home} ({error.strerror or error}): "
                                     f"make room there or name another with --cache_dir.") from None
@@ -110,7 +113,7 @@ def check_room(folder: Path, num_bytes: int) -> None:
         raise OSError(errno.ENOSPC, f'{num_bytes / 2 ** 20:,.0f} MiB do not fit')
 
 
-def _load(folder: Path, load: Callable[[Path, dict], T]) -> T | None:
+def _load(folder: Path, load: Callable[[Path, dict], T | None]) -> T | None:
     """What is kept in `folder`; None if there is nothing, or if a file of it was changed."""
     try:
         digest, _, index = (folder / INDEX).read_text().partition('\n')

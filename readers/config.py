@@ -107,8 +107,12 @@ class TableConfig:
                                     'image; none given = one column names it')
     images: str = flag('', "folder of the images that the table names; '' = that of the table")
 
-    def check_columns(self) -> None:
-        """Raises UserError for --columns that say nothing."""
+    def check_table(self, is_table: bool) -> None:
+        """Raises UserError for flags that say nothing, as all do where --data is no table."""
+        for one in fields(TableConfig):
+            if not is_table and getattr(self, one.name):
+                raise UserError(f"--{one.name}: it says how to read a table, and --data is none: leave it "
+                                f"out.")
         for pair in self.tables:
             if '=' in pair and pair.split('=')[0] not in ('train', 'val', 'test'):
                 raise UserError(f"--tables {pair}: expected FILE, or PART=FILE with train, val or test.")

@@ -43,6 +43,11 @@ def is_dicom(data: bytes) -> bool:
     return data[MAGIC_START:MAGIC_START + len(MAGIC)] == MAGIC or data[:2] in BARE
 
 
+def is_directory(path: str | Path) -> bool:
+    """Whether a file is the DICOMDIR of a medium, which lists its files and is no image."""
+    return Path(path).name.upper() == 'DICOMDIR'
+
+
 def decode_dicom(data: bytes, frame: int | None = None) -> np.ndarray:
     """Frame 0, 1, ... in the bytes of a DICOM file, None = the only one: (H, W, C) float32 in [0, 1], C = 1
     gray or 3 RGB, of 16 bits. Raises Unreadable.
@@ -78,7 +83,6 @@ def without_words() -> Iterator[None]:
 
 def open_dataset(data: bytes, more: Sequence[str] = ()) -> Any:
     """The ELEMENTS, and `more`, of the bytes of a DICOM file, as a pydicom Dataset. Raises Unreadable."""
-    check_deflated(data)
     dataset = read_dataset(io.BytesIO(data), [*ELEMENTS, *more])
     if not any(name in dataset for name in PIXELS):
         raise Unreadable('is a DICOM file without pixel data')
@@ -93,8 +97,6 @@ def check_deflated(data: bytes) -> None:
     """
     from pydicom.filebase import DicomBytesIO
     from pydicom.filereader import _read_file_meta_info, read_preamble
-    if DEFLATED not in data[:MOST_META]:
-        return
     file = DicomBytesIO(data)
     read_preamble(file, force=True)
     _read_file_meta_info(file)
@@ -105,9 +107,18 @@ def check_deflated(data: bytes) -> None:
 
 
 def read_dataset(file: Any, elements: list[str], **options: Any) -> Any:
-    """These elements of a DICOM file as a pydicom Dataset with a transfer syntax."""
+    """These elements of a DICOM file, open or a path, as a pydicom Dataset with a transfer syntax. Raises
+    Unreadable.
+    """
     import pydicom
     from pydicom.config import IGNORE, settings
+    if isinstance(file, str | Path):
+        with open(file, 'rb') as opened:
+            return read_dataset(opened, elements, **options)
+    start = file.read(MOST_META)
+    if DEFLATED in start:
+        check_deflated(start + file.read())
+    file.seek(0)
     settings.reading_validation_mode = IGNORE            # its warnings would print what the file holds
     dataset = pydicom.dcmread(file, force=True, specific_tags=elements, **options)
     if not dataset.file_meta.get('TransferSyntaxUID'):

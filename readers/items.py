@@ -7,6 +7,7 @@ in readers/parts.py), so that every check on pixels holds for both. N images, C 
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ from readers.parallel import attempt
 from readers.paths import printable
 from readers.source import CLASSES_SHOWN, DTYPES, Array, Entry, Source, is_among
 from readers.split import noted
+from storage.limits import most_bytes
 from utils import UserError
 
+DECODERS = ('gdcm', 'jpeg_ls', 'libjpeg', 'openjpeg', 'pylibjpeg')      # of pydicom: modules
 LEARNED = ('train', 'val')           # parts from which a model learns: their anomalous images are left out
 
 
@@ -106,12 +109,21 @@ def import_items(config: ReaderConfig, row: DataSet, key: dict[str, Any],
             listing.close()
         entries = [astuple(e) for e in made.pop('entries') if e.class_name in normal + anomalous]
         return {**made, 'entries': entries, 'bad': listing.bad, 'notes': listing.notes,
-                'normal_classes': normal, 'anomalous_classes': anomalous, 'flags': listing.flags}
+                'normal_classes': normal, 'anomalous_classes': anomalous, 'flags': listing.flags,
+                'able': able()}
 
     return cached_files(config.cache_dir, key, make, _source)
 
 
-def _source(folder: Path, fields: dict[str, Any]) -> Source:
+def able() -> list:
+    """What decides which files can be read, besides the files: --max_gb and the decoders that are there."""
+    return [most_bytes(), *(name for name in DECODERS if find_spec(name))]
+
+
+def _source(folder: Path, fields: dict[str, Any]) -> Source | None:
+    """What is in a cache folder; None if some files could not be read then and perhaps can be now."""
+    if fields.pop('able') != able() and fields['bad']:
+        return None
     masks = folder / 'masks.npy'
     return Source(entries=[Entry(*values) for values in fields.pop('entries')],
                   pixels=Array(folder / 'pixels.npy'), masks=Array(masks) if masks.exists() else None,

@@ -44,7 +44,7 @@ from utils import UserError, flag, flags, read_flags, run_program
 MOST_ROWS, MOST_BYTES = 512, 32 << 20            # in a transaction: what a kill can lose
 DATA_FLAGS = ('dataset', 'data', 'image_size', 'channels', 'num_x_bits', 'fit', 'frames',
               'normal_classes', 'patient_pattern', 'patient_metadata', 'columns', 'class_columns', 'images',
-              'skip_corrupt', 'num_phantoms', 'phantom_confound', 'cache_dir',
+              'tables', 'skip_corrupt', 'num_phantoms', 'phantom_confound', 'cache_dir',
               *(f.name for f in fields(VolumeConfig) if f.name != 'augment'))
 PIXEL_FLAGS = ('channels', 'num_x_bits', 'fit', 'frames')  # do nothing to files that are stored as they are
 

@@ -15,7 +15,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # to be run from any folder
 
 from command_line.parser import parse_flags
-from datasets import DataConfig, load_data
+from datasets import DATASETS, DataConfig, load_data
+from readers.cache import is_cache
+from readers.config import phantom_place
 from readers.split import count, read_split, split_digest
 from storage.checkpoint import copies, fingerprint, not_finite, read_one
 from storage.provenance import data_digest, starts, versions
@@ -37,16 +39,23 @@ class Failed(Exception):
 def checks(config: VerifyConfig) -> Iterator[tuple[str, Callable[[], str]]]:
     """Name of each check, and what makes it: it returns what was found, or raises Failed or UserError."""
     folder = Path(config.run)
-    for path in [*copies(folder / 'checkpoint.pt'), *copies(folder / 'best.pt')]:
+    newest = folder / 'checkpoint.pt'
+    for path in dict.fromkeys([newest, *copies(newest), *copies(folder / 'best.pt')]):
         yield path.name, lambda path=path: checkpoint(path)
     yield 'metrics.jsonl', lambda: metrics(folder / 'metrics.jsonl')
     for name in ('args.json', 'run.json', 'thresholds.json'):
         if (folder / name).exists() or name == 'args.json':
-            yield name, lambda name=name: f'{len(read_json(folder / name))} entries'
+            yield name, lambda name=name: f'{len(entries(folder / name))} entries'
     yield 'split.json', lambda: split(folder)
     yield 'thresholds', lambda: thresholds(folder)
     yield 'data', lambda: data(folder, config.thorough)
     yield 'versions', lambda: other_versions(folder)
+
+
+def entries(path: Path) -> dict[str, Any]:
+    if not isinstance(found := read_json(path), dict):
+        raise Failed(f'holds a {type(found).__name__}, not the entries of a run')
+    return found
 
 
 def checkpoint(path: Path) -> str:
@@ -81,14 +90,20 @@ def thresholds(folder: Path) -> str:
     if not path.exists():
         return 'none yet'
     from model import load_model
-    same = fingerprint(load_model(folder)) == read_json(path).get('weights')
+    same = fingerprint(load_model(folder)) == entries(path).get('weights')
     return 'of these weights' if same else 'of other weights: training went on, or they are of best.pt'
 
 
 def data(folder: Path, thorough: bool) -> str:
-    args, found = read_json(folder / 'args.json'), read_split(folder / 'split.json')
+    args, found = entries(folder / 'args.json'), read_split(folder / 'split.json')
+    if found is None:
+        raise Failed('cannot be compared without split.json')
     with tempfile.TemporaryDirectory() as cache:
-        config = read_flags(DataConfig, args | ({'cache_dir': cache} if thorough else {}))
+        if thorough or not is_cache(args.get('cache_dir', '')):         # a run may come from anybody
+            args['cache_dir'] = cache if thorough else ''
+        config = read_flags(DataConfig, args)
+        if DATASETS[config.dataset].phantoms and not phantom_place(config.data, config.dataset).is_dir():
+            raise Failed('the phantoms of this run are not there')
         loaded = load_data(config, found)                      # raises UserError for lost and changed files
         images = sum(len(part) for part in (loaded.train, loaded.val, loaded.test))
     last = starts(folder)[-1:]

@@ -8,6 +8,7 @@ DEFAULT_GB = 3.0
 VARIABLE = 'MEDICAL_ANOMALY_MAX_GB'      # the environment reaches all processes that this one starts
 FREE_PART = 6          # that part of the limit any file may claim; above, its size must make it believable:
 MOST_RATIO = 3000      # bytes of memory for each of its own, as 30 a pixel for 100 pixels in a byte
+PIECE = 1 << 14        # bytes that are unpacked at once: of each member zlib copies what follows it
 MOST_UNPACKED, FREE_UNPACKED = 100, 16 << 20     # times its size, and bytes in any case: of packed data whose
                                                  # headers claim nothing
 
@@ -38,14 +39,18 @@ def unpack(data: bytes, most: float = 0, wbits: int = zlib.MAX_WBITS + 32) -> by
     what is usual for their size. Raises ValueError for more, and zlib.error or EOFError if they are damaged.
     """
     most = most or min(most_bytes(), max(FREE_UNPACKED, MOST_UNPACKED * len(data)))
-    parts, room, rest = [], int(most) + 1, data
-    while rest and (room == int(most) + 1 or rest.strip(b'\0')):         # gzip allows zeros at the end
+    parts, room, place, view = [], int(most) + 1, 0, memoryview(data)
+    while place < len(data) and (place == 0 or view[place] or data[place:].strip(b'\0')):   # zeros may end it
         member = zlib.decompressobj(wbits)
-        parts.append(member.decompress(rest, room))
-        room -= len(parts[-1])
-        if room <= 0:
-            raise ValueError(f'it unpacks to more than {most:,.0f} bytes')
-        if not member.eof:
-            raise EOFError('its packed data are cut off')
-        rest = member.unused_data if wbits > 0 else b''          # without a header there is one member
+        while not member.eof:
+            piece = view[place:place + PIECE]
+            if not piece:
+                raise EOFError('its packed data are cut off')
+            parts.append(member.decompress(piece, room))
+            place += len(piece) - len(member.unused_data)
+            room -= len(parts[-1])
+            if room <= 0:
+                raise ValueError(f'it unpacks to more than {most:,.0f} bytes')
+        if wbits < 0:                                            # without a header there is one member
+            break
     return b''.join(parts)

@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT)]
 import numpy as np
 import scipy.io
 import torch
+from PIL import Image
 
 import train
 from families.autoencoder.config import AEConfig
@@ -144,6 +145,13 @@ def tiff(path):
     return partial(decode, b'II*\0' + struct.pack('<IH', 8, len(tags)) + entries + bytes(490 - len(entries)))
 
 
+def tiff_page(path):
+    """A first page of 2 x 2 pixels, a second of 9,000 x 9,000."""
+    pages = [Image.new('L', (side, side)) for side in (2, 9_000)]
+    pages[0].save(path, 'TIFF', save_all=True, append_images=pages[1:], compression='tiff_adobe_deflate')
+    return partial(decode, path.read_bytes(), 1)
+
+
 def png(path):
     """300 KB of 10,000 x 10,000 colors."""
     def chunk(name, data):
@@ -168,7 +176,7 @@ def laughs(path):
 
 
 BOMBS = (nifti, nifti_beyond_its_header, idx, dicom, mat, mat_beyond_its_header, npz, checkpoint, description,
-         tiff, png, deep, laughs)
+         tiff, tiff_page, png, deep, laughs)
 
 
 class Refusal(NamedTuple):

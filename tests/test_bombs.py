@@ -2,11 +2,22 @@
 
 import gzip
 import os
+import struct
+import time
+import zlib
 
+import bombs
 import pytest
 from bombs import BOMBS, packed, refusal
+from PIL import Image
+from test_datasets import as_bytes
+from test_dicom import as_bytes as dicom_bytes
+from test_dicom import made
 
 from audit.headers import read_file_header
+from readers.dicom import count_frames
+from readers.images.decode import ImageLoader
+from readers.images.files import places
 from readers.lmdb.file import is_lmdb
 from readers.published import arrays
 from readers.source import Unreadable
@@ -45,6 +56,31 @@ def test_packed_data_are_unpacked_up_to_the_limit():
     for cut in (whole[:20], whole[:40]):
         with pytest.raises(EOFError):
             limits.unpack(cut)
+    began = time.process_time()
+    assert limits.unpack(gzip.compress(b'') * 50_000) == b'' and time.process_time() - began < 5, "not N^2"
+
+
+def test_no_more_frames_are_counted_than_a_file_can_hold(tmp_path):
+    count = b'acTL' + struct.pack('>2I', 10 ** 9, 0)
+    picture = as_bytes(Image.new('L', (4, 4)))
+    (tmp_path / 'a.png').write_bytes(
+        picture[:33] + struct.pack('>I', 8) + count + struct.pack('>I', zlib.crc32(count)) + picture[33:])
+    slices = made([[1, 2]])
+    slices.NumberOfFrames = 10 ** 9
+    (tmp_path / 'a.dcm').write_bytes(dicom_bytes(slices))
+    for name in ('a.png', 'a.dcm'):
+        (_, place), = places(str(tmp_path / name), 'each')
+        with pytest.raises(Unreadable, match=r'cannot be decoded|damaged or cut off'):
+            ImageLoader(4, 1, 8, frames='each').load(place)
+
+
+def test_frames_of_a_deflated_bomb_are_not_counted(tmp_path):
+    data = bombs.dicom(None).args[0]
+
+    def count(path):
+        path.write_bytes(data)
+        return lambda: count_frames(path)
+    assert refusal(count, tmp_path / 'a')[0] == '' and refusal(count, tmp_path / 'a').seconds < 1
 
 
 @pytest.mark.parametrize('read', [
@@ -54,6 +90,7 @@ def test_a_pipe_is_never_waited_for(read, tmp_path):
     os.mkfifo(tmp_path / 'pipe')
     if read is is_lmdb:
         assert not is_lmdb(tmp_path / 'pipe')
+        assert [*places(str(tmp_path / 'pipe'), 'each')] == [('', str(tmp_path / 'pipe'))]
         return
     with pytest.raises((UserError, Unreadable), match='a device or a pipe'):
         read(tmp_path / 'pipe')

@@ -135,3 +135,10 @@ def test_a_run_is_verified_and_what_is_damaged_is_named(train_flags, tmp_path, p
     failed = [line for line in done.stdout.splitlines() if line.startswith('FAILED')]
     assert done.returncode == 1 and [line.split()[1] for line in failed] == [
         'checkpoint.pt', 'metrics.jsonl', 'split.json'], done.stdout + done.stderr
+    path.unlink()
+    (folder / 'split.json').unlink()
+    (folder / 'run.json').write_text('5')
+    done = program('scripts/verify_run.py', folder, check=False)
+    failed = [line for line in done.stdout.splitlines() if line.startswith('FAILED')]
+    assert done.returncode == 1 and [line.split()[1] for line in failed] == [
+        'checkpoint.pt', 'metrics.jsonl', 'run.json', 'split.json', 'data'], done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 import io
 import os
+import time
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -15,7 +16,8 @@ from PIL import Image
 
 from datasets import DataConfig, load_data
 from readers.images.decode import ImageLoader, decode_mask
-from readers.images.masks import is_mask_folder, masks_beside
+from readers.images.masks import Placed, is_mask_folder, masks_beside, with_masks
+from readers.items import Item
 from utils import UserError
 
 HALF = SIDE * SIDE // 2
@@ -148,6 +150,14 @@ def test_masks_that_mark_nothing_or_the_background_are_said(tmp_path):
     assert said(data, '1 image with a mask that marks all four corners (is its background 0?): sick/1.png')
 
 
+def test_masks_of_many_images_of_one_name_are_found_at_once():
+    images, masks = ([Placed(Item(name, 'sick', path=name), ('sick', f'p{i}'), 'scan')
+                      for i in range(4000) for name in [f'sick/p{i}/{of}scan.png']] for of in ('', 'masks/'))
+    began = time.process_time()
+    items, lost = with_masks(images, masks, lambda name: False)
+    assert not lost and items[7].masks == ('sick/p7/masks/scan.png',) and time.process_time() - began < 5
+
+
 def test_what_counts_as_a_mask_by_its_name():
     assert all(map(is_mask_folder, ('masks', 'Mask', 'ground_truth', 'Ground Truth', 'annotation', 'labels')))
     assert not any(map(is_mask_folder, ('masked', 'images', 'normal', 'gtx', 'segments of lung')))
@@ -184,6 +194,8 @@ def test_predictions_pass_over_masks_too(tmp_path):
                                     'ground_truth/{}.png': 2})
     found = ImageLoader(SIDE, 1, 8).find(root)
     assert list(found.files) == ['a0.png', 'a1.png']
+    (root / 'DICOMDIR').write_bytes(bytes(128) + b'DICM')
+    assert list(ImageLoader(SIDE, 1, 8).find(root).files) == list(found.files), "it lists a medium"
     assert {kind: sorted(names) for kind, names in found.passed_over.items()} == {
         'masks and folders of masks': ['a0_lesion.png', 'a0_mask.png', 'ground_truth/0.png',
                                        'ground_truth/1.png']}

@@ -15,6 +15,7 @@ from test_layouts import HALF, counts, mask_pixels, read, said
 
 from datasets import DataConfig, load_data
 from scripts.create_lmdb import FolderConfig, pack, plan
+from storage.limits import VARIABLE
 from utils import UserError, read_json
 
 
@@ -196,11 +197,17 @@ def test_a_label_of_0_makes_an_image_normal(listed):
     (['path,class,part', 'all/0.png,good,fold 3'], {}, "row 1: the part 'fold 3' is none of train"),
     (['path,label', 'all/0.png,maybe'], {}, "row 1: the label 'maybe' is none of 0"),
     (['path,class,mask', 'all/0.png,good,no.png'], {}, "there is no mask 'no.png'"),
+    (['path,class,mask,x,y,width,height', 'all/0.png,good,no.png,1,2,3,4'], {}, "there is no mask 'no.png'"),
+    (['path,class,label', 'all/0.png,good,1'], {}, "label '1' says anomalous, the class 'good' is normal"),
+    (['path,class', 'all/0.png,good', 'b/0.png,crack'], {}, r'1 row of images that are not below .*b/0\.png'),
+    (['path,class', 'a/0.png,good', 'b/0.png,crack'], {'images': 'all'}, "'b/0.png' and .* would both be"),
+    (['path,kind', 'all/0.png,good'], {'data': './table.csv'}, 'has no column of a class'),
     (['path,class,part', 'all/0.png,good,train', 'all/0.png,good,test'], {}, 'rows of different parts'),
     (['path,class,x,y,width,height', 'all/0.png,good,1,2,3,'], {}, "width, height are '1', '2', '3', ''"),
     (['path,class', 'all/0.png,good'], {'tables': ('fold=a.csv',)}, 'with train, val or test'),
 ])
-def test_a_mistake_in_a_table_is_one_clear_line(listed, lines, flags, words):
+def test_a_mistake_in_a_table_is_one_clear_line(listed, lines, flags, words, monkeypatch):
+    monkeypatch.chdir(listed[0])
     with pytest.raises(UserError, match=words) as error:
         read(write(listed[0] / 'table.csv', *lines), **flags)
     assert '\n' not in str(error.value)
@@ -226,8 +233,11 @@ def test_tables_of_the_parts(listed):
     assert not mask_pixels(data), "a width and a height without a place are no box"
 
 
-def test_flags_of_tables_do_nothing_for_folders(tmp_path):
+def test_flags_of_tables_do_nothing_for_folders_and_arrays(tmp_path):
     root = tree(tmp_path / 'data', {'normal/{}.png': 8, 'sick/{}.png': 2})
+    np.savez(tmp_path / 'a.npz', train_images=np.zeros((9, 8, 8), np.uint8), train_labels=np.zeros(9, int))
+    with pytest.raises(UserError, match='--columns: it says how to read a table'):
+        read(tmp_path / 'a.npz', normal_classes=('0',), columns=('path=file',))
     with pytest.raises(UserError, match='--images: it says how to read a table'):
         read(root, images=str(root))
 
@@ -277,6 +287,26 @@ def test_a_file_replaced_with_the_same_size_and_time_is_noticed(tmp_path):
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     with pytest.raises(UserError, match=r'1 file changed since the run.*normal/0\.bmp'):
         load_data(data.config, data.split)
+
+
+def test_patients_that_a_table_changes_are_noticed(listed):
+    root, rows = listed
+    for patients in (range(30), [0] * 4 + [*range(1, 27)]):
+        table = write(root / 'table.csv', 'path,class,patient',
+                      *(f"{row['path']},{row['class']},p{patient}" for row, patient in zip(rows, patients)))
+        data = read(table)
+        assert {e.patient for e in data.test.entries} <= {f'p{patient}' for patient in patients}
+    assert len({part for file, part in ((f['patient'], f['part']) for f in data.split['files'])
+                if file == 'p0'}) == 1
+
+
+def test_a_file_that_can_be_read_now_is_no_longer_left_out(tmp_path, monkeypatch):
+    root = tree(tmp_path / 'data', {'normal/{}.png': 8, 'sick/{}.png': 2})
+    monkeypatch.setenv(VARIABLE, '0.000001')
+    with pytest.raises(UserError, match=r'10 files of 10 cannot be used: .*Raise --max_gb'):
+        read(root)
+    monkeypatch.setenv(VARIABLE, '1')
+    assert len(read(root).split['files']) == 10
 
 
 def test_cache_and_split_say_what_they_were_made_of(tmp_path):

@@ -1,5 +1,7 @@
 """What a file of a stranger cannot do: run code, touch memory, write where it says, fool a spreadsheet."""
 
+import errno
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -159,3 +161,10 @@ def test_a_cell_that_looks_like_a_formula_is_text(tmp_path):
     cells = ['=1+1', '+cmd', '-x', '@a', '-1.5', '-inf', '+2', -3, 'plain', '']
     write_csv(tmp_path / 'a.csv', ['id'] * len(cells), [cells])
     assert (tmp_path / 'a.csv').read_text().splitlines()[1] == "'=1+1,'+cmd,'-x,'@a,-1.5,-inf,+2,-3,plain,"
+
+
+def test_a_file_that_cannot_be_read_is_not_called_the_cache(tmp_path):
+    def denied(folder):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), '/data/set.tar')
+    with pytest.raises(UserError, match=r'^/data/set.tar cannot be read .Permission denied'):
+        cached_files(str(tmp_path / 'cache'), {}, denied, lambda folder, fields: folder)

@@ -37,6 +37,7 @@ Image.MAX_IMAGE_PIXELS = None                       # check_pixels takes its pla
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)               # ITU-R BT.601
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 TIFF_COMPRESSION, TIFF_JPEG = 259, 7
+TIFF_STARTS, PNG_PICTURES = (b'II', b'MM'), b'acTL'
 LOSSY = 0.25                                        # of the largest value of a JPEG mask: less is background
 
 
@@ -78,6 +79,7 @@ def _decoded(data: bytes, read: Callable[[Image.Image, dict[int, object]], np.nd
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         if frame and getattr(image, 'n_frames', 1) > 1:
             image.seek(frame)
+            check_pixels(image.width * image.height, len(data))              # pages differ in size
         tags = dict(getattr(image, 'tag_v2', {}))
         if image.format == 'JPEG':
             tags[TIFF_COMPRESSION] = TIFF_JPEG
@@ -235,6 +237,11 @@ def png_bytes(values: np.ndarray, optimize: bool = True) -> int:
     return file.tell()
 
 
+def has_pages(data: bytes) -> bool:
+    """Whether the bytes of a file are those of several pages or pictures; most files are told at once."""
+    return (data.startswith(TIFF_STARTS) or PNG_PICTURES in data) and num_pages(io.BytesIO(data)) > 1
+
+
 @dataclass(frozen=True)
 class ImageLoader:
     """What is done to every image file, whether of a run's data set or new: S x S pixels of `depth` 8 or 16
@@ -287,15 +294,15 @@ class ImageLoader:
         data = file_content(path)
         image = decode(data, frame)                                                      # (H, W, C)
         mask = load_masks(masks, image.shape, frame)
-        loaded = self.finish(image, mask, hashlib.sha256(data).hexdigest(), len(data))
-        first = frame is None and num_pages(io.BytesIO(data)) > 1
-        return loaded._replace(repairs=(*loaded.repairs, FIRST_PAGE)) if first else loaded
+        notes = [FIRST_PAGE] * (frame is None and has_pages(data))
+        return self.finish(image, mask, hashlib.sha256(data).hexdigest(), len(data), notes)
 
-    def finish(self, image: np.ndarray, mask: np.ndarray | None, sha256: str, num_bytes: int) -> Loaded:
+    def finish(self, image: np.ndarray, mask: np.ndarray | None, sha256: str, num_bytes: int,
+               notes: Sequence[str] = ()) -> Loaded:
         """An image (H, W, C) in [0, 1] and its mask (H, W, 1) bool."""
         pixels = to_size(to_channels(image, self.channels), self.size, self.fit)           # (C, S, S)
         pixels = to_integers(pixels, self.depth)
-        notes = [*range_notes(image, pixels)]
+        notes = [*range_notes(image, pixels), *notes]
         if mask is not None:
             corners = mask[[0, 0, -1, -1], [0, -1, 0, -1]].all()
             shares = to_size(mask.astype(np.float32), self.size, self.fit)

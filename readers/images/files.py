@@ -2,13 +2,14 @@
 pictures of animated PNG.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
-from readers.dicom import MAGIC, MAGIC_START, count_frames, is_dicom
+from readers.dicom import MAGIC, MAGIC_START, count_frames, is_dicom, is_directory
 from readers.images.masks import OVERLAY, are_of_masks, masks_beside
 from readers.paths import FOREIGN, MASKS, Passed, files_below, first_bytes, pass_over
 
@@ -20,7 +21,7 @@ OVERLAYS = 'pictures laid over images'
 def is_image_file(path: str) -> bool:
     """Whether a file is looked at: by its suffix, or because it is DICOM, whose names often have none."""
     return path.lower().endswith(SUFFIXES) or (
-        os.path.basename(path).upper() != 'DICOMDIR' and (first_bytes(path) or b'')[MAGIC_START:] == MAGIC)
+        not is_directory(path) and (first_bytes(path) or b'')[MAGIC_START:] == MAGIC)
 
 
 def may_be_image(path: str) -> bool:
@@ -28,7 +29,8 @@ def may_be_image(path: str) -> bool:
     image, begins like one, or cannot be opened.
     """
     start = None if path.lower().endswith(SUFFIXES) else first_bytes(path)
-    return start is None or start.startswith(SIGNATURES) or is_dicom(start)
+    return start is None or start.startswith(SIGNATURES) or (
+        is_dicom(start) and not is_directory(path))
 
 
 def image_files(root: Any, passed: Passed, below: str = '', wanted: Callable[[str], bool] = is_image_file,
@@ -68,15 +70,12 @@ def num_pages(file: BinaryIO) -> int:
 def places(path: str, frames: str) -> Iterator[tuple[str, str | Frame]]:
     """What is to be loaded of a file, as --frames says: what is added to its id, and the file or a Frame."""
     number = 1
-    if frames != 'refuse':
-        try:
-            with open(path, 'rb') as file:
-                number = max(num_pages(file), count_frames(path))
-        except OSError:              # loading it will say so
-            pass
+    if frames != 'refuse' and os.path.isfile(path):              # else loading it will say what it is
+        with contextlib.suppress(OSError), open(path, 'rb') as file:
+            number = max(num_pages(file), count_frames(path))
     if number == 1:
         yield '', path
-    elif frames == 'middle':
+    elif frames == 'middle' or number > os.path.getsize(path):   # of so many not even the middle one is there
         yield '', Frame(path, number // 2)
     else:
         yield from ((f'#{k + 1}', Frame(path, k)) for k in range(number))

@@ -36,7 +36,8 @@ def read_images(config: ReaderConfig, row: DataSet, root: Path, items: Sequence[
     loader = loader or ImageLoader.of(config, row)
     items = [framed for item in items for framed in with_frames(item, loader)]
     key = {'images': str(root), **vars(loader),
-           'files': [[item.id, item.class_name, item.part, *item.masks, item.stamp] for item in items]}
+           'files': [[item.id, item.class_name, item.part, item.patient, item.masks, item.stamp]
+                     for item in items]}
     source = import_items(config, row, key, lambda: Listing(str(root), items, loader.shape,
                                                             near_duplicates=near_duplicates))
     return replace(source, notes=notes + source.notes)
@@ -72,12 +73,10 @@ def find_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], li
 
     Raises UserError if there is no folder, no normal class or a class folder without images.
     """
-    config.check_columns()
-    if row.tables and is_table(config.data):
+    from_table = row.tables and is_table(config.data)
+    config.check_table(from_table)
+    if from_table:
         return table_items(config, row)
-    if given := [name for name in ('columns', 'class_columns', 'images', 'tables') if getattr(config, name)]:
-        raise UserError(f"--{given[0]}: it says how to read a table, and --data {config.data} is none: "
-                        f"leave it out.")
     root = find_class_root(row.folder(config, row), config.normal_classes or row.normal, row.where)
     found = Layout(root, config.normal_classes or row.normal, config.anomalous_classes)
     found.read()

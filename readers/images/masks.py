@@ -129,25 +129,30 @@ def with_masks(images: Sequence[Placed], masks: Sequence[Placed],
     """
     if not masks:
         return [image.item for image in images], []
-    by_name, by_rest = defaultdict(list), defaultdict(list)
+    by_name, by_rest = defaultdict(list), defaultdict(list)          # and by the last folder
     for image in images:
-        by_name[fold(image.stem)].append(image)
-        rest = CHANNEL.sub('', image.stem).lstrip(' _.-')
-        by_rest[fold(rest)].append(image)                                # x_flair.png has the mask x_seg.png
+        rest = CHANNEL.sub('', image.stem).lstrip(' _.-')            # x_flair.png has the mask x_seg.png
+        for last in (_last(image.steps), ''):
+            by_name[last, fold(image.stem)].append(image)
+            by_rest[last, fold(rest)].append(image)
     found, lost = defaultdict(list), []
     for mask in masks:
-        names = [fold(key) for key in keys(mask.stem)]
+        names = [(_last(mask.steps), fold(key)) for key in keys(mask.stem)]
         places = [by_name.get(name, ()) for name in names] + [by_rest.get(name, ()) for name in names[1:]]
         owner = next((owner for images in places if (owner := _owner(mask, images, is_normal))), None)
         if mask.steps and not owner:                     # one of several in a folder of the image's name
             inside = mask._replace(steps=mask.steps[:-1], stem=mask.steps[-1])
-            owner = _owner(inside, by_name.get(fold(inside.stem), ()), is_normal)
+            owner = _owner(inside, by_name.get((_last(inside.steps), fold(inside.stem)), ()), is_normal)
         if owner:
             found[owner.item.id].append(mask.item.path)
         else:
             lost.append(mask.item.id)
     return [replace(item, masks=tuple(found[item.id])) if item.id in found else item
             for item, *_ in images], lost
+
+
+def _last(steps: Sequence[str]) -> str:
+    return plain_name(steps[-1]) if steps else ''
 
 
 def _owner(mask: Placed, images: Iterable[Placed], is_normal: Callable[[str], bool]) -> Placed | None:

@@ -87,8 +87,8 @@ def by_image(tables: Mapping[Path, str], config: ReaderConfig, normal: Sequence[
         for number, values in enumerate(read_rows(table, config), 1):
             where = f'{table}, row {number}'
             class_name, path = class_of(values, normal, where), files.find(values['path'])
-            mask = files.find(values['mask']) or box_of(values, where)
-            if not (values['path'] and (class_name or mask)):
+            mask = files.find(values['mask']) if values['mask'] else box_of(values, where)
+            if not (values['path'] and (class_name or values['mask'] or mask)):
                 empty.append(f'row {number} of {table.name}')
             elif not path:
                 lost.append(values['path'])
@@ -134,12 +134,15 @@ def box_of(values: Row, where: str) -> Box | None:
 
 def class_of(values: Row, normal: Sequence[str], where: str) -> str:
     """The class of a row, '' if it has none: the first of several, as in 'Mass|Nodule'; the normal one where
-    the label is 0. Raises UserError for an odd label.
+    the label is 0. Raises UserError for an odd label, and for one that contradicts the class.
     """
     class_name = values['class'].split('|')[0].strip()
     if not values['label']:
         return class_name
     label = known(LABELS, values['label'].removesuffix('.0'), 'label', where)
+    if label and is_among(class_name, normal):
+        raise UserError(f"{where}: the label {values['label']!r} says anomalous, the class {class_name!r} is "
+                        f"normal: correct one of them, or name another column with --columns.")
     return (class_name or ANOMALOUS) if label else normal[0]
 
 
@@ -162,7 +165,7 @@ def read_table(table: Path) -> tuple[list[Mapping[str, Any]], list[str]]:
             first = text.partition('\n')[0]
             delimiter = max(',;\t', key=first.count)
             rows = list(csv_rows(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter)))
-    except (ValueError, csv.Error) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"the table {table} cannot be read ({' '.join(str(error).split())}).") from None
     return rows, list(dict.fromkeys(name for row in rows for name in row if name))
 
@@ -214,7 +217,7 @@ def json_rows(found: Any) -> Iterator[dict[str, Any]]:
 def columns(config: ReaderConfig, names: Sequence[str], table: Path) -> dict[str, str]:
     """The column of the table that holds each of COLUMNS, '' if none does. Raises UserError."""
     wanted = dict(pair.split('=', 1) for pair in config.columns)
-    first = str(table) == config.data                    # further tables may have fewer columns
+    first = table == Path(config.data)                   # further tables may have fewer columns
     for name in (*wanted.values(), *config.class_columns):
         if name not in names and first:
             raise UserError(f"--data: {table} has no column {name!r}: found {', '.join(names) or 'none'}.")
@@ -241,21 +244,27 @@ def is_one(value: Any) -> bool:
 class Files:
     """The files below some folders, found by what a table calls them."""
     roots: Sequence[Path]
-    used: set[str] = field(default_factory=set)
+    used: dict[str, str] = field(default_factory=dict)       # file -> the folders that a table gave it
     passed: Passed = field(default_factory=dict)             # below the first one
     tables: dict[Path, dict[str, list[str]]] = field(default_factory=dict)
 
     def find(self, name: str) -> str:
         """The file of a path, with its suffix or without, perhaps below more folders than there are here, or
-        of a file name; '' if there is none, or if several have the name.
+        of a mere file name; '' if there is none, or if several have the name. Raises UserError for a file
+        that has been found in other folders before, as patient1/scan.png and patient2/scan.png.
         """
         if not (steps := PurePosixPath(name.replace('\\', '/')).parts):
             return ''
-        keys = [fold('/'.join(steps[k:])) for k in range(len(steps))] + [f'*{fold(steps[-1])}']
+        keys = [fold('/'.join(steps[k:])) for k in range(len(steps))]
+        keys += [f'*{keys[0]}'] if len(steps) == 1 else []
+        above = keys[0].rpartition('/')[0]
         for root in self.roots:
             for key in keys:
                 if len(found := self.table(root).get(key, ())) == 1:
-                    self.used.add(found[0])
+                    before = self.used.setdefault(found[0], above)
+                    if not (above.endswith(before) or before.endswith(above)):
+                        raise UserError(f"--data: {name!r} and a file of this name in {before!r} would both "
+                                        f"be {found[0]}: name the folder that holds both with --images.")
                     return found[0]
         return ''
 
@@ -277,7 +286,7 @@ class Files:
     def unused(self) -> list[str]:
         """Images below the first root that were never asked for."""
         paths = {path for found in self.table(self.roots[0]).values() for path in found}
-        return sorted(self.id_of(path) for path in paths - self.used if path.lower().endswith(SUFFIXES))
+        return sorted(self.id_of(path) for path in paths - {*self.used} if path.lower().endswith(SUFFIXES))
 
 
 # ----------------------------------------------------------------------------------------------------- arrays
@@ -291,6 +300,7 @@ def read_array_file(config: ReaderConfig, row: DataSet) -> Source:
     without any.
     """
     path = Path(config.data)
+    config.check_table(False)
 
     def parts() -> Iterator[tuple[str, np.ndarray, list[str]]]:
         arrays = read_npz(path)

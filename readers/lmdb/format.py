@@ -63,7 +63,7 @@ def unseal(key: bytes, sealed: bytes | None, fields: dict[str, type]) -> dict[st
         raise Damaged(key, 'does not have its CRC-32')
     try:
         value = json.loads(sealed[9:])
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Damaged(key, 'is not JSON') from None
     expect(value, fields, key)
     return value

@@ -16,7 +16,7 @@ from typing import Any
 
 from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig, volume_flags
-from readers.images.decode import ImageLoader, load_mask
+from readers.images.decode import FIRST_PAGE, ImageLoader, has_pages, load_mask
 from readers.items import Item, Listing, Loaded, import_items
 from readers.lmdb import child as lmdb_child
 from readers.lmdb.file import Closing, is_lmdb
@@ -152,7 +152,8 @@ class Packed(Closing):
         image = values_of(data, info)
         mask = None if drawn is None else load_mask(lambda: marked_by(drawn, facts), facts['name'],
                                                     image.shape)
-        return loader.finish(image, mask, original['sha256'], original['num_bytes'])
+        notes = [FIRST_PAGE] * (info['encoding'] == 'file' and has_pages(data))
+        return loader.finish(image, mask, original['sha256'], original['num_bytes'], notes)
 
     def examine(self, number: int) -> tuple[dict[str, Any] | None, list[tuple[bytes, str]]]:
         """The facts of an image, None if they are lost; (key, what) of all that is wrong with its records."""
@@ -196,6 +197,7 @@ def read_packed(config: ReaderConfig, row: DataSet) -> Source:
     """The images of the chosen classes, as (N, C, S, S) with the border of the row; or the volumes, as
     (N, C, *S). Raises UserError for volumes that were prepared by other flags than those that are given.
     """
+    config.check_table(False)
     path = config.data
     file = os.path.join(path, 'data.mdb') if os.path.isdir(path) else path
     loader, usual = None if row.dims == 3 else ImageLoader.of(config, row), stored_flags(ReaderConfig())

@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from readers.dicom import count_frames, is_dicom, open_dataset, stored_values, take_groups, without_words
+from readers.dicom import (
+    count_frames,
+    is_dicom,
+    is_directory,
+    open_dataset,
+    stored_values,
+    take_groups,
+    without_words,
+)
 from readers.dicom_display import is_padding, rescaled
 from readers.paths import first_bytes
 from readers.source import Unreadable
@@ -33,7 +41,7 @@ def members(path: str | Path) -> list[str]:
 
 
 def starts_as_dicom(path: Path) -> bool:
-    return path.name.upper() != 'DICOMDIR' and is_dicom(first_bytes(path) or b'')
+    return not is_directory(path) and is_dicom(first_bytes(path) or b'')
 
 
 def series_in(root: Path, names: Iterable[str]) -> tuple[list[str], set[str]]:
