@@ -35,7 +35,7 @@ from readers.images.tables import is_arrays
 from readers.items import Item
 from readers.lmdb.file import LmdbWriter, is_lmdb
 from readers.lmdb.format import FORMAT, META, VERSION, Record, array_record, file_record, key_of, seal
-from readers.lmdb.packed import GuardedLmdb, Packed, is_packed, read_meta, stored_flags
+from readers.lmdb.packed import Packed, Sealed, is_packed, read_meta, stored_flags
 from readers.parallel import in_order
 from readers.source import CLASSES_SHOWN, Unreadable
 from readers.split import count, left_out, some, with_patients
@@ -245,7 +245,7 @@ def start(job: Job, out: Path) -> tuple[dict[str, Any], Any]:
         return meta, digest
     if not out.is_file() or not is_lmdb(out):
         raise UserError(f"--out {out} is there and is no LMDB file: choose another name.")
-    with GuardedLmdb(out) as records:
+    with Sealed(out) as records:
         try:
             if len(records) == 0:                     # stopped before its first record
                 return meta, digest

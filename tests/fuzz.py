@@ -44,8 +44,7 @@ from model import describe, open_model, restore
 from readers.dicom import decode_dicom
 from readers.images.archive import unpacked
 from readers.images.decode import decode
-from readers.lmdb.file import make_lmdb
-from readers.lmdb.packed import GuardedLmdb
+from readers.lmdb.file import Lmdb, make_lmdb
 from readers.published import arrays
 from readers.source import Unreadable
 from readers.split import read_split
@@ -214,7 +213,7 @@ def archive_files(folder: Path) -> dict[str, Target]:
         pages = Path(place, 'a.lmdb', 'data.mdb').read_bytes()
 
     def records(path: Path) -> None:
-        with GuardedLmdb(path) as records:
+        with Lmdb(path) as records:
             for i in range(20):
                 records.get(b'%d' % i)
     return {'tar': Target([plain, gzip.compress(plain)], lambda path: unpacked(path, str(folder / 'cache'))),

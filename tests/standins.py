@@ -65,6 +65,18 @@ def write_indexed(path: Path, values: Iterable[bytes]) -> Path:
     return write_lmdb(path, ((str(i).encode(), value) for i, value in enumerate(values)))
 
 
+def lead_astray(lmdb: bytes) -> bytes:
+    """An LMDB every node of whose branch pages points to a page far behind the end of the file."""
+    data = bytearray(lmdb)
+    branches = [p for p in range(0, len(data), 4096) if struct.unpack_from('<H', data, p + 10)[0] == 1]
+    assert branches
+    for page in branches:
+        for i in range((struct.unpack_from('<H', data, page + 12)[0] - 16) // 2):
+            node = page + struct.unpack_from('<H', data, page + 16 + 2 * i)[0]
+            struct.pack_into('<H', data, node, 0x3ff0)                    # the low 16 bits of the page number
+    return bytes(data)
+
+
 # ---------------------------------------------------------------------------------------- in class folders
 
 def class_folders(normal: str, anomalous: str, masks: bool = False) -> Callable[[Path, int, int], Path]:

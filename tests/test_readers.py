@@ -1,6 +1,7 @@
 """The published data sets, each a few images large in its own layout (tests/standins.py)."""
 
 import itertools
+import multiprocessing
 import pickle
 import shutil
 from dataclasses import replace
@@ -18,6 +19,7 @@ from standins import (
     cifar10,
     encoded,
     image,
+    lead_astray,
     make_standin,
     write_indexed,
     write_lmdb,
@@ -30,6 +32,7 @@ from readers.lmdb.file import Lmdb
 from readers.published import arrays
 from readers.published.arrays import prepare
 from readers.published.records import Decoding, LazyImages, LmdbStore, Records
+from readers.source import Unreadable
 from readers.split import split_records
 from utils import UserError, read_json, write_json
 
@@ -301,6 +304,33 @@ def test_a_file_that_is_cut_off_is_an_error_and_not_the_end_of_the_process(confi
         with file.open('r+b') as f:
             f.truncate(file.stat().st_size // 2)
         fails(config(name), 'is cut off: it has')
+
+
+def test_a_damaged_page_is_an_error_and_not_the_end_of_the_program(config):
+    file = Path(config('lsun_church_64').data, 'church_outdoor_train_lmdb', 'data.mdb')
+    file.write_bytes(lead_astray(file.read_bytes()))
+    fails(config('lsun_church_64'), r'church_outdoor_train_lmdb cannot be read \(')
+
+
+def test_processes_that_fork_read_on_and_all_keys_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr('readers.lmdb.file.KEYS', 7)
+    write_indexed(tmp_path / 'x.lmdb', [b'%d' % i for i in range(40)])
+    with Lmdb(tmp_path / 'x.lmdb') as records:
+        assert records.get(b'3') == b'3'
+        fork = multiprocessing.get_context('fork')
+        heard, forked = fork.SimpleQueue(), []
+        for i in range(2):                                      # they inherit what the parent has opened
+            forked.append(fork.Process(target=lambda i=i: heard.put([records.get(b'%d' % i)] * 2)))
+            forked[-1].start()
+            assert records.get(b'4') == b'4'
+        assert sorted(heard.get() for _ in forked) == [[b'0'] * 2, [b'1'] * 2]
+        assert pickle.loads(pickle.dumps(records)).get(b'5') == b'5'
+        assert records.get(b'4') == b'4' and records.get(b'x') is None and len(records) == 40
+        assert list(records.keys()) == sorted(b'%d' % i for i in range(40))
+        records._child.kill()                                   # as liblmdb does where a page is damaged
+        with pytest.raises(Unreadable, match='it ends the process that reads'):
+            records.get(b'3')
+        assert records.get(b'3') == b'3'
 
 
 def test_a_gap_or_a_record_of_another_kind_is_found_at_the_start(config, tmp_path):

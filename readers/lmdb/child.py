@@ -1,11 +1,13 @@
 """Reads an LMDB for another process, so that a damaged file ends this process and not that one.
 
 LMDB keeps no checksums of its pages: liblmdb follows a damaged page number out of the file and is killed.
-`python child.py PATH` answers each key, one a line on stdin, with a pickle on stdout: the value, None if it
-is not there, or as text why it cannot be read. An empty line asks for the number of entries. It imports lmdb
-and little else: it has to start in no time.
+`python child.py PATH` answers each request with a pickle on stdout, or with a text that says why it cannot.
+Requests are pickles on stdin: ('get', key) for the value, None if it is not there; ('length',) for the number
+of entries; ('keys', key, n) for n keys from this one on. It imports lmdb and little else: it has to start in
+no time.
 """
 
+import itertools
 import os
 import pickle
 import signal
@@ -14,29 +16,42 @@ import sys
 import lmdb
 
 
-def answer(environment: lmdb.Environment, key: bytes, most: int) -> bytes | str | None:
-    """The value of a key; `most` bytes are in the whole file."""
-    with environment.begin(buffers=True) as transaction:
-        if not key:
-            return str(transaction.stat()['entries']).encode()
-        value = transaction.get(key)
-        if value is None:
-            return None
-        return bytes(value) if len(value) <= most else f'it claims {len(value)} bytes'
+class Reader:
+    def __init__(self, path: str):
+        folder = os.path.isdir(path)
+        self.most = os.path.getsize(os.path.join(path, 'data.mdb') if folder else path)
+        self.environment = lmdb.open(path, subdir=folder, readonly=True, lock=False, readahead=False)
+
+    def get(self, key: bytes) -> bytes | str | None:
+        with self.environment.begin(buffers=True) as transaction:
+            value = transaction.get(key)
+            if value is not None and len(value) > self.most:
+                return f'it claims {len(value)} bytes'
+            return None if value is None else bytes(value)
+
+    def length(self) -> int:
+        return self.environment.stat()['entries']
+
+    def keys(self, first: bytes, number: int) -> list[bytes]:
+        with self.environment.begin() as transaction, transaction.cursor() as cursor:
+            found = cursor.set_range(first) if first else cursor.first()
+            return list(itertools.islice(cursor.iternext(keys=True, values=False), number)) if found else []
 
 
 def main(path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C is the parent's affair
-    folder, environment = os.path.isdir(path), None
-    most = os.path.getsize(os.path.join(path, 'data.mdb') if folder else path)
-    for line in sys.stdin.buffer:
+    reader = None
+    while True:
         try:
-            environment = environment or lmdb.open(path, subdir=folder, readonly=True, lock=False,
-                                                   readahead=False)
-            value = answer(environment, line.rstrip(b'\n'), most)
+            name, *arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            reader = reader or Reader(path)
+            answer = getattr(reader, name)(*arguments)
         except lmdb.Error as error:
-            value = str(error)
-        pickle.dump(value, sys.stdout.buffer)
+            answer = str(error)
+        pickle.dump(answer, sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
 

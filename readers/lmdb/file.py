@@ -1,36 +1,32 @@
-"""LMDB files: read with one open environment a process, written in transactions that make room as they go.
+"""LMDB files: read by a process of their own, written in transactions that make room as they go.
 
 A path is the folder that holds data.mdb, or the file itself.
 """
 
 import itertools
 import os
+import pickle
 import struct
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import lmdb
 from tqdm import tqdm
 
+from readers.lmdb import child
+from readers.source import Unreadable
 from utils import UserError
 
 PAGE_SIZE_AT, LAST_PAGE_AT = 40, 136     # bytes into an LMDB, and into each of its first two pages
 BLOCK = 256                             # records in a transaction of make_lmdb: what a kill can lose
 FIRST_MAP = 64 << 20                    # bytes; doubled whenever a transaction does not fit
-_open: dict[str, lmdb.Environment] = {}      # by real path: LMDB forbids opening a file twice in one process
-
-
-def _close_all() -> None:
-    for environment in _open.values():
-        environment.close()
-    _open.clear()
-
-
-# A child made by fork must not use what its parent opened: it lets go of that and opens its own.
-if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_close_all)
+MOST_ENDS = 20                          # reading processes that a file may end before the rest is given up
+KEYS = 10_000                           # that are listed at once
 
 
 def is_lmdb(path: str | Path) -> bool:
@@ -65,51 +61,88 @@ def check_whole(path: str | Path) -> None:
         raise UserError(f"{path} is cut off: it has {found:,} of {expected:,} bytes. Copy or make it anew.")
 
 
-class Lmdb:
-    """A read-only LMDB. It opens at first use in each process, so it pickles, forks and spawns freely."""
-
-    def __init__(self, path: str | Path):
-        """Raises UserError if there is no LMDB at `path`, or if it is cut off."""
-        self.path = str(path)
-        if not is_lmdb(path):
-            raise UserError(f"{path} is not an LMDB: expected a folder with data.mdb, or such a file.")
-        check_whole(path)
-
-    def _begin(self) -> lmdb.Transaction:
-        real = os.path.realpath(self.path)
-        try:
-            if real not in _open:
-                _open[real] = lmdb.open(real, subdir=os.path.isdir(real), readonly=True, lock=False,
-                                        readahead=False, meminit=False)
-            return _open[real].begin()
-        except lmdb.Error as error:
-            raise UserError(f"{self.path} cannot be opened ({error}): it is damaged or still being written. "
-                            f"Make it anew.") from None
-
-    def __len__(self) -> int:
-        with self._begin() as transaction:
-            return transaction.stat()['entries']
-
-    def get(self, key: bytes) -> bytes | None:
-        """The value of a key; None if it is not there. Raises UserError if the file is damaged."""
-        try:
-            with self._begin() as transaction:
-                return transaction.get(key)
-        except lmdb.Error as error:
-            raise UserError(f"{self.path}: record {key!r} cannot be read ({error}): the file is damaged.") \
-                from None
-
-    def keys(self) -> Iterator[bytes]:
-        """All keys, in their order; values are not read."""
-        with self._begin() as transaction, transaction.cursor() as cursor:
-            yield from cursor.iternext(keys=True, values=False)
-
-
 class Closing(AbstractContextManager):
     """Closed at the end of a `with` block."""
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Lmdb(Closing):
+    """The values of an LMDB, fetched by a child process: a damaged file may end that. For any threads.
+
+    The child starts at first use in each process, so this pickles, forks and spawns freely.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        self._start()
+
+    def _start(self) -> None:
+        self._child, self._ends, self._lock, self._process = None, 0, threading.Lock(), os.getpid()
+
+    def __getstate__(self) -> dict[str, str]:
+        return {'path': self.path}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__init__(**state)
+
+    def _ask(self, *request: Any) -> Any:
+        """The child's answer. Raises Unreadable if the file is damaged there."""
+        if self._process != os.getpid():                # after a fork the child is that of the other process
+            self._start()
+        with self._lock:
+            if self._ends == MOST_ENDS:
+                raise Unreadable(f'was not tried: {MOST_ENDS} others ended the process that reads')
+            self._child = self._child or subprocess.Popen(
+                [sys.executable, '-P', child.__file__, self.path], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            try:
+                pickle.dump(request, self._child.stdin)
+                self._child.stdin.flush()
+                answer = pickle.load(self._child.stdout)
+            except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+                self._ends += 1
+                self._end()
+                answer = 'it ends the process that reads'
+        if isinstance(answer, str):
+            raise Unreadable(f'cannot be read ({answer})')
+        return answer
+
+    def __len__(self) -> int:
+        return self._ask('length')
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key; None if it is not there. Raises Unreadable if the file is damaged there."""
+        return self._ask('get', key)
+
+    def keys(self) -> Iterator[bytes]:
+        """All keys, in their order. Raises Unreadable."""
+        first = b''
+        while found := self._ask('keys', first, KEYS):
+            yield from found
+            first = found[-1] + b'\0'                   # the next that there can be
+
+    def close(self) -> None:
+        if self._process == os.getpid():
+            self._end()
+
+    __del__ = close
+
+    def _end(self) -> None:
+        if self._child:
+            self._child.kill()
+            self._child.communicate()              # takes it off the table of processes, closes the pipes
+            self._child = None
+
+
+@contextmanager
+def refused(path: str | Path) -> Iterator[None]:
+    """A damaged LMDB is the user's to repair: raises UserError for Unreadable."""
+    try:
+        yield
+    except Unreadable as error:
+        raise UserError(f"{path} {error}: it is damaged or still being written. Make it anew.") from None
 
 
 class LmdbWriter(Closing):
@@ -169,7 +202,8 @@ def make_lmdb(path: str | Path, values: Callable[[int], Iterator[bytes]], total:
         if not is_lmdb(path):
             raise UserError(f"{path} is there and is not an LMDB: remove it or choose another place.")
         print(f'{path} is there already: nothing to do (remove it to make it anew)')
-        return len(Lmdb(path))
+        with refused(path), Lmdb(path) as records:
+            return len(records)
     with LmdbWriter(growing) as writer:
         done = writer.environment.stat()['entries']
         if done and next(values(done - 1), None) != writer.get(str(done - 1).encode()):

@@ -7,10 +7,6 @@ from its LMDB. Volumes are stored as they were prepared, on the model's grid.
 
 import hashlib
 import os
-import pickle
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,7 @@ from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig, volume_flags
 from readers.images.decode import FIRST_PAGE, ImageLoader, has_pages, load_mask
 from readers.items import Item, Listing, Loaded, import_items
-from readers.lmdb import child as lmdb_child
-from readers.lmdb.file import Closing, is_lmdb
+from readers.lmdb.file import Closing, Lmdb, is_lmdb
 from readers.lmdb.format import (
     FACTS,
     FORMAT,
@@ -43,50 +38,20 @@ from readers.volumes.nifti import Grid
 from utils import UserError
 
 PARTS = ('', 'train', 'val', 'test')
-MOST_ENDS = 20                 # reading processes that a damaged file may end before the rest is given up
 FREE_FLAGS = ('augment', 'key_files')      # of volumes: they do not say what is stored, or say it by a path
 
 
-class GuardedLmdb(Closing):
-    """The values of an LMDB, fetched by a child process: a damaged file may end that. For any threads."""
-
-    def __init__(self, path: str | Path):
-        self.path, self._child, self._ends, self._lock = str(path), None, 0, threading.Lock()
+class Sealed(Lmdb):
+    """An LMDB whose damaged records are named."""
 
     def get(self, key: bytes) -> bytes | None:
-        """The value of a key; None if it is not there. Raises Unreadable if the file is damaged there."""
-        with self._lock:
-            if self._ends == MOST_ENDS:
-                raise Damaged(key, f'was not tried: {MOST_ENDS} others ended the process that reads')
-            value = self._ask(key)
-        if isinstance(value, str):
-            raise Damaged(key, f'cannot be read ({value})')
-        return value
-
-    def _ask(self, key: bytes) -> bytes | str | None:
-        self._child = self._child or subprocess.Popen(
-            [sys.executable, '-P', lmdb_child.__file__, self.path],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
-            self._child.stdin.write(key + b'\n')
-            self._child.stdin.flush()
-            return pickle.load(self._child.stdout)
-        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
-            self._ends += 1
-            self.close()
-            return 'it ends the process that reads'
-
-    def __len__(self) -> int:
-        return int(self.get(b''))
-
-    def close(self) -> None:
-        if self._child:
-            self._child.kill()
-            self._child.communicate()              # takes it off the table of processes, closes the pipes
-            self._child = None
+            return super().get(key)
+        except Unreadable as error:
+            raise Damaged(key, str(error)) from None
 
 
-def read_meta(records: GuardedLmdb) -> dict[str, Any]:
+def read_meta(records: Sealed) -> dict[str, Any]:
     """The facts of a whole LMDB, finished or not. Raises UserError."""
     try:
         meta = unseal(META, records.get(META), FACTS)
@@ -105,7 +70,7 @@ class Packed(Closing):
         """Raises UserError if there is none, if its making was interrupted or if it is damaged."""
         if not is_lmdb(path):
             raise UserError(f"{path} is not an LMDB, or its first page is damaged: {REMEDY}.")
-        self.path, self.records = str(path), GuardedLmdb(path)
+        self.path, self.records = str(path), Sealed(path)
         try:
             self.meta = read_meta(self.records)
             if not self.meta['complete']:
@@ -181,7 +146,7 @@ def is_packed(path: str | Path) -> bool:
     """Whether there is a packed LMDB at `path`, be it damaged or unfinished."""
     if not path or not is_lmdb(path):
         return False
-    with GuardedLmdb(path) as records:
+    with Sealed(path) as records:
         try:
             meta = records.get(META)
             # One damaged byte leaves one of these true.

@@ -16,7 +16,7 @@ import numpy as np
 
 from readers.cache import cached_files, stamp
 from readers.config import DataSet, ReaderConfig
-from readers.lmdb.file import Lmdb, is_lmdb, unfinished
+from readers.lmdb.file import Lmdb, check_whole, is_lmdb, refused, unfinished
 from readers.paths import find_root
 from readers.published.records import Decoding, FileStore, LazyImages, LmdbStore, Records, Store
 from readers.source import Array, Source
@@ -75,6 +75,7 @@ def _stores(config: ReaderConfig, row: DataSet, layout: Layout) -> list[Store]:
             raise UserError(f"{path} {state}. {row.where}")
         if not is_lmdb(path):
             raise UserError(f"{path} is not an LMDB: expected a folder with data.mdb. {row.where}")
+        check_whole(path)
         stores.append(LmdbStore(part, path, _keys(path, config.cache_dir) if layout.listed else None))
     return stores
 
@@ -84,9 +85,9 @@ def _keys(path: Path, cache_dir: str) -> Array:
     key = {'keys': str(path.resolve()), 'stamp': stamp(path / 'data.mdb' if path.is_dir() else path)}
 
     def make(target: Path) -> dict:
-        lmdb = Lmdb(path)
-        longest = max(map(len, lmdb.keys()), default=1)
-        np.save(target / 'keys.npy', np.fromiter(lmdb.keys(), f'S{longest}', len(lmdb)))
+        with refused(path), Lmdb(path) as records:
+            longest = max(map(len, records.keys()), default=1)
+            np.save(target / 'keys.npy', np.fromiter(records.keys(), f'S{longest}', len(records)))
         return {}
 
     return cached_files(cache_dir, key, make, lambda folder, _: Array(folder / 'keys.npy'))

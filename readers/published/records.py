@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from readers.lmdb.file import Lmdb
+from readers.lmdb.file import Lmdb, refused
 from readers.paths import file_content
 from readers.source import Array, Entry, Unreadable, check_pixels
 from utils import UserError
@@ -52,16 +52,18 @@ class LmdbStore(Store):
     def __init__(self, part: str, path: str | Path, keys: Array | None = None):
         """Raises UserError if the file is damaged, as far as can be told without reading it all."""
         self.lmdb = Lmdb(path)
-        super().__init__(part, path, len(self.lmdb), keys)
-        if not self.count:
-            raise UserError(f"{path} is an LMDB without records. Make it anew.")
-        for index in (0, self.count - 1):
-            if self.lmdb.get(self.key(index)) is None:
-                raise UserError(f"{path} has {self.count:,} records but none with the key "
-                                f"{self.name(index)!r}: expected 0 to {self.count - 1}. Make it anew.")
+        with refused(path):
+            super().__init__(part, path, len(self.lmdb), keys)
+            if not self.count:
+                raise UserError(f"{path} is an LMDB without records. Make it anew.")
+            for index in (0, self.count - 1):
+                if self.lmdb.get(self.key(index)) is None:
+                    raise UserError(f"{path} has {self.count:,} records but none with the key "
+                                    f"{self.name(index)!r}: expected 0 to {self.count - 1}. Make it anew.")
 
     def read(self, index: int) -> bytes:
-        value = self.lmdb.get(self.key(index))
+        with refused(f'{self.path}: record {self.name(index)!r}'):
+            value = self.lmdb.get(self.key(index))
         if value is None:
             raise UserError(f"{self.path}: record {self.name(index)!r} is missing. Make the file anew.")
         return value
