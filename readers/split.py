@@ -253,13 +253,13 @@ def _patient_column(text: str) -> Callable[[str], str]:
     if text.count(':') < 2:
         raise UserError(f"--patient_metadata {text!r}: expected FILE:FILE_NAME_COLUMN:PATIENT_COLUMN.")
     path, name_column, patient_column = text.rsplit(':', 2)
-    from readers.images.tables import read_table
+    from readers.images.tables import cell, read_table
     rows, found = read_table(Path(path))
     for column in (name_column, patient_column):
         if column not in found:
             raise UserError(f"--patient_metadata: {path} has no column {column!r}: found "
                             f"{', '.join(found) or 'none'}.")
-    patients = {str(row.get(name_column)): str(row.get(patient_column) or '') for row in rows}
+    patients = {str(row.get(name_column)): cell(row.get(patient_column)) for row in rows}
 
     def patient(name: str) -> str:
         file = name.rsplit('/', 1)[-1]

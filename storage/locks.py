@@ -70,11 +70,12 @@ def _take(path: Path) -> tuple[int, str]:
         except (ImportError, OSError):
             return descriptor, ''
         status = os.fstat(descriptor)
-        if path.exists() and path.stat().st_ino == status.st_ino:        # else its holder has just removed it
-            if status.st_nlink == 1:
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode())
-            return descriptor, ''
+        with contextlib.suppress(FileNotFoundError):                    # its holder has just removed it
+            if path.stat().st_ino == status.st_ino:
+                if status.st_nlink == 1:
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+                return descriptor, ''
         os.close(descriptor)
 
 

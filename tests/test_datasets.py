@@ -269,7 +269,8 @@ def test_normal_images_of_an_ill_patient_are_in_test():
 @pytest.mark.parametrize('how', ['pattern', 'metadata'])
 def test_patients_from_file_names_and_from_a_table(config, tmp_path, how):
     table = tmp_path / 'patients.csv'
-    table.write_text('image,person\n' + ''.join(f'p{i // 2}_{i},p{i // 2}\n' for i in range(20)))
+    table.write_text('image,person\n' + ''.join(f'p{i // 2}_{i},p{i // 2}\n' for i in range(20))
+                     + ''.join(f'ill{i},NA\n' for i in range(5)))
     flags = {'pattern': {'patient_pattern': r'^(p\d+)_'},
              'metadata': {'patient_metadata': f'{table}:image:person'}}
     data = load_data(replace(config, **flags[how]))

@@ -26,6 +26,7 @@ from standins import lead_astray, make_standin
 import scripts.create_lmdb as program_file
 from datasets import DATASETS, DataConfig, load_data
 from readers.batches import train_batches
+from readers.images.decode import FIRST_PAGE
 from readers.lmdb.format import seal
 from readers.lmdb.packed import Packed, Sealed, is_packed
 from readers.source import Unreadable
@@ -406,3 +407,13 @@ def test_the_program_from_any_folder(folder, tmp_path):
     path.write_bytes(data.replace(b'"class":"flu"', b'"class":"fly"'))
     done = run('--verify', path)
     assert done.returncode == 1 and 'record info/00000000 does not have its CRC-32' in done.stdout
+
+
+def test_a_file_of_several_pages_is_said(tmp_path):
+    for i in range(8):
+        save(tmp_path / 'data' / 'normal' / f'{i}.png', noise(i))
+    pages = [Image.fromarray(noise(i)) for i in range(2)]
+    pages[0].save(tmp_path / 'data' / 'normal' / 'a.tif', save_all=True, append_images=pages[1:])
+    save(tmp_path / 'data' / 'ill' / '0.png', noise(9))
+    report = load(make(tmp_path / 'data', tmp_path / 'a.lmdb'), tmp_path).report
+    assert any(FIRST_PAGE in line and 'normal/a.tif' in line for line in report)

@@ -233,6 +233,18 @@ def test_tables_of_the_parts(listed):
     assert not mask_pixels(data), "a width and a height without a place are no box"
 
 
+def test_each_table_names_the_images_beside_it_first(tmp_path):
+    rows = {}
+    for place, (part, name) in enumerate((('a', 'normal'), ('b', 'sick'))):
+        tree(tmp_path / 'data' / part, {'imgs/{}.png': 9})
+        rows[part] = write(tmp_path / 'data' / part / 'table.csv', 'path,class',
+                           *(f'imgs/{i + 3 * place}.png,{name}' for i in range(6)))
+    data = read(rows['a'], tables=(f"test={rows['b']}",))
+    own = {e.id: Path(e.path).relative_to(tmp_path / 'data').parts[0]
+           for part in (data.train, data.val, data.test) for e in part.entries}
+    assert own == {f'imgs/{i}.png': 'a' for i in range(6)} | {f'b/imgs/{i}.png': 'b' for i in range(3, 9)}
+
+
 def test_flags_of_tables_do_nothing_for_folders_and_arrays(tmp_path):
     root = tree(tmp_path / 'data', {'normal/{}.png': 8, 'sick/{}.png': 2})
     np.savez(tmp_path / 'a.npz', train_images=np.zeros((9, 8, 8), np.uint8), train_labels=np.zeros(9, int))

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from readers.config import DataSet, ReaderConfig
 from readers.dicom import decode_dicom, is_dicom
-from readers.images.files import Frame, image_files, may_be_image, num_pages, places
+from readers.images.files import Frame, image_files, may_be_image, places
 from readers.images.masks import Box
 from readers.items import Loaded
 from readers.paths import FOREIGN, MASKS, Found, Passed, file_content, pass_over, printable, relative_name
@@ -77,7 +77,7 @@ def _decoded(data: bytes, read: Callable[[Image.Image, dict[int, object]], np.nd
         if image.format == 'PNG':
             image.verify()                       # checksums, and that the file goes on to its end
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if frame and getattr(image, 'n_frames', 1) > 1:
+        if frame and getattr(image, 'is_animated', False):
             image.seek(frame)
             check_pixels(image.width * image.height, len(data))              # pages differ in size
         tags = dict(getattr(image, 'tag_v2', {}))
@@ -238,8 +238,9 @@ def png_bytes(values: np.ndarray, optimize: bool = True) -> int:
 
 
 def has_pages(data: bytes) -> bool:
-    """Whether the bytes of a file are those of several pages or pictures; most files are told at once."""
-    return (data.startswith(TIFF_STARTS) or PNG_PICTURES in data) and num_pages(io.BytesIO(data)) > 1
+    """Whether the bytes of a sound file are those of several pages or pictures."""
+    return (data.startswith(TIFF_STARTS) or PNG_PICTURES in data) and \
+        getattr(Image.open(io.BytesIO(data), formats=FORMATS), 'is_animated', False)
 
 
 @dataclass(frozen=True)

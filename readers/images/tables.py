@@ -24,7 +24,7 @@ from readers.images.files import SUFFIXES
 from readers.images.layout import PART_FOLDERS
 from readers.images.masks import Box, fold
 from readers.items import Item
-from readers.paths import Passed, files_below, pass_over, passed_line
+from readers.paths import Passed, files_below, pass_over, passed_line, relative_name
 from readers.published.arrays import import_arrays
 from readers.source import Source, is_among
 from readers.split import LEFT_OUT, PARTS, count, noted
@@ -58,7 +58,8 @@ def table_items(config: ReaderConfig, row: DataSet) -> tuple[Path, list[Item], l
     table, more = Path(config.data), [pair.rpartition('=') for pair in config.tables]
     parts = {table: 'train' if any(part for part, _, _ in more) else ''}
     parts |= {Path(path): part for part, _, path in more}
-    files = Files([Path(config.images or table.parent), *dict.fromkeys(path.parent for path in parts)])
+    images = [Path(config.images)] if config.images else []
+    files = Files([*dict.fromkeys([*images, *(path.parent for path in parts)])], len(images))
     found, lost, empty = by_image(parts, config, config.normal_classes or row.normal, files)
     if (lost and not config.skip_corrupt) or not found:
         raise UserError(f"{table}: {count(len(lost), 'row')} of images that are not below {files.roots[0]}"
@@ -86,8 +87,8 @@ def by_image(tables: Mapping[Path, str], config: ReaderConfig, normal: Sequence[
     for table, part in tables.items():
         for number, values in enumerate(read_rows(table, config), 1):
             where = f'{table}, row {number}'
-            class_name, path = class_of(values, normal, where), files.find(values['path'])
-            mask = files.find(values['mask']) if values['mask'] else box_of(values, where)
+            class_name, path = class_of(values, normal, where), files.find(values['path'], table.parent)
+            mask = files.find(values['mask'], table.parent) if values['mask'] else box_of(values, where)
             if not (values['path'] and (class_name or values['mask'] or mask)):
                 empty.append(f'row {number} of {table.name}')
             elif not path:
@@ -193,7 +194,7 @@ def csv_rows(table: csv.DictReader) -> Iterator[Row]:
         yield row
 
 
-def cell(value: Any, given: Sequence[str]) -> str:
+def cell(value: Any, given: Sequence[str] = ()) -> str:
     """What a cell says: nothing, where a program wrote that a value is missing, unless it is a name that is
     `given` as one of a class.
     """
@@ -243,22 +244,24 @@ def is_one(value: Any) -> bool:
 @dataclass
 class Files:
     """The files below some folders, found by what a table calls them."""
-    roots: Sequence[Path]
+    roots: Sequence[Path]                                    # the folders of the tables among them
+    first: int = 0                                           # as many of them go before that of a table
     used: dict[str, str] = field(default_factory=dict)       # file -> the folders that a table gave it
     passed: Passed = field(default_factory=dict)             # below the first one
     tables: dict[Path, dict[str, list[str]]] = field(default_factory=dict)
 
-    def find(self, name: str) -> str:
+    def find(self, name: str, near: Path) -> str:
         """The file of a path, with its suffix or without, perhaps below more folders than there are here, or
-        of a mere file name; '' if there is none, or if several have the name. Raises UserError for a file
-        that has been found in other folders before, as patient1/scan.png and patient2/scan.png.
+        of a mere file name; of those in several folders the one beside the table, which lies in `near`; '' if
+        there is none, or if several have the name. Raises UserError for a file that has been found in other
+        folders before, as patient1/scan.png and patient2/scan.png.
         """
         if not (steps := PurePosixPath(name.replace('\\', '/')).parts):
             return ''
         keys = [fold('/'.join(steps[k:])) for k in range(len(steps))]
         keys += [f'*{keys[0]}'] if len(steps) == 1 else []
         above = keys[0].rpartition('/')[0]
-        for root in self.roots:
+        for root in dict.fromkeys((*self.roots[:self.first], near, *self.roots)):
             for key in keys:
                 if len(found := self.table(root).get(key, ())) == 1:
                     before = self.used.setdefault(found[0], above)
@@ -280,8 +283,10 @@ class Files:
         return self.tables[root]
 
     def id_of(self, path: str) -> str:
-        root = next(root for root in self.roots if Path(path).is_relative_to(root))
-        return Path(path).relative_to(root).as_posix()
+        """The name of a file below the first root, or else below the folder that holds all of them."""
+        inside = Path(path).is_relative_to(self.roots[0])
+        return relative_name(path, self.roots[0] if inside else
+                             os.path.commonpath(map(os.path.abspath, self.roots)))
 
     def unused(self) -> list[str]:
         """Images below the first root that were never asked for."""
