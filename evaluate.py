@@ -118,7 +118,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                        without=idle, elsewhere=partial(elsewhere, name, **run))
     if bool(args.checkpoint) == (name == 'compare'):
         raise UserError("give --checkpoint, the checkpoint.pt of a run, or --compare, several runs.")
-    if Path(peeked['config']).name == 'args.json' and '--save' not in argv:
+    named = any(word.partition('=')[0] == '--save' for word in argv)
+    if Path(peeked['config']).name == 'args.json' and not named:
         args.save = ''                                   # of a run's own flags, it is the name of the run
     for one in mode.flags:
         read_flags(one, args)                            # wrong combinations are told before any work

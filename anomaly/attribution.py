@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from anomaly.density import Density
 from anomaly.outputs import Outputs
+from neural_operations import LINEAR
 
 ACTIVATIONS = (nn.SiLU, nn.ELU, nn.LeakyReLU)
-LINEAR_INTERPOLATION = {2: 'bilinear', 3: 'trilinear'}
 
 
 def pull(density: Density, features: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def grad_cam(model: Any, x: Tensor, weights: Tensor, msma: dict[str, Any]) -> Te
     from captum.attr import LayerGradCam
     model = with_relus(model)
     total = sum(LayerGradCam(level, model.last_block).attribute(x) for level in levels(model, weights, msma))
-    return F.interpolate(total.relu(), x.shape[2:], mode=LINEAR_INTERPOLATION[x.ndim - 2])
+    return F.interpolate(total.relu(), x.shape[2:], mode=LINEAR[x.ndim - 2])
 
 
 def with_relus(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from anomaly.scores import ON_REQUEST, SCORES, Score, Scoring, has_capability
+from anomaly.scores import ON_REQUEST, SCORES, Score, Scoring
 from datasets import DATASETS
 from model import family_name
 from utils import UserError
@@ -28,19 +28,19 @@ def choose_scores(names: Iterable[str], model: Any) -> tuple[list[Score], list[s
             asked = row in names or score.name in names
             if not asked and ('all' not in names or row in ON_REQUEST):
                 continue
-            if has_capability(score, model):
+            if score.suits(model):
                 chosen.append(score)
             elif asked:
                 raise UserError(f"score {score.name} needs a model with {score.needs}, which "
                                 f"{type(model).__name__} does not have. Leave it out of --scores.")
             else:
                 lacking.setdefault(score.needs, []).append(score.name)
-    by_name = {score.name: score for score in chosen}
+    single = {score.name for score in chosen}
     for name, terms in sums.items():
-        if unknown := [term for term in terms if term not in by_name]:
+        if unknown := [term for term in terms if term not in single]:
             raise UserError(f"{name}: {unknown[0]!r} is not a single score of this model. Add up single "
                             f"scores, such as kl_knn+llr_2.")
-        chosen.append(sum_score(name, [by_name[term] for term in terms]))
+        chosen.append(sum_score(terms))
     return chosen, [f"left out, as this model has no {needs}: {', '.join(scores)}"
                     for needs, scores in lacking.items()]
 
@@ -79,20 +79,16 @@ def choose_primary(name: str, preset: str, computed: list[str]) -> str:
 
 
 def choose_map(primary: str, scores: Sequence[Score], model: Any, scoring: Scoring) -> Score | None:
-    """The score whose map is shown: the primary one, or where it has none for this model, the first that has.
-    """
-    def has_map(score: Score) -> bool:
-        if score.density is not None:
-            return scoring.msma_map != 'none' and hasattr(model, 'score_norm')
-        return score.map is not None and (score.needs != 'likelihood terms' or hasattr(model, 'maps'))
-    return next(filter(has_map, sorted(scores, key=lambda score: score.name != primary)), None)
+    """The score whose map is shown: the primary one, or a term of it, or else the first that has a map."""
+    first = primary.split('+')
+    mapped = [score for score in scores if score.has_map(model, scoring)]
+    return min(mapped, key=lambda score: [*first, score.name].index(score.name), default=None)
 
 
-def sum_score(name: str, scores: Sequence[Score]) -> Score:
+def sum_score(names: Sequence[str]) -> Score:
     """The score 'a+b', the sum of the z-scores of some scores over normal validation images.
 
-    No weights are fitted. Its map is that of the first that has one.
+    No weights are fitted. It has no map; its terms may have one.
     """
-    names = tuple(score.name for score in scores)
-    return Score(name, '', f"{' + '.join(names)}, each in standard deviations from its mean over normal "
-                 f"validation images", map=next((s.map for s in scores if s.map), None), terms=names)
+    return Score('+'.join(names), '', f"{' + '.join(names)}, each in standard deviations from its mean over "
+                 f"normal validation images", terms=tuple(names))

@@ -91,11 +91,14 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
     learned = training_part(data.train, settings)
     batches = torch.arange(len(learned)).split(settings.batch_size)
     baselines = [] if first else fit_baselines(torch.cat([learned.items(rows).x for rows in batches]))
-    every, scoring, judging, warnings = [*scores, *baselines], settings.scoring, settings.judging, []
-    shown = choose_map(primary, scores, model, scoring)
+    scoring, judging, warnings = settings.scoring, settings.judging, []
+    scores = [replace(one, about=one.explained(model, scoring)) for one in scores]
+    every, shown = [*scores, *baselines], choose_map(primary, scores, model, scoring)
+    mapped = sum(one.has_map(model, scoring) for one in every)
 
     def score(part: Any, title: str, scores: Sequence[Score], densities: dict[str, Any]) -> Table:
-        maps, lines = select_maps(part.entries, every, settings.maps, math.prod(data.shape[1:]), scoring.seed)
+        maps, lines = select_maps(part.entries, mapped * any(one.map for one in scores), settings.maps,
+                                  math.prod(data.shape[1:]), scoring.seed)
         warnings.extend(f'{title}: {line}' for line in lines)
         batches = part_batches(part, settings.batch_size, title, getattr(data.config, 'num_workers', 0))
         table = score_images(model, batches, scores, scoring, maps, densities)
@@ -108,8 +111,8 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
         training = score(learned, 'train', learners, {})
     normal = Normal.fit(validation, scores, primary, scoring, settings.maps, judging, training)
     if scoring.msma_map != 'none':                       # densities have maps only now that they are fitted
-        mapped = [replace(s, features=None) for s in scores if s.density and s.map]
-        late = score(data.val, 'val, maps', mapped, normal.densities).maps
+        of_densities = [replace(s, features=None) for s in scores if s.density and s.map]
+        late = score(data.val, 'val', of_densities, normal.densities).maps
         if validation.maps and late:
             late.values.update(validation.maps.values)
         validation.maps = late or validation.maps
@@ -191,15 +194,12 @@ def add_up(found: Mapping[str, Evaluated], terms: Sequence[tuple[str, str]], set
     """The tables of several runs as one, with the sum of the scores `terms`, (run, score), and its judgement.
     """
     named = lambda part: {f'{name}/{key}': value for name, one in found.items() for key, value in part(one)}
-    scores = {name: replace(score, name=name) for name, score in named(
-        lambda one: ((score.name, score) for score in one.scores)).items()}
-    names = ['/'.join(term) for term in terms]
-    total = sum_score('+'.join(names), [scores[name] for name in names])
+    total = sum_score(['/'.join(term) for term in terms])
     validation, test = (join_tables({name: getattr(one, part) for name, one in found.items()})
                         for part in ('validation', 'test'))
     normal = Normal.fit(validation, [total], total.name, settings.scoring, settings.maps, settings.judging)
     normal.pixel_thresholds = named(lambda one: one.normal.pixel_thresholds.items())
-    normal.spreads = named(lambda one: one.normal.spreads.items())
+    normal.notes = [f'{name}: {note}' for name, one in found.items() for note in one.normal.notes]
     shown = next((replace(one.shown, name=f'{name}/{one.shown.name}') for name, one in found.items()
                   if one.shown), None)
     normal.apply(test, [total])
@@ -213,19 +213,20 @@ def add_up(found: Mapping[str, Evaluated], terms: Sequence[tuple[str, str]], set
     return Evaluated(normal, validation, test, [total], judgement, shown)
 
 
-def draw_cases(runs: Sequence[Run], found: Evaluated, settings: Settings) -> list[Any]:
+def draw_cases(runs: Sequence[Run], of_runs: Mapping[str, Evaluated], found: Evaluated,
+               settings: Settings) -> list[Any]:
     """The pictures of the test images that are shown, by falling primary score, with the map that is shown
     and by the run that has it; on rank 0.
     """
-    normal, showing, shown = found.normal, settings.showing, found.shown.name if found.shown else ''
-    run = next((run for run in runs if shown.startswith(f'{run.name}/')), runs[0])
+    showing, run = settings.showing, next((run for run in runs if of_runs[run.name].shown), runs[0])
     most = showing.num_gallery if len(run.data.shape) == 3 else min(showing.num_gallery, MOST_VOLUMES)
-    places = choose_cases(found.test.values[normal.primary_score], found.test.labels, showing.num_cases, most)
+    places = choose_cases(found.test.values[found.normal.primary_score], found.test.labels,
+                          showing.num_cases, most)
     ids = [found.test.entries[place].id for place in places]
     batches = part_batches(SomeOf(run.data.test, ids), settings.batch_size, 'pictures')
     with on_device(run.model) as model:
-        cases = dict(launch.gather([(entry.id, case) for entry, case in
-                                    pictures(model, batches, found.shown, normal)]))
+        cases = dict(launch.gather([(entry.id, case) for entry, case in pictures(
+            model, batches, of_runs[run.name].shown, of_runs[run.name].normal)]))
     if not launch.is_main():
         return []
     paths = [getattr(found.test.entries[place], 'path', '') for place in places]
@@ -255,7 +256,7 @@ def detect(runs: Sequence[Run], out: str | Path, settings: Settings, log: Callab
     terms = [(run.name, name) for run, (_, own) in zip(runs, chosen) for name in own]
     found = add_up(of_runs, terms, settings) if len(runs) > 1 else of_runs['']
     scored = time.perf_counter()
-    found.test.cases = draw_cases(runs, found, settings)
+    found.test.cases = draw_cases(runs, of_runs, found, settings)
     if not launch.is_main():
         return {}
     run_folder = Path(runs[0].path) if len(runs) == 1 else out
@@ -288,7 +289,9 @@ def summarize(data: Any, found: Evaluated, settings: Settings, findings: Sequenc
         **settings.facts(),
         'baselines_fitted_on': min(len(data.train), settings.judging.max_train_images),
         **about_data(data), 'findings': list(findings), **judgement.as_json(),
-        'warnings': [*left_out, *judgement.warnings, *broken_promises(judgement, normal_parts)],
+        'warnings': [*left_out, *judgement.warnings, *broken_promises(
+            judgement, normal_parts, len(found.validation))],
+        'promised': metrics.promised(len(found.validation), settings.judging.target_fpr),
         'notes': [*left_out, *found.normal.notes], **code_and_date(),
         'verdict': [{**difference.as_json(), 'text': difference.text} for difference in verdict],
         'normal_parts': normal_parts})
@@ -304,13 +307,14 @@ def volume_preparation(data: Any) -> dict[str, Any]:
 def write(out: Path, result: dict[str, Any], found: Evaluated, settings: Settings, run_folder: Path) -> None:
     """All files of an evaluation."""
     normal, judgement, path = found.normal, found.judgement, out / 'metrics.json'
+    shown = found.shown.name if found.shown else ''
     write_scores(out / 'scores.csv', {'val': found.validation, 'test': found.test}, normal)
-    if segmented := judgement.rows[normal.primary_score].segmentation:
+    if shown and (segmented := judgement.rows[shown].segmentation):
         segmentation.write_segmentation(out / 'segmentation.csv', segmented.rows)
     write_json(path, {**(read_json(path) if path.exists() else {}), 'anomaly': result})
     page.write(out, result, judgement, found.validation, found.test, settings.showing.num_cases,
                read_history(run_folder))
-    write_cases(out / 'maps', found.test.cases, found.test.entries, found.shown.name if found.shown else '')
+    write_cases(out / 'maps', found.test.cases, found.test.entries, shown)
     for folder in {out, run_folder} if os.access(run_folder, os.W_OK) else {out}:
         normal.save(folder / 'thresholds.json')
 

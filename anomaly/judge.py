@@ -246,7 +246,7 @@ def validation_warnings(validation: Any, target_fpr: float) -> list[str]:
     few = [] if n >= least else [
         f"{n} normal validation images cannot promise a false-positive rate of {100 * target_fpr:g} %, "
         f"which needs at least {least}. The thresholds are their largest scores, which promise "
-        f"{100 / (n + 1):.1f} %."]
+        f"{100 * metrics.promised(n, target_fpr):.1f} %."]
     return few + not_finite('validation', validation)
 
 
@@ -268,18 +268,19 @@ def compare_normal(validation: Any, test: Any, number: int, seed: int) -> dict[s
             for name, values in both.items()}
 
 
-def broken_promises(judgement: Judgement, normal_parts: dict[str, dict[str, float]]) -> list[str]:
+def broken_promises(judgement: Judgement, normal_parts: dict[str, dict[str, float]],
+                    validation_images: int) -> list[str]:
     """A line where normal test images contradict the threshold of a primary score, or differ from those of
     validation in it, both beyond chance (95 %).
     """
     lines, target = [], judgement.judging.target_fpr
     for row in judgement.primaries if normal_parts else ():
         calls, drift = row.flagged['normal'], normal_parts[row.name]
-        low, high = metrics.wilson_interval(*calls)
-        if not low <= target <= high:
+        low, high = metrics.expected_calls(validation_images, target, calls.total)
+        if not low <= calls.count <= high:
             lines.append(f"{row.name}: {100 * calls.count / calls.total:.1f} % of the normal test images "
-                         f"are flagged (95 % interval {100 * low:.1f} to {100 * high:.1f} %), "
-                         f"{100 * target:g} % is the target.")
+                         f"are flagged; {100 * target:g} % is the target, and by chance it would be "
+                         f"{100 * low / calls.total:.1f} to {100 * high / calls.total:.1f} % (95 %).")
         if not drift['low'] <= 0.5 <= drift['high']:
             side = 'higher' if drift['value'] > 0.5 else 'lower'
             lines.append(f"{row.name}: normal test images score {side} than normal validation images "

@@ -199,6 +199,25 @@ def smallest_sample(target_fpr: float) -> int:
     return math.ceil(1 / target_fpr - 1 - 1e-9)
 
 
+def threshold_rank(number: int, target_fpr: float) -> int:
+    """Which of so many validation scores, in rising order, is the threshold: 1 to `number`."""
+    return min(math.ceil((number + 1) * (1 - target_fpr) - 1e-9), number)
+
+
+def promised(number: int, target_fpr: float) -> float:
+    """The largest probability that a new normal image exceeds the threshold of so many validation scores."""
+    return max(target_fpr, 1 / (number + 1))
+
+
+def expected_calls(number: int, target_fpr: float, total: int) -> tuple[int, int]:
+    """How many of `total` new normal images exceed the threshold of so many validation scores, at least and
+    at most, with 95 % probability: it varies with both samples, by a beta-binomial distribution.
+    """
+    from scipy.stats import betabinom
+    rank = threshold_rank(number, target_fpr)
+    return tuple(map(int, betabinom(total, number + 1 - rank, rank).interval(0.95)))
+
+
 def threshold(validation: np.ndarray, target_fpr: float) -> float:
     """The score above which an image is flagged, from normal validation scores alone.
 
@@ -211,8 +230,7 @@ def threshold(validation: np.ndarray, target_fpr: float) -> float:
         raise UserError("no normal validation images: a threshold needs some. Raise --val_fraction.")
     validation = np.asarray(validation, np.float64)
     ordered = np.sort(np.where(np.isfinite(validation), validation, np.inf))
-    rank = math.ceil((len(ordered) + 1) * (1 - target_fpr) - 1e-9)
-    return float(ordered[min(rank, len(ordered)) - 1])
+    return float(ordered[threshold_rank(len(ordered), target_fpr) - 1])
 
 
 def percentile(scores: np.ndarray, validation: np.ndarray) -> np.ndarray:

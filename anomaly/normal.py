@@ -24,6 +24,7 @@ from anomaly.judge import ScoreRow
 from anomaly.maps.postprocessing import Spread, pixel_threshold
 from anomaly.scores import Score, Scoring
 from anomaly.scoring import Case, Table
+from distributed import launch
 from storage.arrays import read_npz
 from storage.checkpoint import fingerprint
 from utils import UserError, finite, naming, read_flags, read_json, write_json, write_npz
@@ -85,7 +86,8 @@ class Normal:
 
     def moments(self, name: str) -> tuple[float, float]:
         """Mean and standard deviation, or 1 for 0, of a score over finite validation scores."""
-        known = self.validation[name][np.isfinite(self.validation[name])]
+        # sorted, as in the file, so that sums round alike in every mode
+        known = np.sort(self.validation[name][np.isfinite(self.validation[name])])
         return (float(known.mean()), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)
 
     def fit_pixels(self, table: Table, shown: str) -> None:
@@ -98,6 +100,8 @@ class Normal:
                                      for name, values in table.maps.values.items()}
             self.spreads = {name: Spread.of(values) for name, values in table.maps.values.items()
                             if name == shown}
+        # Only the main process has the maps.
+        self.pixel_thresholds, self.spreads = launch.gather([(self.pixel_thresholds, self.spreads)])[0]
 
     def apply(self, table: Table, scores: Sequence[Score]) -> Table:
         """The same table with the values of the scores that are densities, from its features, or sums."""
@@ -123,7 +127,7 @@ class Normal:
         """A case with the map (*S) of a score: as it is, and where normal images are known, beside theirs."""
         spread = self.spreads.get(name)
         return case._replace(map=values, relative=spread and spread.relative(values),
-                             above=values > self.pixel_threshold(name))
+                             above=metrics.flagged(values, self.pixel_threshold(name)))
 
     # ------------------------------------------------------------------------------------------------- file
 

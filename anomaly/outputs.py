@@ -19,10 +19,9 @@ from torch import Tensor
 
 from anomaly.maps.postprocessing import gaussian_blur
 from anomaly.scores import Scoring
-from distributions import LEAST_KL, RowNoise, log_mean_exp
+from distributions import LEAST_KL, RowNoise, Terms, log_mean_exp
 from utils import mix_seed, seed_noise
 
-Terms = dict[str, Tensor]
 LEAST_SPREAD = 1e-2        # of a latent over positions, whose prior has a standard deviation of about 1
 SUITABLE_BATCH = {'cpu': 64, 'cuda': 512}       # images of a pass, where several draws may be one batch
 TERMS = ('recon', 'kl', 'kl_channels', 'log_q', 'log_p')

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from anomaly import metrics
 from anomaly.choice import choose_map, choose_primary
 from anomaly.config import PredictConfig
 from anomaly.detect import score_columns
@@ -25,7 +26,6 @@ from anomaly.maps import dicom_seg
 from anomaly.maps.nifti import file_names, plain, remove_maps, write_map
 from anomaly.maps.overlays import map_scale, overlay
 from anomaly.maps.segmentation import segment
-from anomaly.metrics import flagged, percentile
 from anomaly.normal import Normal
 from anomaly.report.gallery import MOST_BYTES, case_pictures, original
 from anomaly.report.page import Prediction, write_predictions
@@ -112,7 +112,8 @@ def predict(run: Any) -> int:
         kinds = [kind for kind in FOLDERS if kind != 'dicom_seg' or config.dicom_seg]
         write_scores(run.out / 'scores.csv', files, table, drawn, kinds, normal, names)
         result = summarize(run, found, files, table, drawn, normal, primary)
-        about = {'about': next(score.about for score in scores if score.name == primary),
+        score, = (score for score in scores if score.name == primary)
+        about = {'about': score.explained(run.model, normal.scoring),
                  'map_score': shown.name if shown else '', 'models': [about_run(run.model, run.run_folder)],
                  'command': 'python ' + shlex.join(sys.argv), **code_and_date()}
         cards = {name: one.card for name, one in drawn.items()}
@@ -185,8 +186,8 @@ def sorted_files(table: Table, normal: Normal, primary: str) -> list[Prediction]
     largest.
     """
     values = table.values[primary]
-    percentiles = percentile(values, normal.validation[primary])
-    calls = flagged(values, normal.thresholds[primary]).tolist()
+    percentiles = metrics.percentile(values, normal.validation[primary])
+    calls = metrics.flagged(values, normal.thresholds[primary]).tolist()
     files = [Prediction(entry.id, float(value), float(share), call)
              for entry, value, share, call in zip(table.entries, values, percentiles, calls)]
     return sorted(files, key=lambda file: (-file.score if math.isfinite(file.score) else -math.inf, file.id))
@@ -205,7 +206,7 @@ def write_grids(run: Any, name: str, path: str, case: Case, seg_score: str) -> t
     content, border, names = file_content(path), run.model.pixels.padding, {}
     height, width = decode(content).shape[:2]
     inner = slice(border, len(case.relative) - border)
-    levels = {'map': np.minimum(np.round(100 * case.relative), 65535).astype(np.uint16),
+    levels = {'map': np.nan_to_num(100 * case.relative, nan=65535).round().clip(max=65535).astype(np.uint16),
               'segmentation': 255 * case.above.astype(np.uint8)}
     for kind, values in levels.items():
         names[kind] = f'{FOLDERS[kind]}/{name}'
@@ -254,8 +255,8 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: dict[s
               primary: str) -> dict[str, Any]:
     """Says what became of the files; keeps it in metrics.json, and returns it."""
     threshold, num_normal = normal.thresholds[primary], len(normal.validation[primary])
-    anomalous = int(flagged(table.values[primary], threshold).sum())
-    promised = max(normal.judging.target_fpr, 1 / (num_normal + 1))                  # see metrics.threshold
+    anomalous = int(metrics.flagged(table.values[primary], threshold).sum())
+    promised = metrics.promised(num_normal, normal.judging.target_fpr)
     result = finite({
         'data': run.args.data, 'num_files': len(files.ids), 'num_scored': len(table),
         'num_unreadable': len(files.errors), 'passed_over': sum(map(len, found.passed_over.values())),

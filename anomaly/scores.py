@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ MSMA_MAPS = ('none', 'gradient', 'gradient_input', 'guided', 'gradcam')
 NEED_CAPTUM = ('guided', 'gradcam')
 
 # capability that a score needs -> attribute of the model that shows it
-CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstructions': 'reconstruct', 'maps': 'maps',
+CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstructions': 'reconstruct',
                 'encoder parameters': 'encoder_parameters', 'score norms': 'score_norms',
                 'ODE likelihood': 'log_likelihood', 'voxel densities': 'voxel_nll',
                 'statistics': 'statistics', 'latents': 'latents', 'inpainting': 'inpainting_map',
@@ -118,12 +118,18 @@ class Scoring:
                 'denoised': self.msma_denoise}
 
 
+def used_flags(names: Sequence[str]) -> list[Field]:
+    """The fields of Scoring on which one of these scores depends, but for those of all."""
+    return [one for one in fields(Scoring) for rows in [one.metadata.get('scores', '').split()]
+            if any(name == row or name.startswith(f'{row}_') for name in names for row in rows)]
+
+
 def check_used(scoring: Scoring, names: Sequence[str]) -> None:
     """Raises UserError for a flag that was set although none of the scores `names` depends on it."""
+    used = used_flags(names)
     for one in fields(scoring):
         rows = one.metadata.get('scores', '').split()
-        used = any(name == row or name.startswith(f'{row}_') for name in names for row in rows)
-        if rows and not used and getattr(scoring, one.name) != one.default:
+        if rows and one not in used and getattr(scoring, one.name) != one.default:
             raise UserError(f"--{one.name} does nothing, as no score {' or '.join(rows)} is computed: name "
                             f"one with --scores, or leave --{one.name} out.")
 
@@ -147,10 +153,25 @@ class Score:
     density: Density | None = None                        # unfitted
     terms: tuple[str, ...] = ()                           # scores whose z-scores it adds up
 
+    def suits(self, model: Any) -> bool:
+        """Whether the model has what the score needs."""
+        return not self.needs or hasattr(model, CAPABILITIES[self.needs])
 
-def has_capability(score: Score, model: Any) -> bool:
-    """Whether the model has what the score needs."""
-    return not score.needs or hasattr(model, CAPABILITIES[score.needs])
+    def flag_names(self, model: Any) -> tuple[str, ...]:
+        """The names by which flags know it. DoSE of a score-based model is a density of norms, as MSMA is."""
+        return (self.name, 'msma') if self.needs == 'statistics' and hasattr(model, 'score_norms') else (
+            self.name,)
+
+    def explained(self, model: Any, scoring: Scoring) -> str:
+        """One line for the report, with the values of the flags on which it depends."""
+        values = [f'{one.name} {getattr(scoring, one.name)}' for one in used_flags(self.flag_names(model))]
+        return f"{self.about} ({', '.join(values)})" if values else self.about
+
+    def has_map(self, model: Any, scoring: Scoring) -> bool:
+        """Whether it has a map for this model; a density has one where --msma_map asks for it."""
+        return self.map is not None and (self.density is None or (
+            scoring.msma_map != 'none' and hasattr(model, 'score_norm'))) and (
+            self.needs != 'likelihood terms' or hasattr(model, 'maps'))
 
 
 # -------------------------------------------------------------------------------------- functions of outputs
@@ -201,8 +222,7 @@ def highest_residual(outputs: Outputs, fraction: float) -> Tensor:
 
 def msma_map(name: str, outputs: Outputs) -> Tensor | None:
     """Heat-map of the fitted density `name` of score norms, as --msma_map says: (B, 1, *S), or None."""
-    wanted = outputs.scoring.msma_map != 'none' and hasattr(outputs.model, 'score_norm')
-    if not wanted or name not in outputs.densities:
+    if outputs.scoring.msma_map == 'none' or name not in outputs.densities:
         return None
     from anomaly.attribution import density_map
     return density_map(outputs.densities[name], outputs)
@@ -302,14 +322,14 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
         'regret', 'encoder parameters', "likelihood regret: gain of the bound when the encoder is fitted to "
         "the image alone, nats", lambda outputs: outputs.regret())],
     'typicality': lambda L: [Score(
-        'typicality', 'likelihood terms', "|NELBO - mean NELBO of normal validation images|, nats",
+        'typicality', 'likelihood terms', "|NELBO - mean NELBO of normal images|, nats",
         features=lambda outputs: outputs.likelihood_features(), density=unfitted('Typicality'))],
     'kl_profile': lambda L: [Score(
         'kl_profile', 'likelihood terms', "Mahalanobis distance of the log KL of every group from normal "
-        "validation images", features=lambda outputs: outputs.log_kl(), density=unfitted('Mahalanobis'))][:L],
+        "images", features=lambda outputs: outputs.log_kl(), density=unfitted('Mahalanobis'))][:L],
     'kl_knn': lambda L: [Score(
         'kl_knn', 'likelihood terms', "distance of the log KL of every latent channel to the 2nd nearest "
-        "normal validation image", features=lambda outputs: outputs.log_kl(channels=True),
+        "normal image", features=lambda outputs: outputs.log_kl(channels=True),
         density=unfitted('KNN', k=2))][:L],
     'kl_gmm': lambda L: [Score(
         'kl_gmm', 'likelihood terms', "-log density of the log KL of every group under a Gaussian mixture "
@@ -317,14 +337,14 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
         density=unfitted('GMM'))][:L],
     'latent_knn': lambda L: [Score(                          # each channel counts alike
         'latent_knn', 'latents', "distance of the log KL and the log spread over positions of every latent "
-        "channel to the 2nd nearest normal validation image",
+        "channel to the 2nd nearest normal image",
         features=lambda outputs: outputs.latent_features(), density=unfitted('KNN', k=2))][:L],
     'dose': lambda L: [                                      # DoSE, Morningstar et al. 2021
         Score('dose', 'statistics', "density of statistics: log mean distance of the model's statistics, "
-              "whitened, to the 5 nearest normal validation images",
+              "whitened, to the 5 nearest normal images",
               features=lambda outputs: outputs.statistics(), density=unfitted('WhitenedKNN', k=5, log=True)),
         Score('dose_mahalanobis', 'statistics', "log Mahalanobis distance of the model's statistics from "
-              "normal validation images", features=lambda outputs: outputs.statistics(),
+              "normal images", features=lambda outputs: outputs.statistics(),
               density=unfitted('Mahalanobis', log=True))],
     'msma': lambda L: msma_scores(),
     'inpainting': lambda L: [repair_score(

@@ -26,6 +26,7 @@ from readers.parts import Batch
 from utils import mix_seed
 
 MAX_MAP_VALUES = 2 ** 28   # map values that a table keeps, 1 GiB in float32; of more, a random subset
+GROUPS = ('normal', 'all')   # of test images: the normal ones, and the anomalous ones of all classes
 # What a batch consists of: its B entries (id, class_name, label, ...), and their images.
 Batches = Iterable[tuple[Sequence[Any], Batch]]
 
@@ -67,8 +68,9 @@ class Table:
 
     @property
     def classes(self) -> np.ndarray:
-        """Class names: (N,)."""
-        return np.array([entry.class_name for entry in self.entries], object)
+        """Class names: (N,). One that is the name of a group of images, such as 'all', is in quotes."""
+        return np.array([f'"{entry.class_name}"' if entry.class_name in GROUPS and entry.label else
+                         entry.class_name for entry in self.entries], object)
 
     def select(self, ids: Sequence[str]) -> Table:
         """The rows of these images, in this order. Raises KeyError for an id that the table does not have."""
@@ -156,15 +158,14 @@ def part_batches(part: Any, batch_size: int, title: str, workers: int = 0) -> Ba
 
 # ------------------------------------------------------------------------------------------------------- maps
 
-def select_maps(entries: Sequence[Any], scores: Sequence[Score], config: MapConfig, pixels: int,
+def select_maps(entries: Sequence[Any], number: int, config: MapConfig, pixels: int,
                 seed: int) -> tuple[MapSelection | None, list[str]]:
     """The images of a part whose maps are kept, those with known masks, and a line if they are too many: then
     a random subset is kept. None where no score has a map, or no anomalous image a mask: the maps of normal
-    images alone say nothing about lesions. `pixels` are those of one map.
+    images alone say nothing about lesions. `number` of scores with maps; `pixels` are those of one map.
     """
     anomalous = [entry for entry in entries if entry.label]
     known = [entry.id for entry in entries if entry.has_mask]
-    number = sum(score.map is not None for score in scores)
     if not number or not known or (anomalous and not any(entry.has_mask for entry in anomalous)):
         return None, []
     most, lines = max(1, MAX_MAP_VALUES // (number * pixels)), []

@@ -68,6 +68,7 @@ def open_runs(run: Evaluation, paths: Sequence[str], added_up: bool) -> tuple[li
                         (one.run_folder / 'split.json').exists()))
         batch_sizes.append(one.batch_size)
     chosen, _ = choose(runs, run.flags(Selection), added_up)
-    check_used(run.flags(Scoring), [score.name for scores, _ in chosen for score in scores])
+    check_used(run.flags(Scoring), [name for one, (scores, _) in zip(runs, chosen) for score in scores
+                                    for name in score.flag_names(one.model)])
     command = 'python ' + shlex.join(sys.argv)
     return runs, Settings.read(run.args, batch_size=min(batch_sizes), command=command)      # one size for all

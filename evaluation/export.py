@@ -11,6 +11,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,10 @@ def export(run: Evaluation) -> None:
     run.write_metrics('export', facts)
     normal.save(run.out / 'thresholds.json')
     shutil.copyfile(EXAMPLE, run.out / 'example.py')
-    card = model_card(run, facts, score)
+    card = model_card(run, facts, replace(score, about=score.explained(model, normal.scoring)))
     write_atomically(run.out / 'README.md', lambda path: path.write_text(card, encoding='utf-8'))
+    if mapped and normal.maps.body_mask:
+        run.say("the program's map is not limited to the body as that of the evaluation is (--body_mask)")
     run.say(f"{score.name} as a program: {run.out}")
 
 

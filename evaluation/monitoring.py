@@ -1,5 +1,6 @@
 """How well a model in training tells anomalous test images apart: to be watched, never to choose by."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def choose_monitored(data: Any, number: int, seed: int) -> Any:
 
 def monitor(model: Any, data: Any, part: Any, batch_size: int) -> dict[str, float]:
     """AUROC of the primary score, with one draw of its noise, on a part with both kinds: by name of the
-    score. Densities learn from the validation images.
+    score. Densities learn from the validation images; NaN where these do not suffice.
     """
     own = preset(model, data.config.dataset)
     name = choose_primary('', own, [score.name for score in choose_scores((), model)[0]])
@@ -43,10 +44,12 @@ def monitor(model: Any, data: Any, part: Any, batch_size: int) -> dict[str, floa
     training = model.training
     with torch.no_grad():
         known = score_images(model, part_batches(data.val, batch_size, 'val'), scores, QUICK)
-        normal = Normal.fit(known, scores, name, QUICK, MapConfig(), Judging())
-        test = normal.apply(score_images(model, part_batches(part, batch_size, 'monitor'), scores, QUICK),
-                            scores)
+        test = score_images(model, part_batches(part, batch_size, 'monitor'), scores, QUICK)
     model.train(training)
+    try:
+        Normal.fit(known, scores, name, QUICK, MapConfig(), Judging()).apply(test, scores)
+    except UserError:                                # a training goes on without what nothing depends on
+        return {name: math.nan}
     values, labels = make_finite(test.values[name]), test.labels
     normal, anomalous = values[labels == 0], values[labels == 1]
     found = evaluate_score(normal, anomalous, Resamples.draw(len(normal), len(anomalous)))

@@ -26,7 +26,7 @@ from readers.parts import Batch
 from utils import UserError
 
 
-def settings(batch_size=8, **flags):
+def settings(batch_size=4, **flags):
     """The flags of a command."""
     return Settings.read({'num_iw_samples': 3, **flags}, batch_size=batch_size,
                          command='evaluate.py --eval_mode anomaly <x>')
@@ -225,12 +225,13 @@ def test_images_whose_lesions_are_unknown_are_left_out(tmp_path):
 
 
 def test_too_many_maps_for_the_memory_are_a_random_part_of_whole_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, 'MAX_MAP_VALUES', 10 * 4 * 16)       # of the score and three baselines
-    config = settings(**{**FEW_FLAGS, 'scores': ('nelbo',)})
+    monkeypatch.setattr(scoring, 'MAX_MAP_VALUES', 10 * 4 * 16)       # of nelbo and three baselines
+    config = settings(**{**FEW_FLAGS, 'scores': ('nelbo', 'typicality')})
     result = run(tmp_path / 'a', make_data(masks=True), config=config)
     assert result['scores']['nelbo']['pixels']['images'] == 10
     told = 'test: the maps of 4 scores are kept for a random 10 of 36 images'
     assert any(told in line for line in result['warnings'])
+    assert not any('train: the maps' in line for line in result['warnings']), "of these there are none"
     again = run(tmp_path / 'b', make_data(masks=True), config=config)
     assert result['scores'] == again['scores']
 

@@ -1,6 +1,7 @@
 """Several runs in one score: z-scores worked by hand, and runs that do not fit together."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from test_detect import settings
 
 import evaluate
 from anomaly.detect import detect
+from anomaly.maps import nifti
+from anomaly.scoring import Case
 from utils import UserError, read_json
 
 SUM = 'dark/reconstruction+bound/nelbo'
@@ -92,3 +95,11 @@ def test_several_checkpoints_are_for_anomaly_scores(tmp_path):
     assert args.checkpoint == paths[0] and args.save == str(tmp_path / 'together')
     with pytest.raises(UserError, match='is for one run, 2 are given'):
         evaluate.parse_args(['--eval_mode', 'sample', '--checkpoint', *paths])
+
+
+def test_maps_of_one_of_several_runs_lie_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(nifti, 'entry_grids', lambda entry: ())
+    monkeypatch.setattr(nifti, 'write_map', lambda path, values: written.append(path))
+    written, case = [], Case(0, np.zeros((1, 2, 2, 2)), None, np.zeros((2, 2, 2)), None)
+    nifti.write_cases(tmp_path, [case], [SimpleNamespace(id='ward/7', grids=(1, 1))], 'dark/residual_top')
+    assert written == [tmp_path / 'ward_7_dark_residual_top.nii.gz']

@@ -131,6 +131,8 @@ def test_a_runs_own_flags_start_it_again(tmp_path):
     assert train.parse_args(['--config', str(path), '--nf', '16']).nf == 16
     scored = evaluate.parse_args(['--config', str(path), '--checkpoint', 'run', '--eval_mode', 'sample'])
     assert scored.save == '' and scored.seed == args.seed
+    scored = evaluate.parse_args(['--config', str(path), '--checkpoint', 'run', '--save=OUT'])
+    assert scored.save == 'OUT'
 
 
 @pytest.mark.parametrize('words', ['train.py --help', 'train.py --help_all', 'train.py --lerning_rate 1',

@@ -26,7 +26,7 @@ from anomaly.report.gallery import (
     shorten,
     volume_views,
 )
-from anomaly.scoring import Case
+from anomaly.scoring import Case, Table
 
 
 def test_cases_are_extremes_mistakes_and_every_so_many_th_by_rank():
@@ -98,7 +98,7 @@ def scored(number, reconstruction=True, maps=True, masks=True):
     picture = np.full((1, 8, 8), 0.5, np.float32)
     cases = [Case(i, picture, picture if reconstruction else None, picture[0] if maps else None,
                   picture[0] > i if masks else None) for i in reversed(range(number))]
-    return SimpleNamespace(entries=entries, cases=cases, values={'nelbo': np.arange(float(number))})
+    return Table(entries, {'nelbo': np.arange(float(number))}, cases=cases)
 
 
 def test_cards_say_score_percentile_and_outcome_at_the_threshold():

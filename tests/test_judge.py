@@ -11,6 +11,7 @@ from test_scores import LinearGaussian
 from anomaly.config import Judging, MapConfig
 from anomaly.judge import ScoreRow, Share, join, judge, validation_warnings
 from anomaly.report.tables import Column, ReportTable, as_markdown, as_text, save_csv
+from anomaly.scoring import Table
 
 
 def table(**scores):
@@ -142,3 +143,12 @@ def test_a_table_is_the_same_as_text_markdown_and_csv(tmp_path):
     save_csv(tmp_path / 'a.csv', [{'row': row.name, **row.metrics['B']} for row in shown.rows])
     header, first, _ = (tmp_path / 'a.csv').read_text().splitlines()
     assert header.startswith('row,auroc,auroc_low,auroc_high,auprc,') and first.startswith('nelbo,0.875,')
+
+
+def test_a_class_may_have_the_name_of_a_group():
+    """Leukemia is ALL: a folder `all` beside others is a class of its own."""
+    entries = [SimpleNamespace(id=str(i), class_name=name, label=int(i > 1))
+               for i, name in enumerate(['normal', 'normal', 'all', 'other'])]
+    found = judged(Table(entries, {'nelbo': np.array([1.0, 2, 3, 0])}), nelbo=2.5, order=['all'])
+    assert found.rows['nelbo'].flagged == {'normal': (0, 2), '"all"': (1, 1), 'other': (0, 1), 'all': (1, 2)}
+    assert found.classes == ['"all"', 'other']

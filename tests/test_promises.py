@@ -11,6 +11,8 @@ from anomaly.config import Judging
 from anomaly.density import KNN, Mahalanobis, are_alike, cross_fit
 from anomaly.detect import training_part
 from anomaly.judge import Judgement, ScoreRow, Share, broken_promises
+from anomaly.metrics import expected_calls, threshold
+from evaluation.monitoring import monitor
 
 
 def judgement(flagged, total):
@@ -23,11 +25,20 @@ def judgement(flagged, total):
     (0, 0.3, 0.4, ['score lower']), (20, 0.6, 0.7, ['20.0 %', 'score higher'])])
 def test_a_threshold_that_does_not_hold_is_said(flagged, low, high, said):
     parts = {'nelbo': {'value': (low + high) / 2, 'low': low, 'high': high}}
-    lines = broken_promises(judgement(flagged, 100), parts)
-    # no image of 100 above the threshold is below 5 % beyond chance, too: 0 to 3.7 %
+    lines = broken_promises(judgement(flagged, 100), parts, 1000)
+    # no image of 100 above the threshold is below 5 % beyond chance, too: 1 to 10 are expected
     expected = said if flagged else ['0.0 %', *said]
     assert len(lines) == len(expected) and all(words in line for words, line in zip(expected, lines))
-    assert broken_promises(judgement(flagged, 100), {}) == []
+    assert broken_promises(judgement(flagged, 100), {}, 1000) == []
+
+
+def test_a_threshold_of_few_validation_images_varies_with_them():
+    random = np.random.default_rng(0)
+    low, high = expected_calls(100, 0.05, 500)
+    calls = np.array([(random.normal(size=500) > threshold(random.normal(size=100), 0.05)).sum()
+                      for _ in range(2000)])
+    assert 0.94 < np.mean((low <= calls) & (calls <= high)) < 0.98, "Wilson's interval, of 500 alone: 0.58"
+    assert expected_calls(9, 0.05, 10) == (0, 4), "the largest of nine promises one in ten"
 
 
 def test_training_images_count_where_they_are_like_validation_images():
@@ -74,3 +85,12 @@ def test_the_training_images_are_all_or_some_drawn_by_the_seed():
 def test_a_model_without_densities_needs_no_training_images(tmp_path):
     result = detected(tmp_path, make_data(), Constant(), settings(num_bootstrap=20))
     assert not any('has learned' in line for line in result['warnings'])
+
+
+def test_monitoring_ends_no_training():
+    data, model = make_data(), LinearGaussian()
+    model.primary_score = 'typicality'
+    assert 0 <= monitor(model, data, data.test, 8)['typicality'] <= 1
+    model.forward = lambda x, **options: {name: values * np.nan for name, values in LinearGaussian.forward(
+        model, x, **options).items()}
+    assert np.isnan(monitor(model, data, data.test, 8)['typicality'])

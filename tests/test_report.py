@@ -20,8 +20,10 @@ from anomaly.metrics import Estimate, Resamples, evaluate_score
 from anomaly.report.figures import (
     curve_figure,
     figure_scores,
+    keep,
     level_figure,
     levels,
+    new_figure,
     precision_recall,
     read_history,
     roc,
@@ -266,7 +268,8 @@ def test_levels_are_in_the_order_of_their_numbers():
     bounds = levels(found, 'lk', with_nelbo=True)
     assert list(bounds) == [0, 1, 2, 3, 10] and bounds[0].name == 'nelbo'
     assert 0 not in levels(found, 'lk')                                   # then it is another kind of bound
-    assert levels(judged(*(ScoreRow(name, 'model', '', 1.0) for name in ('kl', 'llr'))), 'llr') == {}
+    others = ('kl', 'llr', 'llr_1+kl_knn')
+    assert levels(judged(*(ScoreRow(name, 'model', '', 1.0) for name in others)), 'llr') == {}
 
 
 def test_the_figure_of_levels_shows_medians_quartiles_and_intervals():
@@ -378,3 +381,9 @@ def test_a_report_of_volumes_starts_at_the_lesion_and_names_the_sides(tmp_path):
     assert len(titles) == 3 * 7 and titles[0].startswith('input, channel 1 of ')
     ids = [a['id'] for _, a in page.tags if a.get('id', '').startswith('outline-')]
     assert len(ids) == len(set(ids)) == 3 * 3 and (tmp_path / 'figures' / 'cases.png').exists()
+
+
+def test_a_name_in_a_figure_is_no_formula(tmp_path):
+    figure = new_figure(2, 2)
+    figure.subplots().set_title('scan$_$2.png')
+    assert keep({'named': figure}, tmp_path)['named'].startswith('<svg')

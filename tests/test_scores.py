@@ -1,15 +1,16 @@
 """Scores against a model whose likelihood, ELBO and LLR are known on paper."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from anomaly.baselines import compressed_bits
-from anomaly.choice import choose_scores
+from anomaly.choice import choose_map, choose_scores
 from anomaly.config import Judging
 from anomaly.outputs import Outputs, elbo, log_weight
-from anomaly.scores import SCORES, Scoring
+from anomaly.scores import SCORES, Scoring, check_used
 from distributions import Pixels, log_mean_exp
 from utils import UserError
 
@@ -420,3 +421,27 @@ def test_a_sum_of_scores_follows_its_terms():
     for wrong in ('kl_knn+llr', 'kl_knn+nothing'):
         with pytest.raises(UserError, match=r'llr|nothing'):
             choose_scores((wrong,), LinearGaussian())
+
+
+def test_the_map_of_a_sum_is_that_of_a_term():
+    model = LinearGaussian()
+    chosen, _ = choose_scores(('kl_knn+recon_nll', 'nelbo'), model)
+    shown = lambda primary: choose_map(primary, chosen, model, Scoring()).name
+    assert shown('kl_knn+recon_nll') == 'recon_nll' and shown('nelbo') == 'nelbo'
+    assert shown('kl_knn') == 'recon_nll', "the first that has one"
+    norms = SimpleNamespace(score_norms=1, score_norm=1, statistics=1)
+    chosen, _ = choose_scores(('dose', 'msma_gmm'), norms)
+    assert choose_map('dose', chosen, norms, Scoring()) is None
+    assert choose_map('dose', chosen, norms, Scoring(msma_map='gradient')).name == 'msma_gmm'
+
+
+def test_a_score_is_explained_with_its_flags():
+    scoring = Scoring(residual_shift=2, msma_levels=5)
+    assert find('residual_top').explained(None, scoring).endswith(
+        'highest 1 % (residual_smoothing 1.0, residual_shift 2)')
+    assert find('nelbo').explained(None, scoring) == 'negative ELBO, nats'
+    norms, other = SimpleNamespace(score_norms=1), SimpleNamespace()
+    assert 'msma_levels 5' in find('dose').explained(norms, scoring)
+    check_used(scoring, ['residual_top', *find('dose').flag_names(norms)])
+    with pytest.raises(UserError, match='--msma_levels does nothing'):
+        check_used(scoring, ['residual_top', *find('dose').flag_names(other)])

@@ -51,7 +51,7 @@ def write_cases(folder: Path, cases: Iterable[Any], entries: Sequence[Any], scor
     mapped = [case for case in cases if case.map is not None and getattr(entries[case.place], 'grids', ())]
     names = file_names([entries[case.place].id for case in mapped])
     for case, name in zip(mapped, names, strict=True):
-        write_map(folder / f'{name}_{score}.nii.gz', case.map, *entry_grids(entries[case.place]))
+        write_map(folder / f'{name}_{plain(score)}.nii.gz', case.map, *entry_grids(entries[case.place]))
 
 
 def remove_maps(folder: Path) -> None:

@@ -45,6 +45,8 @@ def keep(drawn: dict[str, Any], out: Path) -> dict[str, str]:
 
 def keep_one(figure: Any, out: Path, name: str) -> str:
     import matplotlib
+    for text in figure.findobj(matplotlib.text.Text):
+        text.set_parse_math(False)                               # a $ in the name of a file is no formula
     (out / 'figures').mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     # The salt keeps the ids of several figures in one page apart, and the same from run to run.
@@ -204,8 +206,8 @@ def draw_histogram(panel: Any, bins: np.ndarray, values: np.ndarray, **look: Any
 
 def levels(judgement: Judgement, prefix: str, with_nelbo: bool = False) -> dict[int, ScoreRow]:
     """k -> the score PREFIX_k, by rising k; `with_nelbo` puts the NELBO before those of 'lk', as L>0."""
-    found = {int(name.removeprefix(f'{prefix}_')): row for name, row in judgement.rows.items()
-             if name.startswith(f'{prefix}_')}
+    found = {int(level): row for name, row in judgement.rows.items()
+             for before, _, level in [name.partition('_')] if before == prefix and level.isdigit()}
     if found and with_nelbo and 'nelbo' in judgement.rows:
         found[0] = judgement.rows['nelbo']
     return dict(sorted(found.items()))

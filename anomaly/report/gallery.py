@@ -72,11 +72,11 @@ def gallery(row: ScoreRow, validation: Any, test: Any) -> dict[str, Any]:
     `pictures`, or for a volume `views`: sheets with all slices of a direction, which the page's script moves.
     """
     values, look = test.values[row.name], map_scale([case.shown for case in test.cases])
-    percentiles, cards = percentile(values, validation.values[row.name]), []
+    percentiles, classes, cards = percentile(values, validation.values[row.name]), test.classes, []
     for case in test.cases:
         entry, value = test.entries[case.place], float(values[case.place])
         cards.append({**case_pictures(case, look, spacing(entry), MOST_BYTES / len(test.cases)),
-                      'place': case.place, 'id': entry.id, 'class': entry.class_name,
+                      'place': case.place, 'id': entry.id, 'class': classes[case.place],
                       'score': short_number(value), 'percentile': f'{percentiles[case.place]:.0f}',
                       'outcome': outcome(entry.label, flagged(value, row.threshold))})
     return about_cards(cards, look)

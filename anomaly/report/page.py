@@ -146,7 +146,6 @@ def write(out: Path, result: dict[str, Any], judgement: Judgement, validation: A
         folded=len(groups) > MOST_TABLES, figures=figures.keep(drawn, out),
         gallery=gallery(primary, validation, test), outcomes=OUTCOMES,
         page_data=page_data(judgement, validation, test), wilson=lambda share: wilson_interval(*share),
-        has_levels=bool(figures.levels(judgement, 'llr') or figures.levels(judgement, 'lk')),
         aurocs=auroc_table(judgement) if len(groups) > 1 and judgement.has_metrics else None,
         group_tables=[group_table(judgement, group) for group in groups],
         pixels=pixel_table(judgement), segmentations=segmentation_table(judgement),
