@@ -26,13 +26,13 @@ from readers.parts import Batch
 from utils import UserError
 
 
-def settings(batch_size=4, **flags):
+def settings(batch_size=8, **flags):
     """The flags of a command."""
     return Settings.read({'num_iw_samples': 3, **flags}, batch_size=batch_size,
                          command='evaluate.py --eval_mode anomaly <x>')
 
 
-FLAGS = {'num_draws': 2, 'num_bootstrap': 50, 'num_cases': 2, 'num_gallery': 6}
+FLAGS = {'batch_size': 4, 'num_draws': 2, 'num_bootstrap': 50, 'num_cases': 2, 'num_gallery': 6}   # two ranks share the pictures
 CONFIG = settings(**FLAGS)
 FEW_FLAGS = {'scores': ('nelbo', 'typicality', 'kl_knn'), 'num_draws': 2, 'num_bootstrap': 20, 'num_cases': 2,
              'num_gallery': 0}
