@@ -32,8 +32,8 @@ def settings(batch_size=8, **flags):
                          command='evaluate.py --eval_mode anomaly <x>')
 
 
-FLAGS = {'batch_size': 4, 'num_draws': 2, 'num_bootstrap': 50, 'num_cases': 2, 'num_gallery': 6}   # two ranks share the pictures
-CONFIG = settings(**FLAGS)
+FLAGS = {'num_draws': 2, 'num_bootstrap': 50, 'num_cases': 2, 'num_gallery': 6}
+CONFIG = settings(4, **FLAGS)                 # so that two ranks share the pictures
 FEW_FLAGS = {'scores': ('nelbo', 'typicality', 'kl_knn'), 'num_draws': 2, 'num_bootstrap': 20, 'num_cases': 2,
              'num_gallery': 0}
 FEW = settings(**FEW_FLAGS)
@@ -207,7 +207,7 @@ def test_pixel_thresholds_come_from_all_validation_pixels_and_are_kept(finished)
 @pytest.mark.page
 def test_smoothing_and_the_body_change_maps_alone(finished, tmp_path):
     result = run(tmp_path, make_data(masks=True), config=settings(
-        **FLAGS, map_smoothing=1.0, body_mask=0.3, scores=('recon_nll',)))
+        4, **FLAGS, map_smoothing=1.0, body_mask=0.3, scores=('recon_nll',)))
     before, after = (r['scores']['recon_nll'] for r in (finished.result, result))
     assert before['metrics'] == after['metrics'] and before['threshold'] == after['threshold']
     assert before['pixel_threshold'] != after['pixel_threshold']
