@@ -270,7 +270,7 @@ def test_the_settings_that_scores_depend_on_are_written(tmp_path):
     kept = json.loads((tmp_path / 'thresholds.json').read_text())
     for where in (result, kept['scoring']):
         assert (where['iw_samples_elbo'], where['iw_samples_lk'], where['llr_noise']) == (1, 2, 'shared')
-    assert 'shared noise' in (tmp_path / 'report.html').read_text()
+    assert 'llr_noise shared' in (tmp_path / 'report.html').read_text()
 
 
 def test_too_few_validation_images_for_a_density_are_one_line(tmp_path):
