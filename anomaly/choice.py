@@ -46,8 +46,7 @@ def choose_scores(names: Iterable[str], model: Any) -> tuple[list[Score], list[s
 
 
 def check_names(names: Iterable[str], table: dict[str, list[Score]], groups: int) -> None:
-    """Raises UserError for a name that is no row of the table and no member of a row, and for an empty row.
-    """
+    """Raises UserError for a name that is no row of the table and no member of one, and for an empty row."""
     members = {row: [score.name for score in scores if score.name != row] for row, scores in table.items()}
     known = {'all', *members, *(name for row in members.values() for name in row)}
     for name in names:
@@ -60,9 +59,7 @@ def check_names(names: Iterable[str], table: dict[str, list[Score]], groups: int
 
 
 def preset(model: Any, dataset: str) -> str:
-    """The primary score chosen for this family on development data of the data set, else the family's own; ''
-    if it has neither.
-    """
+    """The family's primary score on the data set, by development data, or else its own; '' = none."""
     chosen = DATASETS[dataset].primary_scores if dataset in DATASETS else {}
     return chosen.get(family_name(model), getattr(model, 'primary_score', ''))
 

@@ -179,8 +179,7 @@ class KNN(Density):
 
 
 def to_nearest(reference: Tensor, z: Tensor, k: int) -> Tensor:
-    """Distances (N, k) from rows of z (N, D) to the nearest of `reference` (M, D), rising; to all, if M < k.
-    """
+    """Distances (N, k) from rows of z (N, D) to the nearest of `reference` (M, D), rising; all if M < k."""
     # Of differences, not products of matrices: exact, and a row does not depend on how many others there are.
     distances = (torch.cdist(rows, reference, compute_mode='donot_use_mm_for_euclid_dist')
                  for rows in z.detach().nan_to_num(0, 0, 0).split(NEIGHBOR_ROWS))

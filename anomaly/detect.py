@@ -149,9 +149,7 @@ def check_parts(data: Any) -> None:
 
 
 def training_part(part: Any, settings: Settings) -> Any:
-    """The training images that are used: all, or `max_train_images` drawn by the seed, as files are often
-    sorted.
-    """
+    """The training images that are used, at most `max_train_images`; drawn, as files are often sorted."""
     number, most = len(part), settings.judging.max_train_images
     if number <= most:
         return part
@@ -171,8 +169,7 @@ def on_device(model: Any) -> Iterator[Any]:
 
 
 def evaluate_all(runs: Sequence[Run], chosen: Sequence[Chosen], settings: Settings) -> dict[str, Evaluated]:
-    """By its name, each run with the scores that are chosen for it, the first that counts as the primary one.
-    """
+    """By its name, each run with the scores that are chosen for it, the first that counts as primary."""
     found: dict[str, Evaluated] = {}
     for run, (scores, own) in zip(runs, chosen):
         with naming(run.name), on_device(run.model) as model:
@@ -191,8 +188,7 @@ def join_tables(tables: Mapping[str, Table]) -> Table:
 
 
 def add_up(found: Mapping[str, Evaluated], terms: Sequence[tuple[str, str]], settings: Settings) -> Evaluated:
-    """The tables of several runs as one, with the sum of the scores `terms`, (run, score), and its judgement.
-    """
+    """The tables of several runs as one, with the sum of the scores `terms`, (run, score), judged."""
     named = lambda part: {f'{name}/{key}': value for name, one in found.items() for key, value in part(one)}
     total = sum_score(['/'.join(term) for term in terms])
     validation, test = (join_tables({name: getattr(one, part) for name, one in found.items()})

@@ -156,21 +156,14 @@ def roc_curves(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples) 
                      drawn.take(larger, 1), n, m)
 
 
-def bootstrap(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples,
-              metrics: Sequence[Metric] = METRICS) -> dict[str, np.ndarray]:
-    """Each metric on the scores (n,) and (m,) and on every resample of them: {name: (1 + R,)}."""
-    chunks = [[metric.function(curves) for metric in metrics]
-              for curves in roc_curves(normal, anomalous, resamples)]
-    return {metric.name: np.concatenate(values) for metric, values in zip(metrics, zip(*chunks))}
-
-
 def evaluate_score(normal: np.ndarray, anomalous: np.ndarray, resamples: Resamples,
                    metrics: Sequence[Metric] = METRICS) -> dict[str, Estimate]:
     """Each metric of a score of n normal (n,) and m anomalous images (m,), all finite, by its name."""
-    values = bootstrap(np.asarray(normal, np.float64), np.asarray(anomalous, np.float64), resamples, metrics)
-    return {metric.name: Estimate.of(values[metric.name][0],
-                                     values[metric.name][1:] if metric.resampled else None)
-            for metric in metrics}
+    scores = (np.asarray(values, np.float64) for values in (normal, anomalous))
+    chunks = [[metric.function(curves) for metric in metrics] for curves in roc_curves(*scores, resamples)]
+    values = map(np.concatenate, zip(*chunks))                                        # (1 + R,) a metric
+    return {metric.name: Estimate.of(found[0], found[1:] if metric.resampled else None)
+            for metric, found in zip(metrics, values)}
 
 
 def make_finite(scores: np.ndarray) -> np.ndarray:

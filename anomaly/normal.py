@@ -206,8 +206,7 @@ class Normal:
             self.spreads = {name: Spread(found[f'mean {name}'], found[f'std {name}']) for name in names}
 
     def scores(self, names: Sequence[str], model: Any) -> list[Score]:
-        """The scores of the model with a threshold, or those of them that `names` choose. Raises UserError.
-        """
+        """The scores of the model with a threshold, or those that `names` choose. Raises UserError."""
         known = [name for name in self.thresholds if name not in BASELINES]
         chosen, _ = choose_scores(names if names and 'all' not in names else known, model)
         if unknown := [score.name for score in chosen if score.name not in known]:

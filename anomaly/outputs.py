@@ -252,17 +252,11 @@ class Outputs:
 
 
 def regret(model: Any, image: Tensor, scoring: Scoring, name: str) -> Tensor:
-    """Likelihood regret of one image (1, C, H, W), nats: (1,) float64 on the CPU (Xiao, Yan, Amit 2020,
-    "Likelihood regret: an out-of-distribution detection score for variational auto-encoder").
+    """Likelihood regret of one image (1, C, H, W), nats: (1,) float64 on the CPU (Xiao, Yan, Amit 2020).
 
-    The encoder was trained on normal images, so their bound rises little when it is fitted to one of them;
-    that of an unusual image rises more, however likely the image is. The decoder stays as it is. The model
-    has `encoder_parameters() -> [Parameter, ...]`.
-
-    The trained encoder takes `regret_steps` steps of Adam, each with noise of its own: with the same noise in
-    every step the posterior would be fitted to that noise. Both bounds take the same D draws, so that their
-    difference varies less. An optimal encoder has a regret near 0, which may be slightly negative because of
-    the noise of the steps.
+    What the bound gains when a copy of the encoder, `encoder_parameters()`, is fitted to this image alone by
+    `regret_steps` steps of Adam, each with noise of its own, as the posterior would be fitted to noise that
+    stays. Both bounds take the same D draws, so that their difference varies less.
     """
     model = deepcopy(model).eval().requires_grad_(False)         # eval: batch norms stay as they are
     encoder = [parameter.requires_grad_(True) for parameter in model.encoder_parameters()]

@@ -60,9 +60,7 @@ class NewFile(NamedTuple):
 
 
 class NewFiles:
-    """Files of a folder as batches: one batch and the next few images are in memory. Every rank has
-    its share.
-    """
+    """Files of a folder as batches, of which one and the next few images are in memory; a share a rank."""
 
     def __init__(self, prepared: Any, found: Any, batch_size: int):
         """`prepared` loads one of the files `found`, as the run's own data were (datasets.preparation)."""
@@ -182,9 +180,7 @@ def draw(run: Any, files: NewFiles, ranked: Sequence[Prediction], shown: Score |
 
 
 def sorted_files(table: Table, normal: Normal, primary: str) -> list[Prediction]:
-    """The files that could be read, the most anomalous first; scores that are not finite count as the
-    largest.
-    """
+    """The files that could be read, the most anomalous first; scores that are not finite lead."""
     values = table.values[primary]
     percentiles = metrics.percentile(values, normal.validation[primary])
     calls = metrics.flagged(values, normal.thresholds[primary]).tolist()
@@ -224,9 +220,7 @@ def write_grids(run: Any, name: str, path: str, case: Case, seg_score: str) -> t
 
 def write_volumes(out: Path, name: str, file: NewFile, case: Case, normal: Normal,
                   score: str) -> dict[str, str]:
-    """Writes the map of a volume, and its segmentation where there is a threshold; returns their names by
-    kind.
-    """
+    """Writes the map of a volume, and its segmentation if there is a threshold; their names by kind."""
     volumes = {f'maps/{name}_{score}.nii.gz': case.map}
     threshold = normal.pixel_threshold(score)
     if math.isfinite(threshold):

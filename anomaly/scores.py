@@ -199,9 +199,7 @@ def complexity(outputs: Outputs) -> Tensor:
 
 
 def highest(values: Tensor, inside: Tensor | None, fraction: float) -> Tensor:
-    """Mean of the highest values (B, 1, *S), this fraction of those `inside`, None = all: (B,) float64 on the
-    CPU.
-    """
+    """Mean of this fraction of the values (B, 1, *S) `inside`, None = all, the highest: (B,) float64, CPU."""
     import torch
     chosen = [value.double() for value in (
         values.flatten(1) if inside is None else [value[where] for value, where in zip(values, inside)])]
@@ -264,7 +262,7 @@ def msma_scores() -> list[Score]:
     rows = {
         'msma_gmm': (f"-log density of {norms} under a Gaussian mixture fitted to normal validation images, "
                      f"nats", GMM(**SADE_RULE, images_per_feature=2)),
-        'msma_knn': (f"distance of {norms} to the 5th nearest normal validation image",
+        'msma_knn': (f"distance of {norms} to the 5th nearest normal image",
                      KNN(k=5, scale=False)),
         'msma_kde': (f"-log density of {norms} under a kernel density estimate on normal validation images, "
                      f"nats", KDE()),

@@ -143,9 +143,7 @@ def pictures(model: Any, batches: Batches, score: Score | None, normal: Any) -> 
 # ---------------------------------------------------------------------------------------------------- batches
 
 def part_batches(part: Any, batch_size: int, title: str, workers: int = 0) -> Batches:
-    """This rank's batches of a part of a data set, behind a progress bar. Raises ValueError if an id occurs
-    twice.
-    """
+    """This rank's batches of a part, behind a progress bar. Raises ValueError if an id occurs twice."""
     from tqdm import tqdm
     entries = {entry.id: entry for entry in part.entries}
     if len(entries) != len(part.entries):

@@ -2,15 +2,18 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from anomaly.config import MapConfig
 from anomaly.maps import localization
 from anomaly.maps.localization import FPR_LIMIT, localize
-from anomaly.maps.postprocessing import pixel_threshold, postprocess
+from anomaly.maps.postprocessing import final_maps, gaussian_blur, pixel_threshold
 from readers.body import body
 from utils import UserError
 
@@ -228,12 +231,12 @@ def test_the_pixel_threshold_is_the_least_that_keeps_the_promise():
 
 @pytest.mark.parametrize('dimensions', [2, 3])
 def test_smoothing_spreads_a_point_within_its_image(dimensions):
-    maps = np.zeros((2, *(31,) * dimensions))
-    maps[(0, *(15,) * dimensions)] = 1
-    smoothed = postprocess(maps, 2.0, None)
-    assert smoothed[0].sum() == pytest.approx(1) and not smoothed[1].any()
-    assert smoothed[0].max() == pytest.approx((2 * math.pi * 4) ** (-dimensions / 2), rel=0.01)
-    assert postprocess(maps, 0.0, None) is maps
+    maps = torch.zeros((2, 1, *(31,) * dimensions))
+    maps[(0, 0, *(15,) * dimensions)] = 1
+    smoothed = gaussian_blur(maps, 2.0)
+    assert smoothed[0].sum().item() == pytest.approx(1) and not smoothed[1].any()
+    assert smoothed[0].max().item() == pytest.approx((2 * math.pi * 4) ** (-dimensions / 2), rel=0.01)
+    assert gaussian_blur(maps, 0.0) is maps
 
 
 def disc(size, centre, radius):
@@ -249,10 +252,10 @@ def test_the_body_is_a_disc_with_its_hole_and_without_the_label():
     inside = body(image, 0.05)
     np.testing.assert_array_equal(inside[0], whole)
     assert inside[1].all()                                                   # nothing is bright: all counts
-    maps = np.ones((2, 64, 64), np.float32)
-    masked = postprocess(maps, 0.0, inside)
-    np.testing.assert_array_equal(masked[0], whole)
-    assert masked[1].all() and masked.dtype == np.float32
+    flat = SimpleNamespace(name='flat', map=lambda outputs: torch.ones(2, 1, 64, 64))
+    maps, also = final_maps(SimpleNamespace(x=torch.from_numpy(image)), [flat], MapConfig(body_mask=0.05))
+    np.testing.assert_array_equal(maps['flat'][0], whole)
+    assert maps['flat'][1].all() and maps['flat'].dtype == np.float32 and (also == inside).all()
 
 
 def test_two_legs_are_both_the_body_and_colours_are_averaged():

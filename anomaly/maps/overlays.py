@@ -178,14 +178,9 @@ def as_picture(colors: np.ndarray) -> Image.Image:
     return Image.fromarray((colors.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def as_gray(values: np.ndarray) -> np.ndarray:
-    """(..., H, W) as colors (..., H, W, 3)."""
-    return values[..., None].repeat(3, -1)
-
-
 def as_color(image: np.ndarray) -> np.ndarray:
     """(C, H, W) as (H, W, 3): colors if C = 3, else the first channel in gray."""
-    return np.moveaxis(image, 0, -1) if len(image) == 3 else as_gray(image[0])
+    return np.moveaxis(image, 0, -1) if len(image) == 3 else image[0][..., None].repeat(3, -1)
 
 
 def blend(background: np.ndarray, anomaly_map: np.ndarray, look: dict[str, Any]) -> np.ndarray:
@@ -209,9 +204,7 @@ def layer(anomaly_map: np.ndarray, look: dict[str, Any]) -> Image.Image:
 
 
 def map_scale(maps: Sequence[np.ndarray | None]) -> dict[str, Any]:
-    """One color scale for all maps that there are: from 0, or around 0 if some are negative; the top 0.5 % is
-    clipped.
-    """
+    """One color scale for all maps: from 0, or around 0 if some are negative; the top 0.5 % is clipped."""
     values = np.concatenate([np.zeros(0), *(m[np.isfinite(m)] for m in maps if m is not None)])
     high = (float(np.percentile(np.abs(values), 99.5)) if len(values) else 0) or 1.0
     signed = bool((values < 0).any())

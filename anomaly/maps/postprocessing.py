@@ -49,23 +49,15 @@ class Spread(NamedTuple):
 
 def final_maps(outputs: Any, scores: Iterable[Any],
                config: MapConfig) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """The postprocessed maps (B, *S) of the scores that have one for this model, as they are evaluated and
-    drawn, and the body (B, *S) bool; None without --body_mask.
+    """The maps (B, *S) of the scores that have one for this model as they are evaluated and drawn, smoothed
+    and 0 outside the body; and the body (B, *S) bool, None without --body_mask.
     """
     inside = body(outputs.x.float().cpu().numpy(), config.body_mask) if config.body_mask else None
     maps = {score.name: score.map(outputs) for score in scores if score.map}
-    return {name: postprocess(values[:, 0].float().cpu().numpy(), config.map_smoothing, inside)
-            for name, values in maps.items() if values is not None}, inside
-
-
-def postprocess(maps: np.ndarray, sigma: float, inside: np.ndarray | None) -> np.ndarray:
-    """Maps (N, *S), smoothed by a Gaussian of `sigma` pixels, 0 = none, and 0 outside the body.
-
-    Images are mirrored at their edges. `inside` (N, *S) bool is the `body`; None = everything.
-    """
-    if sigma:
-        maps = ndimage.gaussian_filter(maps, sigma, axes=tuple(range(1, maps.ndim)))
-    return maps if inside is None else np.where(inside, maps, np.zeros_like(maps))
+    smooth = {name: gaussian_blur(values.float(), config.map_smoothing)[:, 0].cpu().numpy()
+              for name, values in maps.items() if values is not None}
+    return {name: values if inside is None else np.where(inside, values, 0)
+            for name, values in smooth.items()}, inside
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:

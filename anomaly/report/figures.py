@@ -115,8 +115,7 @@ def roc_band(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.
 
 def roc(labels: np.ndarray, scores: np.ndarray,
         counts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """False-positive and true-positive rate from (0, 0) to (1, 1), of images that count so often, (N,) each.
-    """
+    """False- and true-positive rate from (0, 0) to (1, 1), of images that count so often, (N,) each."""
     from sklearn.metrics import roc_curve
     return roc_curve(labels, scores, sample_weight=counts)[:2]
 

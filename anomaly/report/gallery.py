@@ -156,8 +156,9 @@ def one_view(case: Case, view: View, place: int, look: dict[str, Any], distance:
     """
     total, chosen = case.image.shape[1 + view.across], slice(place % step, None, step)
     slices = lambda volume: overlays.stack(volume, view)[..., chosen, :, :]                   # (..., n, h, w)
-    sheets = [{'title': title, 'outlined': outlined, 'source': sheet_source(one)} for title, (one,), outlined
-              in overlays.panels(case, look, lambda x: [slices(x)], channels=len(case.image))]
+    sheets = [{'title': title, 'outlined': outlined, 'source': data_address(
+        as_picture(sheet(one)), lossless=False)} for title, (one,), outlined in overlays.panels(
+            case, look, lambda x: [slices(x)], channels=len(case.image))]
     number, height, width = slices(case.image).shape[1:]
     columns = sheet_columns(number)
     return {'name': view.name, 'letters': dict(zip(('left', 'right', 'top', 'bottom'), view.letters)),
@@ -180,11 +181,6 @@ def picture_source(colors: np.ndarray) -> str:
     picture = as_picture(colors)
     picture.thumbnail((LARGEST, LARGEST))
     return data_address(picture, lossless=max(picture.size) <= LOSSLESS)
-
-
-def sheet_source(slices: np.ndarray) -> str:
-    """The same of slices (n, h, w, 3), as a sheet."""
-    return data_address(as_picture(sheet(slices)), lossless=False)
 
 
 def data_address(picture: Image.Image, lossless: bool) -> str:

@@ -43,9 +43,7 @@ def about_data(data: Any) -> dict[str, Any]:
 
 
 def code_and_date() -> dict[str, str]:
-    """The day, in UTC, and the commit of the code, shortened, with a + if files differ from it; '' if it is
-    unknown.
-    """
+    """The day, in UTC, and the commit of the code, shortened, with a + if files differ; '' = unknown."""
     known = commit()
     return {'date': datetime.now(UTC).strftime('%Y-%m-%d'),
             'commit': known[:SHORT] + '+' * known.endswith('+')}
