@@ -103,10 +103,11 @@ def show(value: Any) -> str:
 
 
 def run(rows: Callable[[argparse.Namespace], Iterable[dict[str, Any]]], about: str,
-        choices: Iterable[str], argv: Sequence[str] | None = None) -> int:
+        choices: Iterable[str], argv: Sequence[str] | None = None,
+        draw: Callable[[Sequence[dict[str, Any]], str], None] | None = None) -> int:
     """The program of a benchmark: reads the flags, prints the table of `rows(flags)` and writes it as JSON.
 
-    `choices` name the cases, all of which are measured if none is named.
+    `choices` name the cases, all of which are measured if none is named. `draw(rows, file)` makes a figure.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('cases', nargs='*', help=f'some of {", ".join(choices)}')
@@ -116,15 +117,18 @@ def run(rows: Callable[[argparse.Namespace], Iterable[dict[str, Any]]], about: s
     parser.add_argument('--num_threads', type=int, default=1, help='threads of a process')
     parser.add_argument('--device', default='auto', help='cpu, cuda or auto')
     parser.add_argument('--json', default='', help='also write the rows to this file')
+    if draw:
+        parser.add_argument('--figure', default='', help='also draw the rows to this file, such as x.svg')
     flags = parser.parse_args(argv)
     if unknown := set(flags.cases) - set(choices):
         parser.error(f'{", ".join(sorted(unknown))}: known are {", ".join(choices)}')
     flags.cases = flags.cases or list(choices)
-    return launch.launch(partial(_run, rows), flags,
+    return launch.launch(partial(_run, rows, draw), flags,
                          LaunchConfig(device=flags.device, num_threads=flags.num_threads))
 
 
-def _run(rows: Callable[[argparse.Namespace], Iterable[dict[str, Any]]], flags: argparse.Namespace) -> int:
+def _run(rows: Callable[[argparse.Namespace], Iterable[dict[str, Any]]], draw: Callable | None,
+         flags: argparse.Namespace) -> int:
     where = (f'{launch.device().type}, {torch.get_num_threads()} thread(s), {processor()}, '
              f'torch {torch.__version__}')
     print(f'{where}; median of {flags.rounds}, {flags.clock} time', flush=True)
@@ -135,6 +139,8 @@ def _run(rows: Callable[[argparse.Namespace], Iterable[dict[str, Any]]], flags: 
     print(table(found))
     if flags.json:
         write_json(flags.json, {'machine': where, 'clock': flags.clock, 'rows': found})
+    if draw and flags.figure:
+        draw(found, flags.figure)
     return 0
 
 

@@ -43,7 +43,13 @@ def flags_of(recipe: str) -> list[str]:
 def trainer_of(case: str) -> Iterator[Trainer]:
     """The parts of a recipe's run, on images of noise."""
     recipe, batch_size, more = CASES[case]
+    with trainer_with([*flags_of(recipe), '--batch_size', str(batch_size), *more.split()]) as trainer:
+        yield trainer
+
+
+@contextmanager
+def trainer_with(words: list[str]) -> Iterator[Trainer]:
+    """The parts of a run with these flags of train.py, on images of noise."""
     with tempfile.TemporaryDirectory() as folder:
-        yield Trainer(parse_args([
-            *flags_of(recipe), '--batch_size', str(batch_size), '--amp', 'off', '--dry_run', '--root', folder,
-            '--checkpoint_activations', 'off', '--image_every', '0', *more.split()]))
+        yield Trainer(parse_args([*words, '--amp', 'off', '--dry_run', '--root', folder,
+                                  '--checkpoint_activations', 'off', '--image_every', '0']))

@@ -6,6 +6,7 @@ import torch
 from benchmarks.measure import milliseconds, ratio, table
 from benchmarks.plain import loss_and_gradient, plain_model
 from benchmarks.recipes import RECIPES, flags_of
+from benchmarks.scaling import multiplications
 from distributions import Pixels
 from families.nvae.model import NVAE, NVAEConfig
 from train import parse_args
@@ -39,3 +40,8 @@ def test_a_table_of_medians_and_paired_ratios():
     assert row == pytest.approx({'ours ms': 200, 'from': 100, 'to': 300, 'plain ms': 600})
     assert ratio(seconds['plain'], seconds['ours']) == pytest.approx(2)
     assert table([{'case': 'a', **row}]).splitlines()[1].split() == ['a', '200', '100', '300', '600']
+
+
+def test_multiplications_of_a_network():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 3, groups=4))
+    assert multiplications(model, torch.zeros(5, 2, 6, 6)) == 5 * (4 * 36 * 2 * 9 + 4 * 16 * 9)
