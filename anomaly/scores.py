@@ -220,7 +220,8 @@ def highest_residual(outputs: Outputs, fraction: float) -> Tensor:
 
 def msma_map(name: str, outputs: Outputs) -> Tensor | None:
     """Heat-map of the fitted density `name` of score norms, as --msma_map says: (B, 1, *S), or None."""
-    if outputs.scoring.msma_map == 'none' or name not in outputs.densities:
+    wanted = outputs.scoring.msma_map != 'none' and hasattr(outputs.model, 'score_norm')
+    if not wanted or name not in outputs.densities:
         return None
     from anomaly.attribution import density_map
     return density_map(outputs.densities[name], outputs)
