@@ -1,15 +1,17 @@
 """Volumes from an LMDB are those of the files: the same split, voxels, masks and grids."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from nibabel import Nifti1Image
 from nibabel import save as write_nifti
-from test_packed import assert_same
+from test_packed import assert_same, records_of, write_lmdb
 
 from datasets import DataConfig, load_data
 from readers.config import volume_flags
+from readers.lmdb.format import seal
 from scripts.create_lmdb import FolderConfig, pack, plan, verify
 from utils import UserError
 
@@ -101,3 +103,16 @@ def test_a_damaged_volume_is_named(packed, tmp_path):
         load(out, tmp_path)
     assert len(load(out, tmp_path, skip_corrupt=True).train) == len(whole.train) - 1
     assert verify(out, 1) == 1
+
+
+@pytest.mark.parametrize('record, change, words', [
+    ('meta', {'volumes': {'flags': {}}}, r'does not hold what docs/lmdb.md says \(KeyError\)'),
+    ('meta', {'left_out': [], 'dtypes': None}, r'does not hold what docs/lmdb.md says \(TypeError\)'),
+    ('info/00000000', {'grids': [[[1, 2, 3], 'here']]}, r"info/00000000 has no 'grids' of its 'shape'"),
+    ('info/00000001', {'shape': [2, 4, 4, 4]}, r"info/00000001 has no 'grids' of its 'shape'")], ids=str)
+def test_facts_of_another_kind_are_one_line(packed, tmp_path, record, change, words):
+    records = records_of(packed)
+    facts = json.loads(records[record.encode()][9:]) | change
+    records[record.encode()] = seal(record.encode(), facts)
+    with pytest.raises(UserError, match=words):
+        load(write_lmdb(tmp_path / 'odd.lmdb', records), tmp_path)

@@ -92,6 +92,15 @@ class Packed(Closing):
         for field, fields in {'mask': MASK, 'original': ORIGINAL}.items():
             if field in info:
                 expect(info[field], fields, key)
+        if self.meta.get('volumes'):
+            try:
+                info['grids'] = tuple(map(Grid.from_json, info['grids']))
+                fits = [list(grid.affine.shape) for grid in info['grids']] == [[4, 4]] * 2 \
+                    and [int(info['shape'][0]), *info['grids'][0].shape] == info['shape']
+            except (LookupError, TypeError, ValueError):
+                fits = False
+            if not fits:
+                raise Damaged(key, "has no 'grids' of its 'shape'")
         return info
 
     def payload(self, kind: str, number: int, facts: dict[str, Any]) -> bytes:
@@ -112,8 +121,7 @@ class Packed(Closing):
         drawn = self.payload('mask', number, facts) if item.masks else None
         if loader is None:
             mask = None if drawn is None else (raw_of(drawn, facts) > 0)[None]
-            return Loaded(raw_of(data, info), mask, original['sha256'], original['num_bytes'],
-                          tuple(map(Grid.from_json, info['grids'])))
+            return Loaded(raw_of(data, info), mask, original['sha256'], original['num_bytes'], info['grids'])
         image = values_of(data, info)
         mask = None if drawn is None else load_mask(lambda: marked_by(drawn, facts), facts['name'],
                                                     image.shape)
@@ -174,9 +182,10 @@ def read_packed(config: ReaderConfig, row: DataSet) -> Source:
         packed = Packed(path)
         try:
             return list_records(packed, loader, given, config.depth)
-        except UserError:
+        except Exception as error:                   # facts of another kind than ours may raise any of them
             packed.close()
-            raise
+            raise error if isinstance(error, UserError) else UserError(
+                f"{path} does not hold what docs/lmdb.md says ({type(error).__name__}): {REMEDY}.") from None
 
     return import_items(config, row, key, read)
 
@@ -191,7 +200,7 @@ def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, An
     """All images of an LMDB, or without a `loader` all volumes. Raises UserError if two have one id."""
     meta, path = packed.meta, packed.path
     listing = Listing(f"{path} (an LMDB of --dataset {meta['dataset']})", [],
-                      loader.shape if loader else (), meta['classes'], close=packed.close,
+                      loader.shape if loader else (), list(map(str, meta['classes'])), close=packed.close,
                       near_duplicates=meta.get('near_duplicates', True))
     volumes = meta.get('volumes')
     if bool(volumes) == bool(loader):
@@ -208,6 +217,8 @@ def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, An
     for number in range(len(packed)):
         try:
             info = packed.info(number)
+            if volumes and listing.shape not in ((), tuple(info['shape'])):
+                raise Damaged(key_of('info', number), f"is {info['shape']}, others {listing.shape}")
         except Unreadable as error:
             listing.bad.append((f'image {number} of {path}', str(error)))
             continue
