@@ -43,9 +43,9 @@ def is_dicom(data: bytes) -> bool:
     return data[MAGIC_START:MAGIC_START + len(MAGIC)] == MAGIC or data[:2] in BARE
 
 
-def is_directory(path: str | Path) -> bool:
-    """Whether a file is the DICOMDIR of a medium, which lists its files and is no image."""
-    return Path(path).name.upper() == 'DICOMDIR'
+def is_dicom_file(path: str | Path) -> bool:
+    """Whether a file is DICOM, but for the DICOMDIR of a medium, which lists its files."""
+    return Path(path).name.upper() != 'DICOMDIR' and is_dicom(first_bytes(path) or b'')
 
 
 def decode_dicom(data: bytes, frame: int | None = None) -> np.ndarray:
@@ -164,7 +164,7 @@ def num_frames(dataset: Any) -> int:
 def count_frames(path: str | Path) -> int:
     """The frames of a file, 1 if it is no DICOM file or damaged."""
     try:
-        if not is_dicom(first_bytes(path) or b''):
+        if not is_dicom_file(path):
             return 1
         return num_frames(read_dataset(path, ['NumberOfFrames'], stop_before_pixels=True))
     except Exception:                                    # which loading it will name

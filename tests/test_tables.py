@@ -200,7 +200,7 @@ def test_a_label_of_0_makes_an_image_normal(listed):
     (['path,class,mask,x,y,width,height', 'all/0.png,good,no.png,1,2,3,4'], {}, "there is no mask 'no.png'"),
     (['path,class,label', 'all/0.png,good,1'], {}, "label '1' says anomalous, the class 'good' is normal"),
     (['path,class', 'all/0.png,good', 'b/0.png,crack'], {}, r'1 row of images that are not below .*b/0\.png'),
-    (['path,class', 'a/0.png,good', 'b/0.png,crack'], {'images': 'all'}, "'b/0.png' and .* would both be"),
+    (['path,class', '1/0.png,good', '11/0.png,crack'], {'images': 'all'}, "'11/0.png' and .* would both be"),
     (['path,kind', 'all/0.png,good'], {'data': './table.csv'}, 'has no column of a class'),
     (['path,class,part', 'all/0.png,good,train', 'all/0.png,good,test'], {}, 'rows of different parts'),
     (['path,class,x,y,width,height', 'all/0.png,good,1,2,3,'], {}, "width, height are '1', '2', '3', ''"),

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
-from readers.dicom import MAGIC, MAGIC_START, count_frames, is_dicom, is_directory
+from readers.dicom import MAGIC, MAGIC_START, count_frames, is_dicom_file
 from readers.images.masks import OVERLAY, are_of_masks, masks_beside
 from readers.paths import FOREIGN, MASKS, Passed, files_below, first_bytes, pass_over
 
@@ -21,7 +21,7 @@ OVERLAYS = 'pictures laid over images'
 def is_image_file(path: str) -> bool:
     """Whether a file is looked at: by its suffix, or because it is DICOM, whose names often have none."""
     return path.lower().endswith(SUFFIXES) or (
-        not is_directory(path) and (first_bytes(path) or b'')[MAGIC_START:] == MAGIC)
+        (first_bytes(path) or b'')[MAGIC_START:] == MAGIC and is_dicom_file(path))
 
 
 def may_be_image(path: str) -> bool:
@@ -29,8 +29,7 @@ def may_be_image(path: str) -> bool:
     image, begins like one, or cannot be opened.
     """
     start = None if path.lower().endswith(SUFFIXES) else first_bytes(path)
-    return start is None or start.startswith(SIGNATURES) or (
-        is_dicom(start) and not is_directory(path))
+    return start is None or start.startswith(SIGNATURES) or is_dicom_file(path)
 
 
 def image_files(root: Any, passed: Passed, below: str = '', wanted: Callable[[str], bool] = is_image_file,

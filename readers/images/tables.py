@@ -260,7 +260,7 @@ class Files:
             return ''
         keys = [fold('/'.join(steps[k:])) for k in range(len(steps))]
         keys += [f'*{keys[0]}'] if len(steps) == 1 else []
-        above = keys[0].rpartition('/')[0]
+        above = ''.join(f'/{fold(step)}' for step in steps[:-1])
         for root in dict.fromkeys((*self.roots[:self.first], near, *self.roots)):
             for key in keys:
                 if len(found := self.table(root).get(key, ())) == 1:

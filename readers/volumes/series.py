@@ -12,17 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from readers.dicom import (
-    count_frames,
-    is_dicom,
-    is_directory,
-    open_dataset,
-    stored_values,
-    take_groups,
-    without_words,
-)
+from readers.dicom import count_frames, is_dicom_file, open_dataset, stored_values, take_groups, without_words
 from readers.dicom_display import is_padding, rescaled
-from readers.paths import first_bytes
 from readers.source import Unreadable
 from readers.volumes.itk import TO_RAS
 from storage.limits import excess
@@ -37,18 +28,14 @@ def members(path: str | Path) -> list[str]:
     """The DICOM files of a folder of slices, sorted; of a file itself."""
     if not os.path.isdir(path):
         return [str(path)]
-    return [str(Path(path, name)) for name in sorted(os.listdir(path)) if starts_as_dicom(Path(path, name))]
-
-
-def starts_as_dicom(path: Path) -> bool:
-    return not is_directory(path) and is_dicom(first_bytes(path) or b'')
+    return [str(Path(path, name)) for name in sorted(os.listdir(path)) if is_dicom_file(Path(path, name))]
 
 
 def series_in(root: Path, names: Iterable[str]) -> tuple[list[str], set[str]]:
     """The volumes among files of these names relative to `root`: folders of slices, '.' for `root`, and files
     of several frames outside of these; and the names of all DICOM files.
     """
-    slices = {name for name in names if starts_as_dicom(root / name)}
+    slices = {name for name in names if is_dicom_file(root / name)}
     several = {name for name in slices if count_frames(root / name) > 1}
     folders = {os.path.dirname(name) or '.' for name in slices - several}
     return sorted(folders | {name for name in several if os.path.dirname(name) not in folders}), slices
