@@ -85,10 +85,22 @@ def test_first_batch_gives_channels_mean_0_and_std_one_fifth():
 def test_squeeze_excite_gates_each_channel_of_each_image():
     se = SqueezeExcite(8)
     x = torch.rand(3, 8, 5, 5) + 0.1
-    gate = se(x) / x
-    assert gate.amin() > 0 and gate.amax() < 1
-    assert gate.var((2, 3)).max().item() < 1e-10
+    gate = se(x)
+    assert gate.shape == (3, 8, 1, 1) and gate.amin() > 0 and gate.amax() < 1
     assert sum(p.numel() for p in se.parameters()) == 8 * 4 + 4 + 4 * 8 + 8
+
+
+@pytest.mark.parametrize('use_se', [False, True])
+@pytest.mark.parametrize('kind', ['normal', 'down', 'up'])
+def test_a_cell_adds_a_tenth_of_its_gated_operations_to_its_skip(use_se, kind):
+    cell = Cell(8, kind, ['res_bnswish', 'mconv_e3k5g0'], use_se).double()
+    x = torch.randn(2, 8, 6, 6).double()
+    y = cell.ops(x)
+    gate = cell.se(y) if use_se else 1.0
+    torch.testing.assert_close(cell(x), cell.skip(x) + 0.1 * (y * gate))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        torch.testing.assert_close(cell.float()(x.float()).double(), cell.skip(x.float()) + 0.1 * (y * gate),
+                                   rtol=0.05, atol=0.05, check_dtype=False)
 
 
 def test_spectral_regularizer_finds_the_sum_of_largest_singular_values():

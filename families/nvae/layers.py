@@ -139,7 +139,7 @@ def initialize_from_data(model: nn.Module, run: Callable[[], object]) -> None:
 
 
 class SqueezeExcite(nn.Sequential):
-    """Channel attention: x times a gate in (0, 1) a channel, from the channel means (Hu et al. 2018)."""
+    """Channel attention: the gate in (0, 1) of each channel, (B, C, 1, 1), from its mean (Hu et al. 2018)."""
 
     def __init__(self, channels: int):
         hidden = max(channels // 16, 4)
@@ -147,8 +147,7 @@ class SqueezeExcite(nn.Sequential):
                          nn.Linear(hidden, channels), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = super().forward(x.mean((2, 3)))                                                # (B, C)
-        return x * gate[:, :, None, None]
+        return super().forward(x.mean((2, 3)))[:, :, None, None]
 
 
 class DownSkip(nn.Module):
@@ -233,7 +232,7 @@ class Cell(nn.Module):
         self.ops = nn.Sequential(
             *[make_op(name, channels if i == 0 else c_out, c_out, cell if i == 0 else 'normal')
               for i, name in enumerate(ops)])
-        self.se = SqueezeExcite(c_out) if use_se else nn.Identity()
+        self.se = SqueezeExcite(c_out) if use_se else None
         self.recomputes = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -244,4 +243,7 @@ class Cell(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + RESIDUAL_SCALE * self.se(self.ops(x))
+        y = self.ops(x)
+        if self.se is None:
+            return torch.add(self.skip(x), y, alpha=RESIDUAL_SCALE)
+        return torch.addcmul(self.skip(x), y, RESIDUAL_SCALE * self.se(y))      # one pass over the memory
