@@ -35,21 +35,18 @@ def means(x: Tensor) -> Tensor:
 
 
 def mean_intensity(images: Tensor) -> Score:
-    """Mean intensity as it is: an AUROC below 0.5 means that anomalous images are darker."""
     return Score('mean_intensity', '', "mean intensity: an AUROC below 0.5 means darker anomalous images",
                  lambda outputs: means(outputs.x),
                  lambda outputs: outputs.x.float().mean(1, keepdim=True).cpu())
 
 
 def intensity_deviation(images: Tensor) -> Score:
-    """|mean intensity - mean intensity of normal training images|: dark and bright images both count."""
     center = means(images).mean()
     return Score('intensity_deviation', '', "|mean intensity - that of normal training images|",
                  lambda outputs: (means(outputs.x) - center).abs())
 
 
 def mean_image(images: Tensor) -> Score:
-    """Euclidean distance to the mean of the normal training images."""
     center = images.double().mean(0)                                                       # (C, *S)
 
     def difference(outputs: Outputs) -> Tensor:
@@ -81,7 +78,6 @@ def compressed_bits(x: Tensor, bits: int) -> Tensor:
 
 
 def png_size(images: Tensor) -> Score:
-    """Bytes of the image as the model sees it, as an optimized PNG."""
     def size(outputs: Outputs) -> Tensor:
         stored = as_stored(outputs.x, min(outputs.bits, 8))
         return torch.tensor([png_bytes(values) for values in stored], dtype=torch.float64)
@@ -89,7 +85,6 @@ def png_size(images: Tensor) -> Score:
 
 
 def file_size(images: Tensor) -> Score:
-    """Bytes of the image's file on disk."""
     def size(outputs: Outputs) -> Tensor:
         if outputs.file_bytes is None:
             raise UserError("baseline file_size needs file sizes, which these images do not have.")
@@ -115,16 +110,14 @@ def linear_residual(x: Tensor, mean: np.ndarray, axes: np.ndarray) -> np.ndarray
 
 
 def pca(images: Tensor) -> Score:
-    """Euclidean distance to the linear subspace that keeps 90 % of the variance of normal training images."""
     mean, axes, shares = principal_components(images, MAX_COMPONENTS)
     axes = axes[:1 + int((np.cumsum(shares) < PCA_VARIANCE).sum())]
-    return Score('pca', '', "Euclidean distance to principal components of normal training images",
-                 lambda outputs: torch.from_numpy(np.linalg.norm(
+    return Score('pca', '', "Euclidean distance to the principal components that keep 90 % of the variance "
+                 "of normal training images", lambda outputs: torch.from_numpy(np.linalg.norm(
                      linear_residual(outputs.x, mean, axes), axis=1)))
 
 
 def pca_top(images: Tensor) -> Score:
-    """Mean of the highest 1 % of the residual of 40 principal components, smoothed before the modulus."""
     mean, axes, _ = principal_components(images, TOP_COMPONENTS)
 
     def residual(x: Tensor) -> Tensor:
@@ -134,7 +127,8 @@ def pca_top(images: Tensor) -> Score:
 
     def errors(outputs: Outputs) -> Tensor:
         return outputs.once(('pca_top',), lambda: residual(outputs.x))
-    return Score('pca_top', '', "smoothed residual of 40 principal components: mean of the highest 1 %",
+    return Score('pca_top', '', "|residual of 40 principal components|, smoothed before the modulus: mean of "
+                 "the highest 1 %",
                  lambda outputs: highest(errors(outputs), None, LESION_FRACTION),
                  lambda outputs: errors(outputs).float())
 

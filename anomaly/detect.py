@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +33,7 @@ from anomaly.normal import Normal
 from anomaly.report import page
 from anomaly.report.figures import read_history
 from anomaly.report.gallery import MOST_VOLUMES, choose_cases, original, spacing
-from anomaly.report.provenance import about_data, about_run, code_and_date
+from anomaly.report.provenance import about_run, code_and_date
 from anomaly.runs import Chosen, Run, check_same_validation, choose, on_common_images
 from anomaly.scores import Score, Scoring, Selection
 from anomaly.scoring import Table, part_batches, pictures, score_images, select_maps
@@ -284,7 +285,11 @@ def summarize(data: Any, found: Evaluated, settings: Settings, findings: Sequenc
         'dataset': getattr(data.config, 'dataset', ''),
         **settings.facts(),
         'baselines_fitted_on': min(len(data.train), settings.judging.max_train_images),
-        **about_data(data), 'findings': list(findings), **judgement.as_json(),
+        'counts': {name: dict(Counter(entry.class_name for entry in getattr(data, name).entries))
+                   for name in ('train', 'val', 'test')},
+        'split_seed': data.split['split_seed'], 'data': list(data.report),
+        'duplicates': dict(Counter(pair['kind'] for pair in data.split['duplicates'])),
+        'findings': list(findings), **judgement.as_json(),
         'warnings': [*left_out, *judgement.warnings, *broken_promises(
             judgement, normal_parts, len(found.validation))],
         'promised': metrics.promised(len(found.validation), settings.judging.target_fpr),

@@ -19,7 +19,7 @@ TINY = 256                         # pixels, or voxels, of a tiny image
 
 @lru_cache(maxsize=4)
 def spectrum_bands(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """A Hann window of this shape, and the band of each frequency of its spectrum, 0 to 8; -1 = constant.
+    """A Hann window of this shape, and the band of each frequency of its spectrum, 0 to 7; -1 = constant.
 
     The bands are equally wide in log frequency, from one period a side to the corner of the spectrum.
     """

@@ -62,13 +62,19 @@ class Normal:
         densities, notes = {}, []
         patients = [getattr(entry, 'patient', '') or entry.id for entry in table.entries]
         for score in scores:
-            if score.density is not None:
-                densities[score.name] = density = copy.deepcopy(score.density)
-                features = table.features[score.name]
-                more, note = extra_images(score, features, training)
-                notes += note
-                with naming(f'score {score.name}'):
-                    table.values[score.name] = cross_fit(density, features, patients, more)
+            if score.density is None:
+                continue
+            densities[score.name] = density = copy.deepcopy(score.density)
+            features, more = table.features[score.name], training and training.features.get(score.name)
+            if more is not None:
+                alike = are_alike(more, features)
+                notes.append(f"{score.name} has learned from " + (
+                    f"{len(more)} training images too: their features are distributed like those of "
+                    f"validation images." if alike else f"the {len(features)} validation images alone: the "
+                    f"features of training images are distributed otherwise."))
+                more = more if alike else None
+            with naming(f'score {score.name}'):
+                table.values[score.name] = cross_fit(density, features, patients, more)
         normal = cls(primary, scoring, maps, judging, table.values, {}, {}, densities, notes=notes)
         normal.add_sums(table, scores)
         normal.validation = dict(table.values)
@@ -213,18 +219,3 @@ class Normal:
             raise UserError(f"--scores {unknown[0]}: the evaluation set no threshold for it, but for "
                             f"{', '.join(known)}. Run --eval_mode anomaly with it first.")
         return chosen
-
-
-def extra_images(score: Score, features: np.ndarray,
-                 training: Table | None) -> tuple[np.ndarray | None, list[str]]:
-    """The features of training images (M, D) from which the density of a score may learn, None if there are
-    none, and a line that says so.
-    """
-    if training is None or not score.density.takes_training:
-        return None, []
-    more, images = training.features[score.name], f'{len(training)} training images'
-    if are_alike(more, features):
-        return more, [f"{score.name} has learned from {images} too: their features are distributed like "
-                      f"those of validation images."]
-    return None, [f"{score.name} has learned from the {len(features)} validation images alone: the features "
-                  f"of training images are distributed otherwise."]

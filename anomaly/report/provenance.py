@@ -1,6 +1,5 @@
 """What a report says of the model, the data and the code that it was made with."""
 
-from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,17 +28,6 @@ def about_run(model: Any, path: str | Path) -> dict[str, Any]:
              'steps': max((points[-1][0] for points in history.values()), default=None),
              'flags': {name: value for name, value in flags.items() if name not in NOT_OF_THE_MODEL}}
     return {name: value for name, value in facts.items() if value}
-
-
-def about_data(data: Any) -> dict[str, Any]:
-    """Images of every class in every part, the seed of the split, pairs of duplicates across parts by kind,
-    and the lines of the reader.
-    """
-    return {'counts': {name: dict(Counter(entry.class_name for entry in getattr(data, name).entries))
-                       for name in ('train', 'val', 'test')},
-            'split_seed': data.split['split_seed'],
-            'duplicates': dict(Counter(pair['kind'] for pair in data.split['duplicates'])),
-            'data': list(data.report)}
 
 
 def code_and_date() -> dict[str, str]:
