@@ -173,6 +173,13 @@ def test_the_starting_slice_of_every_sheet_is_the_one_with_the_bright_voxel(monk
         assert f'M{column} {row}h1' in view['outline'] and view['outline'].count('M') == 4
 
 
+def test_slices_start_at_the_maximum_of_the_map_that_is_drawn():
+    case = one_case()
+    drawn = np.roll(case.map, 1, 2)                            # beside normal images another voxel stands out
+    views = volume_views(case._replace(relative=drawn), LOOK, np.ones(3), 1e6)['views']
+    assert [view['start'] for view in views] == [LESION[2] + 1, LESION[1], LESION[0]]
+
+
 def test_slices_are_left_out_until_a_volume_fits_but_not_the_starting_one():
     noise = np.random.default_rng(0).random((1, *SHAPE), np.float32)
     shown = lambda most: volume_views(Case(0, noise, None, None, None), LOOK, np.ones(3), most)

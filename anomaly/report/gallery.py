@@ -140,7 +140,7 @@ def volume_views(case: Case, look: dict[str, Any], distance: np.ndarray, most_by
     value of the map among them, unless one slice a direction takes more.
     """
     size = case.image.shape[1:]
-    place, step = overlays.focus(case.map, size), math.ceil(max(size) / MOST_SLICES)
+    place, step = overlays.focus(case.shown, size), math.ceil(max(size) / MOST_SLICES)
     while True:
         views = [one_view(case, view, place[view.across], look, distance, step) for view in overlays.VIEWS]
         taken = sum(len(view['outline']) + sum(len(s['source']) for s in view['sheets']) for view in views)
