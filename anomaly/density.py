@@ -22,7 +22,7 @@ from utils import UserError
 SIGNIFICANT = 0.05           # of tests whether training images differ
 SMALLEST = 1e-12             # of a distance whose logarithm is taken
 RIDGE = 1e-9                 # added to the variances of standardized features, as one may be constant
-NEIGHBOR_ROWS = 1024         # whose distances to all normal images are in memory at once
+ROWS = 1024                  # that are scored at once: their distances to all normal images are in memory
 GMM_RIDGE = 1e-3             # the same for a component of a mixture, which may have few images
 CHOOSING_FOLDS = 5           # of the cross-validation that chooses a mixture, or a kernel and its bandwidth
 MOST_TO_CHOOSE = 2000        # images with which it chooses a kernel: its time grows with their square
@@ -48,11 +48,6 @@ class Density(ABC):
     def energy(self, features: Tensor) -> Tensor:
         """Scores (N,) of features (N, D), float64, differentiable; not finite where the features are not."""
 
-    @torch.no_grad()
-    def rate(self, features: np.ndarray) -> np.ndarray:
-        """Scores (N,) of finite features (N, D)."""
-        return self.energy(torch.tensor(features)).numpy()
-
     def fit(self, features: np.ndarray) -> Self:
         """Learns from features (N, D) of normal images. Raises UserError for too few."""
         features = np.asarray(features, np.float64)
@@ -64,12 +59,14 @@ class Density(ABC):
         self.keep(vars(self))
         return self
 
+    @torch.no_grad()
     def score(self, features: np.ndarray) -> np.ndarray:
         """Scores (N,) of features (N, D), float64, larger = more anomalous; NaN where they are not finite."""
         features = np.asarray(features, np.float64)
         values, known = np.full(len(features), np.nan), np.isfinite(features).all(1)
         if known.any():
-            values[known] = self.rate(features[known])
+            rows = torch.tensor(features[known]).split(ROWS)
+            values[known] = torch.cat([self.energy(some) for some in rows]).numpy()
         return values
 
     def state(self) -> dict[str, np.ndarray]:
@@ -180,11 +177,14 @@ class KNN(Density):
 
 def to_nearest(reference: Tensor, z: Tensor, k: int) -> Tensor:
     """Distances (N, k) from rows of z (N, D) to the nearest of `reference` (M, D), rising; all if M < k."""
+    rows = distances(z.detach().nan_to_num(0, 0, 0), reference).topk(min(k, len(reference)), largest=False)
+    return (z[:, None] - reference[rows.indices]).norm(dim=2)
+
+
+def distances(z: Tensor, reference: Tensor) -> Tensor:
+    """Distances (N, M) from rows of z (N, D) to those of `reference` (M, D)."""
     # Of differences, not products of matrices: exact, and a row does not depend on how many others there are.
-    distances = (torch.cdist(rows, reference, compute_mode='donot_use_mm_for_euclid_dist')
-                 for rows in z.detach().nan_to_num(0, 0, 0).split(NEIGHBOR_ROWS))
-    rows = torch.cat([found.topk(min(k, len(reference)), largest=False).indices for found in distances])
-    return (z[:, None] - reference[rows]).norm(dim=2)
+    return torch.cdist(z, reference, compute_mode='donot_use_mm_for_euclid_dist')
 
 
 @dataclass(eq=False)
@@ -214,17 +214,12 @@ class KDE(Density):
 
     def energy(self, features: Tensor) -> Tensor:
         number, d = self.reference.shape
-        u = torch.cdist(features, self.tensor('reference')) / self.tensor('bandwidth')
+        u = distances(features, self.tensor('reference')) / self.tensor('bandwidth')
         if self.kernel == 'exponential':          # its integral is S^(d-1) (d - 1)!, S the area of the sphere
             log_kernel = -u - math.log(2 * math.pi ** (d / 2)) + math.lgamma(d / 2) - math.lgamma(d)
         else:
             log_kernel = -u ** 2 / 2 - d / 2 * math.log(2 * math.pi)
         return math.log(number) + d * self.tensor('bandwidth').log() - torch.logsumexp(log_kernel, dim=1)
-
-    def rate(self, features: np.ndarray) -> np.ndarray:
-        """By scikit-learn, which needs less memory than all distances at once."""
-        estimate = self.estimate(self.reference, self.kernel, self.bandwidth)
-        return -estimate.score_samples(features)
 
 
 @dataclass(eq=False)
