@@ -82,8 +82,9 @@ def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
     with locked(home / f'{digest}.lock') as alone:
         found = _load(final, load)
         if found is None:
-            for left_over in [final, *(home.glob(f'{digest}.*.tmp') if alone else ())]:
-                shutil.rmtree(left_over, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)
+            if alone:
+                _clear(home, digest)
             temporary = Path(tempfile.mkdtemp(prefix=f'{digest}.', suffix='.tmp', dir=home))
             try:
                 fields = make(temporary)
@@ -105,6 +106,16 @@ def cached_files(cache_dir: str, key: Any, make: Callable[[Path], dict],
         raise UserError(f"what was written to the cache folder {home} reads back wrongly: "
                         f"check that disk, or name another folder with --cache_dir.")
     return found
+
+
+def _clear(home: Path, own: str) -> None:
+    """Removes what killed processes left of the entry `own`, whose lock is held, and of others."""
+    for left in home.glob('*.tmp'):
+        digest = left.name.partition('.')[0]
+        lock = home / f'{digest}.lock'
+        with contextlib.nullcontext(True) if digest == own else locked(lock, wait=False) as is_free:
+            if is_free:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:

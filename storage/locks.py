@@ -22,15 +22,17 @@ def open_lock(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """One process at a time, where the file system can lock (else it yields False)."""
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """One process at a time, where the file system can lock; else, or without `wait` for another process, it
+    yields False.
+    """
     with contextlib.ExitStack() as stack:
         alone = False
         with contextlib.suppress(ImportError, OSError):    # without a lock work is done twice, never wrongly
             import fcntl
             descriptor = open_lock(path)
             stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             alone = True
         yield alone
 

@@ -168,3 +168,12 @@ def test_a_file_that_cannot_be_read_is_not_called_the_cache(tmp_path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), '/data/set.tar')
     with pytest.raises(UserError, match=r'^/data/set.tar cannot be read .Permission denied'):
         cached_files(str(tmp_path / 'cache'), {}, denied, lambda folder, fields: folder)
+
+
+def test_what_killed_processes_left_in_the_cache_goes(tmp_path):
+    home = cache_folder(str(tmp_path / 'cache'))
+    for name in ('dead', 'alive'):
+        (home / f'{name}.x7.tmp').mkdir()
+    with locked(home / 'alive.lock'):
+        cached_files(str(home), {}, lambda folder: {}, lambda folder, fields: folder)
+    assert [path.name for path in home.glob('*.tmp')] == ['alive.x7.tmp']
