@@ -135,6 +135,7 @@ def test_resized_arrays_give_the_same_images_and_the_same_split(folder, tmp_path
     for flags in ({'image_size': 8}, {'image_size': 8, 'num_x_bits': 12, 'channels': 3, 'fit': 'stretch'}):
         small = make(folder, tmp_path / f'{len(flags)}.lmdb', **flags)
         assert_same(load(folder, tmp_path, **flags), load(small, tmp_path, **flags))
+        assert any('have 8 x 8 pixels' in line for line in load(small, tmp_path, image_size=12).report)
         assert load(small, tmp_path).config.fit == flags.get('fit', 'pad'), "as new files have to be"
         with Packed(small) as records:
             info = records.info(0)

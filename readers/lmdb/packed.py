@@ -213,9 +213,12 @@ def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, An
     else:
         left_out = [f'{name} {reason}' for name, reason in meta.get('left_out', [])]
         listing.notes += noted(left_out, 'file', f'had been left out when {path} was made')
-        origin = meta.get('origin', {})                  # what files became, new ones have to, unless a flag says
+        origin = meta.get('origin', {})                  # new files become what these did, unless a flag says
         listing.flags = {name: origin[name] for name in ('fit', 'frames')
                          if name in origin and getattr(loader, name) == getattr(ImageLoader, name)}
+        if (side := origin.get('image_size', 0)) not in (0, loader.size):
+            listing.notes.append(f'the images in {path} have {side} x {side} pixels: they are resized to '
+                                 f'{loader.size} x {loader.size}')
     seen = set()
     for number in range(len(packed)):
         try:
