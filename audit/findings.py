@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import binom
+
 from audit.trivial import CONFOUNDERS, FEATURES
 from readers.split import PARTS, contradictions, count, some, spread_patients
 
@@ -105,13 +107,13 @@ def part_findings(comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> l
                         f"apart, every AUROC is near 0.5, as it should be.{together}")]
     named = '; '.join(f"{subject(name, rows[name]).lower()} {with_interval(rows[name])}"
                       for name in different[:NAMED])
-    expected = max(1, round(BY_CHANCE * len(rows)))
-    by_chance = level == 'moderate' and len(different) <= expected and (
+    allowed = max(1, int(binom.ppf(0.95, len(rows), BY_CHANCE)))
+    by_chance = level == 'moderate' and len(different) <= allowed and (
         not combined or severity(combined, 'parts') == 'fine')
     return [Finding(
         level, PART, f"The {TESTED} differ from the {LEARNED}, though an AUROC between them should be 0.5"
-        f"{': ' * bool(named)}{named}.{together} By chance, about {expected} "
-        f"of {count(len(rows), 'feature')} would differ as much.",
+        f"{': ' * bool(named)}{named}.{together} By chance, up to {allowed} "
+        f"of {count(len(rows), 'feature')} would differ as much (95 %).",
         "Nothing: chance explains it." if by_chance else
         "If they come from another hospital or time, thresholds from validation images do not hold for them; "
         "else try another --split_seed, and name the patients.", max(map(strength, judged)))]

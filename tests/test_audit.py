@@ -265,6 +265,9 @@ def test_what_chance_brings_is_told_from_what_it_does_not():
     assert of(alike, mean=apart, black=apart) == ('moderate', False)
     assert of(apart, mean=alike, black=alike) == ('moderate', False)
     assert of(alike, mean=(0.2, 0.39), black=alike) == ('serious', False)
+    # Of ten features, independent ones, two or more differ by chance in 9 % of all splits, three in 1 %.
+    many = lambda number: {name: apart if i < number else alike for i, name in enumerate([*FEATURES][:10])}
+    assert of(alike, **many(2)) == ('moderate', True) and of(alike, **many(3)) == ('moderate', False)
 
 
 def test_words_that_are_compared():
