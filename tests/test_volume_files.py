@@ -171,3 +171,14 @@ def test_labels_that_no_flag_names_are_said_and_key_files_are_not(config, tmp_pa
     report = load_data(config).report
     assert [line for line in report if 'passed over' in line] == [
         'passed over: labels or masks that no flag names (2, such as s0_seg.nii.gz)']
+
+
+def test_a_label_that_lies_elsewhere_is_said(config, tmp_path):
+    mark = np.zeros(noise().shape, np.float32)
+    mark[1:3] = 1
+    for name, away in (('a', None), ('b', 0), ('c', 500)):
+        save(tmp_path / 'data' / f'{name}.nii.gz', noise() + ord(name))
+        if away is not None:
+            save(tmp_path / 'data' / f'{name}_lab.nii.gz', mark, AFFINE + away * np.eye(4, k=3))
+    data = load_data(DataConfig(**vars(config) | {'labels': 'lab'}))
+    assert '1 subject with labels that mark nothing of what the model sees: c' in data.report

@@ -327,7 +327,7 @@ def test_a_damaged_file_is_named_and_can_be_left_out(kind, words, config, tmp_pa
     for i in range(3):
         save(tmp_path / 'data' / f's{i}.nii.gz', noise((4, 5, 6), seed=i))
     damaged(tmp_path / 'data' / 'bad.nii.gz', kind)
-    fails(config, rf'1 file of 4 cannot be used: bad has a file bad.nii.gz that {words}')
+    fails(config, rf'1 subject of 4 cannot be used: bad has a file bad.nii.gz that {words}')
     data = load_data(replace(config, skip_corrupt=True))
     assert len(data.train) == 3 and said(data, 'left out: bad')
 

@@ -41,6 +41,7 @@ SPREAD = 0.01                              # relative difference of voxel sizes 
 MOST_THREADS = 4                           # that read at once: of large volumes each takes a gigabyte
 NO_PLACE = 'without a place in mm (neither sform nor qform): axes are taken to run as NIfTI says for these'
 NOT_FINITE = 'had voxels that were not finite: they are 0'
+OUTSIDE = 'with labels that mark nothing of what the model sees'
 CUT = 'larger than the model sees lose their ends'
 FRAMES_ALONE = ', or leave one DICOM file of several frames in each folder'
 
@@ -136,7 +137,8 @@ class VolumeLoader:
                 class_name = LESION
         digest = files[0].sha256 if len(files) == 1 else \
             hashlib.sha256(''.join(f.sha256 for f in files).encode()).hexdigest()
-        repairs = {NOT_FINITE: any(f.repaired for f in files), NO_PLACE: not all(f.placed for f in files)}
+        repairs = {NOT_FINITE: any(f.repaired for f in files), NO_PLACE: not all(f.placed for f in files),
+                   OUTSIDE: label is not None and label[0].any() and not mask.any()}
         return Loaded(pixels, mask, digest, sum(f.num_bytes for f in files), (grid, first.own),
                       tuple(words for words, happened in repairs.items() if happened), class_name, inside)
 
