@@ -35,7 +35,7 @@ def run_names(paths: Sequence[str]) -> list[str]:
         stem = f'-{path.stem}' if path.is_file() and path.name != 'checkpoint.pt' else ''
         parts.append((*folder.parts[:-1], folder.name.removeprefix('eval-') + stem))
         if parts.count(parts[-1]) > 1:
-            raise UserError(f"--compare names the run {path} twice: name each once.")
+            raise UserError(f"the run {path} is named twice: name each once.")
 
     def name(i: int) -> str:
         shown = next(n for n in range(1, len(parts[i]) + 1)
