@@ -43,7 +43,7 @@ class Evaluation:
     def say(self, line: str) -> None:
         """Prints a line, from the main process alone. It names results where they will be."""
         if launch.is_main():
-            print(line.replace(str(self.workshop), str(self.final)))
+            print(line.replace(str(self.out), str(self.final)))
 
     @cached_property
     def opened(self) -> tuple[Model, dict[str, Any]]:

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from argparse import Namespace
 
 import pytest
 from test_train import run as train_run
 
 import evaluate
 from distributed import launch
+from evaluation.run import Evaluation
 from readers import split as splits
 from storage import outputs
 from storage.outputs import whole_folder
@@ -125,3 +127,8 @@ def test_a_damaged_split_is_one_line(content, tmp_path):
         (tmp_path / 'split.json').write_text(json.dumps(whole | more))
         with pytest.raises(UserError, match='not the split of a run'):
             splits.read_split(tmp_path / 'split.json')
+
+
+def test_what_is_said_before_there_is_a_workshop_stays_as_it_is(capsys):
+    Evaluation(Namespace(save='OUT')).say('left out: None of them')
+    assert capsys.readouterr().out == 'left out: None of them\n'
