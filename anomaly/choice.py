@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from anomaly.scores import ON_REQUEST, SCORES, Score, Scoring
+from anomaly.scores import CAPABILITIES, ON_REQUEST, SCORES, Score, Scoring
 from datasets import DATASETS
 from model import family_name
 from utils import UserError
@@ -28,7 +28,7 @@ def choose_scores(names: Iterable[str], model: Any) -> tuple[list[Score], list[s
             asked = row in names or score.name in names
             if not asked and ('all' not in names or row in ON_REQUEST):
                 continue
-            if score.suits(model):
+            if hasattr(model, CAPABILITIES[score.needs]):
                 chosen.append(score)
             elif asked:
                 raise UserError(f"score {score.name} needs a model with {score.needs}, which "

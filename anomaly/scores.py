@@ -153,10 +153,6 @@ class Score:
     density: Density | None = None                        # unfitted
     terms: tuple[str, ...] = ()                           # scores whose z-scores it adds up
 
-    def suits(self, model: Any) -> bool:
-        """Whether the model has what the score needs."""
-        return not self.needs or hasattr(model, CAPABILITIES[self.needs])
-
     def flag_names(self, model: Any) -> tuple[str, ...]:
         """The names by which flags know it. DoSE of a score-based model is a density of norms, as MSMA is."""
         return (self.name, 'msma') if self.needs == 'statistics' and hasattr(model, 'score_norms') else (
