@@ -65,9 +65,7 @@ def preset(model: Any, dataset: str) -> str:
 
 
 def choose_primary(name: str, preset: str, computed: list[str]) -> str:
-    """The score of the figures: the one that the user names; else, if it is computed, the `preset`; else
-    nelbo; else the first that is computed.
-    """
+    """The score of the figures: the user's; else, if computed, the `preset`, nelbo, or the first of all."""
     if not computed:
         raise UserError("no score fits this model: see the lines above, or name one with --scores.")
     if name and name not in computed:

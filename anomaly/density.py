@@ -90,9 +90,7 @@ class Density(ABC):
         return torch.tensor(getattr(self, name), dtype=torch.float64)
 
     def standardize(self, features: np.ndarray) -> np.ndarray:
-        """Sets mean and standard deviation (D,), or without `scale` 0 and 1; returns what they make of the
-        features (N, D).
-        """
+        """Sets mean and std (D,), or without `scale` 0 and 1; returns what they make of features (N, D)."""
         self.mean, self.std = np.zeros(features.shape[1]), np.ones(features.shape[1])
         if self.scale:
             self.mean, self.std = features.mean(0), features.std(0)
@@ -147,9 +145,7 @@ class Mahalanobis(Density):
 
 @dataclass(eq=False)
 class WhitenedKNN(Mahalanobis):
-    """Mean distance to the k nearest normal images, or to all if there are fewer, of features that are scaled
-    to unit covariance.
-    """
+    """Mean distance to the k nearest normal images, all if there are fewer, of whitened features."""
     k: int = 5
     learned = (*Mahalanobis.learned, 'reference', 'k')
 

@@ -100,9 +100,7 @@ def _foreign_images(data: Data, wanted: ood.Wanted, config: DataConfig, most: in
 
 
 def _foreign_volumes(data: Data, wanted: ood.Wanted, config: DataConfig) -> Source:
-    """All subjects of a folder, whatever their class, as the run's flags say, in the run's shape; with the
-    masks of their lesions.
-    """
+    """All subjects of a folder by the run's flags, in its shape, with the masks of their lesions."""
     files = DATASETS['brain']               # read from files, also where the run's own volumes are drawn
     row = replace(DATASETS[config.dataset], size=0, folder=files.folder)
     with naming(f'--ood {wanted.name}'):

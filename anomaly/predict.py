@@ -86,9 +86,7 @@ class NewFiles:
 # ------------------------------------------------------------------------------------------------------- mode
 
 def predict(run: Any) -> int:
-    """Writes predictions.html, scores.csv, overlays/, maps/, segmentations/ of the files of --data; returns
-    the exit status.
-    """
+    """Writes predictions.html, scores.csv, overlays/, maps/, segmentations/; returns the exit status."""
     config, selection = read_flags(PredictConfig, run.args), read_flags(Selection, run.args)
     if config.dicom_seg:
         dicom_seg.check_possible(run.model.shape)

@@ -159,9 +159,7 @@ def primary_of(run: Run, name: str, scores: Sequence[Score]) -> str:
 
 
 def available(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[list[str]], list[str]]:
-    """The scores that each run has of those that `names` ask for, and a line for what one lacks. Raises
-    UserError for what no run has.
-    """
+    """The scores of each run that `names` ask for; a line for what one lacks. UserError if all lack it."""
     own, lines = [[] for _ in runs], []
     for name in names:
         errors = []

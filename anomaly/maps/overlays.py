@@ -49,9 +49,7 @@ def cuts(volume: np.ndarray, place: Sequence[int]) -> list[np.ndarray]:
 
 
 def focus(anomaly_map: np.ndarray | None, size: Sequence[int]) -> tuple[int, ...]:
-    """The voxel through which slices go: the maximum of the map (*S), or without a map, or in a constant one,
-    the middle of `size`.
-    """
+    """The voxel that slices go through: the maximum of a map (*S) that has one, or the middle of `size`."""
     if anomaly_map is not None:
         values = np.nan_to_num(anomaly_map.astype(np.float64), nan=-np.inf)
         if values.min() < values.max():

@@ -153,9 +153,7 @@ def write(out: Path, result: dict[str, Any], judgement: Judgement, validation: A
 
 
 def write_page(path: Path, template: str, scripts: Sequence[str] = ('gallery.js',), **variables: Any) -> None:
-    """Fills a template with `variables`; a policy for the browser allows the `scripts` and forbids whatever
-    comes from a network.
-    """
+    """Fills a template; a policy for the browser allows the `scripts` and nothing from a network."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
     script = ''.join((TEMPLATES / name).read_text(encoding='utf-8') for name in scripts)
