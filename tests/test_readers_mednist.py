@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 from standins import make_standin
@@ -85,6 +86,12 @@ def test_what_is_not_harmless_is_refused_and_nothing_is_left(name, kind, target,
     assert [name for _, _, names in os.walk(tmp_path) for name in names if 'planted' in name] == []
     assert not (tmp_path / 'outside').exists()
     assert {p.suffix for p in (tmp_path / 'cache').iterdir()} == {'.lock', '.TAG'}
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(tar, tmp_path, monkeypatch):
+    monkeypatch.setattr('shutil.disk_usage', lambda folder: SimpleNamespace(free=5))
+    with pytest.raises(UserError, match=r'cannot write the cache folder .*do not fit'):
+        unpacked(tar, str(tmp_path / 'cache'))
 
 
 def test_files_that_are_no_tar_or_damaged_are_named(folder, tmp_path):

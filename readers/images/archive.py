@@ -3,7 +3,7 @@
 import tarfile
 from pathlib import Path, PurePosixPath
 
-from readers.cache import cached_files, stamp
+from readers.cache import cached_files, check_room, stamp
 from utils import UserError
 
 FILES = 'files'                          # of a cache folder: what is unpacked, apart from its own files
@@ -36,10 +36,11 @@ def unpacked(path: str | Path, cache_dir: str) -> Path:
 def harmless(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
     """The member as it may be written below `folder`: without its owner and its permissions to run or share.
 
-    Raises UserError where it is not to be trusted.
+    Raises UserError where it is not to be trusted, and OSError where there is no room for it.
     """
     name = PurePosixPath(member.name)
     if not (member.isreg() or member.isdir()) or name.is_absolute() or '..' in name.parts:
         raise UserError(f"--data: {member.name!r} in the tar is a link, a device or a path that leads "
                         f"outside: nothing is unpacked. Do not trust this file.")
+    check_room(Path(folder).parent, member.size)
     return tarfile.data_filter(member, folder)
