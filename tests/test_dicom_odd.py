@@ -229,6 +229,11 @@ def test_pictures_with_nothing_to_see_are_said(kind, words):
         assert len(notes) == bool(words) and all(words in note for note in notes)
 
 
+def test_a_preamble_may_be_that_of_a_tiff(tmp_path):
+    (tmp_path / 'a').write_bytes(b'II*\0' + as_bytes(made(RAMP))[4:])
+    assert ImageLoader(8, 1, 8).load(str(tmp_path / 'a')).repairs == ()
+
+
 def test_pictures_of_an_animated_png(tmp_path):
     pictures = [Image.fromarray(np.full((8, 8), gray, np.uint8)) for gray in (0, 100, 200)]
     pictures[0].save(tmp_path / 'a.png', save_all=True, append_images=pictures[1:])

@@ -239,8 +239,8 @@ def png_bytes(values: np.ndarray, optimize: bool = True) -> int:
 
 def has_pages(data: bytes) -> bool:
     """Whether the bytes of a sound file are those of several pages or pictures."""
-    return (data.startswith(TIFF_STARTS) or PNG_PICTURES in data) and \
-        getattr(Image.open(io.BytesIO(data), formats=FORMATS), 'is_animated', False)
+    may_have = (data.startswith(TIFF_STARTS) or PNG_PICTURES in data) and not is_dicom(data)
+    return may_have and getattr(Image.open(io.BytesIO(data), formats=FORMATS), 'is_animated', False)
 
 
 @dataclass(frozen=True)
