@@ -264,7 +264,7 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: dict[s
         run.say(line)
     if len(table):
         run.say(f"{anomalous} of {len(table)} are anomalous: {primary} is above {threshold:.5g}. At most "
-                f"{100 * promised:.3g} % of normal images like those of the run exceed this threshold.")
+                f"{100 * promised:.3g} % of normal images like those of the run are expected to exceed it.")
     for kind, folder in FOLDERS.items():
         if number := sum(kind in one.names for one in drawn.values()):
             run.say(f"{kind}s of the {number} most anomalous: {run.out / folder}")
