@@ -1,6 +1,8 @@
 """Devices; and real processes that end well, badly, and not at all."""
 
 import os
+import platform
+import resource
 import signal
 import threading
 import time
@@ -42,6 +44,22 @@ def test_one_process_has_no_group_and_its_device_is_given_back():
         return value
     assert launch.launch(work, 7, Flags(device='cpu', num_threads=1)) == 7
     assert launch.launch(work, None, Flags(device='cpu', num_threads=1)) == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a matter of glibc')
+def test_freed_memory_is_kept_for_the_next_step():
+    def faults(_):
+        """Pages that a step of 150 MB, whose tensors go in reverse order, fetches from the system."""
+        for _ in range(7):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            kept = [torch.ones(n << 17) for n in range(1, 25)]
+            while kept:
+                kept.pop()
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    counts = []
+    launch.launch(faults, None, Flags(device='cpu'))
+    assert min(counts[3:]) < 4000                                           # of 38,400 pages of 4 KB
 
 
 def test_a_gpu_without_memory_is_said_in_one_line():
