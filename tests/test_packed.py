@@ -136,7 +136,9 @@ def test_resized_arrays_give_the_same_images_and_the_same_split(folder, tmp_path
         small = make(folder, tmp_path / f'{len(flags)}.lmdb', **flags)
         assert_same(load(folder, tmp_path, **flags), load(small, tmp_path, **flags))
         assert any('have 8 x 8 pixels' in line for line in load(small, tmp_path, image_size=12).report)
-        assert load(small, tmp_path).config.fit == flags.get('fit', 'pad'), "as new files have to be"
+        for fit in ('pad', 'stretch'):
+            told = any('made with --fit' in line for line in load(small, tmp_path, fit=fit).report)
+            assert told == (fit != flags.get('fit', 'pad')), "new files have to be like them"
         with Packed(small) as records:
             info = records.info(0)
         assert info['encoding'] == 'raw' and info['shape'] == ([8, 8] if len(flags) == 1 else [8, 8, 3])

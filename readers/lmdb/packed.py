@@ -213,10 +213,11 @@ def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, An
     else:
         left_out = [f'{name} {reason}' for name, reason in meta.get('left_out', [])]
         listing.notes += noted(left_out, 'file', f'had been left out when {path} was made')
-        origin = meta.get('origin', {})                  # new files become what these did, unless a flag says
-        listing.flags = {name: origin[name] for name in ('fit', 'frames')
-                         if name in origin and getattr(loader, name) == getattr(ImageLoader, name)}
-        if (side := origin.get('image_size', 0)) not in (0, loader.size):
+        origin = vars(loader) | {'image_size': 0} | meta.get('origin', {})
+        listing.notes += [f'the images in {path} were made with --{name} {origin[name]}: give it here, so '
+                          f'that new files become like them'
+                          for name in ('fit', 'frames') if origin[name] != getattr(loader, name)]
+        if (side := origin['image_size']) not in (0, loader.size):
             listing.notes.append(f'the images in {path} have {side} x {side} pixels: they are resized to '
                                  f'{loader.size} x {loader.size}')
     seen = set()
