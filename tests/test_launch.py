@@ -59,7 +59,7 @@ def test_freed_memory_is_kept_for_the_next_step():
 
     counts = []
     launch.launch(faults, None, Flags(device='cpu'))
-    assert min(counts[3:]) < 4000                                           # of 38,400 pages of 4 KB
+    assert sum(counts[1:]) < 20_000                             # a step has 38,400 pages of 4 KB
 
 
 def test_a_gpu_without_memory_is_said_in_one_line():
