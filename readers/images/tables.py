@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -185,8 +185,8 @@ def read_rows(table: Path, config: ReaderConfig) -> Iterator[Row]:
 def csv_rows(table: csv.DictReader) -> Iterator[Row]:
     """The rows of a table. Raises ValueError if it is not known which column a cell is of."""
     names = [name for name in table.fieldnames or () if name]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f'it has two columns {twice!r}')
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise ValueError(f'it has two columns {twice[0]!r}')
     for number, row in enumerate(table, 1):
         if any(map(str.strip, row.pop(None, ()))):
             raise ValueError(f'row {number} has more cells than there are columns: put quotes around a cell '
