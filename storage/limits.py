@@ -8,7 +8,7 @@ DEFAULT_GB = 3.0
 VARIABLE = 'MEDICAL_ANOMALY_MAX_GB'      # the environment reaches all processes that this one starts
 FREE_PART = 6          # that part of the limit any file may claim; above, its size must make it believable:
 MOST_RATIO = 3000      # bytes of memory for each of its own, as 30 a pixel for 100 pixels in a byte
-PIECE = 1 << 14        # bytes that are unpacked at once: of each member zlib copies what follows it
+PIECE = 1 << 17        # bytes that are unpacked at once: of each member zlib copies what follows it
 MOST_UNPACKED, FREE_UNPACKED = 100, 16 << 20     # times its size, and bytes in any case: of packed data whose
                                                  # headers claim nothing
 
