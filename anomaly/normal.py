@@ -65,7 +65,8 @@ class Normal:
             if score.density is None:
                 continue
             densities[score.name] = density = copy.deepcopy(score.density)
-            features, more = table.features[score.name], training and training.features.get(score.name)
+            features = table.features[score.name]
+            more = training.features.get(score.name) if training else None
             if more is not None:
                 alike = are_alike(more, features)
                 notes.append(f"{score.name} has learned from " + (
