@@ -14,7 +14,8 @@
 #     MEDNIST=path/to/MedNIST.tar.gz jupyter lab docs/tutorial_mednist.ipynb
 #
 # `python docs/tutorial_mednist.py` runs the same lesson as a script. It needs no GPU: on two cores each of
-# the two trainings takes 10 to 15 minutes. With `TUTORIAL_FAST=1` they are cut short, and teach next to nothing.
+# the two trainings takes 10 to 15 minutes. With `TUTORIAL_FAST=1` they are cut short, and teach next to
+# nothing.
 
 # %%
 import os
