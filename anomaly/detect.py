@@ -40,6 +40,7 @@ from anomaly.scoring import Table, part_batches, pictures, score_images, select_
 from distributed import launch
 from readers.config import volume_flags
 from readers.parts import SomeOf
+from readers.split import count
 from storage.checkpoint import fingerprint
 from storage.provenance import versions
 from utils import UserError, finite, mix_seed, naming, read_flags, read_json, write_csv, write_json
@@ -267,8 +268,11 @@ def detect(runs: Sequence[Run], out: str | Path, settings: Settings, log: Callab
         result['runs'] = {run.name: run.path for run in runs}
     write(out, result, found, settings, run_folder)
     log(f'scoring took {scored - started:.0f} s, the report {time.perf_counter() - scored:.0f} s')
+    serious = sum(line.startswith('Serious') for line in findings)
+    of_audit = f"{count(serious, 'serious finding')} of the audit of the data: see the report"
     for line in [*page.text_tables(found.judgement), *result['warnings'],
-                 *(row['text'] for row in result['verdict']), f"report: {out / 'report.html'}"]:
+                 *(row['text'] for row in result['verdict']), *([of_audit] if serious else []),
+                 f"report: {out / 'report.html'}"]:
         log(line)
     return result
 

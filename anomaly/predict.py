@@ -263,8 +263,8 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: dict[s
     for line in passed_line(found.passed_over):
         run.say(line)
     if len(table):
-        run.say(f"{anomalous} of {len(table)} are anomalous: {primary} is above {threshold:.5g}. At most "
-                f"{100 * promised:.3g} % of normal images like those of the run are expected to exceed it.")
+        run.say(f"{anomalous} of {len(table)} are flagged as anomalous ({primary} above {threshold:.5g}). "
+                f"Of normal images like those of the run, at most {100 * promised:.3g} % are expected to be.")
     for kind, folder in FOLDERS.items():
         if number := sum(kind in one.names for one in drawn.values()):
             run.say(f"{kind}s of the {number} most anomalous: {run.out / folder}")

@@ -85,9 +85,10 @@ def class_findings(comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> 
     if row := comparison['combined']:
         level = severity(row, 'class')
         found.append(Finding(
-            level, TOGETHER, f"All trivial features together, by a logistic regression that never sees the "
-            f"disease, tell {second} from {first} images with AUROC {with_interval(row)}.",
-            "A model that has learned more exceeds this." * (level != 'fine'), strength(row), second))
+            level, TOGETHER, f"All trivial features together, in a logistic regression on nothing else, tell "
+            f"{second} from {first} images with AUROC {with_interval(row)}.",
+            "Compare models with this AUROC: one that has learned more exceeds it." * (level != 'fine'),
+            strength(row), second))
     if alike:
         listed = ' and '.join([', '.join(alike[:-1]), alike[-1]]) if len(alike) > 1 else alike[0]
         found.append(Finding('fine', PART, f"{second} and {first} images hardly differ in {listed}.",

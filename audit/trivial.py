@@ -53,7 +53,7 @@ CONFOUNDERS = {
         "Compare how the patients were positioned, and leave out views that one class lacks."),
     'file size': Confounder(
         "the size of the file", FILE,
-        "A model does not see the file but what made it larger: see the other findings of this class."),
+        "See the other findings of this class: a model sees what makes the file larger or smaller."),
 }
 
 

@@ -125,7 +125,8 @@ def read_one(path: Path) -> dict[str, Any]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise Damaged(f"there is no checkpoint {path}. Name the checkpoint.pt of a run.") from None
+        raise Damaged(f"there is no checkpoint {path}. Name the folder of a run, or its "
+                      f"checkpoint.pt.") from None
     except UserError:
         raise
     except pickle.UnpicklingError as error:

@@ -20,7 +20,7 @@ from datasets import DATASETS, DataConfig, stand_in
 from distributed import launch
 from model import build_model, family_config
 from training.trainer import Trainer
-from utils import read_flags, read_json
+from utils import read_flags, read_json, write_json
 
 FOLDER = ROOT / 'scripts' / 'recipes'
 RECIPES = sorted(path.stem for names in ('*ae_*.sh', 'haar_*.sh') for path in FOLDER.glob(names))
@@ -213,6 +213,22 @@ def test_own_images_are_sized_to_the_machine(seconds, epochs, size, recorder, tm
     assert (args.model, args.data, args.epochs, args.image_size) == ('dae', str(tmp_path), epochs, size)
     assert args.normal_classes == ['good'] and '1195 normal images' in done.stdout
     assert (scored.checkpoint, scored.save) == ('there/eval-own_images', 'there/eval-own_images/anomaly')
+
+
+@pytest.mark.parametrize('words, told', [
+    ((), 'which images? bash'), (('nowhere',), 'nowhere does not exist'),
+    (('other', '--save', 'x'), 'this script names its run itself: SAVE=name'),
+    (('other', '--root=x'), 'this script names its run itself: SAVE=name'),
+    (('other',), 'runs/eval-own_images was trained on images. Choose another name for this run: SAVE=name')])
+def test_own_images_refuse_what_would_evaluate_another_run(words, told, tmp_path):
+    run = tmp_path / 'runs' / 'eval-own_images'
+    for folder in (run, tmp_path / 'images', tmp_path / 'other'):
+        folder.mkdir(parents=True)
+    (run / 'checkpoint.pt').touch()
+    write_json(run / 'args.json', {'data': 'images'})
+    done = subprocess.run(['bash', str(FOLDER / 'own_images.sh'), *words], capture_output=True, text=True,
+                          cwd=tmp_path, env={**os.environ, 'PYTHON': sys.executable})
+    assert done.returncode == 2 and done.stderr.startswith(f'error: {told}') and not done.stdout
 
 
 def test_folders_of_own_images_have_defaults_for_a_laptop_unless_a_model_is_named():

@@ -10,12 +10,27 @@ PYTHON=${PYTHON:-python}
 ROOT=${ROOT:-runs}
 SAVE=${SAVE:-own_images}
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-[ -d "${1:-}" ] || [ -f "${1:-}" ] || { echo "usage: bash $0 FOLDER [FLAGS of train.py]" >&2; exit 2; }
-RUN=$ROOT/eval-$SAVE
 MOST_SECONDS=${MOST_SECONDS:-900}
+refuse() { echo "error: $1" >&2; exit 2; }
 
-flags=(--dataset folder --data "$1" --model dae --batch_size 16 "${@:2}")
+[ $# -gt 0 ] || refuse "which images? bash $0 FOLDER [FLAGS of train.py]"
+DATA=$1
+[ -e "$DATA" ] || refuse "$DATA does not exist"
+given=()
+for flag in "${@:2}"; do
+    case $flag in
+        --save | --save=* | --root | --root=*) refuse "this script names its run itself: SAVE=name ROOT=folder bash $0 $DATA" ;;
+    esac
+    given+=("$flag")
+done
+RUN=$ROOT/eval-$SAVE
+
+flags=(--dataset folder --data "$DATA" --model dae --batch_size 16 ${given[@]+"${given[@]}"})
 if [ -f "$RUN/checkpoint.pt" ]; then
+    known=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["data"])' "$RUN/args.json")
+    [ "$(realpath "$known")" = "$(realpath "$DATA")" ] ||
+        refuse "$RUN was trained on $known. Choose another name for this run: SAVE=name bash $0 $DATA"
+    echo "going on with $RUN"
     flags=(--config "$RUN/args.json" "${flags[@]}")          # sized already
 else
     dry=$("$PYTHON" "$REPOSITORY/train.py" "${flags[@]}" --dry_run)
@@ -29,10 +44,11 @@ else
     steps=$((steps > 1500 ? 1500 : steps < 200 ? 200 : steps))
     of_epoch=$((images < 16 ? 1 : images / 16))
     epochs=$(((steps + of_epoch - 1) / of_epoch))
-    echo "$images normal images to train on: $epochs epochs of $of_epoch steps, about $((epochs * of_epoch * step / 6000 + 1)) minutes"
+    echo "$images normal images to train on: $epochs epochs of $of_epoch steps, about $((epochs * of_epoch * step / 6000 + 1)) minutes" \
+        "if the machine stays as busy as it is now"
     flags+=(--epochs "$epochs" --val_every $((epochs > 10 ? epochs / 5 : 1)) --image_every 0)
     ((!large)) || flags+=(--image_size 128 --widths 32 64 96 128)
-    flags+=("${@:2}")                                        # given flags win
+    flags+=(${given[@]+"${given[@]}"})                       # given flags win
 fi
 
 "$PYTHON" "$REPOSITORY/train.py" --root "$ROOT" --save "$SAVE" --cont_training "${flags[@]}"
