@@ -1,9 +1,12 @@
 """The published data sets, each a few images large in its own layout (tests/standins.py)."""
 
+import io
 import itertools
 import multiprocessing
 import pickle
 import shutil
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -331,6 +334,26 @@ def test_processes_that_fork_read_on_and_all_keys_are_listed(tmp_path, monkeypat
         with pytest.raises(Unreadable, match='it ends the process that reads'):
             records.get(b'3')
         assert records.get(b'3') == b'3'
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_matrix_of_a_type_that_scipy_does_not_know_is_refused(packed, tmp_path):
+    """SciPy ends the process on a part of one of the reserved types."""
+    file, kind = io.BytesIO(), b'\x02\x00\x02\x00\x05\x07\x00\x00'      # two numbers of type 2, in their tag
+    scipy.io.savemat(file, {'y': np.array([[5], [7]], np.uint8)})
+    data = file.getvalue()
+    assert data.count(kind) == 1
+    assert arrays.matlab(data, 'y')[0].tolist() == [[5], [7]]
+    broken = data.replace(kind, b'\x08' + kind[1:])
+    if packed:
+        content = zlib.compress(broken[128:])
+        broken = broken[:128] + struct.pack('<II', 15, len(content)) + content
+    with pytest.raises(ValueError, match='a part of the unknown type 8'):
+        arrays.matlab(broken, 'y')
+    file = io.BytesIO()
+    scipy.io.savemat(file, {'y': {'a': 1}})
+    with pytest.raises(ValueError, match='it holds a struct where numbers are expected'):
+        arrays.matlab(file.getvalue(), 'y')
 
 
 def test_a_gap_or_a_record_of_another_kind_is_found_at_the_start(config, tmp_path):

@@ -27,6 +27,9 @@ from utils import UserError, check_regular
 
 T = TypeVar('T')
 MAT_HEADER, MAT_PACKED = 128, 15                  # bytes of the header, and the type of a packed element
+MAT_TYPES = {*range(1, 19)} - {8, 10, 11}         # of elements and their parts, in version 5
+MAT_NUMBERS = {'double', 'single', 'logical', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32',
+               'uint64'}
 Labeled = tuple[np.ndarray, np.ndarray]           # images (N, H, W) or (N, H, W, 3) uint8, labels (N,)
 
 
@@ -127,7 +130,10 @@ def read_file(path: Path, what: str, decode: Callable[[bytes], T]) -> T:
 def matlab(data: bytes, *names: str) -> list[np.ndarray]:
     """The matrices of these names in the bytes of a MATLAB file. Raises ValueError if they are too large."""
     import scipy.io
-    claimed = sum(math.prod(shape) * 8 for name, shape, _ in scipy.io.whosmat(io.BytesIO(data)))
+    listed = scipy.io.whosmat(io.BytesIO(data))
+    if other := [kind for name, _, kind in listed if name in names and kind not in MAT_NUMBERS]:
+        raise ValueError(f'it holds a {other[0]} where numbers are expected')
+    claimed = sum(math.prod(shape) * 8 for _, shape, _ in listed)
     if words := excess(claimed) or excess(mat_bytes(data, claimed)):
         raise ValueError(f'it {words}')
     file = scipy.io.loadmat(io.BytesIO(data), variable_names=names)
@@ -136,17 +142,33 @@ def matlab(data: bytes, *names: str) -> list[np.ndarray]:
 
 def mat_bytes(data: bytes, claimed: int) -> float:
     """To how many bytes the packed elements of a MATLAB file unpack; infinite if it is more than they claim.
+    Raises ValueError for types that there are not: SciPy looks them up unchecked, and the process ends.
     """
     place, total = MAT_HEADER, 0
     while place + 8 <= len(data):
         kind, length = np.frombuffer(data[place:place + 8], '<u4').tolist()
+        content = data[place + 8:place + 8 + length]
         if kind == MAT_PACKED:
             try:
-                total += len(unpack(data[place + 8:place + 8 + length], claimed + FREE_UNPACKED))
+                content = unpack(content, claimed + FREE_UNPACKED)
             except ValueError:
                 return math.inf
+            total += len(content)
+            content = content[8:]
+        check_parts(content)
         place += 8 + length
     return total
+
+
+def check_parts(matrix: bytes) -> None:
+    place = 0
+    while place + 8 <= len(matrix):
+        kind, length = np.frombuffer(matrix[place:place + 8], '<u4').tolist()
+        if kind >> 16:                                  # a small part, which lies in its tag
+            kind, length = kind & 0xffff, 0
+        if kind not in MAT_TYPES:
+            raise ValueError(f'it has a part of the unknown type {kind}')
+        place += 8 + -(-length // 8) * 8
 
 
 # ----------------------------------------------------------------------------------------- MNIST and its like
