@@ -193,18 +193,18 @@ def smallest_sample(target_fpr: float) -> int:
 
 
 def threshold_rank(number: int, target_fpr: float) -> int:
-    """Which of so many validation scores, in rising order, is the threshold: 1 to `number`."""
+    """The rank of the threshold among `number` validation scores, 1 being the lowest."""
     return min(math.ceil((number + 1) * (1 - target_fpr) - 1e-9), number)
 
 
 def promised(number: int, target_fpr: float) -> float:
-    """The largest probability that a new normal image exceeds the threshold of so many validation scores."""
+    """The false-positive rate that a threshold from `number` validation scores can promise at most."""
     return max(target_fpr, 1 / (number + 1))
 
 
 def expected_calls(number: int, target_fpr: float, total: int) -> tuple[int, int]:
-    """How many of `total` new normal images exceed the threshold of so many validation scores, at least and
-    at most, with 95 % probability: it varies with both samples, by a beta-binomial distribution.
+    """The 95 % interval of how many of `total` new normal images exceed a threshold from `number` validation
+    scores. The count depends on both samples and follows a beta-binomial distribution.
     """
     from scipy.stats import betabinom
     rank = threshold_rank(number, target_fpr)

@@ -1,18 +1,14 @@
 """The published data sets, each a few images large in its own layout (tests/standins.py)."""
 
-import io
 import itertools
 import multiprocessing
 import pickle
 import shutil
-import struct
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
 from PIL import Image
 from pytest import approx
@@ -140,30 +136,6 @@ def test_an_older_pickle_of_cifar10_is_read(tmp_path):
     path.write_bytes(old)
     images, labels = arrays.read_batch(path)
     assert images.shape == (5, 32, 32, 3) and labels.tolist() == [0, 1, 2, 3, 4]
-
-
-def test_omniglot_stands_upright_and_has_alphabets(config):
-    data = load_data(config('omniglot', likelihood='discretized'))
-    assert data.train.class_names[:3] == ['0', '1', '2'] and data.pixels.padding == 2
-    assert np.array_equal(values(data.train, 5)[0, 2:30, 2:30], image(5, 28, 28, 1)[..., 0])
-    assert values(data.train, 5)[0, :2].sum() == 0
-    fails(replace(config('omniglot'), data='/nowhere'), 'chardata.mat')
-
-
-def test_omniglot_gray_levels_are_rounded(tmp_path):
-    columns = {key: np.full((784, 2), 127.6 / 255) for key in ('data', 'testdata')}
-    alphabets = {key: np.eye(50)[:, :2] for key in ('target', 'testtarget')}
-    scipy.io.savemat(tmp_path / 'chardata.mat', columns | alphabets)
-    assert (arrays.read_omniglot('train', tmp_path / 'chardata.mat')[0] == 128).all()
-
-
-def test_an_omniglot_file_that_is_damaged_is_named(config, tmp_path):
-    load_data(config('omniglot'))
-    path = tmp_path / 'omniglot' / 'chardata.mat'
-    path.write_bytes(path.read_bytes()[:3000])
-    fails(config('omniglot'), 'chardata.mat is not chardata.mat')
-    scipy.io.savemat(path, {'data': np.zeros((784, 3))})
-    fails(config('omniglot'), "chardata.mat is not chardata.mat .no 'target'")
 
 
 def test_stacked_mnist_is_three_digits_of_its_part_the_same_in_every_run(config, tmp_path):
@@ -334,26 +306,6 @@ def test_processes_that_fork_read_on_and_all_keys_are_listed(tmp_path, monkeypat
         with pytest.raises(Unreadable, match='it ends the process that reads'):
             records.get(b'3')
         assert records.get(b'3') == b'3'
-
-
-@pytest.mark.parametrize('packed', [False, True])
-def test_a_matrix_of_a_type_that_scipy_does_not_know_is_refused(packed, tmp_path):
-    """SciPy ends the process on a part of one of the reserved types."""
-    file, kind = io.BytesIO(), b'\x02\x00\x02\x00\x05\x07\x00\x00'      # two numbers of type 2, in their tag
-    scipy.io.savemat(file, {'y': np.array([[5], [7]], np.uint8)})
-    data = file.getvalue()
-    assert data.count(kind) == 1
-    assert arrays.matlab(data, 'y')[0].tolist() == [[5], [7]]
-    broken = data.replace(kind, b'\x08' + kind[1:])
-    if packed:
-        content = zlib.compress(broken[128:])
-        broken = broken[:128] + struct.pack('<II', 15, len(content)) + content
-    with pytest.raises(ValueError, match='a part of the unknown type 8'):
-        arrays.matlab(broken, 'y')
-    file = io.BytesIO()
-    scipy.io.savemat(file, {'y': {'a': 1}})
-    with pytest.raises(ValueError, match='it holds a struct where numbers are expected'):
-        arrays.matlab(file.getvalue(), 'y')
 
 
 def test_a_gap_or_a_record_of_another_kind_is_found_at_the_start(config, tmp_path):

@@ -1,7 +1,9 @@
-"""FashionMNIST, KMNIST, notMNIST, SVHN, smallNORB; and flags for any set: dequantized, inverted, static."""
+"""FashionMNIST, KMNIST, notMNIST, SVHN, smallNORB, Omniglot; flags of any set: dequantize, invert, static."""
 
 import gzip
+import io
 import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from datasets import DataConfig, load_data
 from distributions import Pixels
 from readers.batches import train_batches
 from readers.parts import dequantized, gray_levels
+from readers.published import arrays
 from readers.published.arrays import check_labels, read_matrix, read_svhn
 from utils import UserError
 
@@ -196,3 +199,50 @@ def test_batches_of_worker_processes_are_the_same(config):
     part = load_data(config('svhn', dequantize=True, invert=True)).train
     alone, helped = (next(train_batches(part, 6, seed=1, workers=n)) for n in (0, 1))
     assert alone.id == helped.id and torch.equal(alone.x, helped.x)
+
+
+# ---------------------------------------------------------------------------------------------- MATLAB files
+
+def test_omniglot_stands_upright_and_has_alphabets(config):
+    data = load_data(config('omniglot', likelihood='discretized'))
+    assert data.train.class_names[:3] == ['0', '1', '2'] and data.pixels.padding == 2
+    pixels = np.rint(data.train.items([5]).x[0, 0].numpy() * 255).astype(np.uint8)
+    assert np.array_equal(pixels[2:30, 2:30], image(5, 28, 28, 1)[..., 0])
+    assert pixels[:2].sum() == 0
+    fails(replace(config('omniglot'), data='/nowhere'), 'chardata.mat')
+
+
+def test_omniglot_gray_levels_are_rounded(tmp_path):
+    columns = {key: np.full((784, 2), 127.6 / 255) for key in ('data', 'testdata')}
+    alphabets = {key: np.eye(50)[:, :2] for key in ('target', 'testtarget')}
+    scipy.io.savemat(tmp_path / 'chardata.mat', columns | alphabets)
+    assert (arrays.read_omniglot('train', tmp_path / 'chardata.mat')[0] == 128).all()
+
+
+def test_an_omniglot_file_that_is_damaged_is_named(config, tmp_path):
+    load_data(config('omniglot'))
+    path = tmp_path / 'omniglot' / 'chardata.mat'
+    path.write_bytes(path.read_bytes()[:3000])
+    fails(config('omniglot'), 'chardata.mat is not chardata.mat')
+    scipy.io.savemat(path, {'data': np.zeros((784, 3))})
+    fails(config('omniglot'), "chardata.mat is not chardata.mat .no 'target'")
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_matrix_of_a_type_that_scipy_does_not_know_is_refused(packed, tmp_path):
+    """SciPy ends the process on a part of one of the reserved types."""
+    file, kind = io.BytesIO(), b'\x02\x00\x02\x00\x05\x07\x00\x00'      # two numbers of type 2, in their tag
+    scipy.io.savemat(file, {'y': np.array([[5], [7]], np.uint8)})
+    data = file.getvalue()
+    assert data.count(kind) == 1
+    assert arrays.matlab(data, 'y')[0].tolist() == [[5], [7]]
+    broken = data.replace(kind, b'\x08' + kind[1:])
+    if packed:
+        content = zlib.compress(broken[128:])
+        broken = broken[:128] + struct.pack('<II', 15, len(content)) + content
+    with pytest.raises(ValueError, match='a part of the unknown type 8'):
+        arrays.matlab(broken, 'y')
+    file = io.BytesIO()
+    scipy.io.savemat(file, {'y': {'a': 1}})
+    with pytest.raises(ValueError, match='it holds a struct where numbers are expected'):
+        arrays.matlab(file.getvalue(), 'y')

@@ -74,7 +74,7 @@ def places(path: str, frames: str) -> Iterator[tuple[str, str | Frame]]:
             number = max(num_pages(file), count_frames(path))
     if number == 1:
         yield '', path
-    elif frames == 'middle' or number > os.path.getsize(path):   # of so many not even the middle one is there
+    elif frames == 'middle' or number > os.path.getsize(path):   # a false count: loading the middle one fails
         yield '', Frame(path, number // 2)
     else:
         yield from ((f'#{k + 1}', Frame(path, k)) for k in range(number))

@@ -182,10 +182,13 @@ def read_packed(config: ReaderConfig, row: DataSet) -> Source:
         packed = Packed(path)
         try:
             return list_records(packed, loader, given, config.depth)
+        except UserError:
+            packed.close()
+            raise
         except Exception as error:                   # facts of another kind than ours may raise any of them
             packed.close()
-            raise error if isinstance(error, UserError) else UserError(
-                f"{path} does not hold what docs/lmdb.md says ({type(error).__name__}): {REMEDY}.") from None
+            raise UserError(f"{path} does not hold what docs/lmdb.md says ({type(error).__name__}): "
+                            f"{REMEDY}.") from None
 
     return import_items(config, row, key, read)
 

@@ -142,25 +142,26 @@ def matlab(data: bytes, *names: str) -> list[np.ndarray]:
 
 def mat_bytes(data: bytes, claimed: int) -> float:
     """To how many bytes the packed elements of a MATLAB file unpack; infinite if it is more than they claim.
-    Raises ValueError for types that there are not: SciPy looks them up unchecked, and the process ends.
+    Raises ValueError for a part of an undefined type: SciPy looks it up unchecked, which ends the process.
     """
     place, total = MAT_HEADER, 0
     while place + 8 <= len(data):
         kind, length = np.frombuffer(data[place:place + 8], '<u4').tolist()
-        content = data[place + 8:place + 8 + length]
+        content = memoryview(data)[place + 8:place + 8 + length]
         if kind == MAT_PACKED:
             try:
                 content = unpack(content, claimed + FREE_UNPACKED)
             except ValueError:
                 return math.inf
             total += len(content)
-            content = content[8:]
+            content = memoryview(content)[8:]
         check_parts(content)
         place += 8 + length
     return total
 
 
-def check_parts(matrix: bytes) -> None:
+def check_parts(matrix: memoryview) -> None:
+    """Raises ValueError if a part of a MATLAB element has a type that version 5 does not define."""
     place = 0
     while place + 8 <= len(matrix):
         kind, length = np.frombuffer(matrix[place:place + 8], '<u4').tolist()

@@ -16,16 +16,14 @@ refuse() { echo "error: $1" >&2; exit 2; }
 [ $# -gt 0 ] || refuse "which images? bash $0 FOLDER [FLAGS of train.py]"
 DATA=$1
 [ -e "$DATA" ] || refuse "$DATA does not exist"
-given=()
 for flag in "${@:2}"; do
     case $flag in
         --save | --save=* | --root | --root=*) refuse "this script names its run itself: SAVE=name ROOT=folder bash $0 $DATA" ;;
     esac
-    given+=("$flag")
 done
 RUN=$ROOT/eval-$SAVE
 
-flags=(--dataset folder --data "$DATA" --model dae --batch_size 16 ${given[@]+"${given[@]}"})
+flags=(--dataset folder --data "$DATA" --model dae --batch_size 16 "${@:2}")
 if [ -f "$RUN/checkpoint.pt" ]; then
     known=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["data"])' "$RUN/args.json")
     [ "$(realpath "$known")" = "$(realpath "$DATA")" ] ||
@@ -48,7 +46,7 @@ else
         "if the machine stays as busy as it is now"
     flags+=(--epochs "$epochs" --val_every $((epochs > 10 ? epochs / 5 : 1)) --image_every 0)
     ((!large)) || flags+=(--image_size 128 --widths 32 64 96 128)
-    flags+=(${given[@]+"${given[@]}"})                       # given flags win
+    flags+=("${@:2}")                                        # given flags win
 fi
 
 "$PYTHON" "$REPOSITORY/train.py" --root "$ROOT" --save "$SAVE" --cont_training "${flags[@]}"
