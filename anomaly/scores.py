@@ -28,6 +28,7 @@ WIDE_LESION_FRACTION = 0.05
 SMALLEST_RESIDUAL = 1e-6   # of gray levels from 0 to 1, so that the log is finite
 MSMA_MAPS = ('none', 'gradient', 'gradient_input', 'guided', 'gradcam')
 NEED_CAPTUM = ('guided', 'gradcam')
+LIKELIHOOD_DENSITIES = ('typicality', 'kl_profile', 'kl_knn', 'kl_gmm', 'latent_knn')
 
 # capability that a score needs -> attribute of the model that shows it
 CAPABILITIES = {'likelihood terms': 'num_groups', 'reconstructions': 'reconstruct',
@@ -65,7 +66,7 @@ class Scoring:
     the rows of SCORES that a flag is for.
     """
     num_draws: int = flag(4, 'draws of the latents over which every sampled score averages', least=1,
-                          basic=True)
+                          basic=True, scores='recon_nll nelbo complexity regret kl lk llr of_draws')
     num_iw_samples: int = flag(16, 'iw: importance samples per image', least=1, scores='iw')
     iw_samples_elbo: int = flag(1, 'llr: importance samples for each draw of L; 1 = the ELBO', least=1,
                                 scores='llr')
@@ -77,8 +78,7 @@ class Scoring:
                                   'from it', choices=('mode', 'draw'), scores='llr lk')
     density_features: str = flag('means', 'typicality, kl_profile, kl_knn, kl_gmm, latent_knn: likelihood '
                                           'and KL at the posterior means, or averaged over the draws',
-                                 choices=('means', 'draws'),
-                                 scores='typicality kl_profile kl_knn kl_gmm latent_knn')
+                                 choices=('means', 'draws'), scores=' '.join(LIKELIHOOD_DENSITIES))
     residual_smoothing: float = flag(1.0, 'residual: standard deviation in pixels of the Gaussian that '
                                           'smooths the residual; 0 = none', least=0, below=math.inf,
                                      scores='residual')
@@ -118,17 +118,24 @@ class Scoring:
                 'denoised': self.msma_denoise}
 
 
-def used_flags(names: Sequence[str]) -> list[Field]:
+def row_of(name: str) -> str:
+    """The row of SCORES that a score belongs to: 'kl' of kl_2, kl_knn of itself."""
+    return max((row for row in SCORES if name == row or name.startswith(f'{row}_')), key=len, default='')
+
+
+def used_flags(names: Sequence[str], scoring: Scoring) -> list[Field]:
     """The fields of Scoring on which one of these scores depends, but for those of all."""
-    return [one for one in fields(Scoring) for rows in [one.metadata.get('scores', '').split()]
-            if any(name == row or name.startswith(f'{row}_') for name in names for row in rows)]
+    rows = {row_of(name) for name in names}
+    if scoring.density_features == 'draws' and not rows.isdisjoint(LIKELIHOOD_DENSITIES):
+        rows.add('of_draws')
+    return [one for one in fields(Scoring) if not rows.isdisjoint(one.metadata.get('scores', '').split())]
 
 
 def check_used(scoring: Scoring, names: Sequence[str]) -> None:
     """Raises UserError for a flag that was set although none of the scores `names` depends on it."""
-    used = used_flags(names)
+    used = used_flags(names, scoring)
     for one in fields(scoring):
-        rows = one.metadata.get('scores', '').split()
+        rows = [row for row in one.metadata.get('scores', '').split() if row in SCORES]
         if rows and one not in used and getattr(scoring, one.name) != one.default:
             raise UserError(f"--{one.name} does nothing, as no score {' or '.join(rows)} is computed: name "
                             f"one with --scores, or leave --{one.name} out.")
@@ -160,7 +167,8 @@ class Score:
 
     def explained(self, model: Any, scoring: Scoring) -> str:
         """One line for the report, with the values of the flags on which it depends."""
-        values = [f'{one.name} {getattr(scoring, one.name)}' for one in used_flags(self.flag_names(model))]
+        values = [f'{one.name} {getattr(scoring, one.name)}'
+                  for one in used_flags(self.flag_names(model), scoring)]
         return f"{self.about} ({', '.join(values)})" if values else self.about
 
     def has_map(self, model: Any, scoring: Scoring) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from anomaly.compare import compare as compare_runs
-from anomaly.config import Audit, CompareConfig, OutOfDistribution
+from anomaly.config import Audit, CompareConfig, Judging, OutOfDistribution
 from anomaly.detect import Settings, detect
 from anomaly.out_of_distribution import with_ood
 from anomaly.runs import Run, choose, run_names
@@ -17,6 +17,7 @@ from datasets import Data
 from distributed import launch
 from evaluation.run import Evaluation
 from model import place
+from utils import UserError
 
 AUDIT_RESAMPLES = 200                             # behind the intervals of the report's audit
 
@@ -68,7 +69,11 @@ def open_runs(run: Evaluation, paths: Sequence[str], added_up: bool) -> tuple[li
                         (one.run_folder / 'split.json').exists()))
         batch_sizes.append(one.batch_size)
     chosen, _ = choose(runs, run.flags(Selection), added_up)
-    check_used(run.flags(Scoring), [name for one, (scores, _) in zip(runs, chosen) for score in scores
-                                    for name in score.flag_names(one.model)])
+    scores = [(score, one.model) for one, (some, _) in zip(runs, chosen) for score in some]
+    check_used(run.flags(Scoring), [name for score, model in scores for name in score.flag_names(model)])
+    if run.flags(Judging).density_images == 'val' and not any(
+            score.density and score.density.takes_training for score, _ in scores):
+        raise UserError("--density_images does nothing, as no computed score learns from training images: "
+                        "name one with --scores, such as kl_knn or dose, or leave it out.")
     command = 'python ' + shlex.join(sys.argv)
     return runs, Settings.read(run.args, batch_size=min(batch_sizes), command=command)      # one size for all

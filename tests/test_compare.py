@@ -383,6 +383,7 @@ def test_trained_runs_from_the_command_line(trained, capsys):
     (['--compare', 'eval-a', './eval-a'], 'twice'),
     (['--compare', 'eval-a', 'eval-b', '--eval_mode', 'latents'], '--eval_mode compare, not of latents'),
     (['--compare', 'eval-a', 'eval-b', '--llr_prior', 'draw'], '--llr_prior does nothing'),
+    (['--compare', 'eval-a', 'eval-b', '--density_images', 'val'], '--density_images does nothing'),
 ])
 def test_mistakes_of_the_user_are_named(trained, words, told, monkeypatch):
     monkeypatch.chdir(trained)

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import evaluate
 import train
-from anomaly.scores import Scoring, check_used
+from anomaly.scores import SCORES, Scoring, check_used
 from datasets import DATASETS, data_flags
 from distributed.launch import LaunchConfig
 from model import MODELS, family_config
@@ -81,11 +81,18 @@ def test_a_flag_that_would_do_nothing_is_refused(program, config, field):
 def test_a_flag_of_scores_that_are_not_computed_is_refused(field):
     scoring = dataclasses.replace(Scoring(), **{field.name: other(field)})
     with pytest.raises(UserError, match=f'--{field.name} does nothing, as no score'):
-        check_used(scoring, ['nelbo', 'kl_1'])
-    for row in field.metadata['scores'].split():
-        check_used(scoring, ['nelbo', row])
+        check_used(scoring, ['reconstruction', 'ode_nll'])
+    for row in SCORES.keys() & field.metadata['scores'].split():
+        check_used(scoring, ['reconstruction', row])
         check_used(scoring, [f'{row}_1'])
     check_used(Scoring(), [])
+
+
+def test_draws_do_nothing_for_densities_at_the_posterior_means():
+    with pytest.raises(UserError, match='--num_draws does nothing'):
+        check_used(Scoring(num_draws=2), ['kl_knn', 'iw', 'residual_top'])
+    check_used(Scoring(num_draws=2, density_features='draws'), ['kl_knn'])
+    check_used(Scoring(num_draws=2), ['kl_knn', 'kl_2'])
 
 
 @pytest.mark.parametrize('parse, words, told', [

@@ -439,7 +439,8 @@ def test_a_score_is_explained_with_its_flags():
     scoring = Scoring(residual_shift=2, msma_levels=5)
     assert find('residual_top').explained(None, scoring).endswith(
         'highest 1 % (residual_smoothing 1.0, residual_shift 2)')
-    assert find('nelbo').explained(None, scoring) == 'negative ELBO, nats'
+    assert find('nelbo').explained(None, scoring) == 'negative ELBO, nats (num_draws 4)'
+    assert find('reconstruction').explained(None, scoring) == 'mean |x - reconstruction|'
     norms, other = SimpleNamespace(score_norms=1), SimpleNamespace()
     assert 'msma_levels 5' in find('dose').explained(norms, scoring)
     check_used(scoring, ['residual_top', *find('dose').flag_names(norms)])
