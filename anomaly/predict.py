@@ -10,7 +10,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ from readers.images.decode import decode, from_size
 from readers.parallel import in_order
 from readers.paths import file_content, passed_line
 from readers.source import Unreadable
-from readers.split import count, noted, some
+from readers.split import count, noted, read_split, some
 from utils import UserError, finite, read_flags, write_atomically, write_csv
 
 SOME_UNREADABLE_STATUS = 3        # exit status: all that could be read is scored, but some files could not
@@ -57,14 +57,17 @@ class NewFile(NamedTuple):
     id: str
     grids: tuple = ()                 # of a volume: the model's grid and the file's
     repairs: tuple[str, ...] = ()     # what was put right, in words that go on from 'n subjects'
+    part: str = ''                    # train, val or test, if the run has this very content; '' = new
 
 
 class NewFiles:
     """Files of a folder as batches, of which one and the next few images are in memory; a share a rank."""
 
-    def __init__(self, prepared: Any, found: Any, batch_size: int):
-        """`prepared` loads one of the files `found`, as the run's own data were (datasets.preparation)."""
-        self.prepared, self.batch_size = prepared, batch_size
+    def __init__(self, prepared: Any, found: Any, batch_size: int, parts: Mapping[str, str]):
+        """`prepared` loads one of the files `found`, as the run's own data were (datasets.preparation);
+        `parts` are the run's parts by the SHA-256 of what they hold.
+        """
+        self.prepared, self.batch_size, self.parts = prepared, batch_size, parts
         self.files, self.ids = found.files, list(found.files)
         self.errors: dict[str, str] = {}              # id -> why it could not be read
 
@@ -79,7 +82,8 @@ class NewFiles:
             self.errors |= {name: why for name, why in found.items() if isinstance(why, str)}
             loaded = {name: image for name, image in found.items() if name not in self.errors}
             if loaded:
-                yield ([NewFile(name, image.grids, image.repairs) for name, image in loaded.items()],
+                yield ([NewFile(name, image.grids, image.repairs, self.parts.get(image.sha256, ''))
+                        for name, image in loaded.items()],
                        self.prepared.batch(list(loaded.values()), list(loaded)))
 
 
@@ -126,7 +130,9 @@ def new_files(run: Any, normal: Normal) -> tuple[Any, NewFiles]:
     prepared = preparation(flags, run.model.shape, run.model.pixels, normal.preparation.get('spacing', ()))
     # Every rank searches, so that all meet the same mistake; files may come and go, so the first one's count.
     found = launch.gather([prepared.loader.find(run.args.data, without=run.final)])[0]
-    return found, NewFiles(prepared, found, run.batch_size)
+    split = read_split(run.run_folder / 'split.json') or {}
+    parts = {file['sha256']: file['part'] for file in split.get('files', ()) if file['sha256']}
+    return found, NewFiles(prepared, found, run.batch_size, parts)
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -233,14 +239,15 @@ def write_volumes(out: Path, name: str, file: NewFile, case: Case, normal: Norma
 def write_scores(path: Path, files: NewFiles, table: Table, drawn: dict[str, Drawn],
                       kinds: Sequence[str], normal: Normal, names: Sequence[str]) -> None:
     """scores.csv: one row a file. For an unreadable one the scores are empty and `error` says why; the
-    columns `kinds` name the files that `draw` made.
+    columns `kinds` name the files that `draw` made; `part` is that of the run which has this very content.
     """
     columns = score_columns(table, normal, names)
     cells = {entry.id: row for entry, *row in zip(table.entries, *columns.values(), strict=True)}
     named = {name: one.names for name, one in drawn.items()}
+    parts = {file.id: file.part for file in table.entries}
     rows = [[i, *cells.get(i, [''] * len(columns)), *(named.get(i, {}).get(kind, '') for kind in kinds),
-             files.errors.get(i, '')] for i in files.ids]
-    write_csv(path, ['id', *columns, *kinds, 'error'], rows)
+             parts.get(i, ''), files.errors.get(i, '')] for i in files.ids]
+    write_csv(path, ['id', *columns, *kinds, 'part', 'error'], rows)
 
 
 def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: dict[str, Drawn], normal: Normal,
@@ -248,11 +255,13 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: dict[s
     """Says what became of the files; keeps it in metrics.json, and returns it."""
     threshold, num_normal = normal.thresholds[primary], len(normal.validation[primary])
     anomalous = int(metrics.flagged(table.values[primary], threshold).sum())
+    learned = sorted(file.id for file in table.entries if file.part in ('train', 'val'))
     promised = metrics.promised(num_normal, normal.judging.target_fpr)
     result = finite({
         'data': run.args.data, 'num_files': len(files.ids), 'num_scored': len(table),
         'num_unreadable': len(files.errors), 'passed_over': sum(map(len, found.passed_over.values())),
-        'primary_score': primary, 'threshold': threshold, 'num_flagged': anomalous, 'promised': promised,
+        'num_learned': len(learned), 'primary_score': primary, 'threshold': threshold,
+        'num_flagged': anomalous, 'promised': promised,
         **dataclasses.asdict(normal.scoring), **dataclasses.asdict(normal.maps),
         **dataclasses.asdict(normal.judging)})
     run.write_metrics('predict', result)
@@ -265,6 +274,10 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: dict[s
     if len(table):
         run.say(f"{anomalous} of {len(table)} are flagged as anomalous ({primary} above {threshold:.5g}). "
                 f"Of normal images like those of the run, at most {100 * promised:.3g} % are expected to be.")
+    if learned:
+        are = 'is' if len(learned) == 1 else 'are'
+        run.say(f"{count(len(learned), 'file')} of them {are} in the training or validation part of the run, "
+                f"so that the scores say nothing about new images: {some(learned)}")
     for kind, folder in FOLDERS.items():
         if number := sum(kind in one.names for one in drawn.values()):
             run.say(f"{kind}s of the {number} most anomalous: {run.out / folder}")

@@ -77,7 +77,7 @@ def test_a_file_has_the_score_percentile_and_call_that_it_had_in_the_run(predict
     assert status == 0 and len(rows) == 60
     names = ('nelbo', *(name for name in SCORES if name != 'nelbo'))             # the primary score first
     assert list(rows['normal/000.png']) == ['id', *(c for name in names for c in (
-        name, f'{name}_percentile', f'{name}_flagged')), 'map', 'segmentation', 'overlay', 'error']
+        name, f'{name}_percentile', f'{name}_flagged')), 'map', 'segmentation', 'overlay', 'part', 'error']
     known = {row['id']: row for row in rows_of(trained / 'anomaly' / 'scores.csv') if row['part'] == 'test'}
     assert len(known) == 20
     for name, row in known.items():
@@ -86,6 +86,23 @@ def test_a_file_has_the_score_percentile_and_call_that_it_had_in_the_run(predict
         for score in SCORES:
             assert float(rows[name][score]) == pytest.approx(float(row[score]), rel=1e-5, abs=rounding)
             assert rows[name][f'{score}_flagged'] == row[f'{score}_flagged']
+
+
+def test_images_that_the_run_has_learned_from_are_named(predicted, trained, data_folder, tmp_path, capfd):
+    out, _, rows = predicted
+    split = {file['id']: file['part'] for file in json.loads((trained / 'split.json').read_text())['files']}
+    assert {name: row['part'] for name, row in rows.items()} == split
+    learned = sum(part != 'test' for part in split.values())
+    assert f'{learned} of these files' in (out / 'predictions.html').read_text()
+    one, another = (next(name for name in split if split[name] == part) for part in ('train', 'test'))
+    (tmp_path / 'new').mkdir()
+    shutil.copy(data_folder / one, tmp_path / 'new' / 'renamed.png')
+    shutil.copy(data_folder / another, tmp_path / 'new' / 'b.png')
+    Image.open(data_folder / another).rotate(90).save(tmp_path / 'new' / 'c.png')
+    _, found = predict(trained, tmp_path / 'new', tmp_path / 'out')
+    assert {name: row['part'] for name, row in found.items()} == {
+        'renamed.png': 'train', 'b.png': 'test', 'c.png': ''}
+    assert '1 file of them is in the training or validation part' in capfd.readouterr().out
 
 
 def test_scores_do_not_depend_on_neighbours_or_batches(predicted, trained, data_folder, tmp_path):

@@ -126,7 +126,7 @@ def test_a_volume_has_the_scores_that_it_had_in_the_run(world, tmp_path):
     assert status == 0 and len(rows) == 14 and len(known) == 4, "labels are no subjects"
     scores = ('reconstruction', 'msma_knn')
     assert list(rows['normal/n0']) == ['id', *(column for score in scores for column in (
-        score, f'{score}_percentile', f'{score}_flagged')), 'map', 'segmentation', 'overlay', 'error']
+        score, f'{score}_percentile', f'{score}_flagged')), 'map', 'segmentation', 'overlay', 'part', 'error']
     for name, row in known.items():
         for score in scores:
             assert float(rows[name][score]) == pytest.approx(float(row[score]), rel=1e-5)
@@ -164,7 +164,7 @@ def test_ranks_share_the_volumes(world, monkeypatch):
     for rank, ranks in ((0, 1), (0, 2), (1, 2)):
         monkeypatch.setattr(launch, 'rank', lambda rank=rank: rank)
         monkeypatch.setattr(launch, 'world', lambda ranks=ranks: ranks)
-        files = NewFiles(prepared, found, batch_size=3)
+        files = NewFiles(prepared, found, batch_size=3, parts={})
         table = score_images(world.toy, files.batches(files.ids, 'predict'), scores, Scoring())
         ids = [entry.id for entry in table.entries]
         values.append(dict(zip(ids, table.values['reconstruction'].tolist())))
