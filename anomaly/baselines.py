@@ -127,7 +127,7 @@ def pca_top(images: Tensor) -> Score:
 
     def errors(outputs: Outputs) -> Tensor:
         return outputs.once(('pca_top',), lambda: residual(outputs.x))
-    return Score('pca_top', '', "|residual of 40 principal components|, smoothed before the modulus: mean of "
+    return Score('pca_top', '', "absolute value of the smoothed residual of 40 principal components: mean of "
                  "the highest 1 %",
                  lambda outputs: highest(errors(outputs), None, LESION_FRACTION),
                  lambda outputs: errors(outputs).float())

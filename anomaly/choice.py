@@ -10,7 +10,7 @@ from utils import UserError
 
 
 def choose_scores(names: Iterable[str], model: Any) -> tuple[list[Score], list[str]]:
-    """The scores that `names` ask for, in the table's order, and a line for each group that 'all' leaves out.
+    """The scores that `names` ask for, in the table's order, and at most one line, on what 'all' leaves out.
 
     A name is a row of SCORES, one member of a row (`llr_2`), or a sum of members (`kl_knn+llr_2`), which
     follows the scores that it needs. Raises UserError for an unknown name, and for one that the model cannot
@@ -41,8 +41,9 @@ def choose_scores(names: Iterable[str], model: Any) -> tuple[list[Score], list[s
             raise UserError(f"{name}: {unknown[0]!r} is not a single score of this model. Add up single "
                             f"scores, such as kl_knn+llr_2.")
         chosen.append(sum_score(terms))
-    return chosen, [f"left out, as this model has no {needs}: {', '.join(scores)}"
-                    for needs, scores in lacking.items()]
+    reasons = '; '.join(f"{', '.join(scores)} (need{'s' if len(scores) == 1 else ''} {needs})"
+                        for needs, scores in lacking.items())
+    return chosen, [f'scores that {type(model).__name__} cannot give: {reasons}'] if reasons else []
 
 
 def check_names(names: Iterable[str], table: dict[str, list[Score]], groups: int) -> None:

@@ -242,7 +242,7 @@ def repair_score(kind: str, about: str) -> Score:
 
 
 def residual_scores() -> list[Score]:
-    smooth = "|x - reconstruction|, smoothed before the modulus"
+    smooth = "absolute value of the smoothed x - reconstruction"
     return [
         Score('residual_top', 'reconstructions', f"{smooth}: mean of the highest 1 %",
               lambda outputs: highest_residual(outputs, LESION_FRACTION),

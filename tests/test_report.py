@@ -356,11 +356,12 @@ def test_small_things():
     assert percent(Share(1, 8)) == '12.5 %' and percent(Share(0, 0)) == '-'
 
 
-def test_findings_of_an_audit_stand_in_the_report(tmp_path):
+def test_findings_of_an_audit_and_what_few_images_can_promise_stand_in_the_report(tmp_path):
     line = 'Serious: the size of the file <alone> tells them apart.'
-    run(tmp_path, make_data(), make_model(), settings(
-        scores=('nelbo',), num_draws=1, num_bootstrap=5, num_cases=0, num_gallery=0), findings=[line])
+    run(tmp_path, make_data(), make_model(), settings(scores=('nelbo',), num_draws=1, num_bootstrap=5,
+        num_cases=0, num_gallery=0, target_fpr=0.01), findings=[line])
     page = (tmp_path / 'report.html').read_text()
+    assert 'with 20 validation images, no threshold promises less than 4.76' in page
     assert html.escape(line) in page and line not in page.split('</style>')[1].split('<script')[0]
 
 

@@ -361,7 +361,8 @@ def test_a_worklist_is_sorted_and_its_pictures_are_enlarged_in_the_files_resolut
     files = [Prediction('b.png', 7.0, 99.0, True), Prediction('a.png', 1.0, 20.0, False)]
     result = {'primary_score': 'nelbo', 'map_score': 'nelbo', 'about': 'negative ELBO', 'data': 'new',
               'models': [], 'date': '', 'commit': '', 'command': 'evaluate.py', 'num_flagged': 1,
-              'num_scored': 2, 'num_unreadable': 1, 'passed_over': 0, 'threshold': 5.0, 'promised': 0.05}
+              'num_scored': 2, 'num_unreadable': 1, 'passed_over': 0, 'num_learned': 0, 'threshold': 5.0,
+              'promised': 0.05}
     write_predictions(tmp_path, result, files, {'c.png': 'is empty (0 bytes)'},
                       {'b.png': case_pictures(case, look, np.ones(2), 1e6)}, look)
     chromium.get_log('browser')

@@ -252,11 +252,9 @@ def test_only_the_forward_passes_that_a_chosen_score_needs_are_made_and_scores_s
         (one.image or one.features)(outputs)
     full, skipping = PASSES[names]
     assert sorted(model.calls) == [0] * full + [1] * skipping
-    said = ['left out, as this model has no latents: latent_knn',
-            'left out, as this model has no statistics: dose, dose_mahalanobis',
-            'left out, as this model has no score norms: msma_gmm, msma_knn, '
-            'msma_kde, msma_pca_gmm, msma_flow',
-            'left out, as this model has no voxel densities: voxel_nll, voxel_nll_mean']
+    said = ['scores that LinearGaussian cannot give: latent_knn (needs latents); dose, dose_mahalanobis '
+            '(need statistics); msma_gmm, msma_knn, msma_kde, msma_pca_gmm, msma_flow (need score norms); '
+            'voxel_nll, voxel_nll_mean (need voxel densities)']
     assert lines == (said if names == 'all' else [])
 
 
