@@ -259,7 +259,7 @@ def detect(runs: Sequence[Run], out: str | Path, settings: Settings, log: Callab
         return {}
     run_folder = Path(runs[0].path) if len(runs) == 1 else out
     if len(runs) == 1:
-        found.normal.preparation = volume_preparation(runs[0].data)
+        found.normal.preparation = preparation_of(runs[0].data)
         found.normal.weights = fingerprint(runs[0].model)
     result = summarize(runs[0].data, found, settings, findings, [*left_out, *lacking])
     result |= {'models': [about_run(run.model, run.path) for run in runs],
@@ -302,10 +302,10 @@ def summarize(data: Any, found: Evaluated, settings: Settings, findings: Sequenc
         'normal_parts': normal_parts})
 
 
-def volume_preparation(data: Any) -> dict[str, Any]:
-    """How volumes were prepared, which new ones must be too: spacing in mm, and flags; {} for images."""
+def preparation_of(data: Any) -> dict[str, Any]:
+    """How files were prepared, which new ones must be too: flags, and of volumes the spacing in mm."""
     if len(data.shape) == 3:
-        return {}
+        return {'flags': {name: getattr(data.config, name) for name in ('fit', 'frames')}}
     return {'spacing': spacing(data.val.entries[0]).tolist(), 'flags': volume_flags(data.config)}
 
 

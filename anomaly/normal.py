@@ -47,7 +47,7 @@ class Normal:
     densities: dict[str, Density] = field(default_factory=dict)            # score -> what it has learned
     spreads: dict[str, Spread] = field(default_factory=dict)               # score -> of its map's pixels
     weights: str = ''                            # fingerprint of the model
-    preparation: dict[str, Any] = field(default_factory=dict)              # of volumes: spacing, flags
+    preparation: dict[str, Any] = field(default_factory=dict)              # of files: flags, spacing
     notes: list[str] = field(default_factory=list)                         # what densities have learned from
 
     @classmethod
@@ -211,6 +211,10 @@ class Normal:
         if str(found.pop('weights', '')) == self.weights:
             names = dict.fromkeys(key.split(' ', 1)[1] for key in found)
             self.spreads = {name: Spread(found[f'mean {name}'], found[f'std {name}']) for name in names}
+
+    def data_flags(self, flags: Any) -> Any:
+        """The data flags of a run, as its images were prepared: an LMDB has some of its own."""
+        return read_flags(type(flags), vars(flags) | self.preparation.get('flags', {}))
 
     def scores(self, names: Sequence[str], model: Any) -> list[Score]:
         """The scores of the model with a threshold, or those that `names` choose. Raises UserError."""

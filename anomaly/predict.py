@@ -32,7 +32,7 @@ from anomaly.report.page import Prediction, write_predictions
 from anomaly.report.provenance import about_run, code_and_date
 from anomaly.scores import Score, Selection
 from anomaly.scoring import Batches, Case, Table, pictures, score_images
-from datasets import DataConfig, preparation
+from datasets import preparation
 from distributed import launch
 from readers.images.decode import decode, from_size
 from readers.parallel import in_order
@@ -125,9 +125,8 @@ def new_files(run: Any, normal: Normal) -> tuple[Any, NewFiles]:
     """What is found below --data, and its files. Raises UserError if there are none."""
     if not run.args.data:
         raise UserError("--eval_mode predict needs --data: a folder of images or volumes, or one file.")
-    # Volumes are prepared by the flags of the data that the model was trained on; an LMDB has its own.
-    flags = read_flags(DataConfig, vars(run.data_config) | normal.preparation.get('flags', {}))
-    prepared = preparation(flags, run.model.shape, run.model.pixels, normal.preparation.get('spacing', ()))
+    prepared = preparation(normal.data_flags(run.data_config), run.model.shape, run.model.pixels,
+                           normal.preparation.get('spacing', ()))
     # Every rank searches, so that all meet the same mistake; files may come and go, so the first one's count.
     found = launch.gather([prepared.loader.find(run.args.data, without=run.final)])[0]
     split = read_split(run.run_folder / 'split.json') or {}
@@ -156,7 +155,7 @@ def draw(run: Any, files: NewFiles, ranked: Sequence[Prediction], shown: Score |
                     old.unlink()
             remove_maps(folder)
     launch.barrier()
-    config = read_flags(PredictConfig, run.args)
+    config, flags = read_flags(PredictConfig, run.args), normal.data_flags(run.data_config)
     chosen = [file.id for file in ranked[:None if config.num_overlays < 0 else config.num_overlays]]
     pictured = {name: picture_name(rank, len(chosen), name) for rank, name in enumerate(chosen, 1)}
     plain_names = dict(zip(sorted(chosen), file_names(sorted(chosen))))
@@ -174,10 +173,10 @@ def draw(run: Any, files: NewFiles, ranked: Sequence[Prediction], shown: Score |
         if file.grids and case.map is not None:
             names |= write_volumes(run.out, plain_names[file.id], file, case, normal, shown.name)
         elif case.relative is not None and isinstance(path, str):                 # not a frame of a file
-            more, why = write_grids(run, pictured[file.id], path, case,
+            more, why = write_grids(run, flags.fit, pictured[file.id], path, case,
                                     shown.name if config.dicom_seg else '')
             names |= more
-        case = case._replace(original=original(path, run.model.shape, run.data_config))
+        case = case._replace(original=original(path, run.model.shape, flags))
         card = case_pictures(case, look, np.array(spacing), MOST_BYTES / len(chosen))
         drawn.append((file.id, Drawn(names, card, why)))
     return dict(sorted(launch.gather(drawn))), look
@@ -198,7 +197,8 @@ def picture_name(rank: int, number: int, name: str) -> str:
     return f'{rank:0{len(str(number))}d}_{plain(ENDING.sub("", name))}.png'
 
 
-def write_grids(run: Any, name: str, path: str, case: Case, seg_score: str) -> tuple[dict[str, str], str]:
+def write_grids(run: Any, fit: str, name: str, path: str, case: Case,
+                seg_score: str) -> tuple[dict[str, str], str]:
     """Writes the map of an image, in hundredths of a standard deviation, and what is above the threshold of
     pixels, 0 or 255, on the grid of its file; returns their names by kind. With the name of the map's score
     as `seg_score`, a DICOM image has a DICOM segmentation too, or there is a reason why it has none.
@@ -210,7 +210,7 @@ def write_grids(run: Any, name: str, path: str, case: Case, seg_score: str) -> t
               'segmentation': 255 * case.above.astype(np.uint8)}
     for kind, values in levels.items():
         names[kind] = f'{FOLDERS[kind]}/{name}'
-        on_grid = from_size(values[inner, inner], height, width, run.data_config.fit)
+        on_grid = from_size(values[inner, inner], height, width, fit)
         write_atomically(run.out / names[kind], lambda path, x=on_grid: Image.fromarray(x).save(path, 'PNG'))
     if seg_score:                                                # `on_grid` is the segmentation, the last one
         place = str(Path(names['segmentation']).with_suffix('.dcm'))

@@ -141,7 +141,7 @@ def export(run: Evaluation) -> None:
     config, model = run.flags(ExportConfig), run.opened[0]
     normal = Normal.load(Path(config.thresholds or run.run_folder / 'thresholds.json'), model,
                          f'python evaluate.py --checkpoint {run.args.checkpoint} --eval_mode anomaly')
-    about_input = input_facts(run)
+    about_input = input_facts(run, normal)
     scores = normal.scores((), model)
     names = [score.name for score in scores]
     score = scores[names.index(choose_primary(config.primary_score, normal.primary_score, names))]
@@ -173,9 +173,9 @@ def export(run: Evaluation) -> None:
     run.say(f"{score.name} as a program: {run.out}")
 
 
-def input_facts(run: Evaluation) -> dict[str, Any]:
+def input_facts(run: Evaluation, normal: Normal) -> dict[str, Any]:
     """Preprocessing of an image file as numbers. Raises UserError if numbers alone cannot describe it."""
-    model, config = run.opened[0], run.data_config
+    model, config = run.opened[0], normal.data_flags(run.data_config)
     if len(model.shape) != 3:
         raise UserError("--eval_mode export is for images: how volumes are resampled takes more than Pillow.")
     if config.dequantize or model.pixels.likelihood == 'bernoulli':

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from storage.locks import locked, why_not_private
 from utils import UserError, finite, write_json
 
-CACHE_VERSION = 5      # raise it when what the readers make of the same files changes
+CACHE_VERSION = 6      # raise it when what the readers make of the same files changes
 CACHE_NAME = 'medical-anomaly'
 MARK = 'CACHEDIR.TAG'  # tells backups, and commands on another user's checkpoint, that this is a cache
 MARK_TEXT = 'Signature: 8a477f597d28d172789f06886806bc55\n# Decoded images of the project medical-anomaly.\n'

@@ -11,6 +11,7 @@ import os
 import resource
 import struct
 import sys
+import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -31,6 +32,7 @@ import train
 from families.autoencoder.config import AEConfig
 from model import restore
 from readers.dicom import decode_dicom
+from readers.images.archive import unpacked
 from readers.images.decode import decode
 from readers.published import arrays
 from readers.source import Unreadable
@@ -161,6 +163,15 @@ def png(path):
     return partial(decode, b'\x89PNG\r\n\x1a\n' + body)
 
 
+def tar(path):
+    """A file of 60 MB, packed."""
+    with tarfile.open(path, 'w:gz') as file:
+        member = tarfile.TarInfo('a.png')
+        member.size = 60 << 20
+        file.addfile(member, io.BytesIO(ZEROS * 60))
+    return partial(unpacked, path, str(path.with_name('cache')))
+
+
 def deep(path):
     """JSON of 200,000 lists, each in the one before."""
     path.write_text('[' * 200_000)
@@ -176,7 +187,7 @@ def laughs(path):
 
 
 BOMBS = (nifti, nifti_beyond_its_header, idx, dicom, mat, mat_beyond_its_header, npz, checkpoint, description,
-         tiff, tiff_page, png, deep, laughs)
+         tiff, tiff_page, png, tar, deep, laughs)
 
 
 class Refusal(NamedTuple):

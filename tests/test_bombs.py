@@ -15,7 +15,8 @@ from test_dicom import as_bytes as dicom_bytes
 from test_dicom import made
 
 from audit.headers import read_file_header
-from readers.dicom import count_frames
+from readers import dicom
+from readers.dicom import count_frames, decode_dicom
 from readers.images.decode import ImageLoader
 from readers.images.files import places
 from readers.lmdb.file import is_lmdb
@@ -81,6 +82,19 @@ def test_frames_of_a_deflated_bomb_are_not_counted(tmp_path):
         path.write_bytes(data)
         return lambda: count_frames(path)
     assert refusal(count, tmp_path / 'a')[0] == '' and refusal(count, tmp_path / 'a').seconds < 1
+
+
+def test_a_dicom_file_of_very_many_elements_is_refused(monkeypatch):
+    """Empty items of a sequence, of 16 bytes each, with which pydicom is busy for 20 microseconds each."""
+    whole = dicom_bytes(made([[1, 2]]))
+    place = whole.index(b'\xe0\x7f\x10\0')
+    item = bytes.fromhex('feff00e0 ffffffff feff0de0 00000000')
+    sequence = bytes.fromhex('0052 3092') + b'SQ\0\0' + b'\xff' * 4
+    many = whole[:place] + sequence + item * 1000 + bytes.fromhex('feffdde0 00000000') + whole[place:]
+    assert decode_dicom(many).shape == (1, 2, 1)
+    monkeypatch.setattr(dicom, 'MOST_READS', 1000)
+    with pytest.raises(Unreadable, match='so many elements'):
+        decode_dicom(many)
 
 
 @pytest.mark.parametrize('read', [

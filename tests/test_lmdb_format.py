@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from test_packed import load, write_lmdb
 
-from readers.lmdb.format import seal, unseal
+from readers.lmdb.format import raw_of, seal, unseal
 from readers.source import Unreadable
 from scripts.create_lmdb import verify
 
@@ -56,3 +56,9 @@ def test_what_another_program_writes_by_the_document_is_read(tmp_path):
     assert torch.equal(x[2, 0], torch.ones(2, 2)) and not x[2, 1:].any()
     assert [e.patient for e in data.train.entries] == ['p0', 'p1', 'p2']
     assert verify(path, 1) == 0
+
+
+@pytest.mark.parametrize('shape', [[True, 4], [2.0, 2], ['4'], [-2, -2], [4, 4]], ids=str)
+def test_a_shape_that_is_none_is_named(shape):
+    with pytest.raises(Unreadable, match='has 4 bytes for the shape'):
+        raw_of(bytes(4), {'encoding': 'raw', 'dtype': 'uint8', 'shape': shape})

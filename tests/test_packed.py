@@ -24,6 +24,10 @@ from PIL import Image
 from standins import lead_astray, make_standin
 
 import scripts.create_lmdb as program_file
+from anomaly.config import Judging, MapConfig
+from anomaly.detect import preparation_of
+from anomaly.normal import Normal
+from anomaly.scores import Scoring
 from datasets import DATASETS, DataConfig, load_data
 from readers.batches import train_batches
 from readers.images.decode import FIRST_PAGE
@@ -34,6 +38,7 @@ from scripts.create_lmdb import FolderConfig, pack, plan, verify
 from utils import UserError
 
 PAGE = 4096
+NORMAL = Normal('nelbo', Scoring(), MapConfig(), Judging(), {}, {}, {})
 
 
 def save(path, pixels, **options):
@@ -139,6 +144,9 @@ def test_resized_arrays_give_the_same_images_and_the_same_split(folder, tmp_path
         for fit in ('pad', 'stretch'):
             told = any('made with --fit' in line for line in load(small, tmp_path, fit=fit).report)
             assert told == (fit != flags.get('fit', 'pad')), "new files have to be like them"
+            data = load(small, tmp_path, fit=fit)
+            normal = replace(NORMAL, preparation=preparation_of(data))
+            assert normal.data_flags(DataConfig(fit=fit)).fit == data.config.fit == flags.get('fit', 'pad')
         with Packed(small) as records:
             info = records.info(0)
         assert info['encoding'] == 'raw' and info['shape'] == ([8, 8] if len(flags) == 1 else [8, 8, 3])
@@ -226,6 +234,8 @@ def flip(key, place=-3):
     (flip(b'meta'), r'broken.lmdb is damaged \(record meta does not have its CRC-32', 2),
     (lambda r: r.pop(b'meta'), r'broken.lmdb is damaged \(record meta is missing', 2),
     (edit_meta(complete=False), r'is not finished \(22 images so far\): give the scripts/create_lmdb.py', 2),
+    (edit_meta(count=10 ** 12), r'does not hold the 1,000,000,000,000 images that it counts', 2),
+    (edit_meta(count=-1), r'does not hold the -1 images that it counts', 2),
     (edit_meta(version=2), r'is anomaly-lmdb version 2, this program reads anomaly-lmdb version 1', 2),
 ])
 def test_what_is_damaged_or_unfinished_is_one_clear_line(packed, tmp_path, capsys, edit, words, status):

@@ -164,6 +164,14 @@ def listed(tmp_path):
                   for i in range(30)]
 
 
+@pytest.mark.parametrize('found', [{'test': {'0': 5}}, {'test': {'0': 'a.png'}}, {'test': ['a.png']}, 5, [5]],
+                         ids=str)
+def test_json_of_another_kind_is_named(found, tmp_path):
+    (tmp_path / 'data.json').write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r'data.json cannot be read \(expected a list of rows'):
+        read(tmp_path / 'data.json')
+
+
 @pytest.mark.parametrize('kind', ['csv', 'semicolon.csv', 'tsv', 'utf-16.csv', 'json'])
 def test_a_manifest_says_class_part_mask_and_patient(listed, kind):
     root, rows = listed

@@ -156,6 +156,18 @@ def test_metaimage_and_nrrd(name, tmp_path):
         read_nifti(tmp_path / name)
 
 
+@pytest.mark.parametrize('name, before, after', [
+    ('a.mha', 'LOCAL', 'other.raw'), ('a.nrrd', 'encoding: raw\n', 'encoding: raw\ndata file: other.raw\n'),
+    ('a.nrrd', 'encoding: raw\n', 'DataFile: other.raw\r\nencoding: raw\r\n')])
+def test_voxels_in_another_file_are_not_looked_for(name, before, after, tmp_path):
+    """The hash and the cache are of the file that is named, and this could be any file of the user."""
+    pytest.importorskip('SimpleITK')
+    (tmp_path / 'other.raw').write_bytes(bytes(8))
+    (tmp_path / name).write_text(ITK[name].replace(before, after))
+    with pytest.raises(Unreadable, match='keeps its voxels in another file'):
+        read_nifti(tmp_path / name)
+
+
 @pytest.mark.parametrize('name', ITK)
 def test_their_library_is_named_where_it_is_missing(name, config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'SimpleITK', None)

@@ -1,11 +1,17 @@
 """Data sets that come as a tar: unpacked once, into the cache, and only what is harmless."""
 
+import bz2
+import gzip
+import lzma
 import tarfile
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from readers.cache import cached_files, check_room, stamp
+from storage.limits import FREE_UNPACKED, MOST_UNPACKED
 from utils import UserError
 
+PACKED = {b'\x1f\x8b': gzip.open, b'BZ': bz2.open, b'\xfd7': lzma.open}       # by how a file begins
 FILES = 'files'                          # of a cache folder: what is unpacked, apart from its own files
 
 
@@ -20,7 +26,9 @@ def unpacked(path: str | Path, cache_dir: str) -> Path:
 
     def make(folder: Path) -> dict:
         try:
-            with tarfile.open(path) as tar:
+            with path.open('rb') as file:
+                unpack = PACKED.get(file.read(2), open)
+            with unpack(path, 'rb') as file, tarfile.open(fileobj=Limited(file, path), mode='r|') as tar:
                 tar.extractall(folder / FILES, filter=harmless)
         except Exception as error:                   # a damaged file can mislead the library into any of them
             if isinstance(error, UserError) or getattr(error, 'errno', None):
@@ -31,6 +39,22 @@ def unpacked(path: str | Path, cache_dir: str) -> Path:
         return {}
 
     return cached_files(cache_dir, key, make, lambda folder, _: folder / FILES)
+
+
+class Limited:
+    """The unpacked bytes of a tar. Raises UserError where they are many more than the file's own."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path = file, path
+        self.left = max(FREE_UNPACKED, MOST_UNPACKED * path.stat().st_size)
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise UserError(f"--data: {self.path} unpacks to more than {MOST_UNPACKED} times its size: it is "
+                            f"meant to fill the disk. Do not trust this file.")
+        return data
 
 
 def harmless(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:

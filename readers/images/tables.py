@@ -206,13 +206,13 @@ def json_rows(found: Any) -> Iterator[dict[str, Any]]:
     """Rows from a list of them, or from file names by part and by label or class."""
     if isinstance(found, list) and all(isinstance(row, dict) for row in found):
         yield from found
-    elif isinstance(found, dict) and all(isinstance(files, dict) for files in found.values()):
-        for part, classes in found.items():
-            for name, files in classes.items():
-                key = 'label' if name in LABELS else 'class'
-                yield from ({'path': path, key: name, 'part': part} for path in files)
-    else:
-        raise ValueError('expected a list of rows, or {part: {class: [files]}}')
+        return
+    for part, classes in found.items() if isinstance(found, dict) else [('', None)]:
+        if not isinstance(classes, dict) or not all(isinstance(files, list) for files in classes.values()):
+            raise ValueError('expected a list of rows, or {part: {class: [files]}}')
+        for name, files in classes.items():
+            key = 'label' if name in LABELS else 'class'
+            yield from ({'path': path, key: name, 'part': part} for path in files)
 
 
 def columns(config: ReaderConfig, names: Sequence[str], table: Path) -> dict[str, str]:

@@ -103,7 +103,7 @@ def raw_of(data: bytes, facts: dict[str, Any]) -> np.ndarray:
     if encoding != 'raw' or dtype not in RAW_TYPES:
         raise Unreadable(f"is stored as {encoding!r} {dtype}: expected 'file', or 'raw' uint8 or uint16")
     kind = RAW_TYPES[dtype]
-    if not all(isinstance(n, int) and n > 0 for n in shape) or len(data) != math.prod(shape) * kind.itemsize:
+    if not all(type(n) is int and n > 0 for n in shape) or len(data) != math.prod(shape) * kind.itemsize:
         raise Unreadable(f'has {len(data)} bytes for the shape {shape} of {dtype}')
     return np.frombuffer(data, kind).reshape(shape)
 

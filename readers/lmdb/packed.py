@@ -14,7 +14,7 @@ from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig, volume_flags
 from readers.images.decode import FIRST_PAGE, ImageLoader, has_pages, load_mask
 from readers.items import Item, Listing, Loaded, import_items
-from readers.lmdb.file import Closing, Lmdb, is_lmdb
+from readers.lmdb.file import Closing, Lmdb, is_lmdb, refused
 from readers.lmdb.format import (
     FACTS,
     FORMAT,
@@ -73,6 +73,11 @@ class Packed(Closing):
         self.path, self.records = str(path), Sealed(path)
         try:
             self.meta = read_meta(self.records)
+            with refused(path):
+                held = len(self.records)
+            if not 0 <= self.meta['count'] <= held:
+                raise UserError(f"{path} does not hold the {self.meta['count']:,} images that it counts: "
+                                f"{REMEDY}.")
             if not self.meta['complete']:
                 raise UserError(f"{path} is not finished ({self.meta['count']:,} images so far): give the "
                                 f"scripts/create_lmdb.py command that makes it again, it goes on.")
@@ -217,9 +222,9 @@ def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, An
         left_out = [f'{name} {reason}' for name, reason in meta.get('left_out', [])]
         listing.notes += noted(left_out, 'file', f'had been left out when {path} was made')
         origin = vars(loader) | {'image_size': 0} | meta.get('origin', {})
-        listing.notes += [f'the images in {path} were made with --{name} {origin[name]}: give it here, so '
-                          f'that new files become like them'
-                          for name in ('fit', 'frames') if origin[name] != getattr(loader, name)]
+        listing.flags = {name: origin[name] for name in ('fit', 'frames')}
+        listing.notes += [f'the images in {path} were made with --{name} {value}: so are new files'
+                          for name, value in listing.flags.items() if value != getattr(loader, name)]
         if (side := origin['image_size']) not in (0, loader.size):
             listing.notes.append(f'the images in {path} have {side} x {side} pixels: they are resized to '
                                  f'{loader.size} x {loader.size}')

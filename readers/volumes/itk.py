@@ -1,5 +1,6 @@
 """MetaImage (.mha) and NRRD (.nrrd), by SimpleITK, whose world runs to the left and the back (LPS)."""
 
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,9 @@ from readers.source import Unreadable
 from utils import UserError
 
 IMAGE_IO = {b'NRRD': 'NrrdImageIO'}            # by how a file begins; else what suffix .mha says
+# Lines of a header, which ends at an empty line or with LOCAL, that name another file of voxels.
+ELSEWHERE = re.compile(rb'^(ElementDataFile\s*=(?!\s*local\s*$)|data ?file\s*:)',
+                       re.IGNORECASE | re.MULTILINE)
 TO_RAS = np.diag([-1.0, -1, 1, 1])
 
 
@@ -36,6 +40,8 @@ class ItkImage:
 
     def __init__(self, path: str | Path, start: bytes):
         """Raises Unreadable, UserError."""
+        if ELSEWHERE.search(re.split(rb'\r?\n\r?\n', start, maxsplit=1)[0]):
+            raise Unreadable('keeps its voxels in another file: save header and voxels as one file')
         self.reader = simpleitk().ImageFileReader()
         self.reader.SetImageIO(IMAGE_IO.get(start[:4], 'MetaImageIO'))
         self.reader.SetFileName(str(path))
