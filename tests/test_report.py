@@ -361,7 +361,7 @@ def test_findings_of_an_audit_and_what_few_images_can_promise_stand_in_the_repor
     run(tmp_path, make_data(), make_model(), settings(scores=('nelbo',), num_draws=1, num_bootstrap=5,
         num_cases=0, num_gallery=0, target_fpr=0.01), findings=[line])
     page = (tmp_path / 'report.html').read_text()
-    assert 'with 20 validation images, no threshold promises less than 4.76' in page
+    assert 'with 30 validation images, no threshold promises less than 3.23' in page
     assert html.escape(line) in page and line not in page.split('</style>')[1].split('<script')[0]
 
 
