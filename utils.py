@@ -9,6 +9,7 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -84,7 +85,9 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
         if one is None:
             continue
         if choices is not None and one not in choices:
-            raise UserError(f"--{field.name} {one}: choose one of {', '.join(map(str, choices))}.")
+            near = difflib.get_close_matches(str(one), [*map(str, choices)], n=1)
+            raise UserError(f"--{field.name} {one}: choose one of {', '.join(map(str, choices))}"
+                            + (f"; did you mean {near[0]}?" if near else '.'))
         if not all(LIMITS[name][1](one, limit) for name, limit in limits.items()):
             wanted = ' and '.join(f'{LIMITS[name][0]} {limit:g}' for name, limit in limits.items())
             raise UserError(f"--{field.name} {one}: it must be {wanted}.")

@@ -18,7 +18,7 @@ from utils import UserError, check_regular, check_value, read_json
 
 HELP_WIDTH = 110            # characters of a line of a help page
 MOST_CHOICES = 6            # that stand beside the name of a flag; more stand in its help
-ARGPARSE_OPTIONS = ('choices', 'nargs', 'const', 'type', 'metavar')
+ARGPARSE_OPTIONS = ('nargs', 'const', 'type', 'metavar')
 METAVARS = {int: 'N', float: 'X', str: 'TEXT'}
 
 
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         """A bool is turned on by --name and off by --no-name."""
         name, kind, help = field.name, type(field.default), field.metadata['help']
         options = {k: v for k, v in field.metadata.items() if k in ARGPARSE_OPTIONS}
-        choices = options.get('choices', ())
+        choices = field.metadata.get('choices') or ()
         if kind is bool:
             options['action'] = 'store_true'
             group.add_argument(f'--no-{name}', dest=name, action='store_false', help=argparse.SUPPRESS)
@@ -73,8 +73,9 @@ class Parser(argparse.ArgumentParser):
             options |= {'nargs': options.get('nargs', '*')} if kind is tuple else {}
             if len(choices) > MOST_CHOICES:
                 help += f": {', '.join(choices)}"
-            if not 0 < len(choices) <= MOST_CHOICES:
-                options = {'metavar': METAVARS.get(options['type'], 'VALUE')} | options
+            few = 0 < len(choices) <= MOST_CHOICES
+            options = {'metavar': '{%s}' % ','.join(map(str, choices)) if few else
+                       METAVARS.get(options['type'], 'VALUE')} | options
         if default is True:
             help += f' (default: on; --no-{name} turns it off)'
         elif default is not False and default not in ('', (), None):
@@ -109,6 +110,8 @@ def parse_flags(argv: Sequence[str], about: str, classes: Sequence[type], *,
     group.add_argument('--help_all', action='help', help='show all flags')
     given, unknown = parser.parse_known_args(with_config(argv))
     file = vars(given).pop('config', '')
+    for name, value in vars(given).items():
+        check_value(parser.fields[name], value)
     if Path(file).name == 'args.json':                     # a run's own: it may hold flags of another program
         unknown = [word for word in unknown if word in argv]
     if unknown:
@@ -117,7 +120,6 @@ def parse_flags(argv: Sequence[str], about: str, classes: Sequence[type], *,
            for field in dataclasses.fields(config) if field.name in parser.fields}
     values = own | vars(given)
     for name, value in vars(given).items():
-        check_value(parser.fields[name], value)
         _check_needs(parser.fields[name], value, values)
     return argparse.Namespace(**values)
 
