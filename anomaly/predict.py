@@ -280,7 +280,7 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: dict[s
                 f"so that the scores say nothing about new images: {some(learned)}")
     for kind, folder in FOLDERS.items():
         if number := sum(kind in one.names for one in drawn.values()):
-            run.say(f"{kind}s of the {number} most anomalous: {run.out / folder}")
+            run.say(f"{kind}s of the most anomalous, {number} in all: {run.out / folder}")
     for why in dict.fromkeys(one.without_seg for one in drawn.values() if one.without_seg):
         ids = [i for i, one in drawn.items() if one.without_seg == why]
         run.say(f"no DICOM segmentation of {count(len(ids), 'image')}, as each {why}: {some(ids)}")
