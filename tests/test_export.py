@@ -56,15 +56,17 @@ def exported(request, tmp_path_factory):
         sorted((folder / 'images').iterdir())).x
     has_bound = hasattr(model, 'num_groups')
     scores, _ = choose_scores([primary, 'reconstruction', *['nelbo'] * has_bound], model)
-    outputs = Outputs(model, x, SCORING)
+    # One at a time as the program takes them: last bits depend on the shape of a batch.
+    single = [Outputs(model, image[None], SCORING) for image in x]
+    column = lambda function: torch.cat([function(one) for one in single]).double().numpy()
     table = Table([SimpleNamespace(id=str(i)) for i in range(len(x))],
-                  {s.name: s.image(outputs).double().numpy() for s in scores if s.image},
-                  {s.name: s.features(outputs).double().numpy() for s in scores if s.features})
+                  {s.name: column(s.image) for s in scores if s.image},
+                  {s.name: column(s.features) for s in scores if s.features})
     normal = Normal.fit(table, scores, primary, SCORING, SMOOTH, Judging())
     normal.weights = fingerprint(model)
     normal.save(folder / 'thresholds.json')
     values = normal.apply(table, scores).values[primary]
-    maps, _ = final_maps(outputs, scores, SMOOTH)
+    maps, _ = final_maps(Outputs(model, x, SCORING), scores, SMOOTH)
     evaluated(folder, folder / 'out', 'export')
     return folder, model, x, values, maps
 
