@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
             if len(choices) > MOST_CHOICES:
                 help += f": {', '.join(choices)}"
             few = 0 < len(choices) <= MOST_CHOICES
-            options = {'metavar': '{%s}' % ','.join(map(str, choices)) if few else
+            options = {'metavar': '{' + ','.join(map(str, choices)) + '}' if few else
                        METAVARS.get(options['type'], 'VALUE')} | options
         if default is True:
             help += f' (default: on; --no-{name} turns it off)'

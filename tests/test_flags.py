@@ -105,7 +105,7 @@ def test_draws_do_nothing_for_densities_at_the_posterior_means():
     (evaluate.parse_args, '--eval_mode sample --data x', 'not of sample'),
     (evaluate.parse_args, '--eval_mode evaluate --dataset covid --spacing 1', 'brain, brain_phantom, not'),
     (evaluate.parse_args, '--eval_mode evaluate --flip on', '--flip is a flag of train.py'),
-    (evaluate.parse_args, '--eval_mode evaluat', '--eval_mode evaluat: choose one of .*; did you mean evaluate?'),
+    (evaluate.parse_args, '--eval_mode evaluat', 'evaluat: choose one of .*; did you mean evaluate?'),
     (train.parse_args, '--free_nats 1', '--model hvae, lvae, biva, not of nvae'),
     (train.parse_args, '--model nvea', '--model nvea: choose one of .*; did you mean nvae?'),
     (train.parse_args, '--dataset covid --spacing 1', '--dataset brain, brain_phantom, not of covid'),

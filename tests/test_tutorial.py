@@ -79,7 +79,7 @@ def test_the_phantom_has_no_serious_confound(lesson):
 
 
 def test_blurred_images_are_more_probable_than_normal_ones(lesson):
-    assert lesson['more_probable'] > 0.8                # of 20 images; the training rounds by the processor
+    assert lesson['more_probable'] > 0.8                # of 50; trainings round by the processor
     caught = lesson['caught']
     assert caught['nelbo'] < 0.3 and caught['complexity'] > caught['nelbo'] + 0.2
 
