@@ -117,7 +117,5 @@ def _foreign_volumes(data: Data, wanted: ood.Wanted, config: DataConfig) -> Sour
 def _ood_part(data: Data, wanted: ood.Wanted, images: ood.Changed, invert: bool) -> Part:
     # A size that only one side has would be a perfect baseline.
     known = len(data.test) and data.test.entries[0].file_bytes
-    entries = ood.as_class(list(images.entries.values()), wanted)
-    sized = ood.with_sizes(entries, images if known else None)
-    source = Source(sized, images, images.masks, (), (wanted.name,))
+    source = Source(images.as_class(bool(known)), images, images.masks, (), (wanted.name,))
     return Part(source.entries, source, replace(data.test.transform, invert=invert))

@@ -110,7 +110,8 @@ def _other(image: Image.Image, path: Path) -> tuple[str, str, float]:
 
 def _dicom(path: str | Path) -> Header:
     try:
-        header = read_dataset(path, DICOM, stop_before_pixels=True)                 # nothing of a patient
+        with open(path, 'rb') as file:
+            header = read_dataset(file, DICOM, stop_before_pixels=True)             # nothing of a patient
         complete(header)
         return Header('DICOM', header.Columns, header.Rows, f'{header.BitsStored}-bit '
                      f'{header.PhotometricInterpretation}', header.file_meta.TransferSyntaxUID.name)

@@ -54,9 +54,7 @@ def train_batches(part: Part, batch_size: int, *, seed: int, accumulate: int = 1
 
 
 def eval_batches(part: Part, batch_size: int, *, workers: int = 0) -> Iterator[tuple[int, Batch]]:
-    """(number, batch) of this process: the images in order, batch i for rank i % world, each image once; the
-    last batch may be short.
-    """
+    """(number, batch) of this process: images in order, batch i for rank i % world, the last may be short."""
     numbers = range(launch.rank(), -(-len(part) // batch_size), launch.world())
 
     keys = ([(0, index) for index in range(i * batch_size, min((i + 1) * batch_size, len(part)))]

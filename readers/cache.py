@@ -137,9 +137,7 @@ def _load(folder: Path, load: Callable[[Path, dict], T | None]) -> T | None:
 
 
 def _contents(folder: Path) -> dict[str, int]:
-    """The files of an entry: checksums of arrays, which are used as they are; sizes of others, which are
-    read, and checked, as any file of the user.
-    """
+    """The files of an entry: checksums of arrays; sizes of others, which are checked when they are read."""
     return {p.relative_to(folder).as_posix(): _checksum(p) if p.suffix == '.npy' else p.stat().st_size
             for p in sorted(folder.rglob('*')) if p.is_file() and p != folder / INDEX}
 

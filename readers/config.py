@@ -12,7 +12,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from readers.split import split_parts
+from readers.split import PARTS, split_parts
 from utils import UserError, flag, flags
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class TableConfig:
                 raise UserError(f"--{one.name}: it says how to read a table, and --data is none: leave it "
                                 f"out.")
         for pair in self.tables:
-            if '=' in pair and pair.split('=')[0] not in ('train', 'val', 'test'):
+            if '=' in pair and pair.split('=')[0] not in PARTS:
                 raise UserError(f"--tables {pair}: expected FILE, or PART=FILE with train, val or test.")
         for pair in self.columns:
             name, _, column = pair.partition('=')

@@ -4,10 +4,10 @@ Only elements that say what the pixels mean are read (`ELEMENTS`), and reasons a
 elements, so that nothing of a patient gets into an image, an error or a log. H x W pixels, C channels.
 """
 
-import contextlib
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,12 +15,13 @@ import numpy as np
 
 from readers.dicom_display import COLORS, KINDS, number, text
 from readers.paths import first_bytes
-from readers.source import Unreadable, check_pixels
+from readers.source import Unreadable, check_pixels, decoding
 from storage.limits import unpack
 
 MAGIC_START, MAGIC = 128, b'DICM'
 DEFLATED, MOST_META = b'1.2.840.10008.1.2.1.99', 4096       # transfer syntax, and where it stands
 MOST_READS = 1_000_000                        # about 300,000 elements, which take 5 seconds
+MOST_ITEMS, ITEM = 300_000, b'\xfe\xff\0\xe0'   # of sequences, which are read later, at 20 microseconds each
 BARE = (b'\x08\0', b'\0\x08', b'\2\0')        # the first group, where there is no preamble: old archives
 FULL = 65535                                  # results lie on its grid: an LMDB keeps them as 16-bit integers
 PIXELS = ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData')
@@ -36,6 +37,7 @@ ELEMENTS = [
     'PresentationLUTShape',
     *(f'{color}PaletteColorLookupTable{part}' for color in COLORS for part in ('Descriptor', 'Data')),
     *(f'Segmented{color}PaletteColorLookupTableData' for color in COLORS)]
+TOO_MANY = 'is a DICOM file of so many elements that it is meant to waste time'
 INSTALL = 'pip install -r requirements-formats.txt'
 
 
@@ -71,25 +73,21 @@ def decode_dicom(data: bytes, frame: int | None = None) -> np.ndarray:
     return (np.rint(x.clip(0, 1) * FULL) / FULL).astype(np.float32).reshape(*x.shape[:2], -1)
 
 
-@contextlib.contextmanager
-def without_words() -> Iterator[None]:
+def without_words() -> AbstractContextManager[None]:
     """Raises Unreadable for any error of the library, whose words may hold values of the file."""
-    try:
-        yield
-    except Unreadable:
-        raise
-    except Exception:
-        raise Unreadable('is a DICOM file that is damaged or cut off') from None
+    return decoding('is a DICOM file that is damaged or cut off', quoted=False)
 
 
 def open_dataset(data: bytes, more: Sequence[str] = ()) -> Any:
     """The ELEMENTS, and `more`, of the bytes of a DICOM file, as a pydicom Dataset. Raises Unreadable."""
+    if data.count(ITEM) > MOST_ITEMS:
+        raise Unreadable(TOO_MANY)
     dataset = read_dataset(io.BytesIO(data), [*ELEMENTS, *more])
     if not any(name in dataset for name in PIXELS):
         raise Unreadable('is a DICOM file without pixel data')
     complete(dataset)
     check_pixels(dataset.Rows * dataset.Columns, len(data))
-    dataset.NumberOfFrames = num_frames(dataset)
+    dataset.NumberOfFrames = int(number(dataset, 'NumberOfFrames') or 1)
     return dataset
 
 
@@ -116,22 +114,17 @@ class Counted:
     def read(self, *size: int) -> bytes:
         self.left -= 1
         if self.left < 0:
-            raise Unreadable('is a DICOM file of so many elements that it is meant to waste time')
+            raise Unreadable(TOO_MANY)
         return self.file.read(*size)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
 
-def read_dataset(file: Any, elements: list[str], **options: Any) -> Any:
-    """These elements of a DICOM file, open or a path, as a pydicom Dataset with a transfer syntax. Raises
-    Unreadable.
-    """
+def read_dataset(file: BinaryIO, elements: list[str], **options: Any) -> Any:
+    """These elements of a DICOM file, as a pydicom Dataset with a transfer syntax. Raises Unreadable."""
     import pydicom
     from pydicom.config import IGNORE, settings
-    if isinstance(file, str | Path):
-        with open(file, 'rb') as opened:
-            return read_dataset(opened, elements, **options)
     start = file.read(MOST_META)
     if DEFLATED in start:
         check_deflated(start + file.read())
@@ -147,9 +140,7 @@ def read_dataset(file: Any, elements: list[str], **options: Any) -> Any:
 
 
 def complete(dataset: Any) -> None:
-    """Gives elements that are absent or empty the value that they can only have. Raises Unreadable unless
-    pixels are of a kind that is read.
-    """
+    """Fills in elements that are absent or empty. Raises Unreadable for pixels of a kind that is not read."""
     if absent := [name for name in REQUIRED if dataset.get(name) in (None, '')]:
         raise Unreadable(f'is a DICOM file without {absent[0]}')
     kind = dataset.PhotometricInterpretation = text(dataset, 'PhotometricInterpretation')
@@ -174,16 +165,14 @@ def complete(dataset: Any) -> None:
                          'each other')
 
 
-def num_frames(dataset: Any) -> int:
-    return int(number(dataset, 'NumberOfFrames') or 1)
-
-
 def count_frames(path: str | Path) -> int:
     """The frames of a file, 1 if it is no DICOM file or damaged."""
     try:
         if not is_dicom_file(path):
             return 1
-        return num_frames(read_dataset(path, ['NumberOfFrames'], stop_before_pixels=True))
+        with open(path, 'rb') as file:
+            dataset = read_dataset(file, ['NumberOfFrames'], stop_before_pixels=True)
+        return int(number(dataset, 'NumberOfFrames') or 1)
     except Exception:                                    # which loading it will name
         return 1
 
@@ -198,9 +187,7 @@ def take_groups(dataset: Any, frame: int, names: Sequence[str]) -> None:
 
 
 def stored_values(dataset: Any, frame: int) -> np.ndarray:
-    """A frame as it is stored, of color as RGB: (H, W) or (H, W, 3), signed or unsigned. Raises Unreadable if
-    no decoder for it is installed.
-    """
+    """A frame as it is stored, of color as RGB: (H, W) or (H, W, 3). Raises Unreadable without a decoder."""
     from pydicom.pixels import get_decoder
     from pydicom.uid import JPEG2000TransferSyntaxes, JPEGExtended12Bit, RLELossless
     try:

@@ -26,9 +26,7 @@ def text(dataset: Any, name: str) -> str:
 
 
 def number(dataset: Any, name: str) -> float | None:
-    """The first number of an element that is text, with a decimal point or comma; None where there is none.
-    Raises Unreadable.
-    """
+    """The first number in a text, with a decimal point or comma; None if it is empty. Raises Unreadable."""
     element = dataset.get_item(name)
     value = None if element is None else element.value
     if isinstance(value, bytes):
@@ -67,9 +65,7 @@ class Table(NamedTuple):
 
 
 def read_table(dataset: Any, descriptor: Any, data: Any, signed: bool) -> Table | None:
-    """The table of a descriptor and its data, None where one is absent or empty; `signed` are the values that
-    it is of.
-    """
+    """The table of a descriptor and its data, of `signed` values; None where one is absent or empty."""
     if not descriptor or data is None or not np.size(data):
         return None
     count, first, bits = (int(v) for v in descriptor)

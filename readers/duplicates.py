@@ -37,9 +37,7 @@ def near_duplicates(pixels: np.ndarray) -> list[tuple[int, int, float]]:
 
 
 def _thumbnails(pixels: np.ndarray) -> np.ndarray:
-    """Means over a raster of SIZE cells along each axis: (b, C, *S) -> (b, SIZE^2 or SIZE^3); smaller images
-    keep their pixels.
-    """
+    """Means over SIZE cells along each axis, of smaller images the pixels: (b, C, *S) -> (b, cells)."""
     import torch
     from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
     gray = torch.from_numpy(pixels.mean(axis=1, dtype=np.float32))       # (b, *S)
@@ -48,9 +46,7 @@ def _thumbnails(pixels: np.ndarray) -> np.ndarray:
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Each row with mean 0 and length 1, so that a product of two is their correlation; constant rows become
-    0.
-    """
+    """Each row with mean 0 and length 1, so that products are correlations; constant rows become 0."""
     vectors = vectors.astype(np.float32)
     vectors -= vectors.mean(axis=1, keepdims=True)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -5,6 +5,7 @@ the cache, finds near-duplicates and collects notes. New images are loaded by th
 in readers/parts.py), so that every check on pixels holds for both. N images, C channels, *S the size.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from importlib.util import find_spec
@@ -85,7 +86,6 @@ class Listing:
     kind: str = 'image'                          # or 'subject'
     flags: dict[str, Any] = field(default_factory=dict)           # with which stored volumes were prepared
     measure: Callable[[list[Item]], tuple[tuple[int, ...], list[Item]]] | None = None
-    close: Callable[[], None] = lambda: None
 
 
 def import_items(config: ReaderConfig, row: DataSet, key: dict[str, Any],
@@ -100,13 +100,12 @@ def import_items(config: ReaderConfig, row: DataSet, key: dict[str, Any],
 
     def make(target: Path) -> dict[str, Any]:
         listing = read()
-        try:
-            found = sorted({*listing.classes, *(item.class_name for item in listing.items)})
-            normal, anomalous = choose_classes(found, config, row, listing.name)
-            items = chosen_items(listing, normal, anomalous, row)
-            made = write_pixels(items, listing, target, config.depth) if items else {'entries': []}
-        finally:
-            listing.close()
+        if twice := [name for name, n in Counter(item.id for item in listing.items).items() if n > 1]:
+            raise UserError(f"--data: {listing.name} holds {twice[0]!r} twice, which names one image.")
+        found = sorted({*listing.classes, *(item.class_name for item in listing.items)})
+        normal, anomalous = choose_classes(found, config, row, listing.name)
+        items = chosen_items(listing, normal, anomalous, row)
+        made = write_pixels(items, listing, target, config.depth)
         entries = [astuple(e) for e in made.pop('entries') if e.class_name in normal + anomalous]
         return {**made, 'entries': entries, 'bad': listing.bad, 'notes': listing.notes,
                 'normal_classes': normal, 'anomalous_classes': anomalous, 'flags': listing.flags,
@@ -175,17 +174,12 @@ def chosen_items(listing: Listing, normal: Sequence[str], anomalous: Sequence[st
     Of images, masks count where they mark anomalies, and anomalous ones never come from a published training
     or validation part: no model has seen their writers. Subjects keep both; key files decide about the parts.
     """
-    def as_taken(item: Item) -> Item | None:
-        if row.dims == 3:
-            return item if item.class_name in (*normal, *anomalous) else None
-        if item.class_name in anomalous:
-            return None if item.part in LEARNED else item if row.masks else replace(item, masks=())
-        return replace(item, masks=()) if item.class_name in normal else None
-
-    items = [taken for item in listing.items if (taken := as_taken(item))]
+    items = [item for item in listing.items if item.class_name in (*normal, *anomalous)]
     if row.dims == 2:
-        left = [item.id for item in listing.items if item.class_name in anomalous and item.part in LEARNED]
-        spare = [item.id for item in listing.items if item.class_name in normal and item.masks and row.masks]
+        left = [item.id for item in items if item.class_name in anomalous and item.part in LEARNED]
+        spare = [item.id for item in items if item.class_name in normal and item.masks and row.masks]
+        items = [item if item.class_name in anomalous and row.masks else replace(item, masks=())
+                 for item in items if item.class_name in normal or item.part not in LEARNED]
         listing.notes += [
             *noted(left, 'image',
                    'of anomalous classes in a published part for training or validation left out'),

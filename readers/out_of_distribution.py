@@ -110,22 +110,6 @@ def drawn(items: Sequence[Any], most: int, seed: int) -> list[Any]:
     return [items[i] for i in sorted(chosen)]
 
 
-def as_class(entries: Sequence[Entry], wanted: Wanted) -> list[Entry]:
-    """The entries as images of the class that is wanted, under ids of their own; masks are where images are
-    (see Changed), of all or of those that have one.
-    """
-    name, masks = wanted.name, wanted.gives_masks
-    return [replace(e, id=f'{name}/{e.id}', class_name=name, label=wanted.label, part=OWN,
-                    mask_row=e.row if masks or e.mask_row >= 0 else -1) for e in entries]
-
-
-def with_sizes(entries: list[Entry], images: 'Changed | None') -> list[Entry]:
-    """The entries with file sizes, as a PNG where there is no file; all unknown (0) without `images`."""
-    if images is None:
-        return [replace(e, file_bytes=0) for e in entries]
-    return [e if e.file_bytes else replace(e, file_bytes=images.png_bytes(e.row)) for e in entries]
-
-
 class Changed:
     """Images of `entries` turned, or with lesions, in the bits of the run and with its border: (N, C, *S).
 
@@ -147,6 +131,16 @@ class Changed:
                             f"or flip.")
         self.shape = (count, channels, *(side + 2 * border for side in sides))
         self.masks = ChangedMasks(self)
+
+    def as_class(self, sized: bool) -> list[Entry]:
+        """The entries as images of the class that is wanted, under ids of their own; masks are where images
+        are. Sizes of files are those as a PNG where there is no file, or if not `sized` unknown (0).
+        """
+        name, masks = self.wanted.name, self.wanted.gives_masks
+        return [replace(e, id=f'{name}/{e.id}', class_name=name, label=self.wanted.label, part=OWN,
+                        mask_row=e.row if masks or e.mask_row >= 0 else -1,
+                        file_bytes=(e.file_bytes or self.png_bytes(e.row)) if sized else 0)
+                for e in self.entries.values()]
 
     def placed(self, entry: Entry) -> Entry:
         """The entry of a volume with the grid that it has after the turns: maps go back to the file's own."""

@@ -51,7 +51,8 @@ class Transform:
 
     def x(self, values: np.ndarray, ids: Sequence[str], draw: int) -> Tensor:
         """Images (B, C, *S) in [0, 1], without mirroring and augmentation."""
-        inside = self._inside(values.shape)
+        border = self.pixels.padding                           # stays black whatever is done to the image
+        inside = np.pad(np.ones([side - 2 * border for side in values.shape[2:]], bool), border)      # *S
         if self.invert:
             values = np.where(inside, ~values, values)            # ~v is the largest value - v
         noise = 0 if self.static else draw
@@ -62,13 +63,6 @@ class Transform:
             u = _uniform(values.shape, 'dequantize', noise, ids)
             return dequantized(values, self.depth, self.pixels.bits, u) * torch.from_numpy(inside)
         return gray_levels(values, self.depth, self.pixels.bits)
-
-    def _inside(self, shape: Sequence[int]) -> np.ndarray:
-        """*S bool: False on the border, which stays black whatever is done to the image (B, C, *S)."""
-        border = self.pixels.padding
-        inside = np.zeros(shape[2:], bool)
-        inside[tuple(slice(border, length - border) for length in shape[2:])] = True
-        return inside
 
     def randomize(self, x: Tensor, masks: Tensor | None, ids: Sequence[str],
                   draw: int) -> tuple[Tensor, Tensor | None]:

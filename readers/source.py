@@ -6,12 +6,14 @@ N images, C channels, *S the size.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from storage.limits import excess
+from utils import UserError
 
 CLASSES_SHOWN = 20     # named in an error
 MOST_PIXELS = 100_000_000     # of an image, which sets how large a file may be
@@ -25,6 +27,24 @@ if TYPE_CHECKING:
 
 class Unreadable(ValueError):
     """Why a file is no image: words that go on from its name."""
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def decoding(words: str = 'cannot be decoded', quoted: bool = True) -> Iterator[None]:
+    """Raises Unreadable with these words, and if `quoted` its own, for any error of a decoder: damaged bytes
+    lead to all kinds.
+    """
+    try:
+        yield
+    except (Unreadable, UserError):
+        raise
+    except Exception as error:
+        raise Unreadable(f'{words} ({reason(error)})' if quoted else words) from None
 
 
 def check_pixels(pixels: int, num_bytes: int) -> None:
@@ -55,16 +75,12 @@ class Entry:
 
     @property
     def has_mask(self) -> bool:
-        """True where the anomalous pixels are known: a mask file is there, or the image is normal and has
-        none.
-        """
+        """True where the anomalous pixels are known: it has a mask file, or is normal."""
         return self.label == 0 or self.mask_row >= 0
 
 
 class Array:
-    """A read-only .npy file, memory-mapped at first use in each process, so that it costs nothing to
-    pickle.
-    """
+    """A read-only .npy file, memory-mapped at first use in each process: it costs nothing to pickle."""
 
     def __init__(self, path: str | Path):
         self.path, self._array = Path(path), None

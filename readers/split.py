@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PARTS = ('train', 'val', 'test')
 SPLIT = {'dataset': str, 'split_seed': int, 'normal_classes': list, 'anomalous_classes': list}
-FILE = ('id', 'class', 'part', 'sha256')
+FILE = dict.fromkeys(('id', 'class', 'part', 'sha256'), str)
 LEFT_OUT = 'left out: '
 SHOWN = 5          # files named in one line
 FEW = 20           # normal validation images: below, a threshold of 5 % cannot be placed
@@ -107,9 +107,7 @@ def nothing_to_train_on(parts: Mapping[str, Sequence[Entry]], kind: str) -> str:
 
 
 def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Images that belong together, directly or over others: the same patient or the same content. Sorted by
-    id.
-    """
+    """Images of one patient or content, directly or over others, sorted by id."""
     parent: dict[tuple[str, str], tuple[str, str]] = {}
 
     def root(node: tuple[str, str]) -> tuple[str, str]:
@@ -158,14 +156,17 @@ def read_split(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     split = read_json(path)
-    kinds = SPLIT | ({'records': dict} if isinstance(split, dict) and 'records' in split else {'files': list})
-    whole = isinstance(split, dict) and all(isinstance(split.get(key), kind) for key, kind in kinds.items())
-    if not whole or not all(isinstance(split['records'].get(part), int) for part in PARTS
-                            if 'records' in split) or not all(
-            isinstance(file, dict) and all(isinstance(file.get(key), str) for key in FILE)
-            for file in split.get('files', ())):
+    is_whole = has_fields(split, SPLIT) and (
+        has_fields(split['records'], dict.fromkeys(PARTS, int)) if 'records' in split else
+        isinstance(split.get('files'), list) and all(has_fields(file, FILE) for file in split['files']))
+    if not is_whole:
         raise UserError(f"{path} is not the split of a run: restore it, or train anew.")
     return split
+
+
+def has_fields(value: Any, kinds: Mapping[str, type]) -> bool:
+    """Whether this is a dictionary, and its fields of these names of these kinds."""
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
 def split_digest(split: Mapping[str, Any]) -> str:
@@ -175,9 +176,7 @@ def split_digest(split: Mapping[str, Any]) -> str:
 
 
 def why_other_split(stored: Mapping[str, Any] | None, made: Mapping[str, Any], digest: str) -> list[str]:
-    """Lines on split.json, if it is not as it was when the checkpoint was written, which knows its `digest`.
-    `made` is the split of the data in use.
-    """
+    """Lines on split.json, if it is not that of the checkpoint (`digest`); `made` is that of the data."""
     if stored is not None and split_digest(stored) != digest:
         return ["the run's split.json was changed since the checkpoint: images of its training may be in "
                 "other parts now. Restore it."]
@@ -247,9 +246,7 @@ def with_patients(entries: list[Entry], metadata: str, name_pattern: str, report
 
 
 def _patient_column(text: str) -> Callable[[str], str]:
-    """The patient of an id after a table, given FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' where it is not
-    listed.
-    """
+    """The patient of an id by a table, FILE:FILE_NAME_COLUMN:PATIENT_COLUMN; '' where it is not listed."""
     if text.count(':') < 2:
         raise UserError(f"--patient_metadata {text!r}: expected FILE:FILE_NAME_COLUMN:PATIENT_COLUMN.")
     path, name_column, patient_column = text.rsplit(':', 2)
@@ -271,9 +268,7 @@ def _patient_column(text: str) -> Callable[[str], str]:
 # ----------------------------------------------------------------------------------------------------- report
 
 def left_out(bad: Sequence[tuple[str, str]], used: int, skip_corrupt: bool, kind: str = 'file') -> list[str]:
-    """A line for each (id, reason) of what cannot be read, beside what is `used`. Raises UserError if there
-    is one and none may be left out.
-    """
+    """A line for each (id, reason) of `bad`. Raises UserError if there is one and none may be left out."""
     lines = [f'{name} {reason}' for name, reason in bad]
     if lines and not skip_corrupt:
         raise UserError(f"{count(len(lines), kind)} of {len(lines) + used} cannot be used: {some(lines)}. "

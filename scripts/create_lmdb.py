@@ -254,7 +254,9 @@ def start(job: Job, out: Path) -> tuple[dict[str, Any], Any]:
         except Unreadable as error:
             raise UserError(f"--out {out} {error}: delete it.") from None
         found = read_meta(records)
-    origin = found.get('origin', {})
+    origin = found.get('origin')
+    if not isinstance(origin, dict) or not isinstance(origin.get('done'), int):
+        origin = {}                                   # what another program has made does not go on here
     for number in range(min(origin.get('done', 0), job.total)):
         digest.update(job.stamp(number))
     grown = found['complete'] and origin.get('done') != job.total

@@ -68,7 +68,7 @@ def find_people(config: PatchConfig, labels: str, notes: list[str]) -> tuple[lis
     passed: Passed = {}
     found, bad = find_subjects(root, config, config.modalities, labels, passed)
     notes += passed_line(passed) + left_out(bad, len(found), config.skip_corrupt, 'subject')
-    subjects = with_keys(with_classes(found, ROW.normal, ROW.where), Path(config.key_files or root), notes)
+    subjects = with_keys(with_classes(found, ROW.normal, ROW.where), config, root, notes)
     if not any(s.masks for s in subjects):
         raise UserError(f"--labels {labels}: no subject in {root} has a file of it.")
     ill = lambda s: not is_among(s.class_name, ROW.normal)

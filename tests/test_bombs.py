@@ -95,6 +95,10 @@ def test_a_dicom_file_of_very_many_elements_is_refused(monkeypatch):
     monkeypatch.setattr(dicom, 'MOST_READS', 1000)
     with pytest.raises(Unreadable, match='so many elements'):
         decode_dicom(many)
+    monkeypatch.setattr(dicom, 'MOST_READS', 10 ** 6)
+    monkeypatch.setattr(dicom, 'MOST_ITEMS', 999)
+    with pytest.raises(Unreadable, match='so many elements'):
+        decode_dicom(many)
 
 
 @pytest.mark.parametrize('read', [

@@ -15,6 +15,7 @@ from audit.headers import read_file_header
 from datasets import DataConfig, load_data
 from readers.dicom import count_frames, decode_dicom
 from readers.images.decode import FIRST_PAGE, ImageLoader, decode
+from readers.images.files import Frame
 from readers.source import Unreadable
 from utils import UserError
 
@@ -232,6 +233,30 @@ def test_pictures_with_nothing_to_see_are_said(kind, words):
 def test_a_preamble_may_be_that_of_a_tiff(tmp_path):
     (tmp_path / 'a').write_bytes(b'II*\0' + as_bytes(made(RAMP))[4:])
     assert ImageLoader(8, 1, 8).load(str(tmp_path / 'a')).repairs == ()
+
+
+def test_a_mask_has_as_many_pages_as_its_image(tmp_path):
+    pages = [Image.fromarray(np.full((8, 8), gray, np.uint8)) for gray in (90, 100, 200)]
+    for name, number in {'a.tif': 3, 'all.tif': 3, 'two.tif': 2, 'one.tif': 1, 'one.png': 1}.items():
+        pages[0].save(tmp_path / name, **({'save_all': True, 'append_images': pages[1:number]}
+                                          if number > 1 else {}))
+    loader, last = ImageLoader(8, 1, 8), Frame(str(tmp_path / 'a.tif'), 2)
+    assert loader.load(last, [str(tmp_path / 'all.tif')]).mask.all()
+    for name, has in {'two.tif': '2 pages', 'one.tif': '1 page', 'one.png': '1 page'}.items():
+        with pytest.raises(Unreadable, match=rf'has a mask {name} that has {has}: there is no page 3'):
+            loader.load(last, [str(tmp_path / name)])
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    """A file that is called as the second frame of another one."""
+    for k in range(6):
+        written(tmp_path / 'data' / 'normal' / f'{k}.dcm', as_bytes(made(RAMP + k)))
+    written(tmp_path / 'data' / 'normal' / '0.dcm#2', as_bytes(made(RAMP)))
+    frames = made(np.zeros((4, 3)), NumberOfFrames=2, Rows=2)
+    written(tmp_path / 'data' / 'normal' / '0.dcm', as_bytes(frames))
+    with pytest.raises(UserError, match=r"holds 'normal/0\.dcm#2' twice"):
+        load_data(DataConfig(dataset='folder', data=str(tmp_path / 'data'), frames='each', image_size=8,
+                             cache_dir=str(tmp_path / 'cache')))
 
 
 def test_pictures_of_an_animated_png(tmp_path):

@@ -358,6 +358,13 @@ def test_nothing_of_something_else_is_overwritten(folder, packed, tmp_path, monk
     assert out.read_bytes() == before and (tmp_path / 'text').read_text() == 'text'
 
 
+@pytest.mark.parametrize('origin', [None, [1], {}, {'done': 'x'}], ids=str)
+def test_an_lmdb_of_another_program_does_not_go_on(folder, packed, tmp_path, origin):
+    path = changed(packed, tmp_path / 'other.lmdb', edit_meta(origin=origin))
+    with pytest.raises(UserError, match=r'other\.lmdb was finished with other images or flags'):
+        make(folder, path)
+
+
 def test_unreadable_files_are_all_named_and_replaced_ones_go_in(folder, packed, tmp_path, capsys):
     root, out = tmp_path / 'data', tmp_path / 'all.lmdb'
     shutil.copytree(folder, root)

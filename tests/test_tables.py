@@ -150,6 +150,10 @@ def test_medmnist_keeps_its_three_parts(tmp_path):
     np.savez(many, train_images=np.zeros((2, 8, 8, 8), np.uint8), train_labels=np.zeros(2, np.uint8))
     with pytest.raises(UserError, match='expected images in 2D'):
         read(many, normal_classes=('0',))
+    for shape, words in {(0, 8, 8): "class '0' is not in", (2, 0, 8): 'train/00000 has no pixels'}.items():
+        np.savez(many, train_images=np.zeros(shape, np.uint8), train_labels=np.zeros(shape[0], np.uint8))
+        with pytest.raises(UserError, match=words):
+            read(many, normal_classes=('0',))
 
 
 # ---------------------------------------------------------------------------------------------- own manifests

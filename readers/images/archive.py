@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from readers.cache import cached_files, check_room, stamp
+from readers.source import reason
 from storage.limits import FREE_UNPACKED, MOST_UNPACKED
 from utils import UserError
 
@@ -33,9 +34,8 @@ def unpacked(path: str | Path, cache_dir: str) -> Path:
         except Exception as error:                   # a damaged file can mislead the library into any of them
             if isinstance(error, UserError) or getattr(error, 'errno', None):
                 raise                                # not a matter of this file: a full disk
-            reason = ' '.join(str(error).split())
-            raise UserError(f"--data: {path} cannot be unpacked ({reason}): it is no tar, or a damaged one. "
-                            f"Name a folder, or fetch it again.") from None
+            raise UserError(f"--data: {path} cannot be unpacked ({reason(error)}): it is no tar, or a "
+                            f"damaged one. Name a folder, or fetch it again.") from None
         return {}
 
     return cached_files(cache_dir, key, make, lambda folder, _: folder / FILES)

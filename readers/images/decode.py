@@ -15,11 +15,12 @@ from PIL import Image, ImageOps
 
 from readers.config import DataSet, ReaderConfig
 from readers.dicom import decode_dicom, is_dicom
-from readers.images.files import Frame, image_files, may_be_image, places
+from readers.images.files import Frame, image_files, may_be_image, num_pages, places
 from readers.images.masks import Box
 from readers.items import Loaded
 from readers.paths import FOREIGN, MASKS, Found, Passed, file_content, pass_over, printable, relative_name
-from readers.source import Unreadable, check_pixels, to_integers
+from readers.source import Unreadable, check_pixels, decoding, to_integers
+from readers.split import count
 from utils import UserError
 
 FORMATS = ('PNG', 'JPEG', 'TIFF', 'BMP')            # of Pillow; decided by content, not by suffix
@@ -37,7 +38,6 @@ Image.MAX_IMAGE_PIXELS = None                       # check_pixels takes its pla
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)               # ITU-R BT.601
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 TIFF_COMPRESSION, TIFF_JPEG = 259, 7
-TIFF_STARTS, PNG_PICTURES = (b'II', b'MM'), b'acTL'
 LOSSY = 0.25                                        # of the largest value of a JPEG mask: less is background
 
 
@@ -71,13 +71,18 @@ def _decoded(data: bytes, read: Callable[[Image.Image, dict[int, object]], np.nd
     """What `read` makes of the picture in the bytes of a file, and of its TIFF tags. Raises Unreadable."""
     if not data:
         raise Unreadable('is empty (0 bytes)')
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    with decoding():
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.UnidentifiedImageError:
+            raise Unreadable(f'is not a {", ".join(FORMATS)} or DICOM image') from None
         check_pixels(image.width * image.height, len(data))
         if image.format == 'PNG':
             image.verify()                       # checksums, and that the file goes on to its end
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if frame and getattr(image, 'is_animated', False):
+        if frame:
+            if frame >= (pages := getattr(image, 'n_frames', 1)):
+                raise Unreadable(f'has {count(pages, "page")}: there is no page {frame + 1}')
             image.seek(frame)
             check_pixels(image.width * image.height, len(data))              # pages differ in size
         tags = dict(getattr(image, 'tag_v2', {}))
@@ -85,13 +90,6 @@ def _decoded(data: bytes, read: Callable[[Image.Image, dict[int, object]], np.nd
             tags[TIFF_COMPRESSION] = TIFF_JPEG
         image.load()
         return read(ImageOps.exif_transpose(image), tags)
-    except Unreadable:
-        raise
-    except Image.UnidentifiedImageError:
-        raise Unreadable(f'is not a {", ".join(FORMATS)} or DICOM image') from None
-    except Exception as error:           # on damaged bytes decoders raise anything: SyntaxError, struct.error
-        raise Unreadable(f'cannot be decoded '
-                         f'({" ".join(str(error).split()) or type(error).__name__})') from None
 
 
 def _values(image: Image.Image, tags: dict[int, object]) -> np.ndarray:
@@ -186,9 +184,7 @@ def to_size(x: np.ndarray, size: int, fit: str) -> np.ndarray:
 
 
 def from_size(values: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
-    """The inverse of `to_size`: values (S, S) on the grid of a file of this size, (height, width), nearest
-    neighbors; 0 where `fit` cropped the file.
-    """
+    """The inverse of `to_size`: (S, S) -> (height, width), nearest neighbors; 0 where a crop cut off."""
     size = len(values)
     side = max(height, width) if fit == 'pad' else min(height, width)
     steps = (side, side) if fit != 'stretch' else (height, width)
@@ -201,9 +197,7 @@ def from_size(values: np.ndarray, height: int, width: int, fit: str) -> np.ndarr
 
 def load_masks(masks: Sequence[str | Box], shape: Sequence[int],
                frame: int | None = None) -> np.ndarray | None:
-    """What any of these files and boxes marks of an image of this shape (H, W, ...): (H, W, 1) bool; None
-    without one. Raises Unreadable.
-    """
+    """What any of these marks of an image (H, W, ...): (H, W, 1) bool; None if none. Raises Unreadable."""
     marked = [mask.marked(shape) if isinstance(mask, Box) else
               load_mask(lambda mask=mask: decode_mask(file_content(mask), frame), os.path.basename(mask),
                         shape) for mask in masks]
@@ -211,9 +205,7 @@ def load_masks(masks: Sequence[str | Box], shape: Sequence[int],
 
 
 def load_mask(read: Callable[[], np.ndarray], name: str, shape: Sequence[int]) -> np.ndarray:
-    """The mask (H, W, 1) bool that `read` gives. Raises Unreadable if it cannot be read or has another size
-    than an image of this shape (H, W, ...).
-    """
+    """The mask (H, W, 1) bool that `read` gives. Raises Unreadable if it is not as large as the image."""
     try:
         mask = read()
     except Unreadable as error:
@@ -238,16 +230,13 @@ def png_bytes(values: np.ndarray, optimize: bool = True) -> int:
 
 
 def has_pages(data: bytes) -> bool:
-    """Whether the bytes of a sound file are those of several pages or pictures."""
-    may_have = (data.startswith(TIFF_STARTS) or PNG_PICTURES in data) and not is_dicom(data)
-    return may_have and getattr(Image.open(io.BytesIO(data), formats=FORMATS), 'is_animated', False)
+    """Whether the bytes of a file are those of several pages or pictures."""
+    return not is_dicom(data) and num_pages(io.BytesIO(data)) > 1
 
 
 @dataclass(frozen=True)
 class ImageLoader:
-    """What is done to every image file, whether of a run's data set or new: S x S pixels of `depth` 8 or 16
-    bits and a black border around them.
-    """
+    """From an image file, new or not, to S x S pixels of `depth` 8 or 16 bits in a black border."""
     size: int                            # S, without the border
     channels: int
     depth: int

@@ -25,9 +25,7 @@ def is_image_file(path: str) -> bool:
 
 
 def may_be_image(path: str) -> bool:
-    """Whether a file is not known to be another one, such as notes beside the images: it has the suffix of an
-    image, begins like one, or cannot be opened.
-    """
+    """Whether a file has the suffix of an image, begins like one, or cannot be opened: it may be one."""
     start = None if path.lower().endswith(SUFFIXES) else first_bytes(path)
     return start is None or start.startswith(SIGNATURES) or is_dicom_file(path)
 

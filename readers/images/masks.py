@@ -25,8 +25,9 @@ BESIDE = r'(?:lesions?|rois?|overlays?)'                # which are also names o
 LAST = rf'{BESIDE}(?=[ _.-]*\d*$)'
 IN_IMAGES = re.compile('(?:images?|imgs?)$', re.IGNORECASE)
 IN_CLASS = re.compile(rf'(?:images?|imgs?|{BESIDE})$', re.IGNORECASE)      # beside images, or of them
-FOLDERS = re.compile(f'{WORD}$', re.IGNORECASE)
-MENTIONED = re.compile(rf'(.*[ _.-])?{WORD}([ _.-].*)?$', re.IGNORECASE)
+# Whether a folder of this name holds masks; or masks, perhaps of something else: `lung masks`, `masks_png`.
+is_mask_folder = re.compile(f'{WORD}$', re.IGNORECASE).match
+is_of_masks = re.compile(rf'(.*[ _.-])?{WORD}([ _.-].*)?$', re.IGNORECASE).match
 ENDING = re.compile(rf'[ _.-]+(?:{WORD}|{LAST})(?P<rest>[ _.-]+.*|\d*)$', re.IGNORECASE)
 NUMBER = re.compile(r'[ _.-]*\d+$')             # of one mask among several of an image
 START = re.compile(rf'{WORD}[ _.-]+', re.IGNORECASE)              # mask_1.png of 1.png or image_1.png
@@ -62,20 +63,10 @@ class Placed(NamedTuple):
     stem: str
 
 
-def is_mask_folder(name: str) -> bool:
-    """Whether a folder of this name holds masks."""
-    return FOLDERS.match(name) is not None
-
-
 @lru_cache
 def are_of_masks(path: str) -> list[bool]:
     """Of each folder in a path that has a name of masks, whether it holds those of the images beside."""
-    return [is_mask_folder(name) for name in path.split('/') if is_of_masks(name)]
-
-
-def is_of_masks(name: str) -> bool:
-    """Whether a folder of this name holds masks, perhaps of something else: `lung masks`, `masks_png`."""
-    return MENTIONED.match(name) is not None
+    return [bool(is_mask_folder(name)) for name in path.split('/') if is_of_masks(name)]
 
 
 def masks_beside(names: Iterable[str]) -> set[str]:

@@ -26,7 +26,7 @@ from readers.images.masks import Box, fold
 from readers.items import Item
 from readers.paths import Passed, files_below, pass_over, passed_line, relative_name
 from readers.published.arrays import import_arrays
-from readers.source import Source, is_among
+from readers.source import Source, is_among, reason
 from readers.split import LEFT_OUT, PARTS, count, noted
 from storage.arrays import read_npz
 from utils import UserError, read_text
@@ -167,7 +167,7 @@ def read_table(table: Path) -> tuple[list[Mapping[str, Any]], list[str]]:
             delimiter = max(',;\t', key=first.count)
             rows = list(csv_rows(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter)))
     except (ValueError, csv.Error, RecursionError) as error:
-        raise UserError(f"the table {table} cannot be read ({' '.join(str(error).split())}).") from None
+        raise UserError(f"the table {table} cannot be read ({reason(error)}).") from None
     return rows, list(dict.fromkeys(name for row in rows for name in row if name))
 
 
@@ -195,9 +195,7 @@ def csv_rows(table: csv.DictReader) -> Iterator[Row]:
 
 
 def cell(value: Any, given: Sequence[str] = ()) -> str:
-    """What a cell says: nothing, where a program wrote that a value is missing, unless it is a name that is
-    `given` as one of a class.
-    """
+    """What a cell says: nothing, where a program wrote `nan` or such, unless a class `given` is so called."""
     text = '' if value is None else str(value).strip()
     return '' if text.lower() in MISSING and not is_among(text, given) else text
 
@@ -320,7 +318,7 @@ def read_array_file(config: ReaderConfig, row: DataSet) -> Source:
                     or labels.shape[:1] != images.shape[:1]:
                 raise UserError(f"--data: {path} has {part}_images {images.dtype} {images.shape} with labels "
                                 f"{labels.dtype} {labels.shape}: expected images in 2D, uint8.")
-            yield part, images, [name_of(label) for label in labels.reshape(len(labels), -1)]
+            yield part, images, [name_of(label.reshape(-1)) for label in labels]
 
     return import_arrays(config, row, {'npz': str(path.resolve()), 'stamp': stamp(path)}, str(path), parts)
 

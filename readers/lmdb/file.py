@@ -19,27 +19,24 @@ import lmdb
 from tqdm import tqdm
 
 from readers.lmdb import child
+from readers.paths import first_bytes
 from readers.source import Unreadable
 from utils import UserError
 
+MAGIC = bytes.fromhex('dec0efbe')        # in the first page
 PAGE_SIZE_AT, LAST_PAGE_AT = 40, 136     # bytes into an LMDB, and into each of its first two pages
 BLOCK = 256                             # records in a transaction of make_lmdb: what a kill can lose
 FIRST_MAP = 64 << 20                    # bytes; doubled whenever a transaction does not fit
 MOST_ENDS = 20                          # reading processes that a file may end before the rest is given up
-KEYS = 10_000                           # that are listed at once
+
+
+def data_file(path: str | Path) -> Path:
+    return Path(path, 'data.mdb') if Path(path).is_dir() else Path(path)
 
 
 def is_lmdb(path: str | Path) -> bool:
-    """Whether there is an LMDB at `path`: a folder with data.mdb, or a file that begins like one."""
-    path = Path(path)
-    file = path / 'data.mdb' if path.is_dir() else path
-    if not file.is_file():
-        return False
-    try:
-        with file.open('rb') as f:
-            return f.read(20)[16:20] == bytes.fromhex('dec0efbe')       # the magic number of its first page
-    except OSError:
-        return False
+    """Whether there is an LMDB at `path`: a file that begins like one."""
+    return (first_bytes(data_file(path)) or b'')[16:20] == MAGIC
 
 
 def check_whole(path: str | Path) -> None:
@@ -47,7 +44,7 @@ def check_whole(path: str | Path) -> None:
 
     Of the two pages that describe it (MDB_meta in LMDB's mdb.c), the one of the later transaction counts.
     """
-    path = Path(path, 'data.mdb') if Path(path).is_dir() else Path(path)
+    path = data_file(path)
     with path.open('rb') as file:
         head = file.read(PAGE_SIZE_AT + 4).ljust(PAGE_SIZE_AT + 4, b'\0')
         page_size, = struct.unpack_from('<I', head, PAGE_SIZE_AT)
@@ -81,11 +78,8 @@ class Lmdb(Closing):
     def _start(self) -> None:
         self._child, self._ends, self._lock, self._process = None, 0, threading.Lock(), os.getpid()
 
-    def __getstate__(self) -> dict[str, str]:
-        return {'path': self.path}
-
-    def __setstate__(self, state: dict[str, str]) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple:
+        return type(self), (self.path,)
 
     def _ask(self, *request: Any) -> Any:
         """The child's answer. Raises Unreadable if the file is damaged there."""
@@ -116,12 +110,9 @@ class Lmdb(Closing):
         """The value of a key; None if it is not there. Raises Unreadable if the file is damaged there."""
         return self._ask('get', key)
 
-    def keys(self) -> Iterator[bytes]:
+    def keys(self) -> list[bytes]:
         """All keys, in their order. Raises Unreadable."""
-        first = b''
-        while found := self._ask('keys', first, KEYS):
-            yield from found
-            first = found[-1] + b'\0'                   # the next that there can be
+        return self._ask('keys')
 
     def close(self) -> None:
         if self._process == os.getpid():

@@ -23,6 +23,8 @@ from readers.images.decode import FORMATS, decode, decode_mask, load_masks
 from readers.items import Item
 from readers.paths import file_content
 from readers.source import Unreadable
+from readers.split import PARTS
+from readers.volumes.nifti import Grid
 
 FORMAT, VERSION = 'anomaly-lmdb', 1
 META = b'meta'
@@ -67,6 +69,35 @@ def unseal(key: bytes, sealed: bytes | None, fields: dict[str, type]) -> dict[st
         raise Damaged(key, 'is not JSON') from None
     expect(value, fields, key)
     return value
+
+
+def meta_of(sealed: bytes | None) -> dict[str, Any]:
+    """The facts of a whole LMDB. Raises Unreadable."""
+    meta = unseal(META, sealed, FACTS)
+    if (meta['format'], meta['version']) != (FORMAT, VERSION):
+        raise Unreadable(f"is {meta['format']} version {meta['version']}, this program reads {FORMAT} "
+                         f"version {VERSION}: take the program that made it, or make the LMDB anew")
+    return meta
+
+
+def info_of(key: bytes, sealed: bytes | None, is_volume: bool) -> dict[str, Any]:
+    """The facts of an image; of a volume with its `grids` as a pair of Grid. Raises Unreadable."""
+    info = unseal(key, sealed, INFO)
+    if info['part'] not in ('', *PARTS):
+        raise Damaged(key, f"has the part {info['part']!r}: expected 'train', 'val', 'test' or ''")
+    for field, fields in {'mask': MASK, 'original': ORIGINAL}.items():
+        if field in info:
+            expect(info[field], fields, key)
+    if is_volume:
+        try:
+            info['grids'] = tuple(map(Grid.from_json, info['grids']))
+            fits = [list(grid.affine.shape) for grid in info['grids']] == [[4, 4]] * 2 \
+                and [int(info['shape'][0]), *info['grids'][0].shape] == info['shape']
+        except (LookupError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise Damaged(key, "has no 'grids' of its 'shape'")
+    return info
 
 
 def expect(value: Any, fields: dict[str, type], key: bytes) -> None:
@@ -152,9 +183,7 @@ def read_encoded(path: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def array_record(item: Item, pixels: np.ndarray, mask: np.ndarray | None, original: dict[str, Any]) -> Record:
-    """An image (C, H, W) or a volume (C, D, H, W), uint8 or uint16, and its mask (*S) uint8; `original` are
-    the hash and the size of what it was made from.
-    """
+    """Pixels (C, *S), uint8 or uint16, and a mask (*S) uint8; `original` has hash and size of their file."""
     if pixels.ndim == 3:
         pixels = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)    # (H, W) or (H, W, C)
     data = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder('<')).tobytes()

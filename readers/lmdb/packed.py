@@ -1,8 +1,7 @@
 """Reads a data set from one self-describing LMDB (format.py).
 
-LMDB's own pages carry no checksums, and a damaged one can end the process that reads it: here a child process
-reads. Records go through the importer that files go through, so a data set is the same from its folder and
-from its LMDB. Volumes are stored as they were prepared, on the model's grid.
+Records go through the importer that files go through, so a data set is the same from its folder and from its
+LMDB. Volumes are stored as they were prepared, on the model's grid.
 """
 
 import hashlib
@@ -14,30 +13,12 @@ from readers.cache import stamp
 from readers.config import DataSet, ReaderConfig, volume_flags
 from readers.images.decode import FIRST_PAGE, ImageLoader, has_pages, load_mask
 from readers.items import Item, Listing, Loaded, import_items
-from readers.lmdb.file import Closing, Lmdb, is_lmdb, refused
-from readers.lmdb.format import (
-    FACTS,
-    FORMAT,
-    INFO,
-    MASK,
-    META,
-    ORIGINAL,
-    REMEDY,
-    VERSION,
-    Damaged,
-    expect,
-    key_of,
-    marked_by,
-    raw_of,
-    unseal,
-    values_of,
-)
+from readers.lmdb.file import Closing, Lmdb, data_file, is_lmdb, refused
+from readers.lmdb.format import META, REMEDY, Damaged, info_of, key_of, marked_by, meta_of, raw_of, values_of
 from readers.source import DTYPES, Source, Unreadable
 from readers.split import noted
-from readers.volumes.nifti import Grid
 from utils import UserError
 
-PARTS = ('', 'train', 'val', 'test')
 FREE_FLAGS = ('augment', 'key_files')      # of volumes: they do not say what is stored, or say it by a path
 
 
@@ -54,13 +35,9 @@ class Sealed(Lmdb):
 def read_meta(records: Sealed) -> dict[str, Any]:
     """The facts of a whole LMDB, finished or not. Raises UserError."""
     try:
-        meta = unseal(META, records.get(META), FACTS)
+        return meta_of(records.get(META))
     except Unreadable as error:
         raise UserError(f"{records.path} {error}.") from None
-    if (meta['format'], meta['version']) != (FORMAT, VERSION):
-        raise UserError(f"{records.path} is {meta['format']} version {meta['version']}, this program reads "
-                        f"{FORMAT} version {VERSION}: take the program that made it, or make the LMDB anew.")
-    return meta
 
 
 class Packed(Closing):
@@ -71,19 +48,15 @@ class Packed(Closing):
         if not is_lmdb(path):
             raise UserError(f"{path} is not an LMDB, or its first page is damaged: {REMEDY}.")
         self.path, self.records = str(path), Sealed(path)
-        try:
-            self.meta = read_meta(self.records)
-            with refused(path):
-                held = len(self.records)
-            if not 0 <= self.meta['count'] <= held:
-                raise UserError(f"{path} does not hold the {self.meta['count']:,} images that it counts: "
-                                f"{REMEDY}.")
-            if not self.meta['complete']:
-                raise UserError(f"{path} is not finished ({self.meta['count']:,} images so far): give the "
-                                f"scripts/create_lmdb.py command that makes it again, it goes on.")
-        except UserError:
-            self.close()
-            raise
+        self.meta = read_meta(self.records)
+        with refused(path):
+            held = len(self.records)
+        if not 0 <= self.meta['count'] <= held:
+            raise UserError(f"{path} does not hold the {self.meta['count']:,} images that it counts: "
+                            f"{REMEDY}.")
+        if not self.meta['complete']:
+            raise UserError(f"{path} is not finished ({self.meta['count']:,} images so far): give the "
+                            f"scripts/create_lmdb.py command that makes it again, it goes on.")
 
     def __len__(self) -> int:
         return self.meta['count']
@@ -91,22 +64,7 @@ class Packed(Closing):
     def info(self, number: int) -> dict[str, Any]:
         """The facts of an image. Raises Unreadable."""
         key = key_of('info', number)
-        info = unseal(key, self.records.get(key), INFO)
-        if info['part'] not in PARTS:
-            raise Damaged(key, f"has the part {info['part']!r}: expected 'train', 'val', 'test' or ''")
-        for field, fields in {'mask': MASK, 'original': ORIGINAL}.items():
-            if field in info:
-                expect(info[field], fields, key)
-        if self.meta.get('volumes'):
-            try:
-                info['grids'] = tuple(map(Grid.from_json, info['grids']))
-                fits = [list(grid.affine.shape) for grid in info['grids']] == [[4, 4]] * 2 \
-                    and [int(info['shape'][0]), *info['grids'][0].shape] == info['shape']
-            except (LookupError, TypeError, ValueError):
-                fits = False
-            if not fits:
-                raise Damaged(key, "has no 'grids' of its 'shape'")
-        return info
+        return info_of(key, self.records.get(key), bool(self.meta.get('volumes')))
 
     def payload(self, kind: str, number: int, facts: dict[str, Any]) -> bytes:
         """The bytes of an image or mask. Raises Unreadable if they are not what its info record says."""
@@ -161,10 +119,8 @@ def is_packed(path: str | Path) -> bool:
         return False
     with Sealed(path) as records:
         try:
-            meta = records.get(META)
             # One damaged byte leaves one of these true.
-            return any([meta is not None and (FORMAT.encode() in meta or meta[8:10] == b' {'),
-                        meta is None and records.get(key_of('info', 0)) is not None])
+            return (records.get(META) or b'')[8:10] == b' {' or records.get(key_of('info', 0)) is not None
         except Unreadable:
             return True                              # whoever reads it says what is wrong
 
@@ -177,21 +133,18 @@ def read_packed(config: ReaderConfig, row: DataSet) -> Source:
     """
     config.check_table(False)
     path = config.data
-    file = os.path.join(path, 'data.mdb') if os.path.isdir(path) else path
+    file = data_file(path)
     loader, usual = None if row.dims == 3 else ImageLoader.of(config, row), stored_flags(ReaderConfig())
     given = {name: value for name, value in stored_flags(config).items() if value != usual[name]}
     key = {'packed': os.path.realpath(file), 'stamp': stamp(file),
            **(vars(loader) if loader else {'flags': given})}
 
     def read() -> Listing:
-        packed = Packed(path)
         try:
-            return list_records(packed, loader, given, config.depth)
+            return list_records(Packed(path), loader, given, config.depth)
         except UserError:
-            packed.close()
             raise
         except Exception as error:                   # facts of another kind than ours may raise any of them
-            packed.close()
             raise UserError(f"{path} does not hold what docs/lmdb.md says ({type(error).__name__}): "
                             f"{REMEDY}.") from None
 
@@ -205,10 +158,10 @@ def stored_flags(config: ReaderConfig) -> dict[str, Any]:
 
 
 def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, Any], depth: int) -> Listing:
-    """All images of an LMDB, or without a `loader` all volumes. Raises UserError if two have one id."""
+    """All images of an LMDB, or without a `loader` all volumes. Raises UserError."""
     meta, path = packed.meta, packed.path
     listing = Listing(f"{path} (an LMDB of --dataset {meta['dataset']})", [],
-                      loader.shape if loader else (), list(map(str, meta['classes'])), close=packed.close,
+                      loader.shape if loader else (), list(map(str, meta['classes'])),
                       near_duplicates=meta.get('near_duplicates', True))
     volumes = meta.get('volumes')
     if bool(volumes) == bool(loader):
@@ -228,7 +181,6 @@ def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, An
         if (side := origin['image_size']) not in (0, loader.size):
             listing.notes.append(f'the images in {path} have {side} x {side} pixels: they are resized to '
                                  f'{loader.size} x {loader.size}')
-    seen = set()
     for number in range(len(packed)):
         try:
             info = packed.info(number)
@@ -237,9 +189,6 @@ def list_records(packed: Packed, loader: ImageLoader | None, given: dict[str, An
         except Unreadable as error:
             listing.bad.append((f'image {number} of {path}', str(error)))
             continue
-        if info['id'] in seen:
-            raise UserError(f"{path} holds the id {info['id']!r} twice: {REMEDY}.")
-        seen.add(info['id'])
         if volumes:
             listing.shape = tuple(info['shape'])
         masks = (key_of('mask', number).decode(),) if 'mask' in info else ()

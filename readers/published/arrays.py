@@ -21,7 +21,7 @@ from readers.config import DataSet, ReaderConfig
 from readers.images.decode import ImageLoader, png_bytes
 from readers.items import Item, Listing, Loaded, import_items
 from readers.paths import find_root
-from readers.source import Source
+from readers.source import Source, Unreadable, reason
 from storage.limits import FREE_UNPACKED, excess, unpack
 from utils import UserError, check_regular
 
@@ -79,7 +79,9 @@ def import_arrays(config: ReaderConfig, row: DataSet, key: dict[str, Any], name:
 
 
 def prepare(image: np.ndarray, loader: ImageLoader) -> Loaded:
-    """An image (H, W) or (H, W, 3) uint8 as the loader makes it of a file."""
+    """An image (H, W) or (H, W, 3) uint8 as the loader makes it of a file. Raises Unreadable."""
+    if not image.size:
+        raise Unreadable('has no pixels')
     x = image.reshape(*image.shape[:2], -1)
     return loader.finish(x / np.float32(255), None, hashlib.sha256(image.tobytes()).hexdigest(),
                          png_bytes(np.moveaxis(x, 2, 0), optimize=False))
@@ -123,8 +125,8 @@ def read_file(path: Path, what: str, decode: Callable[[bytes], T]) -> T:
         data = path.read_bytes()
         return decode(unpack(data) if path.suffix == '.gz' else data)
     except Exception as error:             # on damaged bytes gzip, pickle and SciPy raise anything
-        reason = f'no {error}' if isinstance(error, KeyError) else ' '.join(str(error).split())
-        raise UserError(f"{path} is not {what} ({reason}): fetch it again.") from None
+        missing = 'no ' * isinstance(error, KeyError)
+        raise UserError(f"{path} is not {what} ({missing}{reason(error)}): fetch it again.") from None
 
 
 def matlab(data: bytes, *names: str) -> list[np.ndarray]:
@@ -280,9 +282,7 @@ def read_svhn(part: str, path: Path) -> Labeled:
 
 
 def read_smallnorb(part: str, images: Path, categories: Path) -> Labeled:
-    """Each toy as the left of two cameras sees it: the right image is nearly the same, and would lie in
-    another part than its twin.
-    """
+    """Each toy as the left of two cameras sees it: the right image is nearly the same."""
     return read_matrix(images, 4)[:, LEFT], read_matrix(categories, 1)                 # (N, 2, H, W), (N,)
 
 

@@ -3,9 +3,7 @@
     <data>/train.lmdb               <data>/bedroom_train_lmdb           <data>/celeba/img_align_celeba/*.jpg
     <data>/validation.lmdb          <data>/bedroom_val_lmdb             <data>/celeba/list_eval_partition.txt
 
-`<data>` may also be the folder above. The second part is the test part, as published. torchvision's reader
-of LSUN is not used: it opens the LMDB when it is made, so that it cannot be sent to another process, and
-leaves a pickle of the keys in the working folder.
+`<data>` may also be the folder above. The second part is the test part, as published.
 """
 
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ import numpy as np
 
 from readers.cache import cached_files, stamp
 from readers.config import DataSet, ReaderConfig
-from readers.lmdb.file import Lmdb, check_whole, is_lmdb, refused, unfinished
+from readers.lmdb.file import Lmdb, check_whole, data_file, is_lmdb, refused, unfinished
 from readers.paths import find_root
 from readers.published.records import Decoding, FileStore, LazyImages, LmdbStore, Records, Store
 from readers.source import Array, Source
@@ -56,19 +54,18 @@ def read_records(config: ReaderConfig, row: DataSet, **layout: Any) -> Source:
 
 def _stores(config: ReaderConfig, row: DataSet, layout: Layout) -> list[Store]:
     """The two parts, 'train' and 'test'."""
+    names = {'train': layout.train, 'test': layout.test}
+
     def holds(place: Path) -> bool:
         """Whether a part is there, finished or not."""
-        return any((place / name).exists() or unfinished(place / name).exists()
-                   for name in (layout.train, layout.test))
+        return any((place / name).exists() or unfinished(place / name).exists() for name in names.values())
 
     root = find_root(config.data, row.where, holds)
     if root is None and layout.celeba and (celeba := find_celeba(config.data)):
         return [celeba_store('train', celeba, 'train'), celeba_store('test', celeba, 'valid')]
     if root is None:
         raise UserError(f"--data: {config.data} has no {layout.train} and {layout.test}. {row.where}")
-    stores = []
-    for part, name in (('train', layout.train), ('test', layout.test)):
-        path = root / name
+    for path in (root / name for name in names.values()):
         if not path.exists():
             state = 'is unfinished: give the command that makes it once more, it goes on where it stopped' \
                 if unfinished(path).exists() else 'is missing'
@@ -76,18 +73,17 @@ def _stores(config: ReaderConfig, row: DataSet, layout: Layout) -> list[Store]:
         if not is_lmdb(path):
             raise UserError(f"{path} is not an LMDB: expected a folder with data.mdb. {row.where}")
         check_whole(path)
-        stores.append(LmdbStore(part, path, _keys(path, config.cache_dir) if layout.listed else None))
-    return stores
+    return [LmdbStore(part, root / name, _keys(root / name, config.cache_dir) if layout.listed else None)
+            for part, name in names.items()]
 
 
 def _keys(path: Path, cache_dir: str) -> Array:
     """The keys of an LMDB in their order, (N,) bytes, listed once and kept in the cache."""
-    key = {'keys': str(path.resolve()), 'stamp': stamp(path / 'data.mdb' if path.is_dir() else path)}
+    key = {'keys': str(path.resolve()), 'stamp': stamp(data_file(path))}
 
     def make(target: Path) -> dict:
         with refused(path), Lmdb(path) as records:
-            longest = max(map(len, records.keys()), default=1)
-            np.save(target / 'keys.npy', np.fromiter(records.keys(), f'S{longest}', len(records)))
+            np.save(target / 'keys.npy', np.array(records.keys(), 'S'))
         return {}
 
     return cached_files(cache_dir, key, make, lambda folder, _: Array(folder / 'keys.npy'))
@@ -106,8 +102,8 @@ def find_celeba(folder: str | Path) -> Path | None:
     return next((p for p in places if (p / PARTITION).is_file() and (p / IMAGES).is_dir()), None)
 
 
-def celeba_names(folder: Path, split: str) -> list[str]:
-    """The files of the published part 'train', 'valid' or 'test', in the order of the list."""
+def celeba_store(part: str, folder: Path, split: str) -> FileStore:
+    """The files of the published part `split`, 'train', 'valid' or 'test', in the order of the list."""
     path = folder / PARTITION
     lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
     if bad := next((line for line in lines if len(line) != 2 or line[1] not in PARTS.values()), None):
@@ -116,8 +112,4 @@ def celeba_names(folder: Path, split: str) -> list[str]:
     names = [name for name, part in lines if part == PARTS[split]]
     if not names:
         raise UserError(f"{path} lists no image of the part {split}: fetch it again.")
-    return names
-
-
-def celeba_store(part: str, folder: Path, split: str) -> FileStore:
-    return FileStore(part, folder / IMAGES, celeba_names(folder, split))
+    return FileStore(part, folder / IMAGES, names)

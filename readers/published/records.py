@@ -16,7 +16,7 @@ from PIL import Image
 
 from readers.lmdb.file import Lmdb, refused
 from readers.paths import file_content
-from readers.source import Array, Entry, Unreadable, check_pixels
+from readers.source import Array, Entry, Unreadable, check_pixels, reason
 from utils import UserError
 
 FORMATS = ('JPEG', 'PNG', 'WEBP')              # decided by content; LSUN is in WebP
@@ -187,20 +187,19 @@ class LazyImages:
 
     def cropped(self, rows: Sequence[int], places: Sequence[tuple[float, float] | None]) -> np.ndarray:
         """The same, each image cut out at its own place (see Decoding.fit)."""
-        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        for image, row, place in zip(out, rows, places, strict=True):
-            image[...] = self._image(row, place)
-        return out
+        return np.stack([self._image(row, place) for row, place in zip(rows, places, strict=True)])
 
     def _image(self, row: int, place: tuple[float, float] | None) -> np.ndarray:
+        """(C, S, S) uint8."""
         store, index = self._rows.place(row)
         data = store.read(index)
         try:
-            return to_array(self.decoding.fit(self.decoding.open(data), self.size, place), self.channels)
+            image = self.decoding.fit(self.decoding.open(data), self.size, place)
+            x = np.asarray(image.convert(MODES[self.channels]))             # (S, S) or (S, S, C)
+            return x.reshape(self.size, self.size, -1).transpose(2, 0, 1)
         except Exception as error:       # on damaged bytes decoders raise anything: SyntaxError, struct.error
-            reason = ' '.join(str(error).split()) or type(error).__name__
-            raise UserError(f"{store.path}: record {store.name(index)!r} cannot be decoded ({reason}). "
-                            f"Make or fetch it anew.") from None
+            raise UserError(f"{store.path}: record {store.name(index)!r} cannot be decoded "
+                            f"({reason(error)}). Make or fetch it anew.") from None
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -211,8 +210,3 @@ def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
         return image
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
-
-def to_array(image: Image.Image, channels: int) -> np.ndarray:
-    """(C, H, W) uint8."""
-    x = np.asarray(image.convert(MODES[channels]))             # (H, W) or (H, W, C)
-    return x[None] if x.ndim == 2 else x.transpose(2, 0, 1)

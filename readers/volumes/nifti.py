@@ -20,7 +20,7 @@ from scipy.ndimage import affine_transform, gaussian_filter
 
 from readers.dicom import is_dicom
 from readers.paths import file_content
-from readers.source import Unreadable
+from readers.source import Unreadable, decoding
 from readers.volumes.itk import ItkImage, is_itk
 from readers.volumes.series import members, read_series
 from storage.limits import excess, most_bytes, unpack
@@ -70,9 +70,7 @@ class Grid:
         return self.box((np.array(self.shape) - shape) // 2, shape)
 
     def spaced(self, mm: float | np.ndarray) -> 'Grid':
-        """The grid from the same first voxel on, `mm` apart, or (3,) of them, one an axis, as far as the last
-        one; 0 = this grid.
-        """
+        """The grid from this first voxel to the last one, `mm` apart: one number, or (3,); 0 = this grid."""
         if not np.any(mm):
             return self
         steps = mm / self.spacing
@@ -168,7 +166,7 @@ def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
     """
     nib = nibabel()
     contents = [file_content(file, most_bytes()) for file in members(path)]
-    try:
+    with decoding():
         if is_dicom(contents[0]):
             image = nib.Nifti1Image(*read_series(contents))
         elif is_itk(path, content := _unpacked(contents[0])):
@@ -177,11 +175,6 @@ def read_nifti(path: str | Path, like: Nifti | None = None) -> Nifti:
             image = _kind(content).from_bytes(content)
         _expect_volume(image)
         values = np.asarray(image.dataobj, np.float32)
-    except (Unreadable, UserError):
-        raise
-    except Exception as error:                   # on damaged bytes anything is raised: struct.error, OSError
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise Unreadable(f'cannot be decoded ({reason})') from None
     values = values.reshape(*values.shape[:3], -1)                                       # (X, Y, Z, K)
     affine, placed = _place(image)
     own = Grid(values.shape[:3], affine)
@@ -211,9 +204,7 @@ def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
 
 
 def read_start(path: str | Path) -> tuple[bytes, bool]:
-    """How a file begins, unpacked, as far as any header goes, and whether it is packed. Raises OSError,
-    UserError.
-    """
+    """The start of a file, unpacked, with its header; whether it is packed. Raises OSError, UserError."""
     check_regular(path)
     with open(path, 'rb') as file:
         packed = file.read(2) == PACKED
@@ -256,15 +247,11 @@ def header_of(start: bytes) -> Any:
 def _unpacked(data: bytes) -> bytes:
     if not data:
         raise Unreadable('is empty (0 bytes)')
-    try:
-        if data[:2] != PACKED:
-            return data
+    if data[:2] != PACKED:
+        return data
+    with decoding('is cut off or damaged'):
         start = zlib.decompressobj(zlib.MAX_WBITS + 32).decompress(data, LONGEST_HEADER)
         return unpack(data, AFTER_HEADER + (_claim(start) if len(start) == LONGEST_HEADER else 0))
-    except Unreadable:
-        raise
-    except Exception as error:                   # of a damaged header nibabel raises anything
-        raise Unreadable(f'is cut off or damaged ({" ".join(str(error).split())})') from None
 
 
 def _claim(start: bytes) -> int:

@@ -42,9 +42,7 @@ def series_in(root: Path, names: Iterable[str]) -> tuple[list[str], set[str]]:
 
 
 class Slice(NamedTuple):
-    """A slice: its values (X, Y), padding as nan; the place of its first pixel (3,) and the steps of its axes
-    (2, 3) in mm; the series that it is of.
-    """
+    """A slice: values (X, Y), padding nan; place of its first pixel (3,) and steps of its axes (2, 3), mm."""
     values: np.ndarray
     place: np.ndarray
     steps: np.ndarray

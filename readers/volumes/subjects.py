@@ -91,7 +91,7 @@ def find_subjects(root: Path, config: VolumeConfig, modalities: Sequence[str], l
     `volume_files`. Raises UserError if there are none.
     """
     body = '' if config.volume_mask == AUTO else config.volume_mask
-    names = [*modalities, *(name for name in (labels, body) if name)]
+    names = [*filter(None, (*modalities, labels, body))]
     table: dict[str, dict[str, str]] = {}
     for path in volume_files(root, names, passed, without, config.dicom_series):
         subject, name = owner(path, names)
@@ -141,16 +141,19 @@ def key_files(folder: Path) -> dict[Path, str]:
     return found
 
 
-def with_keys(subjects: list[Item], folder: Path, notes: list[str]) -> list[Item]:
-    """The subjects that the `key_files` in `folder` name, with their part or class; all if there is no such
-    file. Raises UserError for a name that no subject has, or several, and for one that is named twice.
+def with_keys(subjects: list[Item], config: VolumeConfig, root: Path, notes: list[str]) -> list[Item]:
+    """The subjects that the key files in --key_files or `root` name, with their part or class; all if there
+    is none in `root`. Raises UserError for a name that no subject has, or several, or that is there twice.
     """
     named: dict[str, tuple[Item, Path]] = {}
     by_name = defaultdict(list)
     for subject in subjects:
         for name in {subject.id, subject.id.rsplit('/', 1)[-1]}:
             by_name[name].append(subject)
+    folder = Path(config.key_files or root)
     files = key_files(folder)
+    if config.key_files and not files:
+        raise UserError(f"--key_files {folder}: there is no file NAME{KEYS} or NAME-train.txt in it.")
     for file, group in files.items():
         for key in map(stem, filter(None, map(str.strip, read_text(file).splitlines()))):
             found = by_name.get(key) or by_name.get(key.replace('_', ''), [])        # SADE's key files have _
@@ -169,9 +172,7 @@ def with_keys(subjects: list[Item], folder: Path, notes: list[str]) -> list[Item
 
 
 def with_classes(subjects: list[Item], normal: Sequence[str], where: str) -> list[Item]:
-    """The subjects with the folder of their class, if one of the topmost folders has the name of a normal
-    class.
-    """
+    """The subjects with their class, if one of the topmost folders has the name of a normal one."""
     tops = {s.id.split('/')[0] for s in subjects if '/' in s.id}
     if not any(is_among(top, normal) for top in tops):
         return subjects

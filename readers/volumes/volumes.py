@@ -24,16 +24,7 @@ from readers.source import Source, Unreadable, to_integers
 from readers.split import count, noted
 from readers.volumes.nifti import Grid, Nifti, read_nifti, resample
 from readers.volumes.series import members, series_in
-from readers.volumes.subjects import (
-    AUTO,
-    KEYS,
-    NORMAL,
-    find_subjects,
-    key_files,
-    owner,
-    with_classes,
-    with_keys,
-)
+from readers.volumes.subjects import AUTO, NORMAL, find_subjects, owner, with_classes, with_keys
 from utils import UserError
 
 LESION = 'lesion'                          # the class of a subject with a label, where no folder says more
@@ -96,9 +87,7 @@ class VolumeLoader:
         return loaded._replace(repairs=(*loaded.repairs, CUT)) if cut else loaded
 
     def outline(self, subject: Item) -> Grid:
-        """The voxels that a model should see: cropped, at the wanted spacing, as far as the body goes. Raises
-        Unreadable.
-        """
+        """What a model should see: cropped, at its spacing, as far as the body goes. Raises Unreadable."""
         first, crop = self.first(subject), self.config.crop
         grid = first.grid
         if crop:
@@ -218,10 +207,7 @@ def find_all(root: Path, config: ReaderConfig, row: DataSet, loader: VolumeLoade
     if in_one_file and (deep := [s.id for s in subjects if s.id.count('/') > in_folders]):
         raise UserError(f"--data: {deep[0]} lies in a folder of a channel or a subject: name the channels "
                         f"with --modalities{FRAMES_ALONE * config.dicom_series}. {row.where}")
-    keys = Path(config.key_files or root)
-    if config.key_files and not key_files(keys):
-        raise UserError(f"--key_files {keys}: there is no file NAME{KEYS} or NAME-train.txt in it.")
-    subjects = with_keys(subjects, keys, notes)
+    subjects = with_keys(subjects, config, root, notes)
     by_label = not in_folders and any(s.masks for s in subjects)
     unknown = [s.id for s in subjects if by_label and s.class_name == NORMAL and not s.masks]
     notes += noted(unknown, 'subject', f'without a file of {loader.labels} count as without lesion')
