@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_detect import make_data, make_model, run, settings
 from test_report import HISTORY, Page
 
-from anomaly.report.figures import figure_scores, roc, roc_band
+from anomaly.metrics import Resamples
+from anomaly.report.figures import BAND_RESAMPLES, figure_scores, keep, new_figure, roc, roc_band
 from anomaly.report.provenance import about_run, code_and_date
 from utils import write_json
 
@@ -76,11 +78,27 @@ def test_figures_are_vectors_too_and_show_the_best_baseline(made):
     assert [row.name for row in figure_scores(best)] == ['nelbo', 'bands', 'trivial_knn', 'file_size', 'pca']
 
 
+def test_a_figure_is_drawn_once_for_each_file(tmp_path, monkeypatch):
+    figure, draws = new_figure(3, 2), []
+    figure.subplots().plot([0, 1])
+    draw = figure.draw
+    monkeypatch.setattr(figure, 'draw', lambda renderer: draws.append(renderer) or draw(renderer))
+    page = keep({'curve': figure}, tmp_path)['curve']
+    assert len(draws) == 2 and 'fill: #ffffff' not in page            # the page's has no background
+    assert Image.open(tmp_path / 'figures' / 'curve.png').size == (450, 300)
+    assert Image.open(tmp_path / 'figures' / 'curve.png').convert('RGB').getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_the_band_holds_the_curve_and_has_no_width_where_classes_are_apart():
     random = np.random.default_rng(0)
     normal, anomalous = random.normal(size=80), random.normal(1, 1, size=60)
     grid, low, high = roc_band(normal, anomalous)
     curve = np.interp(grid, *roc(np.arange(140) >= 80, np.r_[normal, anomalous]))
     assert (low <= curve + 1e-9).mean() > 0.95 and (curve <= high + 1e-9).mean() > 0.95
+    some = Resamples.draw(80, 60, BAND_RESAMPLES, seed=0)
+    tpr = [np.interp(grid, *roc(np.r_[np.zeros(80), np.ones(60)].repeat(np.r_[a, b]),
+                                np.r_[normal, anomalous].repeat(np.r_[a, b])))
+           for a, b in zip(some.normal[1:], some.anomalous[1:])]
+    assert np.percentile(tpr, [2.5, 97.5], axis=0) == pytest.approx(np.stack([low, high]))
     _, low, high = roc_band(normal, anomalous + 100)
     assert low[1:] == pytest.approx(1) and high == pytest.approx(1)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from anomaly.judge import Judgement, ScoreRow, group_title
-from anomaly.metrics import Resamples, make_finite
+from anomaly.metrics import Resamples, make_finite, roc_curves
 from utils import read_line, write_atomically
 
 # Scores in the figures beside the primary one, fixed beforehand so that none is picked on the test set
@@ -23,6 +23,7 @@ FIGURE_SCORES = ('reconstruction', 'complexity', 'kl_profile', 'kl', 'llr_1', 'i
 MOST_FIGURE_SCORES = 4
 FIGURE_BASELINES = ('trivial_knn', 'file_size', 'pca')
 MOST_FIGURE_BASELINES = 4
+DPI = 150                           # of the PNG
 BAND_RESAMPLES = 200                # behind the band around the ROC curve of a primary score
 MOST_LEVEL_CLASSES = 6              # columns of the figure of levels
 INK = '#1b2430'                     # becomes the color of the text in the report's SVG
@@ -45,17 +46,22 @@ def keep(drawn: dict[str, Any], out: Path) -> dict[str, str]:
 
 def keep_one(figure: Any, out: Path, name: str) -> str:
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     for text in figure.findobj(matplotlib.text.Text):
         text.set_parse_math(False)                               # a $ in the name of a file is no formula
     (out / 'figures').mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
+    figure.set_dpi(DPI)
+    # `savefig` would draw each twice, and compute the layout of the PNG at both.
+    write_atomically(out / 'figures' / f'{name}.png', lambda path: FigureCanvasAgg(figure).print_png(
+        path, metadata={'Software': None}))
+    figure.set_layout_engine('none')                             # the SVG has the layout of the PNG
+    for part in (figure, *figure.axes):
+        part.patch.set_visible(False)                            # and no background
     # The salt keeps the ids of several figures in one page apart, and the same from run to run.
     with matplotlib.rc_context({'svg.hashsalt': name, 'svg.fonttype': 'path'}):
-        write_atomically(out / 'figures' / f'{name}.png', lambda path: figure.savefig(
-            path, format='png', dpi=150, facecolor='white', metadata={'Software': None}))
-        figure.set_layout_engine('none')                         # the SVG has the layout of the PNG
-        figure.savefig(text, format='svg', transparent=True, dpi=150,
-                       metadata={'Date': None, 'Creator': None})
+        FigureCanvasSVG(figure).print_svg(text, metadata={'Date': None, 'Creator': None})
     svg = text.getvalue()
     write_atomically(out / 'figures' / f'{name}.svg', lambda path: path.write_text(svg, encoding='utf-8'))
     # the page shows it somewhat larger than its inches, and no larger
@@ -106,18 +112,21 @@ def roc_band(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.
     """False-positive rates, and the 2.5 and 97.5 percentiles of the true-positive rate at each of them, over
     bootstrap resamples of the scores (n,) and (m,).
     """
-    grid, drawn = np.linspace(0, 1, 101), Resamples.draw(len(normal), len(anomalous), BAND_RESAMPLES, seed=0)
-    labels, scores = np.arange(len(normal) + len(anomalous)) >= len(normal), np.r_[normal, anomalous]
-    tpr = [np.interp(grid, *roc(labels, scores, np.r_[counts]))
-           for counts in zip(drawn.normal[1:], drawn.anomalous[1:])]
-    return grid, *np.percentile(tpr, [2.5, 97.5], axis=0)
+    grid, bands = np.linspace(0, 1, 101), []
+    drawn = Resamples.draw(len(normal), len(anomalous), BAND_RESAMPLES, seed=0)
+    for curves in roc_curves(normal, anomalous, drawn):
+        # before and after each distinct anomalous score, at which alone the true-positive rate rises
+        before, after = curves.true_positive - curves.positive, curves.true_positive               # (r, U)
+        fpr = np.stack([curves.above, curves.false_positive], 2).reshape(len(after), -1) / len(normal)
+        tpr = np.stack([before, after], 2).reshape(len(after), -1) / len(anomalous)
+        bands += [np.interp(grid, np.r_[x, 1], np.r_[y, 1]) for x, y in zip(fpr, tpr)]
+    return grid, *np.percentile(bands[1:], [2.5, 97.5], axis=0)              # the first is the sample itself
 
 
-def roc(labels: np.ndarray, scores: np.ndarray,
-        counts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """False- and true-positive rate from (0, 0) to (1, 1), of images that count so often, (N,) each."""
+def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False- and true-positive rate from (0, 0) to (1, 1), of images (N,) each."""
     from sklearn.metrics import roc_curve
-    return roc_curve(labels, scores, sample_weight=counts)[:2]
+    return roc_curve(labels, scores)[:2]
 
 
 def precision_recall(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
