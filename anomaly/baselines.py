@@ -57,10 +57,10 @@ def mean_image(images: Tensor) -> Score:
 
 
 def as_stored(x: Tensor, bits: int) -> np.ndarray:
-    """Images (B, C, *S) at `bits` per value as uint8, or for 9 to 16 bits as uint16. Few levels are spread
-    over 0 to 255, which adds and loses no information.
+    """Images (B, C, *S) at `bits` per value, at most 16, as uint8, from 9 bits on as uint16. Few levels are
+    spread over 0 to 255, which adds and loses no information.
     """
-    levels = 2 ** bits - 1
+    levels = 2 ** min(bits, 16) - 1
     step, dtype = (255 / levels, np.uint8) if bits <= 8 else (1, np.uint16)
     return (x.detach().cpu().double().clamp(0, 1) * levels).round().mul(step).numpy().astype(dtype)
 
@@ -68,20 +68,19 @@ def as_stored(x: Tensor, bits: int) -> np.ndarray:
 def compressed_bits(x: Tensor, bits: int) -> Tensor:
     """Input complexity (Serra et al. 2020): losslessly compressed size of each image (B, C, *S), bits: (B,).
 
-    Values of at most 16 `bits`, as an optimized PNG (gray or RGB; other channel counts stacked) or by LZMA2
-    without a header, whichever is shorter.
+    As an optimized PNG (gray or RGB; other channel counts stacked) or by LZMA2 without a header, whichever is
+    shorter.
     """
     lzma_bytes = lambda values: len(lzma.compress(values.tobytes(), lzma.FORMAT_RAW, filters=[
         {'id': lzma.FILTER_LZMA2, 'preset': 6}]))
-    return torch.tensor([8.0 * min(png_bytes(v), lzma_bytes(v)) for v in as_stored(x, min(bits, 16))],
+    return torch.tensor([8.0 * min(png_bytes(v), lzma_bytes(v)) for v in as_stored(x, bits)],
                         dtype=torch.float64)
 
 
 def png_size(images: Tensor) -> Score:
-    def size(outputs: Outputs) -> Tensor:
-        stored = as_stored(outputs.x, min(outputs.bits, 8))
-        return torch.tensor([png_bytes(values) for values in stored], dtype=torch.float64)
-    return Score('png_size', '', "bytes of the image as the model sees it, as a PNG", size)
+    return Score('png_size', '', "bytes of the image as the model sees it, as a PNG",
+                 lambda outputs: torch.tensor([png_bytes(values) for values in as_stored(
+                     outputs.x, outputs.bits)], dtype=torch.float64))
 
 
 def file_size(images: Tensor) -> Score:

@@ -54,7 +54,7 @@ def compare(runs: Sequence[Run], out: str | Path, settings: Settings,
 def describe(run: Run, found: Evaluated) -> dict[str, Any]:
     """What is known of a run; seconds are those of one process for all its scores of an image."""
     return {'path': run.path, 'family': type(run.model).__name__, 'primary_score': found.normal.primary_score,
-            'scores': [score.name for score in found.scores],
+            'scores': [row.name for row in found.judgement.rows.values() if row.kind == 'model'],
             'parameters': sum(p.numel() for p in run.model.parameters()),
             'seconds_per_image': found.test.seconds / len(found.test),
             'shape': list(run.data.shape), 'bits': run.data.pixels.bits,

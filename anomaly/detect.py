@@ -2,8 +2,7 @@
 
 Training and validation images are normal; only the test part has anomalous ones, and nothing is fitted,
 chosen or thresholded on it. Several runs give one score, the sum of z-scores of theirs, that is judged and
-reported like that of one run. Their models may be of different families and image sizes; they must share the
-data, the validation images and the test images. A score of one of several runs is named run/score.
+reported like that of one run. A score of one of several runs is named run/score.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from anomaly import metrics
 from anomaly.baselines import BASELINES, EXPOSURE, fit_baselines
@@ -76,7 +74,6 @@ class Evaluated(NamedTuple):
     normal: Normal
     validation: Table
     test: Table
-    scores: list[Score]                  # of the model
     judgement: Judgement | None          # None on ranks above 0
     shown: Score | None                  # whose map is shown
 
@@ -91,29 +88,29 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
     """
     check_parts(data)
     learned = training_part(data.train, settings)
-    batches = torch.arange(len(learned)).split(settings.batch_size)
-    baselines = [] if first else fit_baselines(torch.cat([learned.items(rows).x for rows in batches]))
+    baselines = [] if first else fit_baselines(learned.items(range(len(learned))).x)
     scoring, judging, warnings = settings.scoring, settings.judging, []
-    scores = [replace(one, about=one.explained(model, scoring)) for one in scores]
+    scores = [replace(one, about=one.explained(model, scoring),
+                      map=one.map if one.has_map(model, scoring) else None) for one in scores]
     every, shown = [*scores, *baselines], choose_map(primary, scores, model, scoring)
-    mapped = sum(one.has_map(model, scoring) for one in every)
+    with_maps = sum(one.map is not None for one in every)
 
     def score(part: Any, title: str, scores: Sequence[Score], densities: dict[str, Any]) -> Table:
-        maps, lines = select_maps(part.entries, mapped * any(one.map for one in scores), settings.maps,
-                                  math.prod(data.shape[1:]), scoring.seed)
+        mapped, lines = select_maps(part.entries, with_maps * any(one.map for one in scores),
+                                    math.prod(data.shape[1:]), scoring.seed)
         warnings.extend(f'{title}: {line}' for line in lines)
         batches = part_batches(part, settings.batch_size, title, getattr(data.config, 'num_workers', 0))
-        table = score_images(model, batches, scores, scoring, maps, densities)
+        table = score_images(model, batches, scores, scoring, densities, mapped, settings.maps)
         return table.select([entry.id for entry in part.entries])
 
-    validation = score(data.val, 'val', every, {})
+    # densities have maps only when they are fitted
+    validation = score(data.val, 'val', [replace(s, map=None) if s.density else s for s in every], {})
     training = None
     learners = [replace(s, map=None) for s in scores if s.density and s.density.takes_training]
     if learners and judging.density_images == 'auto':
         training = score(learned, 'train', learners, {})
     normal = Normal.fit(validation, scores, primary, scoring, settings.maps, judging, training)
-    if scoring.msma_map != 'none':                       # densities have maps only now that they are fitted
-        of_densities = [replace(s, features=None) for s in scores if s.density and s.map]
+    if of_densities := [replace(s, features=None) for s in scores if s.density and s.map]:
         late = score(data.val, 'val', of_densities, normal.densities).maps
         if validation.maps and late:
             late.values.update(validation.maps.values)
@@ -132,20 +129,19 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
                                                  *judgement.warnings, *dict.fromkeys(warnings),
                                                  *normal.notes])
     test.maps = None
-    return Evaluated(normal, validation, test, scores, judgement, shown)
+    return Evaluated(normal, validation, test, judgement, shown)
 
 
 def check_parts(data: Any) -> None:
     """Raises UserError unless there are normal training and validation images, and test images."""
     for name in ('train', 'val', 'test'):
-        if not len(getattr(data, name)):
+        entries = getattr(data, name).entries
+        if not len(entries):
             raise UserError(f"the {name} part is empty: anomaly detection needs normal training and "
                             f"validation images, and test images. Check --val_fraction, --test_fraction and "
                             f"--anomalous_classes.")
-    for name in ('train', 'val'):
-        entries = getattr(data, name).entries
         anomalous = [entry.id for entry in entries if entry.label]
-        if anomalous:
+        if anomalous and name != 'test':
             raise UserError(f"{len(anomalous)} of {len(entries)} images of the {name} part are anomalous, "
                             f"first {anomalous[0]}: only test images may be.")
 
@@ -208,13 +204,13 @@ def add_up(found: Mapping[str, Evaluated], terms: Sequence[tuple[str, str]], set
                        settings.scoring.seed, of_runs.classes, of_runs.matched)
         others = {name: replace(row, primary=False) for name, row in of_runs.rows.items()}
         judgement = replace(of_runs, rows={**judged.rows, **others})
-    return Evaluated(normal, validation, test, [total], judgement, shown)
+    return Evaluated(normal, validation, test, judgement, shown)
 
 
 def draw_cases(runs: Sequence[Run], of_runs: Mapping[str, Evaluated], found: Evaluated,
                settings: Settings) -> list[Any]:
-    """The pictures of the test images that are shown, by falling primary score, with the map that is shown
-    and by the run that has it; on rank 0.
+    """The pictures of the test images that are shown, by falling primary score, by the run that has the map
+    that is shown; on rank 0.
     """
     showing, run = settings.showing, next((run for run in runs if of_runs[run.name].shown), runs[0])
     most = showing.num_gallery if len(run.data.shape) == 3 else min(showing.num_gallery, MOST_VOLUMES)
@@ -238,13 +234,12 @@ def detect(runs: Sequence[Run], out: str | Path, settings: Settings, log: Callab
            findings: Sequence[str] = ()) -> dict[str, Any]:
     """Scores validation and test images, sets thresholds on the former, judges on the latter, and reports.
 
-    The primary score of several runs is that of the settings, 'a/kl_knn+b/residual_top', or one score that
-    all have, or the sum of their own primary scores. Writes OUT/scores.csv, metrics.json (its other keys are
-    kept), thresholds.json (also to the folder of a single run, if it is writable; its log gives the training
-    curves), figures/ and report.html, for volumes with known lesions segmentation.csv, and maps/ of the
-    volumes in the report, from rank 0; prints the tables with `log`, and returns what stands under 'anomaly'
-    in metrics.json; other ranks return {}. `findings` of an audit stand in the report. Raises UserError if a
-    part is empty, a score unknown, or if runs do not fit together.
+    Writes OUT/scores.csv, metrics.json (its other keys are kept), thresholds.json (also to the folder of a
+    single run, if it is writable; its log gives the training curves), figures/ and report.html, for volumes
+    with known lesions segmentation.csv, and maps/ of the volumes in the report, from rank 0; prints the
+    tables with `log`, and returns what stands under 'anomaly' in metrics.json; other ranks return {}.
+    `findings` of an audit stand in the report. Raises UserError if a part is empty, a score unknown, or if
+    runs do not fit together.
     """
     started, out = time.perf_counter(), Path(out)
     runs, left_out = on_common_images(runs)
@@ -314,6 +309,7 @@ def write(out: Path, result: dict[str, Any], found: Evaluated, settings: Setting
     normal, judgement, path = found.normal, found.judgement, out / 'metrics.json'
     shown = found.shown.name if found.shown else ''
     write_scores(out / 'scores.csv', {'val': found.validation, 'test': found.test}, normal)
+    (out / 'segmentation.csv').unlink(missing_ok=True)                                  # of an earlier call
     if shown and (segmented := judgement.rows[shown].segmentation):
         segmentation.write_segmentation(out / 'segmentation.csv', segmented.rows)
     write_json(path, {**(read_json(path) if path.exists() else {}), 'anomaly': result})

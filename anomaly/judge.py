@@ -124,9 +124,10 @@ class Judgement:
         """False where normal or anomalous test images are missing."""
         return all(row.metrics for row in self.rows.values())
 
-    def normal(self, group: str) -> str:
-        """The name in `flagged` of the normal images of a group."""
-        return self.groups[group].normal_name
+    def title(self, group: str) -> str:
+        """What a table against a group is about."""
+        return (f"Normal ({self.images(self.groups[group].normal_name)}) against {group_title(group)} "
+                f"({self.images(group)} test images)")
 
     def images(self, group: str) -> int:
         """The number of test images of a group, or of `normal` ones."""
@@ -140,14 +141,13 @@ class Judgement:
     def differences(self, group: str) -> list[Difference]:
         """Between all primary scores, and from each to the best baseline; [] without metrics."""
         best = self.best_baseline(group)
-        if not self.has_metrics or not best:
+        if not best:
             return []
         turned = best.auroc(group).value < 0.5
         rival = best.auroc(group).negated if turned else best.auroc(group)
         return [*(Difference(group, a, b, False, a.auroc(group) - b.auroc(group))
                   for a, b in combinations(self.primaries, 2)),
-                *(Difference(group, row, best, turned, row.auroc(group) - rival,
-                             self.groups[group].of)
+                *(Difference(group, row, best, turned, row.auroc(group) - rival, self.groups[group].of)
                   for row in self.primaries)]
 
     def as_json(self) -> dict[str, Any]:

@@ -29,7 +29,6 @@ class Metric:
     function: Callable[..., np.ndarray]
     digits: int = 3                            # after the decimal point
     higher_is_better: bool = True
-    resampled: bool = True                     # False: no interval
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class Estimate:
     images: int | None = None                  # that it is a mean over, where these are not all
 
     @classmethod
-    def of(cls, value: float, resamples: np.ndarray | None = None, images: int | None = None) -> 'Estimate':
+    def of(cls, value: float, resamples: np.ndarray, images: int | None = None) -> 'Estimate':
         """The value with the 2.5 and 97.5 percentiles of its finite resamples (R,), if there are any."""
-        known = resamples[np.isfinite(resamples)] if resamples is not None else np.zeros(0)
+        known = resamples[np.isfinite(resamples)]
         low, high = np.percentile(known, [2.5, 97.5]).tolist() if len(known) else (math.nan, math.nan)
         return cls(float(value), low, high, resamples, images)
 
@@ -162,8 +161,7 @@ def evaluate_score(normal: np.ndarray, anomalous: np.ndarray, resamples: Resampl
     scores = (np.asarray(values, np.float64) for values in (normal, anomalous))
     chunks = [[metric.function(curves) for metric in metrics] for curves in roc_curves(*scores, resamples)]
     values = map(np.concatenate, zip(*chunks))                                        # (1 + R,) a metric
-    return {metric.name: Estimate.of(found[0], found[1:] if metric.resampled else None)
-            for metric, found in zip(metrics, values)}
+    return {metric.name: Estimate.of(found[0], found[1:]) for metric, found in zip(metrics, values)}
 
 
 def make_finite(scores: np.ndarray) -> np.ndarray:

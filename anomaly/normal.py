@@ -53,11 +53,10 @@ class Normal:
     @classmethod
     def fit(cls, table: Table, scores: Sequence[Score], primary: str, scoring: Scoring, maps: MapConfig,
             judging: Judging, training: Table | None = None) -> Normal:
-        """Learns from the table of normal validation images, and adds the cross-fitted scores of densities to
-        it. Densities learn from the `training` images too, where these have features like the others.
-
-        The threshold needs scores of validation images that were not fitted on themselves. Raises UserError
-        for too few images.
+        """Learns from the table of normal validation images, and adds the scores of densities to it,
+        cross-fitted, as thresholds need scores of images that were not fitted on themselves. Densities learn
+        from the `training` images too, where these have features like the others. Raises UserError for too
+        few images.
         """
         densities, notes = {}, []
         patients = [getattr(entry, 'patient', '') or entry.id for entry in table.entries]
@@ -160,10 +159,8 @@ class Normal:
 
     @classmethod
     def load(cls, path: Path, model: Any, remedy: str) -> Normal:
-        """What `save` wrote for this model.
-
-        Raises UserError, with the command that is the `remedy`, if the file is missing, of another kind, or
-        of other weights.
+        """What `save` wrote for this model. Raises UserError, with the command that is the `remedy`, if the
+        file is missing, of another kind, or of other weights.
         """
         if not path.exists():
             raise UserError(f"there is no {path}, which holds the thresholds. Create it once: {remedy}")

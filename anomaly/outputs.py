@@ -20,7 +20,7 @@ from torch import Tensor
 from anomaly.maps.postprocessing import gaussian_blur
 from anomaly.scores import Scoring
 from distributions import LEAST_KL, RowNoise, Terms, log_mean_exp
-from utils import mix_seed, seed_noise
+from utils import UserError, mix_seed, seed_noise
 
 LEAST_SPREAD = 1e-2        # of a latent over positions, whose prior has a standard deviation of about 1
 SUITABLE_BATCH = {'cpu': 64, 'cuda': 512}       # images of a pass, where several draws may be one batch
@@ -30,10 +30,8 @@ TERMS = ('recon', 'kl', 'kl_channels', 'log_q', 'log_p')
 # ------------------------------------------------------------------------------------- functions of the terms
 
 def elbo(terms: Terms) -> Tensor:
-    """Evidence lower bound on log p(x), in nats, one per image: (B,).
-
-    The KL is that of the terms, which is analytic where a family has it so. From the terms of a forward pass
-    with `skip=k` this is L>k (Havtorn et al. 2021, eq. 8): skipped groups have no KL.
+    """Evidence lower bound on log p(x), nats: (B,). From the terms of a forward pass with `skip=k` it is L>k
+    (Havtorn et al. 2021, eq. 8): skipped groups have no KL.
     """
     return -terms['recon'] - terms['kl'].sum(1)
 
@@ -76,9 +74,8 @@ class Outputs:
     """The images of one batch, and what a model says of them.
 
     The noise of every forward pass follows from the seed, the purpose and number of the pass, and the content
-    of each image: an image has one score, whatever its neighbors, its batch, its rank, its file name and the
-    mode. With `llr_noise` 'shared' it does not depend on k: L and L>k then take the same noise, and where a
-    model draws from the top down, the groups above the skipped ones take the same values.
+    of each image: an image has one score, whatever its batch, its rank, its file name and the mode. With
+    `llr_noise` 'shared', L and L>k take the same noise.
     """
 
     def __init__(self, model: Any, x: Tensor, scoring: Scoring | None = None, bits: int = 8,
@@ -177,6 +174,9 @@ class Outputs:
         if not shift:
             return residual
         axes, inside, framed = self.x.ndim - 2, self.model.pixels.inside, self.model.pixels.framed
+        if shift >= (shortest := min(inside(self.x).shape[2:])):
+            raise UserError(f"--residual_shift {shift}: the images have {shortest} pixels along a side, of "
+                            f"which a shift must leave some.")
         ends, starts = ((..., *[part] * axes) for part in (slice(shift, None), slice(None, -shift)))
         x, mean = inside(self.x), inside(residual).clone()
         moved = F.pad(x, (0, shift) * axes, mode='replicate')[ends]
@@ -185,19 +185,14 @@ class Outputs:
         return framed(mean)
 
     def smooth_residual(self) -> Tensor:
-        """|residual|, smoothed before the modulus, so that noise cancels; mean over channels: (B, 1, *S).
-
-        By a Gaussian of `residual_smoothing` pixels, the residual mirrored at the edges of the image.
-        """
+        """|residual|, smoothed before the modulus, so that noise cancels; mean over channels: (B, 1, *S)."""
         def make() -> Tensor:
             smooth = gaussian_blur(self.steady_residual(), self.scoring.residual_smoothing)
             return smooth.abs().mean(1, keepdim=True)
         return self.once(('smooth_residual',), make)
 
-    def maps(self, skip: int = 0) -> dict[str, Tensor] | None:
-        """'recon' (B, 1, *S) and 'kl' (B, L, *S), nats per pixel; None if the model has no maps."""
-        if not hasattr(self.model, 'maps'):
-            return None
+    def maps(self, skip: int = 0) -> dict[str, Tensor]:
+        """'recon' (B, 1, *S) and 'kl' (B, L, *S), nats per pixel."""
         return {name: values.float() for name, values in self.ask('maps', skip=skip).items()}
 
     def likelihood_features(self) -> Tensor:
@@ -212,9 +207,8 @@ class Outputs:
         return kl.clamp(min=LEAST_KL).log().flatten(1)
 
     def latent_features(self) -> Tensor:
-        """What every latent channel says of an image, float64 on the CPU: (B, n). The logarithms of its KL,
-        and of the standard deviation of its posterior mean over the positions, which tells how much varies
-        over the image in what the channel describes.
+        """The logarithms of the KL of every latent channel, and of the standard deviation of its posterior
+        mean over the positions, float64 on the CPU: (B, n).
         """
         spread = [z.double().cpu().flatten(2).std(2, correction=0) for z in self.ask('latents')]
         return torch.cat([self.log_kl(channels=True), (torch.cat(spread, 1) + LEAST_SPREAD).log()], 1)
@@ -254,9 +248,9 @@ class Outputs:
 def regret(model: Any, image: Tensor, scoring: Scoring, name: str) -> Tensor:
     """Likelihood regret of one image (1, C, H, W), nats: (1,) float64 on the CPU (Xiao, Yan, Amit 2020).
 
-    What the bound gains when a copy of the encoder, `encoder_parameters()`, is fitted to this image alone by
-    `regret_steps` steps of Adam, each with noise of its own, as the posterior would be fitted to noise that
-    stays. Both bounds take the same D draws, so that their difference varies less.
+    What the bound gains when a copy of the encoder is fitted to this image alone by steps of Adam, each with
+    noise of its own, as the posterior would be fitted to noise that stays. Both bounds take the same D draws,
+    so that their difference varies less.
     """
     model = deepcopy(model).eval().requires_grad_(False)         # eval: batch norms stay as they are
     encoder = [parameter.requires_grad_(True) for parameter in model.encoder_parameters()]

@@ -27,8 +27,8 @@ from anomaly.maps.nifti import file_names, plain, remove_maps, write_map
 from anomaly.maps.overlays import map_scale, overlay
 from anomaly.maps.segmentation import segment
 from anomaly.normal import Normal
-from anomaly.report.gallery import MOST_BYTES, case_pictures, original
-from anomaly.report.page import Prediction, write_predictions
+from anomaly.report.gallery import MOST_BYTES, case_pictures, original, short_number
+from anomaly.report.page import write_predictions
 from anomaly.report.provenance import about_run, code_and_date
 from anomaly.scores import Score, Selection
 from anomaly.scoring import Batches, Case, Table, pictures, score_images
@@ -143,7 +143,7 @@ class Drawn(NamedTuple):
     without_seg: str                     # why it has no DICOM segmentation; '' = it has, or none is asked for
 
 
-def draw(run: Any, files: NewFiles, ranked: Sequence[Prediction], shown: Score | None,
+def draw(run: Any, files: NewFiles, ranked: Sequence[dict[str, Any]], shown: Score | None,
          normal: Normal) -> tuple[dict[str, Drawn], dict[str, Any]]:
     """Draws the --num_overlays first of the files with the map of the score `shown`, and writes map and
     segmentation. Returns on every rank what there is of each, by its id, and the colors of the maps.
@@ -156,7 +156,7 @@ def draw(run: Any, files: NewFiles, ranked: Sequence[Prediction], shown: Score |
             remove_maps(folder)
     launch.barrier()
     config, flags = read_flags(PredictConfig, run.args), normal.data_flags(run.data_config)
-    chosen = [file.id for file in ranked[:None if config.num_overlays < 0 else config.num_overlays]]
+    chosen = [row['id'] for row in ranked[:None if config.num_overlays < 0 else config.num_overlays]]
     pictured = {name: picture_name(rank, len(chosen), name) for rank, name in enumerate(chosen, 1)}
     plain_names = dict(zip(sorted(chosen), file_names(sorted(chosen))))
 
@@ -182,14 +182,17 @@ def draw(run: Any, files: NewFiles, ranked: Sequence[Prediction], shown: Score |
     return dict(sorted(launch.gather(drawn))), look
 
 
-def sorted_files(table: Table, normal: Normal, primary: str) -> list[Prediction]:
-    """The files that could be read, the most anomalous first; scores that are not finite lead."""
+def sorted_files(table: Table, normal: Normal, primary: str) -> list[dict[str, Any]]:
+    """The files that could be read, the most anomalous first, as rows of the page; scores that are not finite
+    lead.
+    """
     values = table.values[primary]
     percentiles = metrics.percentile(values, normal.validation[primary])
-    calls = metrics.flagged(values, normal.thresholds[primary]).tolist()
-    files = [Prediction(entry.id, float(value), float(share), call)
-             for entry, value, share, call in zip(table.entries, values, percentiles, calls)]
-    return sorted(files, key=lambda file: (-file.score if math.isfinite(file.score) else -math.inf, file.id))
+    calls = metrics.flagged(values, normal.thresholds[primary])
+    order = np.argsort(-np.where(np.isfinite(values), values, np.inf), kind='stable')       # equal ones by id
+    return [{'id': table.entries[i].id, 'class': '', 'place': rank, 'score': short_number(values[i]),
+             'outcome': 'flagged' if calls[i] else 'clear', 'percentile': f'{percentiles[i]:.0f}'}
+            for rank, i in enumerate(order, 1)]
 
 
 def picture_name(rank: int, number: int, name: str) -> str:

@@ -1,5 +1,6 @@
 """Trained runs under evaluation: their names, the images on which all may be judged, their scores."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +23,9 @@ class Run:
 
 
 def run_names(paths: Sequence[str]) -> list[str]:
-    """A name for each run: that of its folder without 'eval-', with folders above it where names meet.
-
-    A checkpoint other than checkpoint.pt adds its own name: 'chest-best'. Raises UserError for fewer than two
-    runs, and for one that is named twice.
+    """A name for each run: that of its folder without 'eval-', with folders above it where names meet, and
+    that of a checkpoint other than checkpoint.pt: 'chest-best'. Raises UserError for fewer than two runs, and
+    for one that is named twice.
     """
     if len(paths) < 2:
         raise UserError(f"--compare {' '.join(paths)}: one run is nothing to compare, name two or more.")
@@ -125,17 +125,18 @@ def choose(runs: Sequence[Run], selection: Selection, added_up: bool) -> tuple[l
 
     Of a single run these are all that the selection names; of several the primary score, and further ones
     that a run has. If scores of several runs are `added_up`, the primary score names the terms: each is of
-    one run, 'run/score', or of all. Raises UserError for a score that no run has, and for one that does not
-    fit.
+    one run, 'run/score', or of all. Raises UserError for a score that no run has.
     """
     if len(runs) == 1:
         scores, lines = choose_scores(selection.names, runs[0].model)
         return [(scores, [primary_of(runs[0], selection.primary_score, scores)])], lines
     terms: dict[str, list[str]] = {run.name: [] for run in runs}
-    for term in selection.primary_score.split('+') if added_up and selection.primary_score else ():
-        name, _, score = term.rpartition('/')
-        if name and name not in terms:
-            raise UserError(f"--primary_score {term}: there is no run {name}, but {', '.join(terms)}.")
+    # the name of a run may hold a '+' or '/', that of a score does not
+    names = '|'.join(map(re.escape, sorted(terms, key=len, reverse=True)))
+    for name, score in re.findall(f'(?:({names})/)?([^+]+)', selection.primary_score) if added_up else ():
+        if '/' in score:
+            raise UserError(f"--primary_score {score}: there is no run {score.rpartition('/')[0]}, but "
+                            f"{', '.join(terms)}.")
         for run in [name] if name else terms:
             terms[run].append(score)
     chosen, (extra, lines) = [], available(runs, selection.scores)

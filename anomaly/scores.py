@@ -155,7 +155,7 @@ class Score:
     needs: str                                            # capability of the model; '' = no model
     about: str                                            # one line for the report
     image: Callable[[Outputs], Tensor] | None = None      # -> (B,); None for a density
-    map: Callable[[Outputs], Tensor | None] | None = None           # -> (B, 1, *S); None if there is no map
+    map: Callable[[Outputs], Tensor] | None = None        # -> (B, 1, *S), where `has_map`
     features: Callable[[Outputs], Tensor] | None = None   # -> (B, D), what the density learns from
     density: Density | None = None                        # unfitted
     terms: tuple[str, ...] = ()                           # scores whose z-scores it adds up
@@ -180,15 +180,9 @@ class Score:
 
 # -------------------------------------------------------------------------------------- functions of outputs
 
-def bound_map(outputs: Outputs, k: int = 0) -> Tensor | None:
+def bound_map(outputs: Outputs, k: int = 0) -> Tensor:
     """-L>k per pixel at posterior means, nats: (B, 1, *S); sums to the bound there, k = 0 to the NELBO."""
-    maps = outputs.maps(k)
-    return maps and maps['recon'] + maps['kl'].sum(1, keepdim=True)
-
-
-def llr_map(outputs: Outputs, k: int) -> Tensor | None:
-    """log p(x|z), z from the posterior, minus the same with k groups from the prior, nats: (B, 1, *S)."""
-    return outputs.maps() and outputs.maps(k)['recon'] - outputs.maps()['recon']
+    return outputs.maps(k)['recon'] + outputs.maps(k)['kl'].sum(1, keepdim=True)
 
 
 def absolute_error(outputs: Outputs) -> Tensor:
@@ -222,11 +216,8 @@ def highest_residual(outputs: Outputs, fraction: float) -> Tensor:
     return highest(outputs.smooth_residual(), foreground(outputs.x) if is_volume else None, fraction)
 
 
-def msma_map(name: str, outputs: Outputs) -> Tensor | None:
-    """Heat-map of the fitted density `name` of score norms, as --msma_map says: (B, 1, *S), or None."""
-    wanted = outputs.scoring.msma_map != 'none' and hasattr(outputs.model, 'score_norm')
-    if not wanted or name not in outputs.densities:
-        return None
+def msma_map(name: str, outputs: Outputs) -> Tensor:
+    """Heat-map of the fitted density `name` of score norms, as --msma_map says: (B, 1, *S)."""
     from anomaly.attribution import density_map
     return density_map(outputs.densities[name], outputs)
 
@@ -283,7 +274,7 @@ def kl_score(i: int) -> Score:
     """KL of group i, 1 = top."""
     return Score(f'kl_{i}', 'likelihood terms', f"KL of latent group {i} (1 = top), nats",
                  lambda outputs: outputs.mean(lambda terms: terms['kl'][:, i - 1]),
-                 lambda outputs: outputs.maps() and outputs.maps()['kl'][:, i - 1:i])
+                 lambda outputs: outputs.maps()['kl'][:, i - 1:i])
 
 
 def groups_nearest(k: int) -> str:
@@ -297,10 +288,13 @@ def lk_score(k: int) -> Score:
 
 
 def llr_score(k: int) -> Score:
-    """LLR>k (Havtorn et al. 2021, eq. 10): the bound minus that with the k groups from the prior."""
+    """LLR>k (Havtorn et al. 2021, eq. 10): the bound minus that with the k groups from the prior. Its map is
+    log p(x|z), z from the posterior, minus the same with these groups from the prior, nats.
+    """
     return Score(f'llr_{k}', 'likelihood terms', f"likelihood ratio LLR>{k} = L - L>{k}: what "
                  f"{groups_nearest(k)} explain{'s' if k == 1 else ''}, nats",
-                 lambda outputs: outputs.bound() - outputs.bound(k), lambda outputs: llr_map(outputs, k))
+                 lambda outputs: outputs.bound() - outputs.bound(k),
+                 lambda outputs: outputs.maps(k)['recon'] - outputs.maps()['recon'])
 
 
 # name -> scores for a model with L latent groups
@@ -312,7 +306,7 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
     'recon_nll': lambda L: [Score(
         'recon_nll', 'likelihood terms', "-log p(x|z), nats",
         lambda outputs: outputs.mean(lambda terms: terms['recon']),
-        lambda outputs: outputs.maps() and outputs.maps()['recon'])],
+        lambda outputs: outputs.maps()['recon'])],
     'nelbo': lambda L: [Score(
         'nelbo', 'likelihood terms', "negative ELBO, nats", lambda outputs: outputs.nelbo(), bound_map)],
     'iw': lambda L: [Score(
@@ -369,7 +363,7 @@ SCORES: dict[str, Callable[[int], list[Score]]] = {
     'kl': lambda L: [Score(
         'kl', 'likelihood terms', "KL, sum over groups, nats",
         lambda outputs: outputs.mean(lambda terms: terms['kl'].sum(1)),
-        lambda outputs: outputs.maps() and outputs.maps()['kl'].sum(1, keepdim=True))][:L]
+        lambda outputs: outputs.maps()['kl'].sum(1, keepdim=True))][:L]
         + [kl_score(i) for i in range(1, L + 1) if L > 1],
     'lk': lambda L: [lk_score(k) for k in range(1, L)],
     'llr': lambda L: [llr_score(k) for k in range(1, L)],

@@ -8,7 +8,7 @@ are those of this process; the tables of all processes are joined.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -81,13 +81,6 @@ class Table:
                        features={name: values[rows] for name, values in self.features.items()})
 
 
-@dataclass(frozen=True)
-class MapSelection:
-    """The maps that a table keeps: those of the images `ids`, smoothed and masked as `config` says."""
-    ids: frozenset[str]
-    config: MapConfig
-
-
 # --------------------------------------------------------------------------------------------------- scores
 
 def model_outputs(model: Any, batches: Batches, scoring: Scoring,
@@ -101,11 +94,13 @@ def model_outputs(model: Any, batches: Batches, scoring: Scoring,
 
 
 def score_images(model: Any, batches: Batches, scores: Sequence[Score], scoring: Scoring,
-                 maps: MapSelection | None = None, densities: Mapping[str, Any] | None = None) -> Table:
+                 densities: Mapping[str, Any] | None = None, mapped: Container[str] = (),
+                 config: MapConfig | None = None) -> Table:
     """Scores every image once: the values of `scores`, and the features of those that are densities.
 
     The table is the same on every rank, in the order of the ids, but for its maps, which are on rank 0.
-    Fitted `densities` by name give the maps of their scores; normal.py gives their values.
+    Fitted `densities` by name give the maps of their scores; normal.py gives their values. The maps of the
+    images whose ids are `mapped` are kept, as `config` says.
     """
     rows, kept = [], []
     for entries, batch, outputs in model_outputs(model, batches, scoring, densities):
@@ -117,8 +112,7 @@ def score_images(model: Any, batches: Batches, scores: Sequence[Score], scoring:
                     found[score.name] = make(outputs).double().cpu().numpy()
             seconds += (time.perf_counter() - started) * bool(score.needs)
         rows.append((list(entries), values, learned, seconds))
-        if maps is not None:
-            kept += keep_maps(outputs, batch, [s for s in scores if s.map], maps)
+        kept += keep_maps(outputs, batch, [s for s in scores if s.map], mapped, config)
     rows = launch.gather(rows)
     entries = [entry for row in rows for entry in row[0]]
     order = sorted(range(len(entries)), key=lambda i: entries[i].id)
@@ -156,34 +150,34 @@ def part_batches(part: Any, batch_size: int, title: str, workers: int = 0) -> Ba
 
 # ------------------------------------------------------------------------------------------------------- maps
 
-def select_maps(entries: Sequence[Any], number: int, config: MapConfig, pixels: int,
-                seed: int) -> tuple[MapSelection | None, list[str]]:
-    """The images of a part whose maps are kept, those with known masks, and a line if they are too many: then
-    a random subset is kept. None where no score has a map, or no anomalous image a mask: the maps of normal
-    images alone say nothing about lesions. `number` of scores with maps; `pixels` are those of one map.
+def select_maps(entries: Sequence[Any], number: int, pixels: int, seed: int) -> tuple[set[str], list[str]]:
+    """The ids of a part whose maps are kept, those of images with known masks, and a line if they are too
+    many: then a random subset is kept. None where no score has a map, or no anomalous image a mask: maps of
+    normal images alone say nothing about lesions. `number` of scores with maps of so many `pixels`.
     """
     anomalous = [entry for entry in entries if entry.label]
     known = [entry.id for entry in entries if entry.has_mask]
     if not number or not known or (anomalous and not any(entry.has_mask for entry in anomalous)):
-        return None, []
+        return set(), []
     most, lines = max(1, MAX_MAP_VALUES // (number * pixels)), []
     if len(known) > most:
         lines = [f"the maps of {number} scores are kept for a random {most} of {len(known)} images: fewer "
                  f"--scores leave memory for more images."]
         random = np.random.default_rng(mix_seed(seed, 'maps'))
         known = [known[i] for i in random.permutation(len(known))[:most]]
-    return MapSelection(frozenset(known), config), lines
+    return set(known), lines
 
 
-def keep_maps(outputs: Outputs, batch: Batch, scores: Sequence[Score], selection: MapSelection) -> list[Maps]:
-    """The maps of those images of a batch that are selected and normal or have a lesion in their mask.
+def keep_maps(outputs: Outputs, batch: Batch, scores: Sequence[Score], ids: Container[str],
+              config: MapConfig | None) -> list[Maps]:
+    """The maps of those images of a batch that are among `ids` and normal or have a lesion in their mask.
 
     Lesions count outside the body too, but not for segmentations, which are those of volumes.
     """
-    config, known = selection.config, batch.y == 0
+    known = batch.y == 0
     if batch.mask is not None:
         known = known | batch.mask.flatten(1).any(1)
-    known = known.cpu().numpy() & [i in selection.ids for i in batch.id]
+    known = known.cpu().numpy() & [i in ids for i in batch.id]
     if not known.any():
         return []
     values, inside = final_maps(outputs, scores, config)

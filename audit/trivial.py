@@ -7,7 +7,6 @@ bars at its edges, so that a border changes the features of the border and no ot
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,31 +79,23 @@ TRAITS: dict[str, tuple[str, Callable[[Header], str]]] = {
 
 # --------------------------------------------------------------------------------------------- of one picture
 
-@dataclass(frozen=True)
 class Picture:
     """One image: values (C, *S) and gray values (*S) in [0, 1], content (fewer), bars in percent of a side;
     bytes and header of its file, NaN where they are unknown.
     """
-    values: np.ndarray
-    gray: np.ndarray
-    content: np.ndarray
-    bars: float
-    file_bytes: float
-    header: Header
 
-    @classmethod
-    def of(cls, values: np.ndarray, file_bytes: float = math.nan, header: Header = NO_HEADER) -> 'Picture':
-        """An image (C, *S) in [0, 1]."""
-        gray = values.mean(0, dtype=np.float64)
-        box, total = [], 0.0
+    def __init__(self, values: np.ndarray, file_bytes: float = math.nan, header: Header = NO_HEADER):
+        self.values, self.file_bytes, self.header = values, file_bytes, header
+        self.gray = gray = values.mean(0, dtype=np.float64)
+        box, self.bars = [], 0.0
         for axis in range(gray.ndim):
             lines = np.moveaxis(gray, axis, 0).reshape(gray.shape[axis], -1)     # (H, W), then (W, H)
             first, last = bar(lines), bar(lines[::-1])
             if first == len(lines):               # one value all over: no bars, but a picture of nothing
                 first = last = 0
             box.append(slice(first, len(lines) - last))
-            total += 100 * (first + last) / (gray.ndim * len(lines))
-        return cls(values, gray, gray[tuple(box)], total, file_bytes, header)
+            self.bars += 100 * (first + last) / (gray.ndim * len(lines))
+        self.content = gray[tuple(box)]
 
 
 def bar(lines: np.ndarray) -> int:
@@ -197,7 +188,7 @@ def measure(part: Any, indices: Sequence[int]) -> list[Measured]:
     for i in indices:
         entry = part.entries[i]
         header = read_file_header(entry.path) if entry.path else NO_HEADER
-        picture = Picture.of(part.items([i]).x[0].numpy(), entry.file_bytes or math.nan, header)
+        picture = Picture(part.items([i]).x[0].numpy(), entry.file_bytes or math.nan, header)
         measured.append(Measured(
             {name: feature.measure(picture) for name, feature in FEATURES.items()},
             {name: word(header) if header.format else '' for name, (_, word) in TRAITS.items()},

@@ -11,7 +11,7 @@ from anomaly.attribution import METHODS, grad_cam, gradient, guided_backprop, pu
 from anomaly.density import GMM, KDE, KNN, PCAGMM, Mahalanobis, WhitenedKNN
 from anomaly.flow_density import Flow
 from anomaly.outputs import Outputs
-from anomaly.scores import MSMA_MAPS, NEED_CAPTUM, SCORES, Scoring, msma_map
+from anomaly.scores import MSMA_MAPS, NEED_CAPTUM, SCORES, Scoring
 from utils import UserError
 
 DENSITIES = {
@@ -84,7 +84,7 @@ def test_maps_of_a_score_network_in_2d_and_3d(shape, flags):
     outputs = lambda x, **more: Outputs(
         model, x, Scoring(msma_levels=3, msma_denoise=options['denoised'], **more),
         densities={'msma_knn': score.density})
-    assert score.map(outputs(x)) is None, 'none unless asked for'
+    assert not score.has_map(model, Scoring()), 'none unless asked for'
     maps = {}
     assert ('none', *METHODS) == MSMA_MAPS
     for method in METHODS:
@@ -112,5 +112,5 @@ def test_without_captum_and_without_a_differentiable_model(monkeypatch):
     with pytest.raises(UserError, match='guided needs captum: pip install -r requirements-medical'):
         Scoring(msma_map='guided')
     assert Scoring(msma_map='gradient').msma_map == 'gradient'
-    assert msma_map('msma_knn', Outputs(nn.Identity(), None, Scoring(msma_map='gradient'),
-                                        densities={'msma_knn': KNN()})) is None
+    score = next(s for s in SCORES['msma'](0) if s.name == 'msma_knn')
+    assert not score.has_map(nn.Identity(), Scoring(msma_map='gradient'))

@@ -399,8 +399,8 @@ def test_a_checkpoint_or_a_comparison():
 
 def test_every_panel_of_a_forest_plot_has_a_scale():
     """Four panels are two rows, and a shared axis would leave the upper one without numbers."""
-    lines = {str(group): [Estimate(0.8, 0.7, 0.9)] for group in range(4)}
-    figure = forest(['a'], lines, ['black'], 0.5, 'AUROC')
+    found = {str(group): {'a': Estimate(0.8, 0.7, 0.9)} for group in range(4)}
+    figure = forest(found, {}, 0.5, 'AUROC')
     figure.draw_without_rendering()
     shown = [panel for panel in figure.axes if panel.get_visible()]
     assert len(shown) == 4

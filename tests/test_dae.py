@@ -216,6 +216,8 @@ def test_a_residual_is_averaged_with_that_of_a_shifted_copy(axes, padding):
     x = known.pixels.framed(known.pixels.inside(x))
     for shift in (1, 2):            # what does not depend on the place stays, up to the last row and column
         assert torch.equal(Outputs(known, x, Scoring(residual_shift=shift)).steady_residual(), x.float())
+    with pytest.raises(UserError, match='--residual_shift 6: the images have 6 pixels along a side'):
+        Outputs(known, x, Scoring(residual_shift=6)).steady_residual()
     single = Outputs(uneven, x, Scoring()).steady_residual()
     assert torch.equal(Outputs(uneven, x, Scoring(residual_shift=2)).steady_residual(), single)
     both = known.pixels.inside(Outputs(uneven, x, Scoring(residual_shift=1)).steady_residual())

@@ -57,6 +57,12 @@ def test_a_score_of_all_runs_or_the_own_one_of_each(tmp_path):
     assert together(runs, tmp_path / 'own')['primary_score'] == expected
 
 
+def test_the_name_of_a_run_may_hold_a_plus(tmp_path):
+    runs = [run('dark+bright', Constant()), run('copy', Copy())]
+    both = 'dark+bright/reconstruction+copy/reconstruction'
+    assert together(runs, tmp_path, primary_score=both)['primary_score'] == both
+
+
 def test_further_scores_are_those_that_a_run_has(tmp_path):
     runs = [run('dark', Constant()), run('bound', gaussian())]
     result = together(runs, tmp_path, primary_score=SUM, scores=('kl_1', 'reconstruction'))

@@ -66,7 +66,8 @@ def exported(request, tmp_path_factory):
     normal.weights = fingerprint(model)
     normal.save(folder / 'thresholds.json')
     values = normal.apply(table, scores).values[primary]
-    maps, _ = final_maps(Outputs(model, x, SCORING), scores, SMOOTH)
+    mapped = [score for score in scores if score.has_map(model, SCORING)]
+    maps, _ = final_maps(Outputs(model, x, SCORING), mapped, SMOOTH)
     evaluated(folder, folder / 'out', 'export')
     return folder, model, x, values, maps
 

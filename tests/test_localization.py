@@ -237,6 +237,8 @@ def test_smoothing_spreads_a_point_within_its_image(dimensions):
     assert smoothed[0].sum().item() == pytest.approx(1) and not smoothed[1].any()
     assert smoothed[0].max().item() == pytest.approx((2 * math.pi * 4) ** (-dimensions / 2), rel=0.01)
     assert gaussian_blur(maps, 0.0) is maps
+    everywhere = torch.full_like(maps[0], 31.0 ** -dimensions)
+    torch.testing.assert_close(gaussian_blur(maps, 1e6)[0], everywhere)          # at once, too
 
 
 def disc(size, centre, radius):

@@ -53,7 +53,8 @@ def test_pairs_are_judged_against_each_other_alone(monkeypatch):
     nelbo = found.rows['nelbo']
     assert nelbo.auroc('B (matched)').value == 3 / 4 and nelbo.auroc('B').value == 7 / 8
     assert nelbo.flagged['normal like B'] == (1, 2) and nelbo.flagged['B (matched)'] == (2, 2)
-    assert found.images(found.normal('B (matched)')) == 2 and found.normal('A') == 'normal'
+    assert found.title('B (matched)') == 'Normal (2) against B (matched) (2 test images)'
+    assert found.title('A') == 'Normal (4) against A (1 test images)'
     assert found.warnings == ["A: 1 of 1 test images have a normal partner of the same exposure, too few for "
                               "--match."]
     difference, = found.differences('B (matched)')
@@ -80,7 +81,7 @@ def test_the_verdict_says_what_is_left(flipped, tmp_path):
     text = "COVID, 8 of 8 images, each with a normal one of the same exposure: the primary score nelbo"
     assert any(v['text'].startswith(text) and v['group'] == 'COVID (matched)' for v in result['verdict'])
     assert any(line.startswith(text) for line in lines)
-    assert any('normal (8) against COVID (matched) (8 test images)' in line for line in lines)
+    assert any('Normal (8) against COVID (matched) (8 test images)' in line for line in lines)
     assert any(line.startswith('Other: none of 8 test images') for line in lines)
     assert any(line.startswith('Matched: ') for line in lines)
     assert set(result['scores']) == set(json.loads((tmp_path / 'thresholds.json').read_text())['scores'])

@@ -215,7 +215,7 @@ def test_figures_are_pictures_of_a_readable_size(made):
 
 def test_text_table_is_aligned_and_has_scores_above_baselines(made):
     lines = made.lines
-    start = next(i for i, line in enumerate(lines) if 'normal (20) against COVID (8 test images)' in line)
+    start = next(i for i, line in enumerate(lines) if 'Normal (20) against COVID (8 test images)' in line)
     block = lines[start + 1:lines.index('', start)]
     assert block[0].split()[:2] == ['AUROC', '[95'] and block[0].endswith('FPR')
     names = [line.split()[0] for line in block[1:]]

@@ -19,7 +19,7 @@ from toy_volumes import LESION, SHAPE, Mean, make_volumes
 
 from anomaly.metrics import wilson_interval
 from anomaly.report.gallery import case_pictures
-from anomaly.report.page import Prediction, write_predictions
+from anomaly.report.page import write_predictions
 from anomaly.scoring import Case
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -358,7 +358,8 @@ def test_a_worklist_is_sorted_and_its_pictures_are_enlarged_in_the_files_resolut
     fine = np.kron(np.arange(9).reshape(3, 3), np.ones((16, 16)))[None] / 9                    # (1, 48, 48)
     case = Case(-1, fine[:, ::3, ::3], None, np.eye(16), None, above=np.eye(16) > 0, original=fine)
     look = {'cmap': 'inferno', 'vmin': 0, 'vmax': 1}
-    files = [Prediction('b.png', 7.0, 99.0, True), Prediction('a.png', 1.0, 20.0, False)]
+    files = [{'id': 'b.png', 'class': '', 'place': 1, 'outcome': 'flagged', 'score': '7', 'percentile': '99'},
+             {'id': 'a.png', 'class': '', 'place': 2, 'outcome': 'clear', 'score': '1', 'percentile': '20'}]
     result = {'primary_score': 'nelbo', 'map_score': 'nelbo', 'about': 'negative ELBO', 'data': 'new',
               'models': [], 'date': '', 'commit': '', 'command': 'evaluate.py', 'num_flagged': 1,
               'num_scored': 2, 'num_unreadable': 1, 'passed_over': 0, 'num_learned': 0, 'threshold': 5.0,

@@ -22,43 +22,43 @@ from utils import UserError
 
 def test_features_worked_by_hand():
     ramp = np.tile(np.linspace(0.1, 0.9, 20), (20, 1))[None]             # (1, 20, 20), dark to bright
-    assert symmetry(Picture.of(ramp)) == approx(-1) and noise(Picture.of(ramp)) == approx(0, abs=1e-9)
-    mirror = Picture.of(np.concatenate([ramp, ramp[:, :, ::-1]], 2))
+    assert symmetry(Picture(ramp)) == approx(-1) and noise(Picture(ramp)) == approx(0, abs=1e-9)
+    mirror = Picture(np.concatenate([ramp, ramp[:, :, ::-1]], 2))
     assert symmetry(mirror) == approx(1)
     steep = ramp + np.linspace(0, 0.1, 20)[:, None]                      # no line of it has one value
-    assert Picture.of(steep).bars == 0 and Picture.of(steep).content.shape == (20, 20)
-    framed_ramp = Picture.of(np.pad(steep, ((0, 0), (5, 5), (0, 0))))
+    assert Picture(steep).bars == 0 and Picture(steep).content.shape == (20, 20)
+    framed_ramp = Picture(np.pad(steep, ((0, 0), (5, 5), (0, 0))))
     assert framed_ramp.bars == approx(100 * 10 / 60) and framed_ramp.content.shape == (20, 20)
-    uniform = Picture.of(np.full((1, 8, 8), 0.5))
+    uniform = Picture(np.full((1, 8, 8), 0.5))
     assert uniform.bars == 0 and symmetry(uniform) == 0
     disc = np.zeros((1, 20, 20))
     disc[:, 1:-1, 1:-1] = 0.5
-    assert border(Picture.of(disc)) == approx(-50)
+    assert border(Picture(disc)) == approx(-50)
     assert IMMERKAER.sum() == 0 and np.abs(IMMERKAER.sum(0)).sum() == 0
 
 
 def test_noise_and_sharpness_do_not_depend_on_contrast_or_brightness():
     rng = np.random.default_rng(0)
     white = 0.5 + 0.05 * rng.standard_normal((1, 200, 200))
-    assert noise(Picture.of(white)) == approx(100, rel=0.02)             # noise is all there is
-    assert sharpness(Picture.of(white)) == approx(20, rel=0.05)          # the kernel's squares: 4 x 1 + 4 x 4
+    assert noise(Picture(white)) == approx(100, rel=0.02)             # noise is all there is
+    assert sharpness(Picture(white)) == approx(20, rel=0.05)          # the kernel's squares: 4 x 1 + 4 x 4
     soft = draw(rng)[None] / 255
     for feature in (noise, sharpness, symmetry):
-        assert feature(Picture.of(0.5 * soft + 0.3)) == approx(feature(Picture.of(soft)), rel=1e-6)
+        assert feature(Picture(0.5 * soft + 0.3)) == approx(feature(Picture(soft)), rel=1e-6)
 
 
 def test_features_of_volumes_worked_by_hand():
     x = np.zeros((1, 8, 8, 8), np.float32)
     x[0, 2:6, 2:6, 2:6] = np.random.default_rng(0).random((4, 4, 4))
     mirrored = np.maximum(x, x[:, ::-1])
-    volume, even = Picture.of(x), Picture.of(mirrored)
+    volume, even = Picture(x), Picture(mirrored)
     assert volume.content.shape == (4, 4, 4) and volume.bars == 50
     assert FEATURES['mean'].measure(volume) == approx(100 * x[0, 2:6, 2:6, 2:6].mean())
     assert symmetry(even) == approx(1) and symmetry(volume) < 0.5
     # the outer 5 % are one voxel, all 0: minus the mean of the inner 6 x 6 x 6, of which 4 x 4 x 4 are not 0
     assert border(volume) == approx(-100 * x.sum() / 6 ** 3)
     slope = np.add.outer(np.arange(8), np.arange(8))[..., None].repeat(8, 2)[None] / 14
-    assert FEATURES['noise'].measure(Picture.of(slope)) == approx(0)          # a slope has no noise
+    assert FEATURES['noise'].measure(Picture(slope)) == approx(0)          # a slope has no noise
 
 
 @pytest.mark.parametrize('options, mode, pixels, encoder', [

@@ -1,7 +1,6 @@
 """Segmentations of DICOM images as DICOM segmentation objects, by highdicom (requirements-formats.txt).
 
-An object refers to its image and takes over its patient and study, as viewers need them to lay it over the
-image. It goes where the image may go, and no further.
+An object takes over the patient and study of its image, as viewers need them to lay it over the image.
 """
 
 import importlib.util

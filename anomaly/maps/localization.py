@@ -120,14 +120,11 @@ def localize(masks: np.ndarray, maps: np.ndarray, threshold: float, *, counted: 
     """METRICS of the anomaly maps of one score against lesion masks, of normal and of anomalous images.
 
     `masks` (N, *S) bool, `maps` (N, *S) float, NaN and infinities above all others; `threshold` from normal
-    validation images (`pixel_threshold`); `counted` (N, *S) bool leaves out the other pixels. Lesions and
-    regions are connected, diagonal neighbors included. AUROC and AUPRC equal scikit-learn's.
+    validation images (`pixel_threshold`); `counted` (N, *S) bool leaves out the other pixels.
 
-    Intervals are the 2.5 and 97.5 percentiles of a bootstrap over images, with lesions and without each
-    among themselves. The same draws serve all maps of the same masks. For the four metrics of a curve they
-    come from the maps in BINS bins of equal numbers of pixels, half of them lesions'; what the bins change in
-    the value itself is subtracted. Raises UserError for shapes that differ, and without lesion pixels or
-    without normal ones.
+    Intervals are those of `draw`. For the four metrics of a curve they come from the maps in BINS bins of
+    equal numbers of pixels, half of them lesions'; what the bins change in the value itself is subtracted.
+    Raises UserError for shapes that differ, and without lesion pixels or without normal ones.
     """
     masks, counted = np.asarray(masks, bool), np.ones(masks.shape, bool) if counted is None else counted
     if not masks.shape == maps.shape == counted.shape:
@@ -184,9 +181,8 @@ def count(predicted: np.ndarray, mask: np.ndarray) -> Counts:
 
 
 def draw(has_lesion: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """How often each of N images counts: (1 + R, N). Row 0 has each once, the others are resamples.
-
-    Images with lesions, (N,) bool, are drawn among themselves, the others too.
+    """How often each of N images counts: (1 + R, N). Row 0 has each once, the others are bootstrap resamples
+    of the images with lesions, (N,) bool, and of the others, each among themselves.
     """
     resamples = Resamples.draw(int((~has_lesion).sum()), int(has_lesion.sum()), number, seed)
     drawn = np.empty((1 + number, len(has_lesion)), np.float32)

@@ -49,15 +49,14 @@ class Spread(NamedTuple):
 
 def final_maps(outputs: Any, scores: Iterable[Any],
                config: MapConfig) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """The maps (B, *S) of the scores that have one for this model as they are evaluated and drawn, smoothed
-    and 0 outside the body; and the body (B, *S) bool, None without --body_mask.
+    """The maps (B, *S) of scores as they are evaluated and drawn, smoothed and 0 outside the body; and the
+    body (B, *S) bool, None without --body_mask.
     """
     inside = body(outputs.x.float().cpu().numpy(), config.body_mask) if config.body_mask else None
-    maps = {score.name: score.map(outputs) for score in scores if score.map}
-    smooth = {name: gaussian_blur(values.float(), config.map_smoothing)[:, 0].cpu().numpy()
-              for name, values in maps.items() if values is not None}
+    maps = {score.name: gaussian_blur(score.map(outputs).float(), config.map_smoothing)[:, 0].cpu().numpy()
+            for score in scores}
     return {name: values if inside is None else np.where(inside, values, 0)
-            for name, values in smooth.items()}, inside
+            for name, values in maps.items()}, inside
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
@@ -66,7 +65,8 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     A product of matrices for each axis: operations on tensors alone, so that a score can be exported.
     """
     for axis in range(2, x.ndim) if sigma else ():
-        kernel = ndimage.gaussian_filter1d(np.eye(x.shape[axis]), sigma, axis=0)
+        # One ten times as wide as the image is even to the last digit; wider ones take minutes.
+        kernel = ndimage.gaussian_filter1d(np.eye(x.shape[axis]), min(sigma, 10 * x.shape[axis]), axis=0)
         smooth = x.double().movedim(axis, -1) @ torch.from_numpy(kernel.T.copy()).to(x.device)
         x = smooth.movedim(-1, axis).to(x.dtype)
     return x

@@ -4,7 +4,7 @@
 trivial baseline.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,10 @@ def group_table(result: dict[str, Any], judgement: Judgement, group: str) -> Rep
     def fact(name: str, form: str) -> Column:
         runs = result['runs']
         return Column(name, lambda row: form.format(**runs[row.run]) if row.run else None)
-    title = (f"Normal ({judgement.images(judgement.normal(group))}) against {group_title(group)} "
-             f"({judgement.images(group)} test images)")
     metrics = tables.metric_columns(METRICS, lambda row: row.metrics[group], interval=True)
-    return tables.score_table(title, [*metrics, fact('s/image', '{seconds_per_image:.2g}'),
-                               fact('parameters', '{parameters:,}')], judgement.rows.values())
+    return tables.score_table(judgement.title(group), [
+        *metrics, fact('s/image', '{seconds_per_image:.2g}'), fact('parameters', '{parameters:,}')],
+        judgement.rows.values())
 
 
 def difference_table(judgement: Judgement, group: str) -> ReportTable:
@@ -121,7 +120,8 @@ def csv_rows(result: dict[str, Any], judgement: Judgement) -> Iterator[dict[str,
         pixels = {f'pixel_{metric.name}': found.get(metric.name, tables.MISSING)
                   for metric in localization.METRICS}
         for group in judgement.shown_groups:
-            normal, anomalous = row.flagged[judgement.normal(group)], row.flagged[group]
+            normal = row.flagged[judgement.groups[group].normal_name]
+            anomalous = row.flagged[group]
             yield {'row': row.name, 'run': row.run, 'kind': row.kind, 'primary': int(row.primary),
                    'group': group, 'normal_images': normal.total, 'anomalous_images': anomalous.total,
                    **row.metrics[group], **(pixels if masks else {}), 'threshold': row.threshold,
@@ -133,37 +133,34 @@ def csv_rows(result: dict[str, Any], judgement: Judgement) -> Iterator[dict[str,
 
 def forest_figure(judgement: Judgement) -> Any:
     """AUROC and its 95 % interval of every row, one panel a group; models in color, baselines in gray."""
-    rows = list(judgement.rows.values())
-    runs = list(dict.fromkeys(row.run for row in rows))
-    colors = [COLORS[runs.index(row.run) % len(COLORS)] if row.run else FAINT for row in rows]
-    lines = {group: [row.auroc(group) for row in rows] for group in judgement.shown_groups}
-    return forest([f'{row.name} *' if row.primary else row.name for row in rows], lines, colors, 0.5,
-                  'AUROC, 95 % interval')
+    rows = {f'{row.name} *' if row.primary else row.name: row for row in judgement.rows.values()}
+    runs = list(dict.fromkeys(row.run for row in rows.values()))
+    colors = {name: COLORS[runs.index(row.run) % len(COLORS)] if row.run else FAINT
+              for name, row in rows.items()}
+    return forest({group: {name: row.auroc(group) for name, row in rows.items()}
+                   for group in judgement.shown_groups}, colors, 0.5, 'AUROC, 95 % interval')
 
 
 def difference_figure(judgement: Judgement) -> Any | None:
     """Paired differences of AUROC with their 95 % intervals, one panel a group; None if there are none."""
-    found = {group: judgement.differences(group) for group in judgement.shown_groups}
-    if not any(found.values()):
-        return None
-    # the best baseline, and with it the names, may differ from group to group
-    names = list(dict.fromkeys(f'{d.first.name} - {d.rival}' for some in found.values() for d in some))
-    by_name = {group: {f'{d.first.name} - {d.rival}': d.estimate for d in some}
-               for group, some in found.items()}
-    lines = {group: [known.get(name) for name in names] for group, known in by_name.items()}
-    return forest(names, lines, [COLORS[0]] * len(names), 0.0, 'difference of AUROC, 95 % interval')
+    found = {group: {f'{d.first.name} - {d.rival}': d.estimate for d in judgement.differences(group)}
+             for group in judgement.shown_groups}
+    return forest(found, {}, 0.0, 'difference of AUROC, 95 % interval') if any(found.values()) else None
 
 
-def forest(names: Sequence[str], lines: dict[str, Sequence[Estimate | None]], colors: Sequence[str],
-           neutral: float, unit: str) -> Any:
-    """An estimate with its 95 % interval for each name, one panel a group; dashed, where nothing differs."""
-    figure, panels = panel_grid(len(lines), (3.4, 0.24 * len(names) + 0.9), (1.6, 0), sharex=True,
+def forest(found: Mapping[str, Mapping[str, Estimate]], colors: Mapping[str, str], neutral: float,
+           unit: str) -> Any:
+    """Estimates by name with their 95 % intervals, one panel a group; dashed, where nothing differs. The
+    names may differ from group to group, as the best baseline does.
+    """
+    names = list(dict.fromkeys(name for estimates in found.values() for name in estimates))
+    figure, panels = panel_grid(len(found), (3.4, 0.24 * len(names) + 0.9), (1.6, 0), sharex=True,
                                 sharey=True)
-    for (group, estimates), panel in zip(lines.items(), panels):
-        for height, (one, color) in enumerate(zip(estimates, colors)):
-            if one is not None:
-                panel.plot([one.low, one.high], [height, height], color=color, lw=2.2)
-                panel.plot(one.value, height, color=color, marker='o', ms=5)
+    for (group, estimates), panel in zip(found.items(), panels):
+        for name, one in estimates.items():
+            height, color = names.index(name), colors.get(name, COLORS[0])
+            panel.plot([one.low, one.high], [height, height], color=color, lw=2.2)
+            panel.plot(one.value, height, color=color, marker='o', ms=5)
         panel.axvline(neutral, color=INK, lw=0.8, dashes=(4, 2), zorder=0)
         style(panel, group_title(group))
         panel.set_yticks(range(len(names)), names)

@@ -38,9 +38,12 @@ def new_figure(width: float, height: float, layout: str | None = 'constrained') 
 
 
 def keep(drawn: dict[str, Any], out: Path) -> dict[str, str]:
-    """Writes figures/NAME.png and NAME.svg of each figure that there is; returns the SVGs by name, their ink
-    the color of the text around them.
+    """Writes figures/NAME.png and NAME.svg of each figure that there is, and removes those of an earlier call
+    of the others; returns the SVGs by name, their ink the color of the text around them.
     """
+    for name in (name for name, figure in drawn.items() if figure is None):
+        for ending in ('png', 'svg'):
+            (out / 'figures' / f'{name}.{ending}').unlink(missing_ok=True)
     return {name: keep_one(figure, out, name) for name, figure in drawn.items() if figure is not None}
 
 

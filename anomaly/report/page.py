@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from anomaly.judge import Judgement, group_title
 from anomaly.maps import localization, segmentation
@@ -36,16 +36,14 @@ SEGMENTATION_NOTE = ("Means over the volumes with a lesion; PPV and distances wi
 
 def group_table(judgement: Judgement, group: str) -> ReportTable:
     """All metrics of all scores against one group; the page marks the model score with the largest AUROC."""
-    normal = judgement.normal(group)
     auroc, *others = metric_columns(METRICS, lambda row: row.metrics.get(group, {}))
     columns = [replace(auroc, title=f'{auroc.title} [95 % interval]', interval=True),
                replace(auroc, title='0 · 0.5 · 1', look='bar'), *others,
                Column('sensitivity', lambda row: row.flagged[group]),
-               Column('FPR', lambda row: row.flagged[normal])]
+               Column('FPR', lambda row: row.flagged[judgement.groups[group].normal_name])]
     highest = max((row for row in judgement.rows.values() if row.kind == 'model' and row.metrics),
                   key=lambda row: row.auroc(group).value, default=None)
-    return score_table(f"normal ({judgement.images(normal)}) against {group_title(group)} "
-                       f"({judgement.images(group)} test images)", columns, judgement.rows.values(),
+    return score_table(judgement.title(group), columns, judgement.rows.values(),
                        lambda row: ('highest',) if row is highest else ())
 
 
@@ -133,13 +131,13 @@ def write(out: Path, result: dict[str, Any], judgement: Judgement, validation: A
     cases; `history` is what training logged.
     """
     primary, groups = judgement.primaries[0], judgement.shown_groups
-    drawn = {kind: figures.curve_figure(judgement, test, kind)
-             for kind in figures.CURVES if judgement.has_metrics}
+    drawn = {kind: figures.curve_figure(judgement, test, kind) if judgement.has_metrics else None
+             for kind in figures.CURVES}
     drawn |= {'histograms': figures.histogram_figure(judgement, validation, test),
               'levels': figures.level_figure(judgement, test, lk_is_elbo=result['iw_samples_lk'] == 1),
               'training': figures.training_figure(history)}
-    if num_cases and test.cases:                     # as a file; the page has them in its gallery
-        figures.keep({'cases': case_figure(primary, validation, test, num_cases)}, out)
+    cases = case_figure(primary, validation, test, num_cases) if num_cases and test.cases else None
+    figures.keep({'cases': cases}, out)              # as a file; the page has them in its gallery
     write_page(
         out / 'report.html', 'report.html.j2', ('gallery.js', 'report.js'), result=result,
         judgement=judgement, primary=primary, threshold=finite(primary.threshold), groups=groups,
@@ -183,23 +181,12 @@ def page_data(judgement: Judgement, validation: Any, test: Any) -> dict[str, Any
 
 # ----------------------------------------------------------------------------------------------- predictions
 
-class Prediction(NamedTuple):
-    """A file that was read, as a row of the worklist: its score, percentile and call."""
-    id: str
-    score: float
-    percentile: float        # among normal validation images
-    flagged: bool
-
-
-def write_predictions(out: Path, result: dict[str, Any], files: Sequence[Prediction],
+def write_predictions(out: Path, result: dict[str, Any], rows: Sequence[dict[str, Any]],
                       errors: Mapping[str, str], cards: Mapping[str, dict[str, Any]],
                       look: dict[str, Any]) -> None:
-    """Writes predictions.html. `files` are those that could be read, by falling score, `errors` tell of the
-    others; `cards` are pictures by id, `look` the colors of their maps.
+    """Writes predictions.html. `rows` are the files that could be read (see predict.sorted_files), `errors`
+    tell of the others; `cards` are pictures by id, `look` the colors of their maps.
     """
-    rows = [{'id': file.id, 'class': '', 'place': rank, 'outcome': 'flagged' if file.flagged else 'clear',
-             'score': short_number(file.score), 'percentile': f'{file.percentile:.0f}'}
-            for rank, file in enumerate(files, 1)]
     worklist = ReportTable('Worklist', [
         Column('file', lambda row: Label(row['id'])), Column('call', lambda row: CALLS[row['outcome']]),
         Column(result['primary_score'], lambda row: row['score']),
