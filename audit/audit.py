@@ -93,7 +93,7 @@ def compare(first: Sequence[Measured], second: Sequence[Measured], num_bootstrap
 
     'features': {name: {'cause', 'auroc', 'low', 'high'}}, a trait as 'format=JPEG' with its 'word' and
     'shares'; 'combined': the same of a logistic regression on all of them, cross-validated; None if all are
-    constant, or a group comes from one patient.
+    constant, or too few patients make up a group.
     """
     resamples = Resamples.draw(len(first), len(second), num_bootstrap, seed)
     columns = {name: ({'cause': feature.cause}, [column(group, name) for group in (first, second)])
@@ -110,7 +110,7 @@ def compare(first: Sequence[Measured], second: Sequence[Measured], num_bootstrap
         x = np.stack([np.concatenate(pair) for _, pair in varied.values()], 1)               # (N, features)
         patients = [image.group for image in (*first, *second)]
         scores = classify(x, np.arange(len(x)) >= len(first), patients, folds, seed)
-        combined = auroc(scores[:len(first)], scores[len(first):], resamples)
+        combined = None if scores is None else auroc(scores[:len(first)], scores[len(first):], resamples)
     return {'images': [len(first), len(second)], 'features': rows, 'combined': combined}
 
 
@@ -133,14 +133,16 @@ def common_words(first: Sequence[Measured], second: Sequence[Measured]) -> list[
     return chosen
 
 
-def classify(x: np.ndarray, y: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
+def classify(x: np.ndarray, y: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> np.ndarray | None:
     """Scores (N,) of the rows of x (N, features), each from a logistic regression on y (N,) bool that has not
-    seen the row or others of its group.
+    seen the row or others of its group; None where without a fold only one value of y is left.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    splits = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    return cross_val_predict(model, x, y, groups=groups, cv=splits, method='decision_function')
+    splits = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, groups))
+    if any(len(np.unique(y[rest])) < 2 for rest, _ in splits):
+        return None
+    return cross_val_predict(model, x, y, cv=splits, method='decision_function')

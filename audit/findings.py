@@ -79,9 +79,10 @@ def class_findings(comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> 
         row, also = rows[best], [f'{name} {strength(rows[name]):.2f}' for name in others[:NAMED]]
         found.append(Finding(
             severity(row, 'class'), cause,
-            f"{subject(best, row)} alone tells {second} from {first} images with AUROC {with_interval(row)}: "
-            f"{difference(best, comparison, groups)}{'; also ' * bool(also)}{', '.join(also)}. A model that "
-            f"reaches this may have learned {facts.learned}", facts.advice, strength(row), second))
+            f"The {subject(best, row)} alone tells {second} from {first} images with AUROC "
+            f"{with_interval(row)}: {difference(best, comparison, groups)}{'; also ' * bool(also)}"
+            f"{', '.join(also)}. A model that reaches this may have learned {facts.learned}",
+            facts.advice, strength(row), second))
     if row := comparison['combined']:
         level = severity(row, 'class')
         found.append(Finding(
@@ -106,7 +107,7 @@ def part_findings(comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> l
     if level == 'fine':
         return [Finding('fine', PART, f"The {TESTED} are like the {LEARNED}: no trivial feature tells them "
                         f"apart, every AUROC is near 0.5, as it should be.{together}")]
-    named = '; '.join(f"{subject(name, rows[name]).lower()} {with_interval(rows[name])}"
+    named = '; '.join(f"the {subject(name, rows[name])} {with_interval(rows[name])}"
                       for name in different[:NAMED])
     allowed = max(1, int(binom.ppf(0.95, len(rows), BY_CHANCE)))
     by_chance = level == 'moderate' and len(different) <= allowed and (
@@ -121,7 +122,7 @@ def part_findings(comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> l
 
 
 def subject(name: str, row: Row) -> str:
-    return f"The {name.partition('=')[0]} of the file" if 'word' in row else f"The {FEATURES[name].about}"
+    return f"{name.partition('=')[0]} of the file" if 'word' in row else FEATURES[name].about
 
 
 def difference(name: str, comparison: Mapping[str, Any], groups: Mapping[str, Any]) -> str:

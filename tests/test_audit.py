@@ -205,6 +205,8 @@ def test_patients_stay_together_in_the_regression():
     together = classify(x, y, [str(p) for p in patients], 5, 0)
     right = lambda scores: ((scores > 0) == y).mean()
     assert right(alone) == 1 and right(together) < 0.7
+    both = ['one'] * 25 + [f'few {i % 2}' for i in range(5)]            # 'one' has nearly all of both kinds
+    assert classify(x[:30], np.arange(30) % 23 == 0, both, 2, 0) is None
 
 
 # ------------------------------------------------------------------------------------------------ small parts
@@ -268,6 +270,9 @@ def test_what_chance_brings_is_told_from_what_it_does_not():
     # Of ten features, independent ones, two or more differ by chance in 9 % of all splits, three in 1 %.
     many = lambda number: {name: apart if i < number else alike for i, name in enumerate([*FEATURES][:10])}
     assert of(alike, **many(2)) == ('moderate', True) and of(alike, **many(3)) == ('moderate', False)
+    row = {'auroc': 0.9, 'low': 0.8, 'high': 1.0, 'cause': 'detail'}
+    (found,) = part_findings({'features': {'png_size': row}, 'combined': None}, {})
+    assert "0.5: the size as a PNG at the model's resolution 0.90" in found.text
 
 
 def test_words_that_are_compared():
