@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from anomaly import metrics
 from anomaly.choice import choose_map, choose_primary
@@ -34,6 +33,7 @@ from anomaly.scores import Score, Selection
 from anomaly.scoring import Batches, Case, Table, pictures, score_images
 from datasets import preparation
 from distributed import launch
+from distributed.progress import progress
 from readers.images.decode import decode, from_size
 from readers.parallel import in_order
 from readers.paths import file_content, passed_line
@@ -77,7 +77,7 @@ class NewFiles:
         mine = chunks[launch.rank()::launch.world()]
         files = (self.files[name] for chunk in mine for name in chunk)
         images = in_order(self.prepared.loader.load, files, MAX_THREADS)
-        for chunk in tqdm(mine, title, unit='batch', leave=False, disable=launch.rank() > 0 or None):
+        for chunk in progress(mine, title, len(mine)):
             found = dict(zip(chunk, images))
             self.errors |= {name: why for name, why in found.items() if isinstance(why, str)}
             loaded = {name: image for name, image in found.items() if name not in self.errors}

@@ -20,6 +20,7 @@ from anomaly.maps.postprocessing import Maps, final_maps
 from anomaly.outputs import Outputs
 from anomaly.scores import Score, Scoring
 from distributed import launch
+from distributed.progress import progress
 from readers.batches import eval_batches
 from readers.body import body
 from readers.parts import Batch
@@ -138,13 +139,12 @@ def pictures(model: Any, batches: Batches, score: Score | None, normal: Any) -> 
 
 def part_batches(part: Any, batch_size: int, title: str, workers: int = 0) -> Batches:
     """This rank's batches of a part, behind a progress bar. Raises ValueError if an id occurs twice."""
-    from tqdm import tqdm
     entries = {entry.id: entry for entry in part.entries}
     if len(entries) != len(part.entries):
         raise ValueError(f"the {title} part has {len(part.entries)} images but {len(entries)} ids.")
     batches = eval_batches(part, batch_size, workers=workers)
     total = len(range(launch.rank(), -(-len(part.entries) // batch_size), launch.world()))
-    for _, batch in tqdm(batches, title, total, leave=False, unit='batch', disable=launch.rank() > 0 or None):
+    for _, batch in progress(batches, title, total):
         yield [entries[i] for i in batch.id], batch
 
 

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from datasets import Data, DataConfig
 from distributed import launch
+from distributed.progress import progress
 from evaluation.config import FidConfig, NetworkConfig
 from evaluation.run import Evaluation
 from evaluation.sampling import SAMPLE_BATCH, prepare, samples
@@ -270,8 +270,7 @@ def measure_samples(model: Any, features: Features, number: int, batch_size: int
 
 
 def _progress(batches: Iterable[Tensor], number: int, batch_size: int, title: str) -> Iterator[Tensor]:
-    return tqdm(batches, title, -(-number // (batch_size * launch.world())), leave=False,
-                disable=None if launch.is_main() else True)
+    return progress(batches, title, -(-number // (batch_size * launch.world())))
 
 
 # -------------------------------------------------------------------------------------------- their distance

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
-from tqdm import tqdm
 
 from datasets import DATASETS, Data, DataConfig, load_data
 from distributed import launch
+from distributed.progress import progress
 from distributions import Pixels
 from evaluation.config import run_folder
 from model import Model, open_model, place
@@ -141,7 +141,7 @@ class Evaluation:
         number = min(len(part), most or len(part))
         batches = takewhile(lambda item: item[0] * self.batch_size < number, batches)
         total = -(-number // (self.batch_size * launch.world()))
-        return tqdm(batches, self.part, total, leave=False, disable=None if launch.is_main() else True)
+        return progress(batches, self.part, total)
 
     def first_images(self, number: int) -> tuple[Tensor, list[str]]:
         """The first images (number, C, *S) of the part, on the device, and their ids."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
+from distributed.progress import progress
 from readers.config import FINISHED
 from utils import UserError, temporary_name, write_atomically, write_json
 
@@ -29,7 +29,7 @@ def write_set(root: Path, parameters: dict, note: str, files: Mapping[str, Calla
     try:
         root.mkdir(parents=True, exist_ok=True)
         write_atomically(root / 'README.txt', lambda p: p.write_text(note))
-        for name in tqdm(names, 'drawing synthetic phantoms', disable=None, leave=False):
+        for name in progress(names, 'drawing synthetic phantoms', len(names), 'phantom'):
             if not (root / name).exists():
                 files[name](root / name)
         table()

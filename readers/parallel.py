@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from distributed.progress import progress
 from readers.source import Unreadable
 
 AHEAD = 4                # results per thread that wait in memory
@@ -49,6 +50,5 @@ def in_order(work: Callable[[S], T], items: Iterable[S], threads: int = 0) -> It
 
 
 def attempt(work: Callable[[S], T], items: Sequence[S], title: str, threads: int = 0) -> list[T | str]:
-    """All of `in_order`, with a progress bar."""
-    from tqdm import tqdm
-    return list(tqdm(in_order(work, items, threads), title, len(items), disable=None, leave=False))
+    """All of `in_order`, which says how far it is."""
+    return list(progress(in_order(work, items, threads), title, len(items), 'item'))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from datasets import DataConfig
 from distributed import launch
+from distributed.progress import is_due
 from model import describe, family_config
 from storage.checkpoint import copies, not_finite, read_checkpoint, save_checkpoint
 from storage.locks import clear_leftovers, only_process
@@ -120,11 +122,13 @@ def read_resumable(run: RunConfig, args: Namespace) -> dict[str, Any] | None:
 
 
 class Progress:
-    """The progress bar, the speed, and the mean of a metric, nelbo or loss, over the epoch so far."""
+    """The progress bar, in a log a line a minute; the speed, and the mean of a metric, nelbo or loss, over
+    the epoch so far.
+    """
 
     def __init__(self, metric: str, step: int, end: int):
         self.metric, self.values, self.images, self.since = metric, [], 0, time.perf_counter()
-        self.means = ''
+        self.step, self.end, self.told, self.means = step, end, time.monotonic(), ''
         self.bar = tqdm(total=end, initial=step, unit='step', dynamic_ncols=True,
                         disable=None if launch.is_main() else True)
 
@@ -132,13 +136,18 @@ class Progress:
         """Counts a step of this many images."""
         self.values.append(float(logs[f'train/{self.metric}_iter']))
         self.images += images
-        self.bar.set_postfix_str(f'{self.metric} {self.values[-1]:.5g}{self.means}', refresh=False)
+        self.step += 1
+        words = f'{self.metric} {self.values[-1]:.5g}{self.means}'
+        self.bar.set_postfix_str(words, refresh=False)
         self.bar.update()
+        if launch.is_main() and self.bar.disable and is_due(self.told):
+            self.told = time.monotonic()
+            print(f'step {self.step:,} of {self.end:,}: {words}', file=sys.stderr, flush=True)
 
     def go_back(self, step: int) -> None:
         """The run goes on from an earlier step: the epoch is counted from there."""
         self.values.clear()
-        self.bar.n = step
+        self.step = self.bar.n = step
         self.bar.refresh()
 
     def mean(self) -> float:
