@@ -2,8 +2,8 @@
 
 LMDB keeps no checksums of its pages: liblmdb follows a damaged page number out of the file and is killed.
 `python child.py PATH` answers each request with a pickle on stdout, or with a text that says why it cannot.
-Requests are pickles on stdin: ('get', key) for the value, None if it is not there; ('length',) for the number
-of entries; ('keys',) for all keys. It imports lmdb and little else: it has to start in no time.
+Requests are pickles on stdin, the name of a method of Reader and its arguments: ('get', key). It imports lmdb
+and little else: it has to start in no time.
 """
 
 import itertools
@@ -22,6 +22,7 @@ class Reader:
         self.environment = lmdb.open(path, subdir=folder, readonly=True, lock=False, readahead=False)
 
     def get(self, key: bytes) -> bytes | str | None:
+        """The value of a key; None if it is not there."""
         with self.environment.begin(buffers=True) as transaction:
             value = transaction.get(key)
             if value is not None and len(value) > self.most:
@@ -29,7 +30,13 @@ class Reader:
             return None if value is None else bytes(value)
 
     def length(self) -> int:
+        """The number of entries."""
         return self.environment.stat()['entries']
+
+    def check_whole(self) -> None:
+        expected = (self.environment.info()['last_pgno'] + 1) * self.environment.stat()['psize']
+        if self.most < expected:
+            raise lmdb.Error(f'it is cut off: it has {self.most:,} of {expected:,} bytes')
 
     def keys(self) -> list[bytes]:
         with self.environment.begin() as transaction, transaction.cursor() as cursor:

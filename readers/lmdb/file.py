@@ -6,7 +6,6 @@ A path is the folder that holds data.mdb, or the file itself.
 import itertools
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import threading
@@ -24,7 +23,6 @@ from readers.source import Unreadable
 from utils import UserError
 
 MAGIC = bytes.fromhex('dec0efbe')        # in the first page
-PAGE_SIZE_AT, LAST_PAGE_AT = 40, 136     # bytes into an LMDB, and into each of its first two pages
 BLOCK = 256                             # records in a transaction of make_lmdb: what a kill can lose
 FIRST_MAP = 64 << 20                    # bytes; doubled whenever a transaction does not fit
 MOST_ENDS = 20                          # reading processes that a file may end before the rest is given up
@@ -37,25 +35,6 @@ def data_file(path: str | Path) -> Path:
 def is_lmdb(path: str | Path) -> bool:
     """Whether there is an LMDB at `path`: a file that begins like one."""
     return (first_bytes(data_file(path)) or b'')[16:20] == MAGIC
-
-
-def check_whole(path: str | Path) -> None:
-    """Raises UserError if an LMDB ends before its last page: reading there ends the process (SIGBUS).
-
-    Of the two pages that describe it (MDB_meta in LMDB's mdb.c), the one of the later transaction counts.
-    """
-    path = data_file(path)
-    with path.open('rb') as file:
-        head = file.read(PAGE_SIZE_AT + 4).ljust(PAGE_SIZE_AT + 4, b'\0')
-        page_size, = struct.unpack_from('<I', head, PAGE_SIZE_AT)
-        described = []
-        for start in (0, page_size):
-            file.seek(start + LAST_PAGE_AT)
-            last, transaction = struct.unpack('<QQ', file.read(16).ljust(16, b'\0'))
-            described.append((transaction, last))
-        expected, found = (max(described)[1] + 1) * page_size, file.seek(0, os.SEEK_END)
-    if found < max(expected, 2 * page_size, 1):
-        raise UserError(f"{path} is cut off: it has {found:,} of {expected:,} bytes. Copy or make it anew.")
 
 
 class Closing(AbstractContextManager):
@@ -109,6 +88,10 @@ class Lmdb(Closing):
     def get(self, key: bytes) -> bytes | None:
         """The value of a key; None if it is not there. Raises Unreadable if the file is damaged there."""
         return self._ask('get', key)
+
+    def check_whole(self) -> None:
+        """Raises Unreadable if the file ends before its last page: reading there would end the child."""
+        self._ask('check_whole')
 
     def keys(self) -> list[bytes]:
         """All keys, in their order. Raises Unreadable."""

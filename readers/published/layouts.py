@@ -14,7 +14,7 @@ import numpy as np
 
 from readers.cache import cached_files, stamp
 from readers.config import DataSet, ReaderConfig
-from readers.lmdb.file import Lmdb, check_whole, data_file, is_lmdb, refused, unfinished
+from readers.lmdb.file import Lmdb, data_file, is_lmdb, refused, unfinished
 from readers.paths import find_root
 from readers.published.records import Decoding, FileStore, LazyImages, LmdbStore, Records, Store
 from readers.source import Array, Source
@@ -72,7 +72,8 @@ def _stores(config: ReaderConfig, row: DataSet, layout: Layout) -> list[Store]:
             raise UserError(f"{path} {state}. {row.where}")
         if not is_lmdb(path):
             raise UserError(f"{path} is not an LMDB: expected a folder with data.mdb. {row.where}")
-        check_whole(path)
+        with refused(path), Lmdb(path) as records:
+            records.check_whole()
     return [LmdbStore(part, root / name, _keys(root / name, config.cache_dir) if layout.listed else None)
             for part, name in names.items()]
 
