@@ -156,6 +156,15 @@ def test_metaimage_and_nrrd(name, tmp_path):
         read_nifti(tmp_path / name)
 
 
+def test_a_damaged_header_is_one_line(tmp_path, caplog):
+    data = bytearray(nib.Nifti1Image(np.zeros((2, 2, 2), np.float32), np.eye(4)).to_bytes())
+    data[:4], data[70:72] = bytes(4), b'\x0f\x27'               # the length of the header, the type of voxels
+    (tmp_path / 'a.nii').write_bytes(data)
+    with pytest.raises(Unreadable, match=r'cannot be decoded \(data code 9999 not recognized\)'):
+        read_nifti(tmp_path / 'a.nii')
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize('name, before, after', [
     ('a.mha', 'LOCAL', 'other.raw'), ('a.nrrd', 'encoding: raw\n', 'encoding: raw\ndata file: other.raw\n'),
     ('a.nrrd', 'encoding: raw\n', 'DataFile: other.raw\r\nencoding: raw\r\n')])

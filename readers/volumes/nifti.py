@@ -42,6 +42,7 @@ def nibabel() -> ModuleType:
         import nibabel
     except ImportError:
         raise UserError("volumes need nibabel: pip install -r requirements-medical.txt") from None
+    nibabel.imageglobals.logger.disabled = True              # of what is damaged it would speak beside us
     return nibabel
 
 
