@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import alternate, milliseconds, ratio, run
 from benchmarks.recipes import trainer_with
-from benchmarks.train_step import CONVOLUTIONS, convolutions_of
+from benchmarks.train_step import Convolutions, convolutions_of
 from train import train_step
 
 BASE = {'num_groups_per_scale': 10, 'num_channels': 16, 'image_size': 64, 'batch_size': 4}
@@ -41,17 +41,9 @@ def flags_of(values: dict[str, int]) -> list[str]:
 
 def multiplications(model: nn.Module, x: Tensor) -> int:
     """Of the convolutions of model(x)."""
-    found = []
-
-    def note(conv: nn.Module, _: Any, y: Tensor) -> None:
-        found.append(y.numel() * math.prod(conv.weight.shape[1:]))
-
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, CONVOLUTIONS)]
-    with torch.no_grad():
+    with torch.no_grad(), Convolutions() as found:
         model(x)
-    for hook in hooks:
-        hook.remove()
-    return sum(found)
+    return sum(size * math.prod(args[1].shape[1:]) for _, args, _, size in found.met)
 
 
 def rows(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.measure import alternate, milliseconds, peak_memory, ratio, run
 from benchmarks.plain import loss_and_gradient, plain_model, plain_step
 from benchmarks.recipes import trainer_of
+from families.nvae.layers import DepthwiseConvolution
 from train import train_step
 from training.trainer import Trainer
 from utils import UserError, seed_noise
@@ -25,30 +28,50 @@ from utils import UserError, seed_noise
 STEPS = ('nvae_mnist:16', 'nvae_mnist:64', 'nvae_xray:32', 'nvae_cifar10:4', 'hvae_fashion:128', 'score_32:1',
          'score_32:2')
 ALIKE = 1e-6        # largest relative difference of losses, and of norms of gradients
-CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (F.conv2d, F.conv3d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+class Convolutions(TorchFunctionMode):
+    """Within the block, keeps of every convolution what was called, with what, and the size of its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: list[tuple[Callable, tuple, dict, int]] = []
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (),
+                           options: dict[str, Any] | None = None) -> Any:
+        y = function(*args, **(options or {}))
+        if function in CONVOLUTIONS:
+            self.met.append((function, args, options or {}, y.numel()))
+        return y
 
 
 def convolutions_of(model: Any, x: Tensor) -> Callable[[], None]:
     """The convolutions of model(x), forward and backward, on noise of the same shapes and memory format."""
-    met: list[tuple[nn.Module, tuple]] = []
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        met.append((module, (inputs[0].shape, inputs[0].stride())))
-
-    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, CONVOLUTIONS)]
-    with torch.no_grad():
+    with torch.no_grad(), Convolutions() as found:
         model(x)
-    for hook in hooks:
-        hook.remove()
     # Inputs of one shape are one tensor, as only the time counts.
-    noise = {how: torch.empty_strided(*how, device=x.device).normal_().requires_grad_() for _, how in met}
+    shapes = {(args[0].shape, args[0].stride()) for _, args, _, _ in found.met}
+    noise = {how: torch.empty_strided(*how, device=x.device).normal_().requires_grad_() for how in shapes}
+    calls = [(convolution(function, args), noise[args[0].shape, args[0].stride()],
+              args[1].detach().requires_grad_(), args[3:], options)
+             for function, args, options, _ in found.met]
 
     def convolve() -> None:
-        for module, how in met:
-            transposed = isinstance(module, (nn.ConvTranspose2d, nn.ConvTranspose3d))
-            y = module(noise[how]) if transposed else module._conv_forward(noise[how], module.weight, None)
-            torch.autograd.grad(y, (noise[how], module.weight), y.detach())
+        for function, images, weight, more, options in calls:
+            y = function(images, weight, None, *more, **options)
+            torch.autograd.grad(y, (images, weight), y.detach())
     return convolve
+
+
+def convolution(function: Callable, args: tuple) -> Callable:
+    """What takes the arguments of a convolution in training: depthwise ones of a CPU are our own."""
+    images, weight, _, *more = args
+    depthwise = more[3:] == [len(weight)] == [images.shape[1]] and weight.shape[1] == 1
+    if function is F.conv2d and depthwise and images.device.type == 'cpu':
+        return lambda images, weight, _, stride, padding, *__: DepthwiseConvolution.apply(
+            images, weight, stride[0], padding[0])
+    return function
 
 
 def measure(trainer: Trainer, rounds: int, clock: str) -> dict[str, Any]:

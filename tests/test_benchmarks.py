@@ -5,8 +5,9 @@ import torch
 
 from benchmarks.measure import milliseconds, ratio, table
 from benchmarks.plain import loss_and_gradient, plain_model
-from benchmarks.recipes import RECIPES, flags_of
+from benchmarks.recipes import RECIPES, flags_of, trainer_of
 from benchmarks.scaling import multiplications
+from benchmarks.train_step import Convolutions, convolutions_of
 from distributions import Pixels
 from families.nvae.model import NVAE, NVAEConfig
 from train import parse_args
@@ -40,6 +41,18 @@ def test_a_table_of_medians_and_paired_ratios():
     assert row == pytest.approx({'ours ms': 200, 'from': 100, 'to': 300, 'plain ms': 600})
     assert ratio(seconds['plain'], seconds['ours']) == pytest.approx(2)
     assert table([{'case': 'a', **row}]).splitlines()[1].split() == ['a', '200', '100', '300', '600']
+
+
+@pytest.mark.parametrize('case', ['hvae_fashion:2', 'nvae_xray:1', 'score_32:1'])
+def test_convolutions_of_every_family_are_found(case):
+    with trainer_of(case) as trainer:
+        images, = next(trainer.steps(0, 0))
+        trainer.start_step([images])
+        with torch.no_grad(), Convolutions() as found:
+            trainer.model(images)
+        weights = {id(args[1]): args[1].numel() for _, args, _, _ in found.met}
+        assert sum(weights.values()) > 0.8 * sum(p.numel() for p in trainer.model.parameters())
+        convolutions_of(trainer.model, images)()
 
 
 def test_multiplications_of_a_network():
