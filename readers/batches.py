@@ -16,8 +16,6 @@ def steps_per_epoch(part: Part, batch_size: int, world: int = 1) -> int:
 
     Raises UserError if there is not one.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch_size {batch_size}: expected 1 or more.")
     if len(part) < batch_size * world:
         fits = len(part) // world
         todo = f'--batch_size that fits is {fits}' if fits else f'number of processes is {len(part)}'

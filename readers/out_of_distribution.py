@@ -86,17 +86,15 @@ def read_folder(wanted: Wanted, most: int, seed: int, loader: ImageLoader, confi
     At most `most` images, drawn by `seed`; 0 = all. Raises UserError if there is none.
     """
     name, folder = wanted.name, Path(wanted.path)
-    if not folder.is_dir():
-        raise UserError(f"--ood {name}: {folder} is no folder of images and no LMDB of "
-                        f"scripts/create_lmdb.py. Correct the path; for a published data set take its name "
-                        f"of --dataset as the name.")
     passed: Passed = {}
-    images, masks = image_files(folder, passed)
+    images, masks = image_files(folder, passed) if folder.is_dir() else ([], [])
+    if not images:
+        why = f'there is no image below {folder}' if folder.is_dir() else \
+            f'{folder} is no folder of images and no LMDB of scripts/create_lmdb.py'
+        raise UserError(f"--ood {name}: {why}. Correct the path; for a published data set take its name of "
+                        f"--dataset as the name.")
     pass_over(passed, MASKS, *masks)
     items = [Item(image, name, path=str(folder / image)) for image in images]
-    if not items:
-        raise UserError(f"--ood {name}: there is no image below {folder}. Correct the path; for a published "
-                        f"data set take its name of --dataset as the name.")
     row = DataSet(read_folder, size=loader.size)                # without names of classes: all are taken
     return read_images(config, row, folder.resolve(), drawn(items, most, seed), passed_line(passed), loader,
                        near_duplicates=False)
