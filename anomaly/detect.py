@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from anomaly import metrics
 from anomaly.baselines import BASELINES, EXPOSURE, fit_baselines
@@ -88,7 +89,8 @@ def evaluate(model: Any, data: Any, scores: list[Score], primary: str, settings:
     """
     check_parts(data)
     learned = training_part(data.train, settings)
-    baselines = [] if first else fit_baselines(learned.items(range(len(learned))).x)
+    batches = torch.arange(len(learned)).split(settings.batch_size)          # for what is in memory meanwhile
+    baselines = [] if first else fit_baselines(torch.cat([learned.items(rows).x for rows in batches]))
     scoring, judging, warnings = settings.scoring, settings.judging, []
     scores = [replace(one, about=one.explained(model, scoring),
                       map=one.map if one.has_map(model, scoring) else None) for one in scores]

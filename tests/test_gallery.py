@@ -51,8 +51,8 @@ def test_few_images_odd_scores_and_one_class():
 
 def test_outcomes_and_numbers():
     assert [outcome(y, flagged) for y in (1, 0) for flagged in (True, False)] == ['tp', 'fn', 'fp', 'tn']
-    assert [short_number(v) for v in (0.0123456, 18954.69, 1234567.8, np.nan)] == [
-        '0.012346', '18955', '1234568', 'not finite']
+    assert [short_number(v) for v in (0.0123456, 18954.69, 99999.7, 1234567.8, np.nan)] == [
+        '0.012346', '18955', '100000', '1234568', 'not finite']
     assert shorten('Normal/images/Normal-1.png') == 'Normal-1' and len(shorten('x' * 60)) <= 23
 
 

@@ -63,7 +63,7 @@ def short_number(value: float) -> str:
     """Five digits, or all before the point."""
     if not np.isfinite(value):
         return 'not finite'
-    return f'{value:.5g}' if abs(value) < 1e5 else f'{value:.0f}'
+    return f'{value:.5g}' if abs(value) < 99999.5 else f'{value:.0f}'
 
 
 # ------------------------------------------------------------------------------------------------ on the page
