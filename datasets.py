@@ -338,7 +338,9 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
 def _part_files(config: DataConfig, row: DataSet, source: Source, split: dict[str, Any] | None,
                 report: list[str]) -> tuple[dict[str, list[Entry]], dict[str, Any]]:
     """The entries of each part, and what split.json keeps of them: each file."""
-    entries = [replace(e, label=int(e.class_name in source.anomalous_classes)) for e in source.entries]
+    anomalous = set(source.anomalous_classes)
+    entries = [e if e.label == (e.class_name in anomalous) else replace(e, label=1 - e.label)
+               for e in source.entries]
     entries = with_patients(entries, config.patient_metadata, config.patient_pattern, report)
     if split:
         parts = stored_parts(entries, split, report)

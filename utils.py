@@ -191,7 +191,15 @@ def check_regular(path: str | Path) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically; numbers that are not finite become null."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(finite(value), indent=1) + '\n'))
+    write_atomically(path, lambda p: p.write_text(strict_json(value, indent=1) + '\n'))
+
+
+def strict_json(value: Any, **options: Any) -> str:
+    """`value` as JSON, numbers that are not finite as null; `options` of json.dumps."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:                                # rare, and to look for it first takes as long again
+        return json.dumps(finite(value), **options)
 
 
 def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 
 from anomaly.density import Mahalanobis
 
@@ -40,6 +38,8 @@ def pairs(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.nda
     The images of a pair are closer than the caliper, where the features of normal images have unit
     covariance. Among all matchings of that size, this one has the smallest total distance.
     """
+    from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
     from sklearn.neighbors import NearestNeighbors
     density = Mahalanobis().fit(normal)
     normal, anomalous = (density.whitened(torch.from_numpy(rows)).numpy() for rows in (normal, anomalous))

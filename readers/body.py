@@ -6,7 +6,6 @@
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 LEAST_SIZE = 0.1        # of the largest region: smaller ones are labels, markers or noise
 BINS = 256              # of the histogram behind Otsu's threshold
@@ -37,6 +36,7 @@ def fill(mask: np.ndarray, largest: bool) -> np.ndarray:
     Diagonal neighbors belong to one region, but not where only the largest is kept: it should not grow by
     noise around it.
     """
+    from scipy import ndimage
     labels, _ = ndimage.label(mask, None if largest else neighbors(mask.ndim))
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0                                                             # the background is no region
@@ -62,9 +62,11 @@ def distance_to(mask: np.ndarray, spacing: Any = 1.0) -> np.ndarray:
     """
     if not mask.any():
         return np.full(mask.shape, np.inf)
-    return ndimage.distance_transform_edt(~mask, sampling=spacing)
+    from scipy.ndimage import distance_transform_edt
+    return distance_transform_edt(~mask, sampling=spacing)
 
 
 def neighbors(dimensions: int) -> np.ndarray:
     """The structure of scipy.ndimage.label in which diagonal pixels are neighbors: 8 in 2D, 26 in 3D."""
-    return ndimage.generate_binary_structure(dimensions, dimensions)
+    from scipy.ndimage import generate_binary_structure
+    return generate_binary_structure(dimensions, dimensions)

@@ -3,10 +3,12 @@
 B images, C channels, *S = (H, W) pixels or (D, H, W) voxels; label 0 normal, 1 anomalous.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +21,10 @@ from readers.items import Loaded
 from readers.published.records import LazyImages, Records, columns
 from readers.source import Entry, Source
 from readers.volumes.augment import augmented
-from readers.volumes.volumes import VolumeLoader
 from utils import mix_seed
+
+if TYPE_CHECKING:
+    from readers.volumes.volumes import VolumeLoader  # and SciPy, which images do without
 
 # Number of axes of a batch -> the axis from left to right: the last of an image, the first of a volume (RAS).
 LEFT_RIGHT = {4: 3, 5: 2}

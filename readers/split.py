@@ -6,7 +6,6 @@ Images that belong together (one patient, one content) are one group, and a grou
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from readers.source import CLASSES_SHOWN, Entry
-from utils import UserError, finite, mix_seed, read_json
+from utils import UserError, mix_seed, read_json, strict_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,10 +42,12 @@ def split_parts(entries: Sequence[Entry], val_fraction: float, test_fraction: fl
     """
     parts = {e.id: 'test' for e in entries if e.part == 'test'}
     free = [e for e in entries if e.part != 'test']
-    groups = sorted(_groups(free), key=lambda g: (mix_seed(seed, 'split', g[0].id), g[0].id))
-    groups.sort(key=lambda g: not any(e.label for e in g))     # stable: those that must be in test come first
     normals = sum(e.label == 0 for e in free)
     wanted = {'test': round(test_fraction * normals), 'val': round(val_fraction * normals)}
+    groups = _groups(free)
+    if any(wanted.values()):                                   # else the order makes no difference
+        groups.sort(key=lambda g: (mix_seed(seed, 'split', g[0].id), g[0].id))
+    groups.sort(key=lambda g: not any(e.label for e in g))     # stable: those that must be in test come first
     for group in groups:
         part = next((p for p, n in wanted.items() if n > 0), 'train')
         part = 'test' if any(e.label for e in group) else part
@@ -172,7 +173,7 @@ def has_fields(value: Any, kinds: Mapping[str, type]) -> bool:
 def split_digest(split: Mapping[str, Any]) -> str:
     """SHA-256 of a split, which checkpoints keep: of who is where, not of the flags that it was made with."""
     counted = {name: value for name, value in split.items() if name != 'made_of'}
-    return hashlib.sha256(json.dumps(finite(counted), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(strict_json(counted, sort_keys=True).encode()).hexdigest()
 
 
 def why_other_split(stored: Mapping[str, Any] | None, made: Mapping[str, Any], digest: str) -> list[str]:
@@ -334,6 +335,8 @@ def warnings(entries: Sequence[Entry], parts: Mapping[str, str],
 
 def contradictions(entries: Sequence[Entry]) -> list[str]:
     """The ids of files of equal content, of which one is normal and another anomalous."""
+    if len({e.label for e in entries}) < 2:
+        return []
     labels = defaultdict(set)
     for e in entries:
         labels[e.sha256 or e.id].add(e.label)
@@ -344,8 +347,9 @@ def spread_patients(entries: Sequence[Entry], parts: Mapping[str, str]) -> list[
     """The known patients who are in more than one part."""
     places = defaultdict(set)
     for e in entries:
-        places[e.patient].add(parts[e.id])
-    return sorted(p for p in places if p and len(places[p]) > 1)
+        if e.patient:
+            places[e.patient].add(parts[e.id])
+    return sorted(p for p, found in places.items() if len(found) > 1)
 
 
 def noted(names: Sequence[str], kind: str, words: str, before: str = '') -> list[str]:

@@ -2,12 +2,15 @@
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from ranks import as_rank
 from torch import nn
 
@@ -296,3 +299,14 @@ def test_the_mark_of_a_run_under_way_is_that_of_one_torchrun(monkeypatch):
     assert marks[0] == marks[1] == Path('/logs/none_abc/begun') != marks[2]
     monkeypatch.delenv('TORCHELASTIC_ERROR_FILE')
     assert begun_mark() is None
+
+
+def test_a_start_imports_nothing_of_evaluations_and_collects_garbage_afterwards(tmp_path):
+    code = ("import gc, sys, train, training.trainer\n"
+            "found = {'scipy', 'sklearn', 'matplotlib', 'torchvision', 'pandas'} & sys.modules.keys()\n"
+            "assert not found, found\n"
+            "gc.disable()\n"
+            "training.trainer.Trainer = lambda args: sys.exit(str(gc.isenabled()))\n"
+            f"train.work(train.parse_args(['--root', {str(tmp_path)!r}]))")
+    ended = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stderr == 'True\n'

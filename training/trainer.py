@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from datasets import Data, DataConfig, load_data, stand_in
 from distributed import launch
 from evaluation.likelihood import count_dims, diagnose, evaluate_likelihood, mean_objective
-from evaluation.monitoring import choose_monitored, monitor
 from evaluation.pictures import show_images
 from evaluation.sampling import recalibrate_batch_norm
 from model import build_model, family_config, place, start_from
@@ -81,8 +80,10 @@ class Trainer:
         checkpoint_activations(self.model, self.recomputes)
         if self.config.cuda_graph:
             check_graph(self.model, self.config.accumulate, self.recomputes)
-        number = self.config.monitor_anomalies
-        self.monitored = choose_monitored(self.data, number, self.run.seed) if number else None
+        self.monitored = None
+        if number := self.config.monitor_anomalies:
+            from evaluation.monitoring import choose_monitored
+            self.monitored = choose_monitored(self.data, number, self.run.seed)
         self.captured = False                   # whether the passes of the network are a CUDA graph
         # From here on nothing is refused, so that a start that is leaves no trace.
         self.folder = RunFolder(self.run, vars(args), self.optimization.step, self.split)
@@ -212,6 +213,7 @@ class Trainer:
                 'best.pt', model, self.optimization.weights() | {'validation': value}):
             self.best = value
         if self.monitored is not None:
+            from evaluation.monitoring import monitor
             for name, auroc in monitor(model, self.data, self.monitored, self.schedule.batch_size).items():
                 values[f'monitor/auroc_{name}'] = auroc
                 summary += f', AUROC of {name} {auroc:.3f} (monitored, nothing is chosen by it)'

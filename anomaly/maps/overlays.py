@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
-from scipy import ndimage
 
 SHOWN_SIZE = 256            # pixels that a small image is enlarged to, about
 CONVENTION = "radiological: the patient's right is on the left of the picture"
@@ -129,8 +128,9 @@ def panels(case: Any, look: dict[str, Any], parts: Callable[[np.ndarray], list[n
 
 def outline(pictures: Sequence[np.ndarray], regions: Sequence[np.ndarray], color: str) -> None:
     """Draws the outlines of regions (H, W) bool into pictures (H, W, 3)."""
+    from scipy.ndimage import binary_erosion
     for picture, region in zip(pictures, regions):
-        line = region & ~ndimage.binary_erosion(region, iterations=LINE, border_value=1)
+        line = region & ~binary_erosion(region, iterations=LINE, border_value=1)
         picture[line] = np.array(ImageColor.getrgb(color)) / 255
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from anomaly.config import MapConfig
@@ -64,9 +63,10 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
 
     A product of matrices for each axis: operations on tensors alone, so that a score can be exported.
     """
+    from scipy.ndimage import gaussian_filter1d
     for axis in range(2, x.ndim) if sigma else ():
         # One ten times as wide as the image is even to the last digit; wider ones take minutes.
-        kernel = ndimage.gaussian_filter1d(np.eye(x.shape[axis]), min(sigma, 10 * x.shape[axis]), axis=0)
+        kernel = gaussian_filter1d(np.eye(x.shape[axis]), min(sigma, 10 * x.shape[axis]), axis=0)
         smooth = x.double().movedim(axis, -1) @ torch.from_numpy(kernel.T.copy()).to(x.device)
         x = smooth.movedim(-1, axis).to(x.dtype)
     return x
