@@ -212,6 +212,7 @@ def test_own_images_are_sized_to_the_machine(seconds, epochs, size, recorder, tm
     args, scored = train.parse_args(training[1:]), evaluate.parse_args(scoring[1:])
     assert (args.model, args.data, args.epochs, args.image_size) == ('dae', str(tmp_path), epochs, size)
     assert args.normal_classes == ['good'] and '1195 normal images' in done.stdout
+    assert f'images are resized to {size or 64} x {size or 64} pixels' in done.stdout
     assert (scored.checkpoint, scored.save) == ('there/eval-own_images', 'there/eval-own_images/anomaly')
 
 

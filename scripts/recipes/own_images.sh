@@ -33,6 +33,7 @@ if [ -f "$RUN/checkpoint.pt" ]; then
 else
     dry=$("$PYTHON" "$REPOSITORY/train.py" "${flags[@]}" --dry_run)
     echo "$dry"
+    side=$(sed -nE 's/^images +[0-9]+ x ([0-9]+) x .*/\1/p' <<< "$dry")
     images=$(sed -nE 's/^images .* ([0-9,]+) to train on$/\1/p' <<< "$dry" | tr -d ,)
     step=$((10#$(sed -nE 's/^speed .* ([0-9.]+) s a step$/\1/p' <<< "$dry" | tr -d .)))           # in hundredths of a second
     # Where a step takes less than 0.05 s, as on a GPU: images of twice the side and a wider network, about five times the work.
@@ -45,8 +46,10 @@ else
     echo "$images normal images to train on: $epochs epochs of $of_epoch steps, about $((epochs * of_epoch * step / 6000 + 1)) minutes" \
         "if the machine stays as busy as it is now"
     flags+=(--epochs "$epochs" --val_every $((epochs > 10 ? epochs / 5 : 1)) --image_every 0)
-    ((!large)) || flags+=(--image_size 128 --widths 32 64 96 128)
+    ((!large)) || { flags+=(--image_size 128 --widths 32 64 96 128) && side=128; }
     flags+=("${@:2}")                                        # given flags win
+    [[ " ${*:2}" == *" --image_size"* ]] ||
+        echo "images are resized to $side x $side pixels; a larger --image_size shows finer detail and takes longer"
 fi
 
 "$PYTHON" "$REPOSITORY/train.py" --root "$ROOT" --save "$SAVE" --cont_training "${flags[@]}"
