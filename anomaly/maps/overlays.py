@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
 SHOWN_SIZE = 256            # pixels that a small image is enlarged to, about
-CONVENTION = "radiological: the patient's right is on the left of the picture"
 STRENGTH = 0.8              # how much of a pixel the color of the largest map value covers
 GAP = 4                     # white pixels between the panels
 TITLE_HEIGHT = 14           # pixels of a line of titles

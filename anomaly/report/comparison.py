@@ -5,6 +5,7 @@ trivial baseline.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,10 @@ def difference_table(judgement: Judgement, group: str) -> ReportTable:
 
 def run_table(result: dict[str, Any]) -> ReportTable:
     """What is known of the runs."""
-    forms = {'run': '{name}', 'family': '{family}', 'parameters': '{parameters:,}', 'images': '{size}',
-             'trained on': '{train_images}', 'folder': '{path}'}
-    rows = [{'name': name, 'size': ' x '.join(map(str, run['shape'])), **run}
-            for name, run in result['runs'].items()]
-    return ReportTable('', [Column(title, lambda row, form=form: form.format(**row))
-                            for title, form in forms.items()], rows)
+    rows = [{'run': name, 'family': run['family'], 'parameters': f"{run['parameters']:,}",
+             'images': ' x '.join(map(str, run['shape'])), 'trained on': str(run['train_images']),
+             'folder': run['path']} for name, run in result['runs'].items()]
+    return ReportTable('', [Column(title, itemgetter(title)) for title in rows[0]], rows)
 
 
 def all_tables(result: dict[str, Any], judgement: Judgement, groups: Sequence[str]) -> list[ReportTable]:

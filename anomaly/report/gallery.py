@@ -85,12 +85,9 @@ def gallery(row: ScoreRow, validation: Any, test: Any) -> dict[str, Any]:
 
 def about_cards(cards: list[dict[str, Any]], look: dict[str, Any]) -> dict[str, Any]:
     """What the page says of all cards together."""
-    volumes = any('views' in card for card in cards)
-    return {'cards': cards, 'classes': sorted({card['class'] for card in cards}), 'volumes': volumes,
-            'scale': scale_bar(look) if any(card['mapped'] for card in cards) else None,
-            'relative': any(card['relative'] for card in cards), 'convention': overlays.CONVENTION,
-            'above': any(card['above'] for card in cards), 'skips': max([1, *(c['step'] for c in cards)]),
-            'outlined': any(card['outlined'] for card in cards)}
+    return {'cards': cards, 'classes': sorted({card['class'] for card in cards}),
+            'volumes': any('views' in card for card in cards),
+            'scale': scale_bar(look) if any(card['mapped'] for card in cards) else None}
 
 
 def case_pictures(case: Case, look: dict[str, Any], distance: np.ndarray,
