@@ -22,7 +22,7 @@ test-slow: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n 2 --dist worksteal -m slow tests
 
 bench: $(VENV)/.installed
-	for name in train_step iw_evaluation sampling scoring startup scaling; do $(RUN) -m benchmarks.$$name --json bench_$$name.json || exit 1; done
+	for name in train_step iw_evaluation sampling scoring startup loading scaling; do $(RUN) -m benchmarks.$$name --json bench_$$name.json || exit 1; done
 
 coverage: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered tests

@@ -190,7 +190,8 @@ class SplitConfig:
     test_fraction: float = flag(-1.0, "fraction of the normal images for testing; -1 = the data set's own",
                                 least=-1, below=1)
     split_seed: int = flag(0, 'seed of the random split')
-    num_workers: int = flag(0, 'processes that prepare batches; 0 = the program itself', least=0)
+    num_workers: int = flag(0, 'processes that prepare batches; 0 = the program itself, which is faster '
+                               'for all that is in the cache; published LMDBs are not', least=0)
 
 
 @flags
