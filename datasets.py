@@ -346,6 +346,9 @@ def _part_files(config: DataConfig, row: DataSet, source: Source, split: dict[st
     if split:
         parts = stored_parts(entries, split, report)
     else:
+        if row.tables and not any(e.patient for e in entries):
+            report.append("patients are not known: if some have several images, name them with "
+                          "--patient_pattern or --patient_metadata, so that none is in two parts")
         if row.split is split_given:
             entries = as_asked(entries, config.val_fraction, config.test_fraction)
         parts = row.split(entries, *_fractions(config, row), config.split_seed)

@@ -278,6 +278,9 @@ def test_patients_from_file_names_and_from_a_table(config, tmp_path, how):
     assert all(parts[f'normal/p{i}_{2 * i}.png'] == parts[f'normal/p{i}_{2 * i + 1}.png'] for i in range(10))
     assert data.train.entries[0].patient.startswith('p')
     assert any('10 patients in 20 images; 5 images without one' in line for line in data.report)
+    unknown = [any('patients are not known' in line for line in one.report)
+               for one in (data, load_data(config))]
+    assert unknown == [False, 'folder' in config.dataset]
 
 
 def test_a_near_duplicate_in_another_part_is_reported(config, folder):
