@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from storage.checkpoint import not_finite, read_checkpoint
 from storage.limits import excess
-from utils import UserError, read_flags, read_json, write_atomically, write_json
+from utils import WRONG_VALUES, UserError, read_flags, read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +159,7 @@ def restore(checkpoint: dict[str, Any], ema: bool = True) -> tuple[Model, dict[s
         model.load_state_dict(averaged or checkpoint['weights'])
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except WRONG_VALUES as error:
         raise UserError(f"the checkpoint's description of its model is damaged ({type(error).__name__}: "
                         f"{str(error)[:100]}).") from None
     except RuntimeError as error:

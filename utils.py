@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar('T')
+# What values of another kind than ours, in a file that is damaged or not ours, may lead to.
+WRONG_VALUES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 SPREADSHEETS = (b'PK\3\4', b'\xd0\xcf\x11\xe0')          # how .xlsx and .ods, and .xls, begin
 
 

@@ -27,7 +27,7 @@ from anomaly.scoring import Case, Table
 from distributed import launch
 from storage.arrays import read_npz
 from storage.checkpoint import fingerprint
-from utils import UserError, finite, naming, read_flags, read_json, write_json, write_npz
+from utils import WRONG_VALUES, UserError, finite, naming, read_flags, read_json, write_json, write_npz
 
 MOST_COUNT = 10 ** 7                      # of anything that thresholds.json counts: draws, resamples, images
 SPREADS = 'normal_maps.npz'               # beside thresholds.json
@@ -178,7 +178,7 @@ class Normal:
             return normal
         except UserError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except WRONG_VALUES as error:
             raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:120]}). Create it again: "
                             f"{remedy}") from None
 

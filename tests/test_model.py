@@ -1,6 +1,7 @@
 """What every family promises, and how a model comes back from a checkpoint."""
 
 import json
+import math
 import subprocess
 import sys
 from functools import partial
@@ -264,6 +265,7 @@ def test_what_is_not_a_checkpoint_of_ours_is_said(tmp_path):
     good = content(build('nvae'))
     for bad, told in (({'net': 1, 'epoch': 2}, r"keys are \['epoch', 'net'\]"),
                       (good | {'description': good['description'] | {'model': 'gan'}}, "'gan'; known are"),
+                      (good | {'description': good['description'] | {'shape': [1, math.inf]}}, 'Overflow'),
                       (good | {'weights': {}}, 'do not fit')):
         with pytest.raises(UserError, match=told) as error:
             restore(bad)

@@ -1,6 +1,7 @@
 """Volumes from an LMDB are those of the files: the same split, voxels, masks and grids."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,7 @@ def test_a_damaged_volume_is_named(packed, tmp_path):
     ('meta', {'volumes': {'flags': {}}}, r'does not hold what docs/lmdb.md says \(KeyError\)'),
     ('meta', {'left_out': [], 'dtypes': None}, r'does not hold what docs/lmdb.md says \(TypeError\)'),
     ('info/00000000', {'grids': [[[1, 2, 3], 'here']]}, r"info/00000000 has no 'grids' of its 'shape'"),
+    ('info/00000001', {'shape': [math.inf, 4, 4, 4]}, r"info/00000001 has no 'grids' of its 'shape'"),
     ('info/00000001', {'shape': [2, 4, 4, 4]}, r"info/00000001 has no 'grids' of its 'shape'")], ids=str)
 def test_facts_of_another_kind_are_one_line(packed, tmp_path, record, change, words):
     records = records_of(packed)

@@ -25,6 +25,7 @@ from readers.paths import file_content
 from readers.source import Unreadable
 from readers.split import PARTS
 from readers.volumes.nifti import Grid
+from utils import WRONG_VALUES
 
 FORMAT, VERSION = 'anomaly-lmdb', 1
 META = b'meta'
@@ -93,7 +94,7 @@ def info_of(key: bytes, sealed: bytes | None, is_volume: bool) -> dict[str, Any]
             info['grids'] = tuple(map(Grid.from_json, info['grids']))
             fits = [list(grid.affine.shape) for grid in info['grids']] == [[4, 4]] * 2 \
                 and [int(info['shape'][0]), *info['grids'][0].shape] == info['shape']
-        except (LookupError, TypeError, ValueError):
+        except WRONG_VALUES:
             fits = False
         if not fits:
             raise Damaged(key, "has no 'grids' of its 'shape'")
