@@ -39,15 +39,17 @@ def process_group(here: Environment, device: torch.device, timeout: float,
     All leave together. If a process is lost, `give_up` is called, perhaps in another thread, with a line that
     says so. It does not return.
     """
-    store = join_store(here, max(timeout, MEETING_TIME))
+    most = max(timeout, MEETING_TIME)
+    store = join_store(here, most)
     on_gpu, limit = device.type == 'cuda', timedelta(seconds=timeout)
     if interface := gloo_interface(here):
         os.environ.setdefault('GLOO_SOCKET_IFNAME', interface)
     try:
-        dist.init_process_group('nccl' if on_gpu else 'gloo', store=store, rank=here.rank,
-                                world_size=here.world, device_id=device if on_gpu else None,
-                                timeout=limit + timedelta(seconds=NCCL_GRACE * on_gpu))
-        beating = dist.new_group(backend='gloo', timeout=limit)
+        with deadline(most, give_up):           # gloo tries each connection for five times its timeout
+            dist.init_process_group('nccl' if on_gpu else 'gloo', store=store, rank=here.rank,
+                                    world_size=here.world, device_id=device if on_gpu else None,
+                                    timeout=limit + timedelta(seconds=NCCL_GRACE * on_gpu))
+            beating = dist.new_group(backend='gloo', timeout=limit)
         with heartbeat(beating, min(PULSE, timeout / 4), give_up):
             # Within the heartbeat, as it waits without a limit for processes that may be lost meanwhile.
             patient = dist.new_group(backend='gloo', timeout=NO_LIMIT)
@@ -55,8 +57,8 @@ def process_group(here: Environment, device: torch.device, timeout: float,
             yield patient
         dist.destroy_process_group()
     except BaseException as error:
-        if lost := lost_connection(error):
-            give_up(lost)
+        if line := lost_connection(error):
+            give_up(line)
         raise
 
 
@@ -65,9 +67,24 @@ def lost_connection(error: BaseException) -> str:
     if not isinstance(error, RuntimeError) or not (
             isinstance(error, dist.DistError) or re.search('gloo/|caused pair closure', str(error))):
         return ''
-    reason = re.sub(r'^\[\S*\] ', '', str(error).splitlines()[0]).split('. ')[0][:200]
+    return lost(re.sub(r'^\[\S*\] ', '', str(error).splitlines()[0]).split('. ')[0][:200])
+
+
+def lost(reason: str) -> str:
     return f'lost touch with the other processes ({reason}): one of them has ended or hangs, or the ' \
            f'network is down. The last checkpoint is kept: training goes on from it with --cont_training.'
+
+
+@contextmanager
+def deadline(seconds: float, give_up: Callable[[str], None]) -> Iterator[None]:
+    """Calls `give_up` from another thread if the block takes longer."""
+    timer = threading.Timer(seconds, give_up, [lost(f'no connection within {seconds:.0f} s')])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

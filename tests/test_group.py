@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -79,6 +80,25 @@ def test_the_store_waits_no_longer_than_processes_do():
     port = free_port()
     stores = [group.connect(Environment(rank, 2, rank, 2, '127.0.0.1', port), 7.0) for rank in (0, 1)]
     assert [store.timeout for store in stores] == [timedelta(seconds=7)] * 2
+
+
+def test_groups_that_are_not_formed_in_time_are_given_up(store, monkeypatch):
+    """gloo would try each connection to a process that was killed for five times its timeout."""
+    lines, told = [], threading.Event()
+
+    def forming(*_, **__):
+        raise SystemExit(75 if told.wait(20) else 0)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', forming)
+    monkeypatch.setattr(group, 'MEETING_TIME', 0.2)
+    with pytest.raises(SystemExit, match='75'), group.process_group(
+            Environment(0, 1), torch.device('cpu'), 0.1, lambda line: (lines.append(line), told.set())):
+        pass
+    line, = lines
+    assert line.startswith('lost touch with the other processes (no connection within 0 s)')
+    with group.deadline(0.1, lines.append):
+        pass
+    time.sleep(0.2)
+    assert len(lines) == 1, 'what is done in time is not given up'
 
 
 def test_a_server_that_is_killed_while_others_connect_is_not_waited_for_longer(monkeypatch):
