@@ -3,7 +3,6 @@
 import gzip
 import io
 import struct
-import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from datasets import DataConfig, load_data
 from distributions import Pixels
 from readers.batches import train_batches
 from readers.parts import dequantized, gray_levels
-from readers.published import arrays
+from readers.published import arrays, matlab
 from readers.published.arrays import check_labels, read_matrix, read_svhn
 from utils import UserError
 
@@ -228,21 +227,47 @@ def test_an_omniglot_file_that_is_damaged_is_named(config, tmp_path):
     fails(config('omniglot'), "chardata.mat is not chardata.mat .no 'target'")
 
 
+def mat_bytes(values, **options):
+    scipy.io.savemat(file := io.BytesIO(), values, **options)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize('packed', [False, True])
-def test_a_matrix_of_a_type_that_scipy_does_not_know_is_refused(packed, tmp_path):
-    """SciPy ends the process on a part of one of the reserved types."""
-    file, kind = io.BytesIO(), b'\x02\x00\x02\x00\x05\x07\x00\x00'      # two numbers of type 2, in their tag
-    scipy.io.savemat(file, {'y': np.array([[5], [7]], np.uint8)})
-    data = file.getvalue()
-    assert data.count(kind) == 1
-    assert arrays.matlab(data, 'y')[0].tolist() == [[5], [7]]
-    broken = data.replace(kind, b'\x08' + kind[1:])
-    if packed:
-        content = zlib.compress(broken[128:])
-        broken = broken[:128] + struct.pack('<II', 15, len(content)) + content
-    with pytest.raises(ValueError, match='a part of the unknown type 8'):
-        arrays.matlab(broken, 'y')
-    file = io.BytesIO()
-    scipy.io.savemat(file, {'y': {'a': 1}})
-    with pytest.raises(ValueError, match='it holds a struct where numbers are expected'):
-        arrays.matlab(file.getvalue(), 'y')
+@pytest.mark.parametrize('kind', [*matlab.CLASSES.values(), 'bool'])
+def test_matrices_are_those_that_scipy_reads(kind, packed):
+    chance = np.random.default_rng(0)
+    values = {'x': chance.integers(0, 100, (3, 4, 5)).astype(kind), 'empty': np.zeros((0, 3), kind),
+              'a': np.array([[7]], kind), 'row': chance.integers(0, 2, (1, 9)).astype(kind), 'text': 'abc'}
+    data = mat_bytes(values, do_compression=packed)
+    expected, names = scipy.io.loadmat(io.BytesIO(data)), ('row', 'x', 'empty', 'a')
+    for name, found in zip(names, matlab.matrices(data, *names), strict=True):
+        assert found.dtype == expected[name].dtype and np.array_equal(found, expected[name]), name
+        assert found.shape == expected[name].shape
+
+
+def test_a_matrix_in_the_other_order_of_bytes():
+    part = lambda kind, content: struct.pack('>2I', kind, len(content)) + content + bytes(-len(content) % 8)
+    small = struct.pack('>2I', (4 << 16) | 2, 0x01020304)                       # a part of four bytes
+    flags, shape = struct.pack('>2I', 11, 0), struct.pack('>2i', 2, 2)
+    matrix = part(6, flags) + part(5, shape) + part(1, b'name') + small
+    data = bytes(124) + b'\1\0MI' + part(14, matrix)
+    found, = matlab.matrices(data, 'name')
+    assert found.dtype == 'u2' and found.tolist() == [[1, 3], [2, 4]]
+
+
+def test_what_is_no_matrix_of_numbers_is_said():
+    whole = mat_bytes({'y': np.array([[5], [7]], np.uint8)})
+    shape = struct.pack('<2i', 2, 1)
+    for data, words in (
+            (mat_bytes({'y': {'a': 1}}), 'it holds a struct where numbers are expected'),
+            (mat_bytes({'y': np.array([[1j]])}), 'it holds a complex matrix where numbers'),
+            (mat_bytes({'y': 'text'}), 'it holds a text where numbers'),
+            (mat_bytes({'y': 1}, format='4'), 'no MATLAB file of version 5'),
+            (whole[:-4], 'a part of it is cut off'),
+            (whole.replace(b'\2\0\2\0\5\7', b'\x08\0\2\0\5\7'), 'it holds a part of an unknown type'),
+            (whole.replace(shape, struct.pack('<2i', -2, -1)), r'a matrix of shape \(-2, -1\)'),
+            (whole.replace(shape, struct.pack('<2i', 1 << 30, 1)), 'claims 8.00 GB of memory')):
+        with pytest.raises(ValueError, match=words):
+            matlab.matrices(data, 'y')
+    with pytest.raises(KeyError, match='x'):
+        matlab.matrices(whole, 'x')

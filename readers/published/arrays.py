@@ -5,8 +5,6 @@ H x W as the files have them, C channels, S x S pixels as the model sees them, b
 """
 
 import hashlib
-import io
-import math
 import pickletools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,15 +19,12 @@ from readers.config import DataSet, ReaderConfig
 from readers.images.decode import ImageLoader, png_bytes
 from readers.items import Item, Listing, Loaded, import_items
 from readers.paths import find_root
+from readers.published.matlab import matrices
 from readers.source import Source, Unreadable, reason
-from storage.limits import FREE_UNPACKED, excess, unpack
+from storage.limits import unpack
 from utils import UserError, check_regular
 
 T = TypeVar('T')
-MAT_HEADER, MAT_PACKED = 128, 15                  # bytes of the header, and the type of a packed element
-MAT_TYPES = {*range(1, 19)} - {8, 10, 11}         # of elements and their parts, in version 5
-MAT_NUMBERS = {'double', 'single', 'logical', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32',
-               'uint64'}
 Labeled = tuple[np.ndarray, np.ndarray]           # images (N, H, W) or (N, H, W, 3) uint8, labels (N,)
 
 
@@ -124,54 +119,9 @@ def read_file(path: Path, what: str, decode: Callable[[bytes], T]) -> T:
         check_regular(path)
         data = path.read_bytes()
         return decode(unpack(data) if path.suffix == '.gz' else data)
-    except Exception as error:             # on damaged bytes gzip, pickle and SciPy raise anything
+    except Exception as error:             # on damaged bytes gzip and pickle raise anything
         missing = 'no ' * isinstance(error, KeyError)
         raise UserError(f"{path} is not {what} ({missing}{reason(error)}): fetch it again.") from None
-
-
-def matlab(data: bytes, *names: str) -> list[np.ndarray]:
-    """The matrices of these names in the bytes of a MATLAB file. Raises ValueError if they are too large."""
-    import scipy.io
-    listed = scipy.io.whosmat(io.BytesIO(data))
-    if other := [kind for name, _, kind in listed if name in names and kind not in MAT_NUMBERS]:
-        raise ValueError(f'it holds a {other[0]} where numbers are expected')
-    claimed = sum(math.prod(shape) * 8 for _, shape, _ in listed)
-    if words := excess(claimed) or excess(mat_bytes(data, claimed)):
-        raise ValueError(f'it {words}')
-    file = scipy.io.loadmat(io.BytesIO(data), variable_names=names)
-    return [np.asarray(file[name]) for name in names]
-
-
-def mat_bytes(data: bytes, claimed: int) -> float:
-    """To how many bytes the packed elements of a MATLAB file unpack; infinite if it is more than they claim.
-    Raises ValueError for a part of an undefined type: SciPy looks it up unchecked, which ends the process.
-    """
-    place, total = MAT_HEADER, 0
-    while place + 8 <= len(data):
-        kind, length = np.frombuffer(data[place:place + 8], '<u4').tolist()
-        content = memoryview(data)[place + 8:place + 8 + length]
-        if kind == MAT_PACKED:
-            try:
-                content = unpack(content, claimed + FREE_UNPACKED)
-            except ValueError:
-                return math.inf
-            total += len(content)
-            content = memoryview(content)[8:]
-        check_parts(content)
-        place += 8 + length
-    return total
-
-
-def check_parts(matrix: memoryview) -> None:
-    """Raises ValueError if a part of a MATLAB element has a type that version 5 does not define."""
-    place = 0
-    while place + 8 <= len(matrix):
-        kind, length = np.frombuffer(matrix[place:place + 8], '<u4').tolist()
-        if kind >> 16:                                  # a small part, which lies in its tag
-            kind, length = kind & 0xffff, 0
-        if kind not in MAT_TYPES:
-            raise ValueError(f'it has a part of the unknown type {kind}')
-        place += 8 + -(-length // 8) * 8
 
 
 # ----------------------------------------------------------------------------------------- MNIST and its like
@@ -274,7 +224,7 @@ LEFT = 0
 def read_svhn(part: str, path: Path) -> Labeled:
     """The cropped digits, of which `y` calls the 0 a 10. `extra_32x32.mat` is not read."""
     def decode(data: bytes) -> Labeled:
-        x, labels = matlab(data, 'X', 'y')                                  # (32, 32, 3, N), (N, 1)
+        x, labels = matrices(data, 'X', 'y')                                  # (32, 32, 3, N), (N, 1)
         if x.dtype != np.uint8 or x.shape[:3] != (32, 32, 3):
             raise ValueError(f'X is {x.dtype} {x.shape}')
         return x.transpose(3, 0, 1, 2), np.where(labels == 10, 0, labels).reshape(-1).astype(int)
@@ -307,7 +257,7 @@ def read_omniglot(part: str, path: Path) -> Labeled:
     Gray levels are rounded to 8 bits, where the published reader cuts them off: they differ by 1 of 255.
     """
     def decode(data: bytes) -> Labeled:
-        x, alphabets = matlab(data, *OMNIGLOT_KEYS[part])      # (784, N) in [0, 1], (50, N) 1 at its alphabet
+        x, alphabets = matrices(data, *OMNIGLOT_KEYS[part])    # (784, N) in [0, 1], (50, N) 1 at its alphabet
         if not (x.min() >= 0 and x.max() <= 1):
             raise ValueError('its images are not within [0, 1]')
         x = np.rint(255 * x.T.astype(np.float64)).astype(np.uint8)
