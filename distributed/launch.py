@@ -34,8 +34,7 @@ ENDED_ON_REQUEST = (143, 130, -signal.SIGTERM, -signal.SIGINT)
 QUIET = {'TORCH_CPP_LOG_LEVEL': 'ERROR'}     # PyTorch's warning of a lost process is a page; ours is a line
 CAUSE_FIRST = 1.0            # seconds that a process which lost another waits: the other is seen to end first
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                 # of mallopt(3)
-LARGEST_KEPT = 32 << 20      # bytes: glibc's own limit of what is not mapped for each allocation anew
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                       # of mallopt(3)
 
 FILE_ERRORS = {errno.ENOSPC: 'Make room there', errno.EDQUOT: 'Make room there', errno.EROFS: READ_ONLY,
                errno.EACCES: READ_ONLY, errno.EPERM: READ_ONLY, errno.EIO: 'Check that disk',
@@ -130,7 +129,7 @@ def _run(work: Callable, argument: Any, config: LaunchConfig, here: Environment,
     allow(config.max_gb)
     _here, _device = here, choose_device(config.device, here)
     torch.set_num_threads(config.num_threads or _share_of_cores(here))
-    _keep_freed_memory()
+    keep_freed_memory()
     if _device.type == 'cuda':
         _set_up_cuda(config.deterministic)
     try:
@@ -202,13 +201,14 @@ def _set_up_cuda(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Has glibc keep what tensors leave for those to come, up to the peak that the process has had anyway.
 
-    It would give it back to the system, which clears each page anew: a tenth of a training step on a CPU.
+    It would give it back to the system, which clears each page anew: a tenth to a third of a training step on
+    a CPU. No tensor has a mapping of its own, which would go back with it.
     """
     if sys.platform == 'linux' and (mallopt := getattr(ctypes.CDLL(None), 'mallopt', None)):
-        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)                                       # never
 
 
