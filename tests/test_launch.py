@@ -59,7 +59,7 @@ def test_freed_memory_is_kept_for_the_next_step():
 
     counts = []
     launch.launch(faults, None, Flags(device='cpu'))
-    assert sum(counts[1:]) < 20_000                             # a step has 60,000 pages of 4 KB
+    assert sum(counts[-3:]) < 2000                   # of 60,000 pages of 4 KB a step, once the heap has grown
 
 
 def test_a_gpu_without_memory_is_said_in_one_line():
