@@ -133,7 +133,7 @@ def test_autoencoders_train_as_published_and_are_scored(model, number, scores, r
     assert (args.optimizer, args.learning_rate, args.learning_rate_min, args.warmup_epochs, args.weight_decay,
             args.batch_size, args.max_steps, args.grad_clip) == ('adam', 1e-3, 1e-3, 0, 0, 128, 1000, 0)
     small = ['--max_steps', '2', '--width', '4', '--batch_size', '8', '--image_every', '0']
-    few = ['--scores', *scores, '--num_draws', '1', '--num_bootstrap', '20', '--num_cases', '0']
+    few = ['--scores', *scores, '--num_bootstrap', '20', '--num_cases', '0']
     take(train, [*to_train, *small], cache)
     take(evaluate, [*to_score, *few], cache)
     run = tmp_path / 'runs' / f'eval-{model}_mednist'
