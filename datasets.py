@@ -298,8 +298,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     """Reads and splits the data set that `config` names.
 
     Given the `split` that a run stored, the same files go to the same parts. Anomalous classes that it does
-    not know join `test`; other new files are left out. Raises UserError for files that are unreadable,
-    missing or changed.
+    not know join `test`; other new files are left out. Raises UserError for unreadable or changed files.
     """
     from readers.lmdb.packed import is_packed, read_packed
     from readers.parts import Part, Transform
@@ -309,15 +308,15 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
     if split and not config.normal_classes:
         config = replace(config, normal_classes=tuple(split['normal_classes']))
     source = (read_packed if is_packed(config.data) else row.read)(config, row)
-    kind = 'subject' if row.dims == 3 else 'file'
-    report = list(source.notes) + left_out(source.bad, len(source.entries), config.skip_corrupt, kind)
+    file, image = ('subject', 'subject') if row.dims == 3 else ('file', 'image')
+    report = list(source.notes) + left_out(source.bad, len(source.entries), config.skip_corrupt, file)
     are_records = isinstance(source.entries, Records)
     if split and are_records != ('records' in split):
         raise UserError(f"{config.data} is kept in another form than the data that the run's split.json "
                         f"knows: give the data of the run, or train anew.")
     entries, stored = (_part_records if are_records else _part_files)(config, row, source, split, report)
     if not len(entries['train']):
-        raise UserError(nothing_to_train_on(entries, 'subject' if row.dims == 3 else 'image'))
+        raise UserError(nothing_to_train_on(entries, image))
     config = read_flags(DataConfig, vars(config) | source.flags)
     pixels = _pixels(config, row)
     flip = {'auto': row.flip, 'on': True, 'off': False}[config.flip]
@@ -339,16 +338,14 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None) -> Data:
 def _part_files(config: DataConfig, row: DataSet, source: Source, split: dict[str, Any] | None,
                 report: list[str]) -> tuple[dict[str, list[Entry]], dict[str, Any]]:
     """The entries of each part, and what split.json keeps of them: each file."""
-    anomalous = set(source.anomalous_classes)
-    entries = [e if e.label == (e.class_name in anomalous) else replace(e, label=1 - e.label)
+    labels = dict.fromkeys(source.anomalous_classes, 1)
+    entries = [e if e.label == labels.get(e.class_name, 0) else replace(e, label=1 - e.label)
                for e in source.entries]
-    entries = with_patients(entries, config.patient_metadata, config.patient_pattern, report)
+    ask = row.tables and not split
+    entries = with_patients(entries, config.patient_metadata, config.patient_pattern, report, ask)
     if split:
         parts = stored_parts(entries, split, report)
     else:
-        if row.tables and not any(e.patient for e in entries):
-            report.append("patients are not known: if some have several images, name them with "
-                          "--patient_pattern or --patient_metadata, so that none is in two parts")
         if row.split is split_given:
             entries = as_asked(entries, config.val_fraction, config.test_fraction)
         parts = row.split(entries, *_fractions(config, row), config.split_seed)
@@ -365,9 +362,7 @@ def _part_files(config: DataConfig, row: DataSet, source: Source, split: dict[st
 
 def _part_records(config: DataConfig, row: DataSet, source: Source, split: dict[str, Any] | None,
                   report: list[str]) -> tuple[dict[str, Records], dict[str, Any]]:
-    """The entries of each part, and what split.json keeps of them: their numbers and the seed, from which the
-    parts follow. A million lines would be read in every command and by nobody.
-    """
+    """The entries of each part, and for split.json their numbers and the seed, from which parts follow."""
     seed = split['split_seed'] if split else config.split_seed
     counted = split['records'] if split else None
     chosen = split_records(source.entries, *_fractions(config, row), seed, counted)

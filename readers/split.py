@@ -214,8 +214,11 @@ def stored_parts(entries: Sequence[Entry], split: dict[str, Any], report: list[s
     return parts | {e.id: 'test' for e in fresh}
 
 
-def with_patients(entries: list[Entry], metadata: str, name_pattern: str, report: list[str]) -> list[Entry]:
-    """The entries with their patients, from a CSV file or from the file names."""
+def with_patients(entries: list[Entry], metadata: str, name_pattern: str, report: list[str],
+                  ask: bool = False) -> list[Entry]:
+    """The entries with their patients, from a CSV file or from the file names; `ask` for them if none is
+    known.
+    """
     if metadata:
         patient, flag_name = _patient_column(metadata), '--patient_metadata'
     elif name_pattern:
@@ -233,6 +236,9 @@ def with_patients(entries: list[Entry], metadata: str, name_pattern: str, report
             match = pattern.search(name if '/' in name_pattern else name.rsplit('/', 1)[-1])
             return (match[1] or '') if match else ''
     else:
+        if ask and not any(e.patient for e in entries):
+            report.append("patients are not known: if some have several images, name them with "
+                          "--patient_pattern or --patient_metadata, so that none is in two parts")
         return entries
     entries = [replace(e, patient=patient(re.sub(r'#\d+$', '', e.id))) for e in entries]     # of any frame
     unknown = [e.id for e in entries if not e.patient]
