@@ -288,5 +288,5 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: dict[s
         ids = [i for i, one in drawn.items() if one.without_seg == why]
         run.say(f"no DICOM segmentation of {count(len(ids), 'image')}, as each {why}: {some(ids)}")
     unread = f"{len(files.errors)} could not be read" if files.errors else "all readable"
-    run.say(f"{len(table)} scored, {unread}: see {run.out / 'scores.csv'}")
+    run.say(f"{len(table)} scored, {unread}: see {run.out / 'predictions.html'} and scores.csv")
     return result

@@ -264,7 +264,7 @@ def test_an_unreadable_file_is_a_row_with_its_reason_and_the_rest_go_on(trained,
         assert words in row.pop('error'), name
         assert row.pop('id') == name and not any(row.values()), "no score, no percentile, no call, no picture"
     said = capfd.readouterr().out.splitlines()
-    assert said[-1] == f"10 scored, 13 could not be read: see {tmp_path / 'scores.csv'}"
+    assert said[-1].endswith(f"13 could not be read: see {tmp_path / 'predictions.html'} and scores.csv")
     assert said[0].startswith('1 image of several pages') and said[0].endswith(': pages.tif')
     assert said[1] == ('passed over: hidden files and folders (1, such as .hidden.png); links to folders (1, '
                        'such as again); files of other kinds (1, such as notes.txt); masks and folders of '

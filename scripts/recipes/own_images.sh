@@ -31,8 +31,7 @@ if [ -f "$RUN/checkpoint.pt" ]; then
     echo "going on with $RUN"
     flags=(--config "$RUN/args.json" "${flags[@]}")          # sized already
 else
-    dry=$("$PYTHON" "$REPOSITORY/train.py" "${flags[@]}" --dry_run)
-    echo "$dry"
+    dry=$("$PYTHON" "$REPOSITORY/train.py" "${flags[@]}" --dry_run) || { echo "$dry"; exit 1; }
     side=$(sed -nE 's/^images +[0-9]+ x ([0-9]+) x .*/\1/p' <<< "$dry")
     images=$(sed -nE 's/^images .* ([0-9,]+) to train on$/\1/p' <<< "$dry" | tr -d ,)
     step=$((10#$(sed -nE 's/^speed .* ([0-9.]+) s a step$/\1/p' <<< "$dry" | tr -d .)))           # in hundredths of a second
@@ -40,8 +39,10 @@ else
     large=$((step < 5))
     step=$((large ? 5 * step + 1 : step))
     steps=$((100 * MOST_SECONDS / step))
-    steps=$((steps > 1500 ? 1500 : steps < 200 ? 200 : steps))
     of_epoch=$((images < 16 ? 1 : images / 16))
+    # With few images, the loss on normal validation images rises again after about 200 epochs, and less is detected.
+    most=$((of_epoch < 7 ? 200 * of_epoch : 1500))
+    steps=$((steps > most ? most : steps < 200 ? 200 : steps))
     epochs=$(((steps + of_epoch - 1) / of_epoch))
     echo "$images normal images to train on: $epochs epochs of $of_epoch steps, about $((epochs * of_epoch * step / 6000 + 1)) minutes" \
         "if the machine stays as busy as it is now"
