@@ -44,7 +44,8 @@ else
     most=$((of_epoch < 7 ? 200 * of_epoch : 1500))
     steps=$((steps > most ? most : steps < 200 ? 200 : steps))
     epochs=$(((steps + of_epoch - 1) / of_epoch))
-    echo "$images normal images to train on: $epochs epochs of $of_epoch steps, about $((epochs * of_epoch * step / 6000 + 1)) minutes" \
+    minutes=$((epochs * of_epoch * step / 6000 + 1))
+    echo "$images normal images to train on: $epochs epochs of $of_epoch steps, about $minutes minute$([ $minutes = 1 ] || echo s)" \
         "if the machine stays as busy as it is now"
     flags+=(--epochs "$epochs" --val_every $((epochs > 10 ? epochs / 5 : 1)) --image_every 0)
     ((!large)) || { flags+=(--image_size 128 --widths 32 64 96 128) && side=128; }
