@@ -280,7 +280,7 @@ def summarize(run: Any, found: Any, files: NewFiles, table: Table, drawn: dict[s
     if learned:
         are = 'is' if len(learned) == 1 else 'are'
         run.say(f"{count(len(learned), 'file')} of them {are} in the training or validation part of the run, "
-                f"so that the scores say nothing about new images: {some(learned)}")
+                f"so their scores do not tell how the model does on new images: {some(learned)}")
     for kind, folder in FOLDERS.items():
         if number := sum(kind in one.names for one in drawn.values()):
             run.say(f"{kind}s of the most anomalous, {number} in all: {run.out / folder}")

@@ -153,7 +153,7 @@ def part_batches(part: Any, batch_size: int, title: str, workers: int = 0) -> Ba
 def select_maps(entries: Sequence[Any], number: int, pixels: int, seed: int) -> tuple[set[str], list[str]]:
     """The ids of a part whose maps are kept, those of images with known masks, and a line if they are too
     many: then a random subset is kept. None where no score has a map, or no anomalous image a mask: maps of
-    normal images alone say nothing about lesions. `number` of scores with maps of so many `pixels`.
+    normal images alone say nothing about lesions. `number` scores have maps of `pixels` pixels each.
     """
     anomalous = [entry for entry in entries if entry.label]
     known = [entry.id for entry in entries if entry.has_mask]

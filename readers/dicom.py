@@ -37,7 +37,7 @@ ELEMENTS = [
     'PresentationLUTShape',
     *(f'{color}PaletteColorLookupTable{part}' for color in COLORS for part in ('Descriptor', 'Data')),
     *(f'Segmented{color}PaletteColorLookupTableData' for color in COLORS)]
-TOO_MANY = 'is a DICOM file of so many elements that it is meant to waste time'
+TOO_MANY = 'is a DICOM file with too many elements to be read in a reasonable time'
 INSTALL = 'pip install -r requirements-formats.txt'
 
 

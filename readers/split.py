@@ -216,9 +216,7 @@ def stored_parts(entries: Sequence[Entry], split: dict[str, Any], report: list[s
 
 def with_patients(entries: list[Entry], metadata: str, name_pattern: str, report: list[str],
                   ask: bool = False) -> list[Entry]:
-    """The entries with their patients, from a CSV file or from the file names; `ask` for them if none is
-    known.
-    """
+    """The entries with their patients, from a table or from file names; `ask` reports that none is known."""
     if metadata:
         patient, flag_name = _patient_column(metadata), '--patient_metadata'
     elif name_pattern:

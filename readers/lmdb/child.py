@@ -34,6 +34,7 @@ class Reader:
         return self.environment.stat()['entries']
 
     def check_whole(self) -> None:
+        """Raises lmdb.Error if the file ends before its last page."""
         expected = (self.environment.info()['last_pgno'] + 1) * self.environment.stat()['psize']
         if self.most < expected:
             raise lmdb.Error(f'it is cut off: it has {self.most:,} of {expected:,} bytes')

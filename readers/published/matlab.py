@@ -57,9 +57,9 @@ def parts(data: bytes | memoryview, order: str) -> Iterator[tuple[int, memoryvie
         place += size if kind == PACKED else -(-size // 8) * 8       # only packed ones are not padded
 
 
-def claim(matrix: memoryview, order: str) -> float:
-    """Bytes to which a matrix, of which this is the beginning, may unpack: by its shape, of 8 bytes a value.
-    Raises ValueError for too many.
+def claim(matrix: memoryview, order: str) -> int:
+    """The most bytes to which a packed matrix may unpack, by the shape at its beginning and 8 bytes a value.
+    Raises ValueError if the shape claims too much memory.
     """
     _, (_, shape) = islice(parts(matrix, order), 2)
     sides = np.frombuffer(shape, f'{order}i4').tolist()
